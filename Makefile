@@ -1,0 +1,81 @@
+# Everything here works from a fresh clone with nothing but Python 3.11 or newer: every target that needs the
+# environment makes it first.
+#
+#   make demo VENV=~/envs/kedit      another place for the environment
+#   make venv PYTHON=python3.12      another interpreter
+#   make venv TORCH=torch==2.13.0    another build or version of torch (2.11 and later are used)
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+VENV ?= .venv
+PYTHON ?= python3
+# Installed before everything else, by exact version, so that no other package's wider range decides which
+# build of torch comes in.
+TORCH ?= torch==2.13.0
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.kedit-installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+# The models of the tests are tiny: several threads a process cost far more than they bring. No test may reach
+# a hub or a tracking server, and outside `test-gpu` none may find a GPU.
+TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
+	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 WANDB_MODE=offline
+WORKERS ?= 2
+# -rfEs names what failed and why something was skipped (absent data, for one).
+PYTEST := $(BIN)/python -m pytest -rfEs --durations=10 -n $(WORKERS)
+
+.PHONY: help venv demo test test-slow test-all test-gpu lint format types clean
+
+help: ## show this list
+	@echo "kedit-lightning: knowledge editing of language models"
+	@echo
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' \
+		| while IFS='|' read -r name text; do printf '%-18s %s\n' "$$name" "$$text"; done
+
+venv: $(STAMP) ## create the environment in .venv and install everything (once)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "$(PYTHON) is older than 3.11 or absent: name another interpreter with make PYTHON=..."; exit 1; }
+	@test -x $(BIN)/python || { echo "[1/4] creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "[2/4] upgrading pip"
+	@$(PIP) install -qq --upgrade pip
+	@echo "[3/4] installing $(TORCH) (the largest download)"
+	@$(PIP) install -qq $(TORCH) -c constraints.txt
+	@echo "[4/4] installing kedit-lightning with its development tools (a minute or two)"
+	@$(PIP) install -qq -e '.[dev]' -c constraints.txt
+	@touch $@
+	@echo "$(VENV) is ready"
+
+demo: venv ## edit eight facts in the packaged model with three methods and show what happened
+	@$(BIN)/python scripts/demo.py
+
+test: venv ## run the fast tests (no network, no GPU, under ten minutes on two cores)
+	$(TEST_ENV) CUDA_VISIBLE_DEVICES= $(PYTEST) -m "not slow and not real_data and not gpu"
+
+test-slow: venv ## run only what the fast tests leave out: full matrix, notebooks, real data
+	$(TEST_ENV) CUDA_VISIBLE_DEVICES= $(PYTEST) -m "(slow or real_data) and not gpu"
+
+# Two runs, so that the fast tests report first.
+test-all: test ## run every test that needs no GPU
+	$(MAKE) --no-print-directory test-slow
+
+test-gpu: venv ## run the tests that need a CUDA device
+	$(TEST_ENV) $(PYTEST) -n 0 -m gpu
+
+lint: venv ## check style and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: venv ## bring every file into the project's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: venv ## check types (mypy, strict)
+	$(BIN)/mypy
+
+clean: ## remove the environment, caches and outputs
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build dist outputs lightning_logs wandb src/*.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
