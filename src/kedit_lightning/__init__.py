@@ -1,7 +1,7 @@
 """Knowledge editing of language models with PyTorch Lightning.
 
-Importing this package loads neither torch nor transformers: each public name is fetched from its module when it is
-first used, so that ``kedit --help`` and plain imports answer at once.
+Importing this package loads neither torch nor transformers: each public name is fetched from its
+module when it is first used, so that ``kedit --help`` and plain imports answer at once.
 """
 
 from importlib import import_module
