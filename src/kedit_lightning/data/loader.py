@@ -1,0 +1,149 @@
+"""The one loader of all datasets: batches of text, resumable and shared out over ranks."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Generic, TypeVar
+
+import torch.distributed
+
+from kedit_lightning.errors import ResumeError
+
+Row = TypeVar("Row")
+Batch = TypeVar("Batch")
+
+
+def process_rank() -> tuple[int, int]:
+    """Rank and number of processes; ``(0, 1)`` outside a distributed run."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
+def chunks(rows: Sequence[Row], size: int) -> list[Sequence[Row]]:
+    """Cut rows into runs of ``size``; the last may be shorter.
+
+    >>> chunks([1, 2, 3], 2)
+    [[1, 2], [3]]
+    """
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+
+def evaluation_chunks(
+    rows: Sequence[Row], size: int, rank: int = 0, world_size: int = 1
+) -> list[Sequence[Row]]:
+    """The chunks of one rank: whole chunks dealt in turn.
+
+    A chunk holds the same rows for any number of ranks, so what is edited together stays together,
+    and no row comes twice, which would count it twice in the results.
+    """
+    return chunks(rows, size)[rank::world_size]
+
+
+def training_chunks(
+    rows: Sequence[Row], size: int, seed: int, epoch: int, rank: int = 0, world_size: int = 1
+) -> list[Sequence[Row]]:
+    """The chunks of one rank in one epoch, shuffled by seed and epoch.
+
+    Every rank gets equally many rows, since gradients are averaged at each step; fewer rows than
+    ranks are left out, others in each epoch.
+    """
+    order = list(rows)
+    # A text as seed is hashed by its content, alike in every process and Python version.
+    random.Random(f"{seed}/{epoch}").shuffle(order)
+    return chunks(order[: len(order) - len(order) % world_size][rank::world_size], size)
+
+
+class BatchLoader(Generic[Batch]):
+    """Gives batches to Lightning's loops and can be continued in the middle of an epoch.
+
+    Lightning saves and restores ``state_dict`` with the checkpoint of ``fit``.
+
+    Args:
+        batches: Gives the batches of an epoch, by its number, from the first one on.
+        length: Batches an epoch, or ``None`` when the source does not tell.
+        identity: What fixes the order (file hash, batch size, seed, ...); a state saved under
+            another identity is refused in the middle of an epoch.
+        ahead: Batches that Lightning holds fetched but not yet used: one when it cannot know the
+            length, else none.
+    """
+
+    def __init__(
+        self,
+        batches: Callable[[int], Iterable[Batch]],
+        length: int | None,
+        identity: Mapping[str, int | str],
+        ahead: int = 0,
+    ) -> None:
+        self._batches = batches
+        self._length = length
+        self._identity = dict(identity)
+        self._ahead = ahead
+        self._epoch = 0
+        self._start = 0
+        self._given = 0
+        self._ended = False
+
+    def __len__(self) -> int:
+        if self._length is None:
+            raise TypeError("the number of batches is not known before the source is read")
+        return self._length
+
+    @property
+    def sampler(self) -> BatchLoader[Batch]:
+        """The loader itself: Lightning announces the epoch to a loader's sampler."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of the next pass; a new epoch starts at its first batch."""
+        if epoch != self._epoch:
+            self._epoch, self._start, self._given, self._ended = epoch, 0, 0, False
+
+    def __iter__(self) -> Iterator[Batch]:
+        # A generator, so that nothing happens before the first batch is asked for: Lightning makes
+        # the iterator first and announces the epoch afterwards.
+        start, self._start = self._start, 0
+        self._given, self._ended = start, False
+        for number, batch in enumerate(self._batches(self._epoch)):
+            if number >= start:
+                self._given += 1
+                yield batch
+        self._ended = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Epoch, batches used in it, and what fixes their order."""
+        used = self._given if self._ended else max(0, self._given - self._ahead)
+        ended = self._ended or (self._length is not None and used >= self._length)
+        return {
+            "epoch": self._epoch,
+            "batches": used,
+            "ended": ended,
+            "identity": dict(self._identity),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where a state was saved.
+
+        Raises:
+            ResumeError: The state stands in the middle of an epoch whose order was another one.
+        """
+        if state["ended"] or not state["batches"]:
+            self.set_epoch(state["epoch"] + int(state["ended"]))
+            self._start = self._given = 0
+            return
+        then, now = state["identity"], self._identity
+        changed = [
+            f"{key} {then.get(key)!r} -> {now.get(key)!r}"
+            for key in sorted({*then, *now})
+            if then.get(key) != now.get(key)
+        ]
+        if changed:
+            raise ResumeError(
+                f"the checkpoint stopped after batch {state['batches']} of epoch {state['epoch']}, "
+                f"and the rest of that epoch cannot be found again: {', '.join(changed)}; restore "
+                "these settings, or resume from a checkpoint saved at the end of an epoch"
+            )
+        self.set_epoch(state["epoch"])
+        self._start = self._given = state["batches"]
+        self._ended = False

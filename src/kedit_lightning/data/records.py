@@ -1,0 +1,216 @@
+"""Data files as records that know where they stand, and typed access to their fields.
+
+``datasets`` guesses a type for each column, and the guess changes facts: of a JSON file it turns
+the answer "2011-05-04" into a timestamp, of a CSV file "NA" into nothing and "007" into 7.0; it
+gives every record the optional fields of all others, and forgets the line a record came from.
+Records are therefore parsed by ``json`` and ``csv``.  Nothing is cached, so a changed file is
+never answered from an older copy.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kedit_lightning.errors import DataFileError, DataFileNotFoundError, InvalidRequestError
+
+
+@dataclass(frozen=True)
+class Record:
+    """One entry of a data file.
+
+    Args:
+        where: File name and line, or index in a JSON list.
+        values: What stands there; any JSON value, since files hold anything.
+        problem: Why the entry could not be read at all.
+    """
+
+    where: str
+    values: Any = None
+    problem: str | None = None
+
+
+class Fields:
+    """The fields of a record, or of an object inside it, read with their types checked.
+
+    Args:
+        values: The object; anything but a mapping is refused.
+        path: Where it stands in its record, such as ``requested_rewrite.target_new``.
+
+    Raises:
+        InvalidRequestError: From every method, naming the field, when a value does not fit.
+    """
+
+    def __init__(self, values: Any, path: str = "") -> None:
+        if not isinstance(values, Mapping):
+            place = f"field '{path}'" if path else "the record"
+            raise InvalidRequestError(f"{place} must be an object with fields, got {_show(values)}")
+        self.values = values
+        self.path = path
+
+    def __contains__(self, key: str) -> bool:
+        return self.values.get(key) is not None
+
+    def place(self, key: str) -> str:
+        """The full name of a field."""
+        return f"{self.path}.{key}" if self.path else key
+
+    def text(self, key: str) -> str:
+        """A text that must be there and not be empty."""
+        if key not in self:
+            names = ", ".join(map(str, self.values)) or "none"
+            raise InvalidRequestError(
+                f"field '{self.place(key)}' is missing (fields here: {names})"
+            )
+        return _text(self.values[key], self.place(key))
+
+    def optional_text(self, key: str) -> str | None:
+        """A text that may be absent or null, but not empty."""
+        return self.text(key) if key in self else None
+
+    def texts(self, key: str) -> list[str]:
+        """A list of texts, or a single text; empty when absent."""
+        value = self.values.get(key)
+        if value is None:
+            return []
+        if isinstance(value, str):
+            return [_text(value, self.place(key))]
+        return [_text(item, place) for item, place in self._list(key)]
+
+    def fields(self, key: str) -> Fields:
+        """An object inside this one."""
+        if key not in self:
+            raise InvalidRequestError(f"field '{self.place(key)}' is missing")
+        return Fields(self.values[key], self.place(key))
+
+    def objects(self, key: str) -> list[Fields]:
+        """A list of objects; empty when absent."""
+        return [Fields(item, place) for item, place in self._list(key)] if key in self else []
+
+    def groups(self, key: str) -> list[tuple[str, Fields]]:
+        """The objects of ``{group: [object, ...]}``, each with the name of its group."""
+        if key not in self:
+            return []
+        groups = self.fields(key)
+        return [(name, item) for name in groups.values for item in groups.objects(name)]
+
+    def _list(self, key: str) -> list[tuple[Any, str]]:
+        value, place = self.values[key], self.place(key)
+        if not isinstance(value, list):
+            raise InvalidRequestError(f"field '{place}' must be a list, got {_show(value)}")
+        return [(item, f"{place}[{i}]") for i, item in enumerate(value)]
+
+
+def read_records(path: Path) -> tuple[list[Record], str]:
+    """Read a JSON list, JSON Lines or CSV file.
+
+    JSON and JSON Lines are told apart by content, since published files of both kinds end in
+    ``.json``.
+
+    Returns:
+        The records in order, those that cannot be read included, and the SHA-256 of the file.
+
+    Raises:
+        DataFileError: The file is absent, not UTF-8, empty, or a JSON list with a syntax error.
+    """
+    if path.is_dir():
+        raise DataFileError(f"'{path}' is a folder; name a JSON, JSONL or CSV file in it")
+    if not path.is_file():
+        raise DataFileNotFoundError(f"data file '{path}' does not exist (looked in {Path.cwd()})")
+    data = path.read_bytes()
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataFileError(
+            f"{path.name} is not UTF-8 text (byte {error.start}); save it as UTF-8"
+        ) from error
+    if path.suffix.lower() in (".csv", ".tsv"):
+        records = list(_csv_records(text, path.name))
+    else:
+        records = _json_records(text, path.name)
+    if not records:
+        raise DataFileError(f"{path.name} holds no records")
+    return records, hashlib.sha256(data).hexdigest()
+
+
+def _json_records(text: str, name: str) -> list[Record]:
+    body = text.lstrip()
+    if body.startswith("{"):
+        try:
+            # One object, perhaps over several lines; JSON Lines fail at the second object.
+            return [Record(f"{name} line 1", json.loads(body))]
+        except ValueError:
+            return list(_json_lines(text, name))
+    if not body.startswith("["):
+        return list(_json_lines(text, name))
+    try:
+        values = json.loads(body)
+    except json.JSONDecodeError as error:
+        line = error.lineno + text[: len(text) - len(body)].count("\n")
+        raise DataFileError(
+            f"{name} is not valid JSON: {error.msg} at line {line} column {error.colno}; "
+            "correct it there, or write one object a line (JSON Lines), where bad lines can be "
+            "skipped"
+        ) from error
+    return [Record(f"{name} index {i}", value) for i, value in enumerate(values)]
+
+
+def _json_lines(text: str, name: str) -> Iterator[Record]:
+    # Not str.splitlines: it also breaks at characters that JSON allows inside a text.
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            yield Record(f"{name} line {number}", json.loads(line))
+        except json.JSONDecodeError as error:
+            problem = f"is not valid JSON: {error.msg} at column {error.colno}"
+            yield Record(f"{name} line {number}", problem=problem)
+
+
+def _csv_records(text: str, name: str) -> Iterator[Record]:
+    head = text.split("\n", 1)[0]
+    reader = csv.reader(
+        io.StringIO(text, newline=""), delimiter=max(",;\t", key=head.count), strict=True
+    )
+    line = 1
+    try:
+        header = [cell.strip() for cell in next(reader, [])]
+        while True:
+            line = reader.line_num + 1
+            cells = next(reader, None)
+            if cells is None:
+                return
+            if not any(cell.strip() for cell in cells):
+                continue
+            where = f"{name} line {line}"
+            if len(cells) > len(header):
+                problem = (
+                    f"has {len(cells)} cells under {len(header)} columns; "
+                    "put texts that hold the separator in quotation marks"
+                )
+                yield Record(where, problem=problem)
+            else:
+                # An empty cell is the only way a table has to say that a value is absent.
+                row = {key: cell for key, cell in zip(header, cells, strict=False) if cell.strip()}
+                yield Record(where, row)
+    except csv.Error as error:
+        raise DataFileError(f"{name} line {line} is not valid CSV: {error}") from error
+
+
+def _text(value: Any, place: str) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise InvalidRequestError(
+            f"field '{place}' must be text that is not empty, got {_show(value)}"
+        )
+    return value
+
+
+def _show(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 60 else f"{shown[:57]}..."
