@@ -1,0 +1,51 @@
+"""The arithmetic of the metrics: pure functions of tensors and text."""
+
+from kedit_lightning.metrics.functional.bootstrap import (
+    bootstrap_interval,
+    paired_difference,
+    share_interval,
+    wilson_interval,
+)
+from kedit_lightning.metrics.functional.generation import (
+    answer_text,
+    generation_contains,
+    generation_exact,
+    mean_ngram_entropy,
+    ngram_entropy,
+    normalise_answer,
+    repetition_rate,
+)
+from kedit_lightning.metrics.functional.locality import (
+    kl_divergence,
+    unchanged_text,
+    unchanged_top1,
+)
+from kedit_lightning.metrics.functional.teacher_forced import (
+    exact_match,
+    mean_log_prob,
+    prefers,
+    token_match,
+    total_log_prob,
+)
+
+__all__ = [
+    "answer_text",
+    "bootstrap_interval",
+    "exact_match",
+    "generation_contains",
+    "generation_exact",
+    "kl_divergence",
+    "mean_log_prob",
+    "mean_ngram_entropy",
+    "ngram_entropy",
+    "normalise_answer",
+    "paired_difference",
+    "prefers",
+    "repetition_rate",
+    "share_interval",
+    "token_match",
+    "total_log_prob",
+    "unchanged_text",
+    "unchanged_top1",
+    "wilson_interval",
+]

@@ -1,0 +1,266 @@
+"""Confidence intervals of means over cases.
+
+Cases about the same subject are not independent: an edit that fails for a subject tends to fail
+for all its cases. So whole clusters are drawn with replacement, and their cases come along.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+# Draws held in memory at a time: 4 million of 8 bytes, twice.
+_DRAWS = 1 << 22
+
+
+def _as_double(values: Tensor | Sequence[float], name: str) -> Tensor:
+    tensor = torch.as_tensor(values, dtype=torch.float64, device="cpu").detach()
+    if tensor.dim() != 1 or len(tensor) == 0:
+        raise ValueError(
+            f"`{name}` must be one-dimensional with at least one case, got {list(tensor.shape)}"
+        )
+    return tensor
+
+
+def _cluster_index(clusters: Tensor | Sequence[int] | None, cases: int) -> tuple[Tensor, int]:
+    """Clusters renumbered from 0, shape ``[cases]``, and how many there are."""
+    if clusters is None:
+        return torch.arange(cases), cases
+    ids = torch.as_tensor(clusters, dtype=torch.int64, device="cpu")
+    if ids.shape != (cases,):
+        raise ValueError(
+            f"`clusters` must hold one id for each of {cases} cases, got {list(ids.shape)}"
+        )
+    found, index = torch.unique(ids, return_inverse=True)
+    return index, len(found)
+
+
+def resampled_means(
+    values: Tensor,
+    clusters: Tensor | Sequence[int] | None = None,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> Tensor:
+    """Means of columns under resampling of clusters; every column sees the same draws.
+
+    Args:
+        values: One row a case. Shape ``[cases, columns]``.
+        clusters: Cluster of each case; every case is its own when ``None``. Shape ``[cases]``.
+        resamples: How many times the clusters are drawn.
+        seed: Seed of the draws; equal seeds give equal results.
+
+    Returns:
+        Means, each over the drawn cases. Shape ``[resamples, columns]``, float64 on the CPU.
+
+    >>> resampled_means(torch.tensor([[1.0, 5.0], [0.0, 5.0]]), resamples=4).shape
+    torch.Size([4, 2])
+    """
+    cases, columns = values.shape
+    index, count = _cluster_index(clusters, cases)
+    values = values.detach().to("cpu", torch.float64)
+    # Shifting by the first case makes equal values exactly equal after resampling too.
+    origin = values[0]
+    sums = torch.zeros(count, columns + 1, dtype=torch.float64)
+    sums[:, :columns].index_add_(0, index, values - origin)
+    sums[:, columns] = torch.bincount(index, minlength=count).double()
+    generator = torch.Generator().manual_seed(seed)
+    means = torch.empty(resamples, columns, dtype=torch.float64)
+    chunk = max(1, _DRAWS // count)
+    for begin in range(0, resamples, chunk):
+        rows = min(chunk, resamples - begin)
+        drawn = torch.randint(count, (rows, count), generator=generator)
+        times = torch.zeros(rows, count, dtype=torch.float64)
+        times.scatter_add_(1, drawn, torch.ones((), dtype=torch.float64).expand(rows, count))
+        pooled = times @ sums  # [rows, columns + 1]
+        means[begin : begin + rows] = pooled[:, :columns] / pooled[:, columns:] + origin
+    return means
+
+
+def _tails(level: float) -> tuple[float, float]:
+    if not 0.0 < level < 1.0:
+        raise ValueError(f"`level` must lie between 0 and 1, got {level}")
+    return (1.0 - level) / 2, (1.0 + level) / 2
+
+
+def percentile_interval(means: Tensor, level: float = 0.95) -> tuple[float, float]:
+    """The middle ``level`` of resampled means.
+
+    Args:
+        means: Means under resampling. Shape ``[resamples]``.
+        level: Coverage, such as 0.95.
+
+    Raises:
+        ValueError: ``level`` is not between 0 and 1.
+
+    >>> percentile_interval(torch.arange(101.0), level=0.5)
+    (25.0, 75.0)
+    """
+    ordered = means.sort().values
+    if bool(ordered.isnan().any()):
+        return math.nan, math.nan
+    low, high = torch.quantile(ordered, torch.tensor(_tails(level), dtype=ordered.dtype)).tolist()
+    return low, high
+
+
+def bootstrap_interval(
+    values: Tensor | Sequence[float],
+    clusters: Tensor | Sequence[int] | None = None,
+    level: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean, cases clustered by subject.
+
+    Equal values, a single case or a single cluster give a degenerate interval: resampling cannot
+    show what was never seen. For shares in ``[0, 1]`` use :func:`share_interval`, which does not
+    claim certainty there.
+
+    Args:
+        values: One value a case. Shape ``[cases]``.
+        clusters: Cluster of each case; every case is its own when ``None``. Shape ``[cases]``.
+        level: Coverage.
+        resamples: How many times the clusters are drawn.
+        seed: Seed of the draws.
+
+    Returns:
+        The bounds.
+
+    Raises:
+        ValueError: There is no case, clusters do not fit, or ``level`` is not between 0 and 1.
+
+    >>> low, high = bootstrap_interval([0.0, 1.0] * 50)
+    >>> round(low, 2), round(high, 2)
+    (0.4, 0.6)
+    >>> low, high = bootstrap_interval([0.0, 1.0] * 50, clusters=[0, 1] * 50)  # two subjects only
+    >>> low, high
+    (0.0, 1.0)
+
+    Source: Efron 1979; Field and Welsh 2007 for resampling clusters.
+    """
+    tensor = _as_double(values, "values")
+    return percentile_interval(
+        resampled_means(tensor[:, None], clusters, resamples, seed)[:, 0], level
+    )
+
+
+def paired_difference(
+    a: Tensor | Sequence[float],
+    b: Tensor | Sequence[float],
+    clusters: Tensor | Sequence[int] | None = None,
+    level: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> tuple[float, float, float]:
+    """Mean of ``a - b`` over the same cases, with its bootstrap interval.
+
+    Args:
+        a: Values of one method. Shape ``[cases]``.
+        b: Values of another on the same cases, in the same order. Shape ``[cases]``.
+        clusters: Cluster of each case. Shape ``[cases]``.
+        level: Coverage.
+        resamples: How many times the clusters are drawn.
+        seed: Seed of the draws.
+
+    Returns:
+        Mean difference and the bounds of its interval.
+
+    Raises:
+        ValueError: ``a`` and ``b`` differ in length, or as for :func:`bootstrap_interval`.
+
+    >>> mean, low, high = paired_difference([1.0, 1.0, 0.0, 1.0], [0.5, 0.5, 0.0, 0.5])
+    >>> mean, low, high
+    (0.375, 0.125, 0.5)
+    """
+    first, second = _as_double(a, "a"), _as_double(b, "b")
+    if first.shape != second.shape:
+        raise ValueError(
+            f"`a` and `b` must hold the same cases, got {len(first)} and {len(second)}"
+        )
+    difference = first - second
+    low, high = bootstrap_interval(difference, clusters, level, resamples, seed)
+    return difference.mean().item(), low, high
+
+
+def wilson_interval(share: float, cases: int, level: float = 0.95) -> tuple[float, float]:
+    """Wilson score interval of a share of ``cases`` independent cases.
+
+    Args:
+        share: Observed share in ``[0, 1]``; NaN gives NaN bounds.
+        cases: Number of cases.
+        level: Coverage.
+
+    Returns:
+        The bounds.
+
+    Raises:
+        ValueError: ``share`` is no share, there is no case, or ``level`` is out of range.
+
+    >>> low, high = wilson_interval(1.0, 100)
+    >>> round(low, 3), high
+    (0.963, 1.0)
+
+    Source: Wilson 1927, Probable inference, the law of succession, and statistical inference.
+    """
+    if math.isnan(share):
+        return math.nan, math.nan
+    if not 0.0 <= share <= 1.0 or cases < 1:
+        raise ValueError(f"`share` must lie in [0, 1] with at least one case, got {share}, {cases}")
+    z = torch.special.ndtri(torch.tensor(_tails(level)[1], dtype=torch.float64)).item()
+    centre = (share + z * z / (2 * cases)) / (1 + z * z / cases)
+    half = z * math.sqrt(share * (1 - share) / cases + (z / (2 * cases)) ** 2) / (1 + z * z / cases)
+    low = 0.0 if share == 0.0 else max(0.0, centre - half)
+    high = 1.0 if share == 1.0 else min(1.0, centre + half)
+    return low, high
+
+
+def needs_wilson(values: Tensor, clusters: Tensor | Sequence[int] | None = None) -> int:
+    """Clusters to use in a Wilson interval, or 0 where the bootstrap can be trusted.
+
+    The bootstrap is blind where all shares are 0, or all are 1, or there is one cluster only.
+
+    >>> needs_wilson(torch.ones(8)), needs_wilson(torch.tensor([1.0, 0.0]))
+    (8, 0)
+    """
+    _, count = _cluster_index(clusters, len(values))
+    blind = count == 1 or bool((values == 0).all()) or bool((values == 1).all())
+    return count if blind else 0
+
+
+def share_interval(
+    values: Tensor | Sequence[float],
+    clusters: Tensor | Sequence[int] | None = None,
+    level: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Interval of a mean of shares in ``[0, 1]`` that stays honest at the borders.
+
+    Where all values are 0, or all are 1, or all cases belong to one cluster, a bootstrap would
+    claim certainty. There the Wilson interval with one vote a cluster is given (for shares that
+    are not 0 or 1 it errs on the wide side); elsewhere :func:`bootstrap_interval`.
+
+    Args:
+        values: One share a case. Shape ``[cases]``.
+        clusters: Cluster of each case. Shape ``[cases]``.
+        level: Coverage.
+        resamples: How many times the clusters are drawn.
+        seed: Seed of the draws.
+
+    Returns:
+        The bounds.
+
+    Raises:
+        ValueError: As for :func:`bootstrap_interval`.
+
+    >>> low, high = share_interval([1.0] * 100)
+    >>> round(low, 3), high
+    (0.963, 1.0)
+    """
+    tensor = _as_double(values, "values")
+    votes = needs_wilson(tensor, clusters)
+    if votes:
+        return wilson_interval(tensor.mean().item(), votes, level)
+    return bootstrap_interval(tensor, clusters, level, resamples, seed)

@@ -1,0 +1,216 @@
+"""Scores of text that the model wrote on its own and ended on its own.
+
+No tokens of the answer are shown and nothing is cut at the answer's length, so a model that runs
+on, or says the answer only to take it back, does not score.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import string
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+# A sentence ends at . ! or ? (with closing quotes) before a space or the end, or at a wide stop.
+_STOP = re.compile(r"""[.!?]+["'\u201d\u2019)\]]*(?=\s|$)|[\u3002\uff01\uff1f]""")
+# Words whose full stop belongs to them; those of the second set may also end a sentence.
+_TITLES = re.compile("st|mt|ft|mr|mrs|ms|dr|prof|rev|gov|gen|col|capt|lt|sgt|sen|vs", re.I)
+_TAILS = re.compile("jr|sr|inc|ltd|co|corp|etc", re.I)
+_INITIALS = re.compile(r"(?:[^\W\d]\.)*[^\W\d]")
+_NEGATIONS = re.compile(
+    "no|not|never|none|neither|nor|cannot|cant|without|nobody|nothing|nowhere|.*n't", re.I
+)
+# Typographic apostrophes and double quotes, as the plain ones that the rules know.
+_PLAIN_QUOTES = str.maketrans("\u2018\u2019\u201c\u201d", "''\"\"")
+_WORD = re.compile(r"\w+(?:'\w+)*|[^\w\s]")
+
+
+def normalise_answer(text: str) -> str:
+    """Lower the case, drop punctuation and articles, and join words by one space.
+
+    Text that consists of nothing else is only lowered and stripped, so that it stays comparable.
+
+    >>> normalise_answer("The  Eiffel Tower, Paris!")
+    'eiffel tower paris'
+
+    Source: the evaluation script of SQuAD 1.1 (Rajpurkar et al. 2016, arXiv 1606.05250).
+    """
+    bare = text.lower().translate(_PUNCTUATION)
+    words = _ARTICLES.sub(" ", bare).split()
+    return " ".join(words) if words else text.lower().strip()
+
+
+def _first_line(text: str) -> str:
+    stripped = text.strip()
+    return stripped.splitlines()[0].rstrip() if stripped else ""
+
+
+def _is_abbreviation(line: str, stop: re.Match[str]) -> bool:
+    """Whether the full stop belongs to a word: "St.", "J.", "D.C." before more text."""
+    if stop.group() != "." or stop.end() == len(line):
+        return False
+    before = line[: stop.start()].translate(_PLAIN_QUOTES).split()
+    last = before[-1].lstrip("\"'([") if before else ""
+    goes_on = line[stop.end() :].lstrip()[:1].islower()
+    return bool(
+        _INITIALS.fullmatch(last) or _TITLES.fullmatch(last) or (goes_on and _TAILS.fullmatch(last))
+    )
+
+
+def answer_text(text: str) -> str:
+    r"""The part of a generation that is the answer: the first sentence of its first line.
+
+    Full stops of initials and common abbreviations do not end it.
+
+    >>> answer_text(" Rome. It is the capital.\nQ: next")
+    'Rome'
+    >>> answer_text("in St. Petersburg, Russia. The city")
+    'in St. Petersburg, Russia'
+    """
+    line = _first_line(text)
+    for stop in _STOP.finditer(line):
+        if not _is_abbreviation(line, stop):
+            return line[: stop.start()].rstrip()
+    return line
+
+
+def generation_exact(text: str, answers: Sequence[str]) -> bool:
+    """Whether a generation is one of the answers and then stops.
+
+    The first line of ``text`` up to the end of a sentence must equal an answer after
+    :func:`normalise_answer`. Any full stop before a space may be that end, so answers that hold
+    full stops themselves are found; after an answer that ends in a full stop the next word must
+    not continue in lower case.
+
+    Args:
+        text: What the model wrote after the prompt, up to its own stop.
+        answers: Accepted answers.
+
+    >>> generation_exact(" Paris. It is", ["Paris"]), generation_exact("Paris is big", ["Paris"])
+    (True, False)
+    >>> generation_exact("St. Petersburg. The city", ["St. Petersburg"])
+    True
+    >>> generation_exact("Washington D.C. is the capital.", ["Washington D.C."])
+    False
+    """
+    line = _first_line(text)
+    stops = list(_STOP.finditer(line))
+    for answer in answers:
+        wanted = normalise_answer(answer)
+        for stop in stops:
+            rest = line[stop.end() :].lstrip()
+            within = stop.group() == "." and answer.rstrip().endswith(".") and rest[:1].islower()
+            if not within and normalise_answer(line[: stop.start()]) == wanted:
+                return True
+        if normalise_answer(line) == wanted:
+            return True
+    return False
+
+
+def _words_at(line: str) -> list[tuple[str, int]]:
+    """Normalised words of a line, articles left out, each with the place where it begins."""
+    # Blanks of equal length keep the places: possessive endings, and marks between words.
+    loose = re.sub(r"'s\b", "  ", line.translate(_PLAIN_QUOTES))
+    loose = re.sub(r"(?<!\d)[,;:/](?!\d)|[()\[\]]", " ", loose)
+    words = [(chunk.group(), chunk.start()) for chunk in re.finditer(r"\S+", loose)]
+    bare = [(word.lower().translate(_PUNCTUATION), place) for word, place in words]
+    return [(word, place) for word, place in bare if word and word not in {"a", "an", "the"}]
+
+
+def _negates(word: str) -> bool:
+    if word.lower() == "no,":
+        return False  # "No, it is in Rome" rejects the question, not what follows
+    bare = word.translate(_PLAIN_QUOTES).strip(string.punctuation)
+    return _NEGATIONS.fullmatch(bare) is not None
+
+
+def generation_contains(text: str, answers: Sequence[str]) -> bool:
+    """Whether the first sentence of a generation states one of the answers.
+
+    The answer must stand in it as whole words, compared as :func:`normalise_answer` writes them,
+    with no negation (no, not, never, n't, …) before it. "No, it is Rome" states Rome. This is a
+    test on words: "not only in Rome" does not count, and irony does.
+
+    Args:
+        text: What the model wrote after the prompt, up to its own stop.
+        answers: Accepted answers.
+
+    >>> generation_contains("It is in the city of Rome, Italy.", ["Rome"])
+    True
+    >>> generation_contains("It isn't in Rome.", ["Rome"])
+    False
+    >>> generation_contains("Romeo wrote it. Rome is a city.", ["Rome"])
+    False
+    """
+    line = _first_line(text)
+    words = _words_at(line)
+    ends = [stop.end() for stop in _STOP.finditer(line) if not _is_abbreviation(line, stop)]
+    for answer in answers:
+        wanted = [word for word, _ in _words_at(answer)]
+        if not wanted:  # nothing but articles or punctuation
+            if generation_exact(text, [answer]):
+                return True
+            continue
+        for first in range(len(words) - len(wanted) + 1):
+            place = words[first][1]
+            if ends and ends[0] <= place:
+                break
+            if [word for word, _ in words[first : first + len(wanted)]] != wanted:
+                continue
+            if not any(_negates(word) for word in line[:place].split()):
+                return True
+    return False
+
+
+def _grams(text: str, n: int) -> Counter[tuple[str, ...]]:
+    words = _WORD.findall(text.translate(_PLAIN_QUOTES))
+    return Counter(zip(*(words[shift:] for shift in range(n)), strict=False))
+
+
+def repetition_rate(text: str, n: int = 3) -> float:
+    """Share of n-grams that the text has already used before.
+
+    Words and punctuation marks both count. Text of fewer than ``n`` words gives 0.
+
+    >>> repetition_rate("in Rome in Rome in Rome", n=2)
+    0.6
+    """
+    counts = _grams(text, n)
+    total = sum(counts.values())
+    return 1.0 - len(counts) / total if total else 0.0
+
+
+def ngram_entropy(text: str) -> float:
+    """Fluency: weighted entropy of the bigrams and trigrams of a text, in bits.
+
+    The mean of 2/3 times the bigram and 4/3 times the trigram entropy. Repetitive text scores low.
+    Words are split by a rule of our own (a word with its apostrophes, or one mark), not by nltk's
+    tokenizer, so values differ slightly from published ones. The score grows with length: compare
+    texts of equal length only. Text of one word gives 0.
+
+    >>> round(ngram_entropy("the tower stands in the city of Rome"), 4)
+    2.6591
+
+    Source: Zhang et al. 2018 (arXiv 1809.05972), with the weights of Meng et al. 2022
+    (arXiv 2202.05262).
+    """
+    entropy = 0.0
+    for n, weight in ((2, 2 / 3), (3, 4 / 3)):
+        counts = _grams(text, n)
+        total = sum(counts.values())
+        bits = sum(count / total * math.log2(total / count) for count in counts.values())
+        entropy += weight * bits / 2
+    return entropy
+
+
+def mean_ngram_entropy(texts: Iterable[str]) -> float:
+    """Mean of :func:`ngram_entropy` over texts, NaN without texts.
+
+    >>> mean_ngram_entropy(["a b c", "a a a"])  # entropies 1/3 and 0
+    0.16666666666666666
+    """
+    values = [ngram_entropy(text) for text in texts]
+    return sum(values) / len(values) if values else math.nan

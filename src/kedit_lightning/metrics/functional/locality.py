@@ -1,0 +1,96 @@
+"""Whether answers that an edit should not touch are still what the base model says.
+
+These compare with the base model's own answers, right or wrong; they do not ask for correctness.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def unchanged_text(base: str, edited: str) -> bool:
+    """Whether two generated texts are the same, character by character.
+
+    Nothing is normalised: greedy decoding of an unchanged model repeats itself exactly.
+
+    >>> unchanged_text(" Paris.", " Paris."), unchanged_text(" Paris.", " paris.")
+    (True, False)
+    """
+    return base == edited
+
+
+def unchanged_top1(base_ids: Tensor, edited_ids: Tensor, mask: Tensor) -> Tensor:
+    """Whether the arg-max is the same at every position, for each row.
+
+    The share of unchanged positions, which older tools call locality, is
+    ``token_match(edited_ids, base_ids, mask)``.
+
+    Args:
+        base_ids: Arg-max ids of the base model. Shape ``[rows, tokens]``.
+        edited_ids: Arg-max ids of the edited model. Shape ``[rows, tokens]``.
+        mask: True at the positions to compare. Shape ``[rows, tokens]``.
+
+    Returns:
+        Booleans, True for a row without positions. Shape ``[rows]``.
+
+    Raises:
+        ValueError: The shapes differ or are not two-dimensional.
+
+    >>> base = torch.tensor([[1, 2, 3], [1, 2, 3]])
+    >>> edited = torch.tensor([[1, 2, 9], [1, 9, 3]])
+    >>> mask = torch.tensor([[True, True, False], [True, True, True]])
+    >>> unchanged_top1(base, edited, mask).tolist()
+    [True, False]
+    """
+    if base_ids.dim() != 2 or not base_ids.shape == edited_ids.shape == mask.shape:
+        raise ValueError(
+            "`base_ids`, `edited_ids` and `mask` must all be [rows, tokens], got "
+            f"{list(base_ids.shape)}, {list(edited_ids.shape)} and {list(mask.shape)}"
+        )
+    return ((base_ids == edited_ids) | ~mask.bool()).all(dim=1)
+
+
+def kl_divergence(base_log_probs: Tensor, log_probs: Tensor, mask: Tensor) -> Tensor:
+    """Mean over positions of KL(base || edited), for each row, in nats.
+
+    Half precision is widened to float32 first. Identical input gives exactly 0. Tokens that the
+    base model rules out add nothing, whatever the edited model makes of them.
+
+    Args:
+        base_log_probs: Log-probabilities of the base model. Shape ``[rows, tokens, vocab]``.
+        log_probs: Log-probabilities of the edited model. Shape ``[rows, tokens, vocab]``.
+        mask: True at the positions to compare. Shape ``[rows, tokens]``.
+
+    Returns:
+        Divergences, NaN for a row without positions. Shape ``[rows]``; at least float32.
+
+    Raises:
+        ValueError: The shapes do not fit each other.
+
+    >>> base = torch.tensor([[[0.5, 0.5], [0.9, 0.1]]]).log()
+    >>> edited = torch.tensor([[[0.25, 0.75], [0.9, 0.1]]]).log()
+    >>> mask = torch.tensor([[True, True]])
+    >>> round(kl_divergence(base, edited, mask).item(), 4)  # half of ln(2 / sqrt(3))
+    0.0719
+    >>> kl_divergence(base, base, mask).item()
+    0.0
+    """
+    if base_log_probs.dim() != 3 or base_log_probs.shape != log_probs.shape:
+        raise ValueError(
+            "`base_log_probs` and `log_probs` must both be [rows, tokens, vocab], "
+            f"got {list(base_log_probs.shape)} and {list(log_probs.shape)}"
+        )
+    if mask.shape != log_probs.shape[:2]:
+        raise ValueError(
+            f"`mask` must be [rows, tokens] = {list(log_probs.shape[:2])}, got {list(mask.shape)}"
+        )
+    base = base_log_probs.to(torch.promote_types(base_log_probs.dtype, torch.float32))
+    edited = log_probs.to(torch.promote_types(log_probs.dtype, torch.float32))
+    weight = base.exp()
+    terms = torch.where(weight == 0, 0.0, weight * (base - edited))
+    # The sum is never negative in exact arithmetic; rounding may bring it to -1e-8.
+    per_position = terms.sum(dim=2).clamp_min(0.0)  # [rows, tokens]
+    mask = mask.bool()
+    per_position = per_position.masked_fill(~mask, 0.0)
+    return per_position.sum(dim=1) / mask.sum(dim=1).to(per_position.dtype)

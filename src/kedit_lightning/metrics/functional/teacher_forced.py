@@ -1,0 +1,163 @@
+"""Scores of an answer whose tokens are fed to the model.
+
+Teacher forcing shows the model the right prefix and the right length, so these numbers bound what
+free generation reaches; they are what most papers report.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+def _check(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    if value.dim() != 2 or value.shape != other.shape:
+        raise ValueError(
+            f"`{name}` and `{other_name}` must both be [rows, tokens], "
+            f"got {list(value.shape)} and {list(other.shape)}"
+        )
+
+
+def token_match(predicted: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    """Share of answer tokens that are arg-max, for each row.
+
+    Args:
+        predicted: Arg-max ids at the positions that predict the answer. Shape ``[rows, tokens]``.
+        target: Ids of the answer. Shape ``[rows, tokens]``.
+        mask: True where ``target`` holds an answer token. Shape ``[rows, tokens]``.
+
+    Returns:
+        Shares in ``[0, 1]``, NaN for a row without answer tokens. Shape ``[rows]``.
+
+    Raises:
+        ValueError: The shapes differ or are not two-dimensional.
+
+    >>> predicted = torch.tensor([[5, 7, 9], [5, 0, 0]])
+    >>> target = torch.tensor([[5, 7, 8], [5, 6, 0]])
+    >>> mask = torch.tensor([[True, True, True], [True, True, False]])
+    >>> [round(share, 3) for share in token_match(predicted, target, mask).tolist()]
+    [0.667, 0.5]
+    """
+    _check("predicted", predicted, "target", target)
+    _check("predicted", predicted, "mask", mask)
+    mask = mask.bool()
+    return ((predicted == target) & mask).sum(dim=1) / mask.sum(dim=1)
+
+
+def exact_match(predicted: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    """Whether every answer token is arg-max, for each row.
+
+    With greedy decoding that is what the model would write, if it also knew where to stop.
+
+    Args:
+        predicted: Arg-max ids. Shape ``[rows, tokens]``.
+        target: Ids of the answer. Shape ``[rows, tokens]``.
+        mask: True where ``target`` holds an answer token. Shape ``[rows, tokens]``.
+
+    Returns:
+        Booleans, False for a row without answer tokens. Shape ``[rows]``.
+
+    Raises:
+        ValueError: The shapes differ or are not two-dimensional.
+
+    >>> predicted = torch.tensor([[5, 7, 9], [5, 6, 0]])
+    >>> target = torch.tensor([[5, 7, 8], [5, 6, 9]])
+    >>> mask = torch.tensor([[True, True, True], [True, True, False]])
+    >>> exact_match(predicted, target, mask).tolist()
+    [False, True]
+    """
+    _check("predicted", predicted, "target", target)
+    _check("predicted", predicted, "mask", mask)
+    mask = mask.bool()
+    return ((predicted == target) | ~mask).all(dim=1) & mask.any(dim=1)
+
+
+def mean_log_prob(log_probs: Tensor, mask: Tensor) -> Tensor:
+    """Mean log-probability of the answer tokens, for each row, in nats.
+
+    Args:
+        log_probs: Log-probabilities of the answer tokens. Shape ``[rows, tokens]``.
+        mask: True at answer tokens. Shape ``[rows, tokens]``.
+
+    Returns:
+        Means, NaN for a row without answer tokens. Shape ``[rows]``; at least float32.
+
+    Raises:
+        ValueError: The shapes differ or are not two-dimensional.
+
+    >>> log_probs = torch.tensor([[-1.0, -2.0, 0.0], [-0.5, -1.0, -1.5]])
+    >>> mask = torch.tensor([[True, True, False], [True, True, True]])
+    >>> mean_log_prob(log_probs, mask).tolist()
+    [-1.5, -1.0]
+    """
+    total = total_log_prob(log_probs, mask)
+    return total / mask.bool().sum(dim=1).to(total.dtype)
+
+
+def total_log_prob(log_probs: Tensor, mask: Tensor) -> Tensor:
+    """Log-probability of the whole answer, for each row, in nats.
+
+    Args:
+        log_probs: Log-probabilities of the answer tokens. Shape ``[rows, tokens]``.
+        mask: True at answer tokens. Shape ``[rows, tokens]``.
+
+    Returns:
+        Sums. Shape ``[rows]``; at least float32.
+
+    Raises:
+        ValueError: The shapes differ or are not two-dimensional.
+
+    >>> total_log_prob(torch.tensor([[-1.0, -2.0, -9.0]]), torch.tensor([[1, 1, 0]])).tolist()
+    [-3.0]
+    """
+    _check("log_probs", log_probs, "mask", mask)
+    wide = log_probs.to(torch.promote_types(log_probs.dtype, torch.float32))
+    # Not a product with the mask: a padding position may hold -inf.
+    return wide.masked_fill(~mask.bool(), 0.0).sum(dim=1)
+
+
+def prefers(
+    new_log_probs: Tensor,
+    old_log_probs: Tensor,
+    new_mask: Tensor | None = None,
+    old_mask: Tensor | None = None,
+    reduction: Literal["mean", "total"] = "mean",
+) -> Tensor:
+    """Whether the new answer is more likely than the old one, ``P(new) > P(old)``, for each row.
+
+    Answers of unequal length make the comparison depend on how tokens are pooled. ``mean``
+    compares mean log-probabilities a token, as the released code of ROME and MEMIT does for its
+    efficacy, paraphrase and neighbourhood scores; ``total`` compares the probabilities of whole
+    answers, as the formula in the papers reads, and favours the shorter one. A tie is not a
+    preference.
+
+    Args:
+        new_log_probs: Log-probabilities of the new answer's tokens. Shape ``[rows, new_tokens]``.
+        old_log_probs: The same of the old answer. Shape ``[rows, old_tokens]``.
+        new_mask: True at answer tokens; all of them when ``None``. Shape ``[rows, new_tokens]``.
+        old_mask: The same of the old answer. Shape ``[rows, old_tokens]``.
+        reduction: ``mean`` over tokens or their ``total``.
+
+    Returns:
+        Booleans. Shape ``[rows]``.
+
+    Raises:
+        ValueError: A mask does not fit its log-probabilities, or the rows differ in number.
+
+    >>> new, old = torch.tensor([[-0.6, -0.6]]), torch.tensor([[-1.0]])
+    >>> prefers(new, old).tolist(), prefers(new, old, reduction="total").tolist()
+    ([True], [False])
+
+    Source: Meng et al. 2022 (arXiv 2202.05262), section 3.3.
+    """
+    new_mask = torch.ones_like(new_log_probs, dtype=torch.bool) if new_mask is None else new_mask
+    old_mask = torch.ones_like(old_log_probs, dtype=torch.bool) if old_mask is None else old_mask
+    if new_log_probs.shape[:1] != old_log_probs.shape[:1]:
+        raise ValueError(
+            "`new_log_probs` and `old_log_probs` must have equally many rows, "
+            f"got {list(new_log_probs.shape)} and {list(old_log_probs.shape)}"
+        )
+    pool = mean_log_prob if reduction == "mean" else total_log_prob
+    return pool(new_log_probs, new_mask) > pool(old_log_probs, old_mask)
