@@ -1,0 +1,275 @@
+"""The language model that is edited, with its tokenizer."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kedit_lightning.base_models.decoding import generate_texts
+from kedit_lightning.base_models.fingerprint import model_fingerprint, tokenizer_fingerprint
+from kedit_lightning.base_models.layout import Layout
+from kedit_lightning.base_models.rows import (
+    EncodedRow,
+    PaddingSide,
+    RowEncoder,
+    TokenRows,
+    pad_encoder_decoder_rows,
+    pad_rows,
+)
+from kedit_lightning.base_models.spec import BaseModelSpec, load_pretrained
+from kedit_lightning.edits import EditStack
+from kedit_lightning.edits.modules import first_tensor
+from kedit_lightning.errors import InvalidRequestError, NonFiniteError
+
+
+class BaseModel:
+    """A Hugging Face language model and its tokenizer, frozen, with a stack of edits.
+
+    Args:
+        model: The model; it is put into evaluation mode and its weights are frozen.
+        tokenizer: Its tokenizer.
+        name: Name in reports; taken from the model's configuration if not given.
+        chat: Put prompts into the user turn of the tokenizer's chat template.
+        padding_side: Side of padding when rows are scored; it never changes a result.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        name: str | None = None,
+        chat: bool = False,
+        padding_side: PaddingSide = "right",
+    ) -> None:
+        self.model: Any = model.eval().requires_grad_(False)
+        self.tokenizer: Any = tokenizer
+        self.name: str = (
+            name or getattr(model.config, "_name_or_path", "") or model.config.model_type
+        )
+        self.revision: str | None = getattr(model.config, "_commit_hash", None)
+        self.padding_side: PaddingSide = padding_side
+        self.edits = EditStack(model)
+        self.encoder = RowEncoder(tokenizer, chat)
+        self.layout = Layout(model)
+        parameters = inspect.signature(model.forward).parameters
+        self._takes_positions = "position_ids" in parameters
+
+    @classmethod
+    def load(cls, source: str | BaseModelSpec, **options: Any) -> BaseModel:
+        """Load a base model.
+
+        Args:
+            source: Name on the hub, a folder, ``nano``, or a complete specification.
+            **options: Fields of :class:`BaseModelSpec`, such as ``dtype="bfloat16"``.
+
+        Raises:
+            BaseModelNotFoundError: There is no such model.
+        """
+        spec = BaseModelSpec(source, **options) if isinstance(source, str) else source
+        model, tokenizer = load_pretrained(spec)
+        base = cls(model, tokenizer, name=spec.name)
+        base.revision = base.revision or spec.revision
+        return base
+
+    # ---- what it is
+
+    @property
+    def device(self) -> torch.device:
+        """Where its first weights are."""
+        return next(self.model.parameters()).device  # type: ignore[no-any-return]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Number type of its weights."""
+        return self.model.dtype  # type: ignore[no-any-return]
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        """Whether prompt and answer go to different stacks of blocks."""
+        return bool(getattr(self.model.config, "is_encoder_decoder", False))
+
+    @property
+    def is_placed(self) -> bool:
+        """Whether its weights must stay where they are: quantised, or spread by a device map."""
+        return bool(
+            getattr(self.model, "is_quantized", False) or getattr(self.model, "hf_device_map", None)
+        )
+
+    def to(self, device: torch.device | str) -> BaseModel:
+        """Move it, unless it is quantised or has a device map."""
+        if not self.is_placed:
+            self.model.to(device)
+        return self
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Short hash that tells base models apart."""
+        return model_fingerprint(self.model)
+
+    @cached_property
+    def tokenizer_fingerprint(self) -> str:
+        """Short hash that tells tokenizers apart."""
+        return tokenizer_fingerprint(self.tokenizer)
+
+    @property
+    def max_tokens(self) -> int:
+        """Longest row it can take."""
+        config = self.model.config
+        for field in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
+            if getattr(config, field, None):
+                return int(getattr(config, field))
+        return 1_000_000
+
+    def module(self, name: str) -> nn.Module:
+        """The module with a dotted name."""
+        module: nn.Module = self.model.get_submodule(name)
+        return module
+
+    def check_finite(self) -> None:
+        """Make sure that the weights are numbers.
+
+        Raises:
+            NonFiniteError: A weight is NaN or infinite; the message names the tensor.
+        """
+        for name, tensor in self.model.named_parameters():
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise NonFiniteError(
+                    f"the weights of base model '{self.name}' hold NaN or infinite values in "
+                    f"'{name}', so nothing computed from them would mean anything; load the model "
+                    "again, in bfloat16 or float32 if it was converted to float16"
+                )
+
+    # ---- rows
+
+    def rows(
+        self,
+        prompts: Sequence[str],
+        answers: Sequence[str | None] | None = None,
+        subjects: Sequence[str | None] | None = None,
+        padding_side: PaddingSide | None = None,
+    ) -> TokenRows:
+        """Tokenise and pad prompts, with answers and places of subjects where given.
+
+        Prompt edits on the stack rewrite the prompts first.
+
+        Raises:
+            InvalidRequestError: A row is longer than the model allows, or lacks its subject.
+        """
+        answers = answers or [None] * len(prompts)
+        subjects = subjects or [None] * len(prompts)
+        encoded = [self._encode(*row) for row in zip(prompts, answers, subjects, strict=True)]
+        return self.pad(encoded, padding_side)
+
+    def pad(
+        self, encoded: Sequence[EncodedRow], padding_side: PaddingSide | None = None
+    ) -> TokenRows:
+        """Align and pad rows that are tokens already."""
+        pad_id = self.tokenizer.pad_token_id
+        if pad_id is None:
+            pad_id = self.tokenizer.eos_token_id or 0
+        if self.is_encoder_decoder:
+            start = self.model.config.decoder_start_token_id
+            suffix = self.encoder.suffix
+            return pad_encoder_decoder_rows(encoded, pad_id, start, suffix, self.device)
+        side = padding_side or self.padding_side
+        return pad_rows(encoded, pad_id, side, self._takes_positions, self.device)
+
+    def _encode(self, prompt: str, answer: str | None, subject: str | None) -> EncodedRow:
+        reserve = 32 if answer is None else self.encoder.count(answer) + 2
+        rendered = self.edits.render(
+            prompt, lambda text: self.encoder.count(text) + reserve <= self.max_tokens
+        )
+        row = self.encoder.encode(rendered, answer, subject)
+        length = len(row.prompt) + len(row.answer)
+        if length > self.max_tokens:
+            raise InvalidRequestError(
+                f"prompt {prompt[:60]!r} takes {length} tokens with its answer, and base model "
+                f"'{self.name}' takes at most {self.max_tokens}; shorten it"
+            )
+        return row
+
+    # ---- answers
+
+    def forward(self, rows: TokenRows, **options: Any) -> Any:
+        """Run the model on rows, with memory edits told where the prompts end."""
+        with self.edits.prompts_end_at(rows.prompt_end):
+            return self.model(**rows.inputs, use_cache=False, **options)
+
+    def answer_logits(self, rows: TokenRows) -> Tensor:
+        """Logits that predict the answer tokens. Shape ``[batch, width, vocab]``.
+
+        The vocabulary projection runs on these positions only.
+        """
+        return self.logits_at(rows, rows.answer_columns)
+
+    def logits_at(self, rows: TokenRows, columns: Tensor) -> Tensor:
+        """Logits at some columns of each row.
+
+        Args:
+            rows: The rows.
+            columns: Shape ``[batch, width]``.
+
+        Returns:
+            Shape ``[batch, width, vocab]``.
+        """
+        head = self.model.get_output_embeddings()
+        if head is None:
+            logits = self.forward(rows).logits
+            at = columns[..., None].expand(-1, -1, logits.shape[-1])
+            return self.edits.adjust_logits(logits.gather(1, at))
+
+        def gather(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            hidden = first_tensor(args)
+            at = columns.to(hidden.device)[..., None].expand(-1, -1, hidden.shape[-1])
+            return (hidden.gather(1, at), *args[1:])
+
+        handle = head.register_forward_pre_hook(gather)
+        try:
+            logits = self.forward(rows).logits
+        finally:
+            handle.remove()
+        return self.edits.adjust_logits(logits)
+
+    def answer_log_probs(self, rows: TokenRows) -> Tensor:
+        """Log-probability of each answer token, 0 on padding. Shape ``[batch, width]``.
+
+        Computed in at least float32.
+        """
+        logits = self.answer_logits(rows)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        chosen = logits.log_softmax(-1).gather(-1, rows.answer_ids[..., None])[..., 0]
+        return chosen * rows.answer_mask
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        max_new_tokens: int = 64,
+        batch_size: int = 32,
+        stop_at_sentence: bool = False,
+        **options: Any,
+    ) -> list[str]:
+        """Continue prompts, greedily unless ``options`` say otherwise.
+
+        Args:
+            prompts: The prompts.
+            max_new_tokens: Longest continuation.
+            batch_size: Prompts answered together; it never changes an answer.
+            stop_at_sentence: End once every row has ended a line or a sentence.
+            **options: Passed to ``transformers``' ``generate``.
+
+        Returns:
+            The continuations, without the prompts.
+        """
+        texts: list[str] = []
+        for start in range(0, len(prompts), batch_size):
+            rows = self.rows(prompts[start : start + batch_size], padding_side="left")
+            texts += generate_texts(self, rows, max_new_tokens, stop_at_sentence, options)
+        return texts
+
+    def __repr__(self) -> str:
+        return f"BaseModel({self.name!r}, {self.model.config.model_type}, {len(self.edits)} edits)"

@@ -1,0 +1,43 @@
+"""Short hashes that tell whether two base models, or two tokenizers, are the same."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+from torch import nn
+
+#: Values read from each tensor; enough to tell fine-tuned models apart, cheap at any size.
+_SAMPLE = 64
+#: Settings of a configuration that do not change what the model computes.
+_IGNORED = ("_name_or_path", "transformers_version", "use_cache", "_commit_hash", "dtype")
+
+
+def _digest(*parts: bytes) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()[:16]
+
+
+@torch.no_grad()
+def model_fingerprint(model: nn.Module) -> str:
+    """Hash of configuration, tensor names, shapes, dtypes and a strided sample of the values."""
+    config: Any = model.config
+    settings = {k: v for k, v in config.to_dict().items() if k not in _IGNORED}
+    parts = [json.dumps(settings, sort_keys=True, default=str).encode()]
+    for name, tensor in sorted(model.state_dict().items()):
+        parts.append(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        flat = tensor.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // _SAMPLE)][:_SAMPLE].cpu().contiguous()
+        parts.append(sample.view(torch.uint8).numpy().tobytes())
+    return _digest(*parts)
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Hash of the vocabulary and of how a few texts are cut."""
+    vocabulary = json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()
+    sample = "The capital of Łódź's 3rd district, naïvely: 首都是罗马.\n\tx = 42"
+    return _digest(vocabulary, json.dumps(tokenizer(sample)["input_ids"]).encode())

@@ -1,0 +1,104 @@
+"""Which base model to load, and loading it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+from kedit_lightning.errors import BaseModelNotFoundError, MissingExtraError, UnsupportedUseError
+
+#: Base models that come with the package.
+PACKAGED = ("nano",)
+
+
+@dataclass(frozen=True)
+class BaseModelSpec:
+    """Which base model to load and how.
+
+    Args:
+        name: Name on the Hugging Face hub, a folder, or ``nano`` for the packaged model.
+        dtype: Number type of the weights; ``auto`` keeps that of the files.
+        revision: Branch, tag or commit on the hub.
+        device_map: Passed to transformers, such as ``auto`` to spread layers over devices.
+        quantization: Load the weights in 8 or 4 bit with bitsandbytes.
+        attn_implementation: Attention kernel, such as ``sdpa`` or ``eager``.
+        trust_remote_code: Run code that comes with the model. Only for sources you trust.
+    """
+
+    name: str
+    dtype: Literal["auto", "float32", "float64", "bfloat16", "float16"] = "auto"
+    revision: str | None = None
+    device_map: str | None = None
+    quantization: Literal["8bit", "4bit"] | None = None
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+
+
+def resolve(name: str) -> str:
+    """Where the files of a base model are: a packaged folder, or the name itself."""
+    if name in PACKAGED:
+        return str(files("kedit_lightning.base_models") / name)
+    return name
+
+
+def _quantization(spec: BaseModelSpec) -> dict[str, Any]:
+    if spec.quantization is None:
+        return {}
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError(
+            f"loading '{spec.name}' in {spec.quantization} needs bitsandbytes: "
+            "pip install bitsandbytes"
+        ) from error
+    from transformers import BitsAndBytesConfig
+
+    four = spec.quantization == "4bit"
+    config = BitsAndBytesConfig(load_in_4bit=four, load_in_8bit=not four)
+    return {"quantization_config": config}
+
+
+def load_pretrained(spec: BaseModelSpec) -> tuple[Any, Any]:
+    """Load model and tokenizer.
+
+    Raises:
+        BaseModelNotFoundError: There is no such model.
+    """
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForSeq2SeqLM,
+        AutoTokenizer,
+    )
+
+    where = resolve(spec.name)
+    # The packaged model is stored in 16 bit and computes in 32.
+    dtype = "float32" if spec.dtype == "auto" and spec.name in PACKAGED else spec.dtype
+    source = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
+    options: dict[str, Any] = {**source, **_quantization(spec)}
+    if spec.device_map is not None:
+        options["device_map"] = spec.device_map
+    if spec.attn_implementation is not None:
+        options["attn_implementation"] = spec.attn_implementation
+    try:
+        config = AutoConfig.from_pretrained(where, **source)
+        tokenizer = AutoTokenizer.from_pretrained(where, **source)
+        sequence_to_sequence = getattr(config, "is_encoder_decoder", False)
+        loader = AutoModelForSeq2SeqLM if sequence_to_sequence else AutoModelForCausalLM
+        model = loader.from_pretrained(where, dtype=dtype, **options)
+    except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error) and not spec.trust_remote_code:
+            raise UnsupportedUseError(
+                f"base model '{spec.name}' needs code that comes with it; set "
+                "model.base_model.trust_remote_code to true if you trust its source"
+            ) from error
+        kind = "folder" if Path(where).is_dir() else "base model"
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise BaseModelNotFoundError(
+            f"{kind} '{spec.name}' could not be loaded ({reason}); give a folder with config, weights "
+            f"and tokenizer, a name on the hub that this machine can reach or has in its cache, or "
+            f"one of the packaged models: {', '.join(PACKAGED)}"
+        ) from error
+    return model, tokenizer

@@ -1,0 +1,81 @@
+"""Helpers about torch modules that edits and base models share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kedit_lightning.errors import UnsupportedUseError
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether the module stores its weight as ``[d_in, d_out]``, as GPT-2's ``Conv1D`` does.
+
+    The answer comes from the type: shapes cannot tell for square matrices.
+    """
+    return type(module).__name__ == "Conv1D"
+
+
+def is_projection(module: nn.Module) -> bool:
+    """Whether the module is a matrix that weight edits know how to change."""
+    return isinstance(module, nn.Linear) or is_transposed(module)
+
+
+def projection_shape(module: nn.Module) -> tuple[int, int]:
+    """``(d_in, d_out)`` of a Linear or Conv1D, quantised ones included."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.shape[0], weight.shape[1]
+
+
+def oriented(matrix: Tensor, module: nn.Module) -> Tensor:
+    """Turn ``[d_out, d_in]`` into the orientation of the module's own weight, and back."""
+    return matrix.T if is_transposed(module) else matrix
+
+
+def first_tensor(output: Any) -> Tensor:
+    """The hidden states of a module's output, which is a tensor or a tuple that starts with it."""
+    tensor = output[0] if isinstance(output, (tuple, list)) else output
+    assert isinstance(tensor, Tensor)
+    return tensor
+
+
+def with_first(output: Any, tensor: Tensor) -> Any:
+    """The same output with its hidden states replaced."""
+    if isinstance(output, (tuple, list)):
+        return (tensor, *output[1:])
+    return tensor
+
+
+def check_editable(model: nn.Module, name: str) -> nn.Module:
+    """Return the module called ``name`` if a weight edit may change it.
+
+    Raises:
+        UnsupportedUseError: It is no Linear or Conv1D, or its weight is tied to another module.
+    """
+    try:
+        module = model.get_submodule(name)
+    except AttributeError as error:
+        raise UnsupportedUseError(f"the base model has no module {name!r}") from error
+    if not is_projection(module):
+        raise UnsupportedUseError(
+            f"module {name!r} is a {type(module).__name__}; weight edits change Linear and Conv1D "
+            "modules only, so choose a projection of a block"
+        )
+    weight = module.weight
+    for other_name, other in model.named_modules():
+        if other is not module and getattr(other, "weight", None) is weight:
+            raise UnsupportedUseError(
+                f"the weight of {name!r} is tied to {other_name!r}, so changing one would change "
+                "both; choose a projection inside a block"
+            )
+    return module
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype edits are added in: at least float32, since half precision swallows small deltas."""
+    return torch.promote_types(dtype, torch.float32)

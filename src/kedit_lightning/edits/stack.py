@@ -1,0 +1,161 @@
+"""The edits now applied to a base model, in order."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from kedit_lightning.edits.base import Edit
+from kedit_lightning.edits.context import ContextTracker
+from kedit_lightning.edits.decoding import DecodingEdit
+from kedit_lightning.edits.patches import MemoryPatch, ModuleHook, Patch
+from kedit_lightning.edits.prompt import PromptEdit, render_prompt
+from kedit_lightning.errors import EditOrderError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+def _parts(edits: list[Edit]) -> list[Edit]:
+    return [part for edit in edits for part in edit.parts()]
+
+
+class EditStack:
+    """Ordered edits of one base model.
+
+    Iterating gives the edits, oldest first.  Hooks exist only while an edit is on the stack, and
+    they are rebuilt from the edits alone at every change: there is no other state.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._edits: list[Edit] = []
+        self._handles: list[RemovableHandle] = []
+        self._active = True
+        self._tracker = ContextTracker()
+
+    def __iter__(self) -> Iterator[Edit]:
+        return iter(tuple(self._edits))
+
+    def __len__(self) -> int:
+        return len(self._edits)
+
+    def __getitem__(self, index: int) -> Edit:
+        return self._edits[index]
+
+    def __repr__(self) -> str:
+        return f"EditStack({self._edits!r})"
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """Ids of the applied edits, oldest first."""
+        return tuple(edit.id for edit in self._edits)
+
+    @property
+    def active(self) -> bool:
+        """Whether the edits act now; they do not inside :meth:`suspended`."""
+        return self._active and bool(self._edits)
+
+    def push(self, edit: Edit) -> None:
+        """Apply an edit on top.
+
+        Raises:
+            EditOrderError: The edit depends on the stack it was computed on, which is another.
+        """
+        made_on = edit.origin.stack
+        if edit.origin.method and made_on != self.ids:
+            there, here = (", ".join(ids) or "no edits" for ids in (made_on, self.ids))
+            if edit.requires_its_stack:
+                raise EditOrderError(
+                    f"edit {edit.id} by {edit.origin.method} depends on the edits it was computed "
+                    f"on ({there}), but the stack holds {here}; apply those first, in that order, "
+                    "or compute the edit again"
+                )
+            warnings.warn(
+                f"edit {edit.id} by {edit.origin.method} was computed on top of {there}, and is "
+                f"applied on top of {here}; its scores may differ from those reported for it",
+                stacklevel=3,
+            )
+        self._change([*self._edits, edit])
+
+    def remove(self, edit: Edit) -> None:
+        """Roll one edit back, wherever it stands."""
+        self._change([other for other in self._edits if other is not edit])
+
+    def clear(self) -> None:
+        """Roll all edits back."""
+        self._change([])
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Inside, the base model answers as if it had never been edited."""
+        before, self._active = self._active, False
+        try:
+            yield
+        finally:
+            self._active = before
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """On leaving, the stack is as it was on entering, whatever happened inside."""
+        before = list(self._edits)
+        try:
+            yield
+        finally:
+            if self._edits != before:
+                self._change(before)
+
+    @contextmanager
+    def prompts_end_at(self, columns: Tensor) -> Iterator[None]:
+        """Tell memory edits where the prompts of the next forward passes end, ``[batch]``."""
+        self._tracker.given = columns
+        try:
+            yield
+        finally:
+            self._tracker.given = None
+
+    def render(self, prompt: str, fits: Callable[[str], bool]) -> str:
+        """The prompt as prompt edits rewrite it; the prompt itself when there are none."""
+        if not self._active:
+            return prompt
+        return render_prompt(
+            [p for p in _parts(self._edits) if isinstance(p, PromptEdit)], prompt, fits
+        )
+
+    def adjust_logits(self, logits: Tensor) -> Tensor:
+        """Next-token logits ``[..., vocab]`` as decoding edits change them."""
+        if self._active:
+            for part in _parts(self._edits):
+                if isinstance(part, DecodingEdit):
+                    logits = part.adjust(logits)
+        return logits
+
+    def _change(self, edits: list[Edit]) -> None:
+        """Make ``edits`` the stack; on failure the old stack stays in force."""
+        patches: dict[str, list[Patch]] = {}
+        for part in _parts(edits):
+            for name, patch in part.patches().items():
+                patches.setdefault(name, []).append(patch)
+        hooks = {
+            name: ModuleHook(self._model.get_submodule(name), group)
+            for name, group in patches.items()
+        }
+        for handle in self._handles:
+            handle.remove()
+        self._handles = [self._register(name, hook) for name, hook in hooks.items()]
+        if any(isinstance(p, MemoryPatch) for group in patches.values() for p in group):
+            self._handles.append(
+                self._model.register_forward_pre_hook(self._tracker, with_kwargs=True)
+            )
+        self._edits = edits
+
+    def _register(self, name: str, hook: ModuleHook) -> RemovableHandle:
+        def call(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            return hook(args, output, self._tracker.current) if self._active else None
+
+        return self._model.get_submodule(name).register_forward_hook(call)

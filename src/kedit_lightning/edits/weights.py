@@ -1,0 +1,165 @@
+"""Edits of weights: low-rank, dense, and adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from kedit_lightning.edits.base import Edit, EditableModel, EditOrigin, check_finite
+from kedit_lightning.edits.modules import check_editable, oriented, projection_shape
+from kedit_lightning.edits.patches import DensePatch, LowRankPatch, Patch
+from kedit_lightning.errors import EditFileError
+
+
+class LowRankEdit(Edit):
+    """Adds a product of two thin matrices to some projections.
+
+    Args:
+        base: The base model.
+        factors: ``(A, B)`` by module name, with ``A`` of shape ``[rank, d_in]`` and ``B`` of shape
+            ``[d_out, rank]``; the module's output becomes ``y + (x Aᵀ) Bᵀ``.
+        origin: Where the edit comes from.
+
+    Raises:
+        UnsupportedUseError: A module cannot be changed by a weight edit.
+        NonFiniteError: A factor holds NaN or infinity.
+    """
+
+    kind: ClassVar[str] = "low_rank"
+
+    def __init__(
+        self,
+        base: EditableModel,
+        factors: Mapping[str, tuple[Tensor, Tensor]],
+        origin: EditOrigin | None = None,
+    ) -> None:
+        super().__init__(base, origin)
+        self.factors = {name: (a.detach(), b.detach()) for name, (a, b) in factors.items()}
+        for name, (a, b) in self.factors.items():
+            module = check_editable(base.model, name)
+            if (a.shape[1], b.shape[0]) != projection_shape(module) or a.shape[0] != b.shape[1]:
+                raise EditFileError(
+                    f"factors of shape {tuple(a.shape)} and {tuple(b.shape)} do not fit module "
+                    f"'{name}', which maps {projection_shape(module)[0]} to "
+                    f"{projection_shape(module)[1]} values"
+                )
+            check_finite("low-rank update", name, a)
+            check_finite("low-rank update", name, b)
+
+    def patches(self) -> dict[str, Patch]:
+        """One low-rank patch a module."""
+        return {name: LowRankPatch(a, b) for name, (a, b) in self.factors.items()}
+
+    def deltas(self) -> dict[str, Tensor]:
+        """Dense change of each weight, in the weight's own orientation."""
+        return {
+            f"{name}.weight": oriented(b @ a, self.base.model.get_submodule(name))
+            for name, (a, b) in self.factors.items()
+        }
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The factors."""
+        tensors = {f"{name}.A": a for name, (a, _) in self.factors.items()}
+        return tensors | {f"{name}.B": b for name, (_, b) in self.factors.items()}, {}
+
+    @classmethod
+    def from_state(
+        cls,
+        base: EditableModel,
+        origin: EditOrigin,
+        tensors: dict[str, Tensor],
+        values: dict[str, Any],
+    ) -> LowRankEdit:
+        """Rebuild from the factors."""
+        names = sorted(name.removesuffix(".A") for name in tensors if name.endswith(".A"))
+        return cls(base, {n: (tensors[f"{n}.A"], tensors[f"{n}.B"]) for n in names}, origin)
+
+
+class AdapterEdit(LowRankEdit):
+    """A LoRA adapter that was trained with peft and unloaded, attached like any low-rank edit.
+
+    The scaling of the adapter is part of ``B``.
+    """
+
+    kind: ClassVar[str] = "adapter"
+
+
+class DenseEdit(Edit):
+    """Adds a dense matrix, and perhaps a bias, to some projections.
+
+    Args:
+        base: The base model.
+        changes: ``(delta, bias)`` by module name, with ``delta`` of shape ``[d_out, d_in]`` (or
+            ``None``) and ``bias`` of shape ``[d_out]`` (or ``None``).
+        origin: Where the edit comes from.
+
+    Raises:
+        UnsupportedUseError: A module cannot be changed by a weight edit.
+        NonFiniteError: A change holds NaN or infinity.
+    """
+
+    kind: ClassVar[str] = "dense"
+
+    def __init__(
+        self,
+        base: EditableModel,
+        changes: Mapping[str, tuple[Tensor | None, Tensor | None]],
+        origin: EditOrigin | None = None,
+    ) -> None:
+        super().__init__(base, origin)
+        self.changes = {
+            name: tuple(None if part is None else part.detach() for part in change)
+            for name, change in changes.items()
+        }
+        for name, change in self.changes.items():
+            d_in, d_out = projection_shape(check_editable(base.model, name))
+            for part, quantity, shape in zip(
+                change, ("dense update", "bias update"), ((d_out, d_in), (d_out,)), strict=True
+            ):
+                if part is None:
+                    continue
+                if tuple(part.shape) != shape:
+                    raise EditFileError(
+                        f"a {quantity} of shape {tuple(part.shape)} does not fit module '{name}', "
+                        f"which needs {shape}"
+                    )
+                check_finite(quantity, name, part)
+
+    def patches(self) -> dict[str, Patch]:
+        """One dense patch a module."""
+        return {name: DensePatch(delta, bias) for name, (delta, bias) in self.changes.items()}
+
+    def deltas(self) -> dict[str, Tensor]:
+        """Change of each weight and bias, in the parameter's own orientation."""
+        found: dict[str, Tensor] = {}
+        for name, (delta, bias) in self.changes.items():
+            if delta is not None:
+                found[f"{name}.weight"] = oriented(delta, self.base.model.get_submodule(name))
+            if bias is not None:
+                found[f"{name}.bias"] = bias
+        return found
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The matrices and biases."""
+        tensors: dict[str, Tensor] = {}
+        for name, (delta, bias) in self.changes.items():
+            if delta is not None:
+                tensors[f"{name}.delta"] = delta
+            if bias is not None:
+                tensors[f"{name}.bias"] = bias
+        return tensors, {}
+
+    @classmethod
+    def from_state(
+        cls,
+        base: EditableModel,
+        origin: EditOrigin,
+        tensors: dict[str, Tensor],
+        values: dict[str, Any],
+    ) -> DenseEdit:
+        """Rebuild from the matrices and biases."""
+        names = sorted({name.rpartition(".")[0] for name in tensors})
+        changes = {n: (tensors.get(f"{n}.delta"), tensors.get(f"{n}.bias")) for n in names}
+        return cls(base, changes, origin)

@@ -1,0 +1,81 @@
+"""Errors that a user can act on.
+
+Each is a :class:`KEditError` and a built-in type too, so that both ``except KEditError`` and
+``except ValueError`` do what a caller expects.  A message is one sentence that says what is wrong,
+where (record, field, layer), and the ways out.
+"""
+
+
+class KEditError(Exception):
+    """Something the user can put right; the command line turns it into one sentence."""
+
+
+class InvalidRequestError(KEditError, ValueError):
+    """A request, probe or record holds a value that cannot be used."""
+
+
+class DataFileError(KEditError, ValueError):
+    """A data file is absent, unreadable, or holds records that do not fit its schema."""
+
+
+class DataFileNotFoundError(DataFileError, FileNotFoundError):
+    """A data file is absent, or no file was named where one is needed."""
+
+
+class MissingNeedsError(KEditError, ValueError):
+    """A method needs something of its requests that they do not carry."""
+
+
+class UnsupportedUseError(KEditError, ValueError):
+    """A method, model or protocol was asked for something it does not do."""
+
+
+class BaseModelNotFoundError(KEditError, OSError):
+    """The base model is neither packaged, nor a folder, nor reachable on the hub."""
+
+
+class BaseModelMismatchError(KEditError, ValueError):
+    """A saved edit or checkpoint belongs to another base model."""
+
+
+class ModuleNotLocatedError(KEditError, LookupError):
+    """The structure of the base model has no place of the kind that was asked for."""
+
+
+class NonFiniteError(KEditError, ArithmeticError):
+    """A quantity that would reach the weights is NaN or infinite."""
+
+
+class StatisticsNotFoundError(KEditError, FileNotFoundError):
+    """Key statistics that a closed-form method needs are absent."""
+
+
+class EditFileError(KEditError, ValueError):
+    """A saved edit cannot be read."""
+
+
+class EditOrderError(KEditError, RuntimeError):
+    """An edit cannot be applied or rolled back where the stack stands now."""
+
+
+class NothingToFitError(KEditError, RuntimeError):
+    """``fit`` was called on a method that learns nothing before its requests."""
+
+
+class ResumeError(KEditError, ValueError):
+    """An output folder cannot be continued with the present settings."""
+
+
+class MissingExtraError(KEditError, ImportError):
+    """An optional dependency is not installed."""
+
+
+def article_list(items: list[str], limit: int = 12) -> str:
+    """Join names for a message, cutting a long list with a count.
+
+    >>> article_list(["a", "b", "c"], limit=2)
+    'a, b and 1 more'
+    """
+    if len(items) <= limit:
+        return ", ".join(items)
+    return f"{', '.join(items[:limit])} and {len(items) - limit} more"

@@ -1,0 +1,49 @@
+"""Editing methods, by the names that papers use."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kedit_lightning.methods.base import Capabilities, EditMethod
+    from kedit_lightning.methods.finetune.ftm import FTM
+    from kedit_lightning.methods.hypernetwork.mend import MEND
+    from kedit_lightning.methods.in_context.ike import IKE
+    from kedit_lightning.methods.locate.rome import ROME, RROME
+    from kedit_lightning.methods.memory.grace import GRACE
+
+_HOMES = {
+    "Capabilities": "base",
+    "EditMethod": "base",
+    "FTM": "finetune.ftm",
+    "GRACE": "memory.grace",
+    "IKE": "in_context.ike",
+    "MEND": "hypernetwork.mend",
+    "ROME": "locate.rome",
+    "RROME": "locate.rome",
+}
+#: Every editing method of this package.
+METHODS = ("FTM", "GRACE", "IKE", "MEND", "ROME", "RROME")
+
+__all__ = [
+    "FTM",
+    "GRACE",
+    "IKE",
+    "MEND",
+    "METHODS",
+    "ROME",
+    "RROME",
+    "Capabilities",
+    "EditMethod",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

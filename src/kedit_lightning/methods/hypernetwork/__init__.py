@@ -1,0 +1,1 @@
+"""Hypernetworks editing methods."""

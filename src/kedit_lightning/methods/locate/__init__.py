@@ -1,0 +1,1 @@
+"""Locate-then-edit editing methods."""

@@ -1,0 +1,157 @@
+"""What is asked of an editing method, and what is asked of the edited model.
+
+Everything here is text: tokens belong to :mod:`kedit_lightning.base_models`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias, get_args
+
+from kedit_lightning.errors import InvalidRequestError
+
+ProbeKind: TypeAlias = Literal["rewrite", "rephrase", "locality", "portability"]
+
+
+def _refuse(record: str, field: str, reason: str) -> InvalidRequestError:
+    return InvalidRequestError(f"{record}: field '{field}' {reason}")
+
+
+@dataclass(frozen=True)
+class EditRequest:
+    """One fact to write into a base model.
+
+    Args:
+        prompt: Text that ends where the answer begins.
+        target_new: The answer to write.
+        subject: The span of ``prompt`` that the fact is about; some methods need it.
+        target_old: The answer the fact had before, where known.
+        id: Name of the request in reports and file names.
+
+    Raises:
+        InvalidRequestError: A text is empty or not text, or the subject is not part of the prompt.
+    """
+
+    prompt: str
+    target_new: str
+    subject: str | None = None
+    target_old: str | None = None
+    id: str | None = None
+
+    def __post_init__(self) -> None:
+        for field in ("prompt", "target_new"):
+            value = getattr(self, field)
+            if not isinstance(value, str) or not value.strip():
+                raise _refuse(self.label, field, f"must be text that is not empty, got {value!r}")
+        for field in ("subject", "target_old", "id"):
+            value = getattr(self, field)
+            if value is not None and (not isinstance(value, str) or not value.strip()):
+                raise _refuse(
+                    self.label, field, f"must be text that is not empty, or absent, got {value!r}"
+                )
+        if self.subject is not None and self.subject not in self.prompt:
+            raise _refuse(
+                self.label,
+                "subject",
+                f"({self.subject!r}) does not occur in the prompt {self.prompt!r}; "
+                "write it exactly as the prompt does",
+            )
+
+    @property
+    def label(self) -> str:
+        """How messages name this request."""
+        return f"request {self.id!r}" if self.id is not None else f"request {self.prompt!r}"
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A question that judges an edit.
+
+    Args:
+        kind: What the answer tells: ``rewrite``, ``rephrase``, ``locality`` or ``portability``.
+        prompt: Text that ends where the answer begins.
+        answers: Answers that count as right, the preferred one first. May be empty for locality,
+            which asks whether the base model's own answer has changed.
+        group: Name under which scores are collected, such as ``neighborhood``; the kind if empty.
+        contrast: An answer that should be less likely than ``answers[0]`` after the edit.
+
+    Raises:
+        InvalidRequestError: The kind is unknown, a text is empty, or a needed answer is missing.
+    """
+
+    kind: ProbeKind
+    prompt: str
+    answers: tuple[str, ...] = ()
+    group: str = ""
+    contrast: str | None = None
+
+    def __post_init__(self) -> None:
+        name = f"{self.kind} probe {self.prompt!r}"
+        if self.kind not in get_args(ProbeKind):
+            raise _refuse(name, "kind", f"must be one of {', '.join(get_args(ProbeKind))}")
+        if not isinstance(self.prompt, str) or not self.prompt.strip():
+            raise _refuse(name, "prompt", f"must be text that is not empty, got {self.prompt!r}")
+        # Lists arrive from JSON; a tuple keeps the probe hashable.
+        object.__setattr__(self, "answers", tuple(self.answers))
+        if not self.answers and self.kind != "locality":
+            raise _refuse(name, "answers", "must hold at least one answer")
+        for answer in (*self.answers, *([] if self.contrast is None else [self.contrast])):
+            if not isinstance(answer, str) or not answer.strip():
+                raise _refuse(name, "answers", f"must hold text that is not empty, got {answer!r}")
+        if not self.group:
+            object.__setattr__(self, "group", self.kind)
+
+
+@dataclass(frozen=True)
+class EditExample:
+    """One record of a benchmark: requests written together, and the probes that judge them.
+
+    Args:
+        requests: The facts to write.
+        probes: The questions asked before and after.
+        id: Name of the record in results.
+    """
+
+    requests: tuple[EditRequest, ...]
+    probes: tuple[Probe, ...]
+    id: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "requests", tuple(self.requests))
+        object.__setattr__(self, "probes", tuple(self.probes))
+        if not self.requests:
+            raise _refuse(f"example {self.id!r}", "requests", "must hold at least one request")
+
+    @classmethod
+    def from_request(
+        cls, request: EditRequest, id: str, probes: Sequence[Probe] = ()
+    ) -> EditExample:
+        """Pair a request with the rewrite probe that follows from it, and further probes."""
+        rewrite = Probe(
+            "rewrite", request.prompt, (request.target_new,), contrast=request.target_old
+        )
+        return cls((request,), (rewrite, *probes), id)
+
+
+@dataclass
+class EditBatch:
+    """Examples that travel together through Lightning's loops, as text.
+
+    ``to`` exists because Lightning moves a batch through it; without it, it would walk the fields
+    and fail on frozen dataclasses.
+    """
+
+    examples: list[EditExample]
+
+    @property
+    def requests(self) -> list[EditRequest]:
+        """All requests of the batch in order."""
+        return [request for example in self.examples for request in example.requests]
+
+    def to(self, *args: Any, **kwargs: Any) -> EditBatch:
+        """Return the batch itself; text has no device."""
+        return self
+
+    def __len__(self) -> int:
+        return len(self.examples)

@@ -1,0 +1,61 @@
+"""Fixtures of all tests."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+# Before transformers or datasets are imported: a test may never reach for a hub.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "offline")
+
+import pytest
+import torch
+
+from kedit_lightning import BaseModel
+
+SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """One thread, no command line of pytest's, and a cache of the test's own."""
+    torch.set_num_threads(1)
+    monkeypatch.setattr(sys, "argv", ["kedit"])
+    monkeypatch.setenv("KEDIT_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left_behind(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fail a test that leaves an edit, a hook or a changed weight on a base model it made."""
+    made: list[tuple[BaseModel, dict[str, torch.Tensor]]] = []
+    original = BaseModel.__init__
+
+    def remember(self: BaseModel, *args: object, **kwargs: object) -> None:
+        original(self, *args, **kwargs)  # type: ignore[arg-type]
+        if sum(p.numel() for p in self.model.parameters()) < 20_000_000:
+            made.append((self, {n: t.clone() for n, t in self.model.state_dict().items()}))
+
+    monkeypatch.setattr(BaseModel, "__init__", remember)
+    yield
+    for base, weights in made:
+        assert len(base.edits) == 0, f"edits left on {base}"
+        hooked = [
+            name
+            for name, module in base.model.named_modules()
+            if module._forward_hooks or module._forward_pre_hooks
+        ]
+        assert not hooked, f"hooks left on {hooked}"
+        for name, tensor in base.model.state_dict().items():
+            assert torch.equal(tensor.nan_to_num(), weights[name].nan_to_num()), f"{name} changed"
+
+
+@pytest.fixture
+def shared_data() -> Path:
+    """The folder of real data sets, where it is present."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip(f"no real data at {SHARED_DATA}")
+    return SHARED_DATA
