@@ -3,7 +3,7 @@
 #
 #   make demo VENV=~/envs/kedit      another place for the environment
 #   make venv PYTHON=python3.12      another interpreter
-#   make venv TORCH=torch==2.13.0    another build or version of torch (2.11 and later are used)
+#   make venv TORCH=torch==2.11.0    another version of torch than the one of constraints.txt
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
@@ -12,7 +12,7 @@ VENV ?= .venv
 PYTHON ?= python3
 # Installed before everything else, by exact version, so that no other package's wider range decides which
 # build of torch comes in.
-TORCH ?= torch==2.13.0
+TORCH ?= $(shell grep '^torch==' constraints.txt)
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.kedit-installed
@@ -43,9 +43,10 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "[2/4] upgrading pip"
 	@$(PIP) install -qq --upgrade pip
 	@echo "[3/4] installing $(TORCH) (the largest download)"
-	@$(PIP) install -qq $(TORCH) -c constraints.txt
+	@grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt
+	@$(PIP) install -qq $(TORCH) -c $(VENV)/constraints.txt
 	@echo "[4/4] installing kedit-lightning with its development tools (a minute or two)"
-	@$(PIP) install -qq -e '.[dev]' -c constraints.txt
+	@$(PIP) install -qq -e '.[dev]' -c $(VENV)/constraints.txt
 	@touch $@
 	@echo "$(VENV) is ready"
 
@@ -76,6 +77,6 @@ format: venv ## bring every file into the project's format
 types: venv ## check types (mypy, strict)
 	$(BIN)/mypy
 
-clean: ## remove the environment, caches and outputs
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build dist outputs lightning_logs wandb src/*.egg-info
+clean: ## remove .venv, caches and outputs
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache build dist outputs lightning_logs wandb src/*.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
