@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
+_ARTICLE_WORDS = frozenset({"a", "an", "the"})
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 # A sentence ends at . ! or ? (with closing quotes) before a space or the end, or at a wide stop.
 _STOP = re.compile(r"""[.!?]+["'\u201d\u2019)\]]*(?=\s|$)|[\u3002\uff01\uff1f]""")
@@ -111,13 +112,13 @@ def generation_exact(text: str, answers: Sequence[str]) -> bool:
 
 
 def _words_at(line: str) -> list[tuple[str, int]]:
-    """Normalised words of a line, articles left out, each with the place where it begins."""
+    """Lowered words of a line without punctuation, each with the place where it begins."""
     # Blanks of equal length keep the places: possessive endings, and marks between words.
     loose = re.sub(r"'s\b", "  ", line.translate(_PLAIN_QUOTES))
     loose = re.sub(r"(?<!\d)[,;:/](?!\d)|[()\[\]]", " ", loose)
     words = [(chunk.group(), chunk.start()) for chunk in re.finditer(r"\S+", loose)]
     bare = [(word.lower().translate(_PUNCTUATION), place) for word, place in words]
-    return [(word, place) for word, place in bare if word and word not in {"a", "an", "the"}]
+    return [(word, place) for word, place in bare if word]
 
 
 def _negates(word: str) -> bool:
@@ -130,9 +131,10 @@ def _negates(word: str) -> bool:
 def generation_contains(text: str, answers: Sequence[str]) -> bool:
     """Whether the first sentence of a generation states one of the answers.
 
-    The answer must stand in it as whole words, compared as :func:`normalise_answer` writes them,
-    with no negation (no, not, never, n't, …) before it. "No, it is Rome" states Rome. This is a
-    test on words: "not only in Rome" does not count, and irony does.
+    The answer must stand in it as whole words, compared as :func:`normalise_answer` writes them
+    (an article at its very end is kept: "Serie A" is not "Serie B"), with no negation (no, not,
+    never, n't, …) before it. "No, it is Rome" states Rome. This is a test on words: "not only in
+    Rome" does not count, and irony does.
 
     Args:
         text: What the model wrote after the prompt, up to its own stop.
@@ -146,14 +148,18 @@ def generation_contains(text: str, answers: Sequence[str]) -> bool:
     False
     """
     line = _first_line(text)
-    words = _words_at(line)
+    every = _words_at(line)
     ends = [stop.end() for stop in _STOP.finditer(line) if not _is_abbreviation(line, stop)]
     for answer in answers:
         wanted = [word for word, _ in _words_at(answer)]
-        if not wanted:  # nothing but articles or punctuation
+        if _ARTICLE_WORDS.issuperset(wanted):  # nothing but articles or punctuation
             if generation_exact(text, [answer]):
                 return True
             continue
+        # The last letter of "Serie A" is no article; it tells the answer from "Serie B".
+        left_out = frozenset() if wanted[-1] in _ARTICLE_WORDS else _ARTICLE_WORDS
+        wanted = [word for word in wanted if word not in left_out]
+        words = [(word, place) for word, place in every if word not in left_out]
         for first in range(len(words) - len(wanted) + 1):
             place = words[first][1]
             if ends and ends[0] <= place:
