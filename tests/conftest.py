@@ -50,7 +50,8 @@ def _nothing_left_behind(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         ]
         assert not hooked, f"hooks left on {hooked}"
         for name, tensor in base.model.state_dict().items():
-            assert torch.equal(tensor.nan_to_num(), weights[name].nan_to_num()), f"{name} changed"
+            same = torch.equal(tensor.nan_to_num(), weights[name].nan_to_num())
+            assert same, f"{name} changed"
 
 
 @pytest.fixture

@@ -162,7 +162,7 @@ class BaseModel:
         """
         answers = answers or [None] * len(prompts)
         subjects = subjects or [None] * len(prompts)
-        encoded = [self._encode(*row) for row in zip(prompts, answers, subjects, strict=True)]
+        encoded = [self.encode(*row) for row in zip(prompts, answers, subjects, strict=True)]
         return self.pad(encoded, padding_side)
 
     def pad(
@@ -179,7 +179,14 @@ class BaseModel:
         side = padding_side or self.padding_side
         return pad_rows(encoded, pad_id, side, self._takes_positions, self.device)
 
-    def _encode(self, prompt: str, answer: str | None, subject: str | None) -> EncodedRow:
+    def encode(
+        self, prompt: str, answer: str | None = None, subject: str | None = None
+    ) -> EncodedRow:
+        """Tokenise one row, its prompt rewritten by prompt edits on the stack.
+
+        Raises:
+            InvalidRequestError: It is longer than the model allows, or lacks its subject.
+        """
         reserve = 32 if answer is None else self.encoder.count(answer) + 2
         rendered = self.edits.render(
             prompt, lambda text: self.encoder.count(text) + reserve <= self.max_tokens

@@ -1,0 +1,151 @@
+"""What methods that edit a located layer share: statistics of its keys, and contexts."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from kedit_lightning.base_models import BaseModel, BaseModelSpec
+from kedit_lightning.data.texts import TextBatch
+from kedit_lightning.edits.modules import projection_shape
+from kedit_lightning.errors import StatisticsNotFoundError, UnsupportedUseError
+from kedit_lightning.methods.base import EditMethod
+from kedit_lightning.methods.locate.contexts import sample_contexts
+from kedit_lightning.statistics import (
+    KeyCollector,
+    estimate_from_few_samples,
+    factorise,
+    find_statistics,
+    save_to_cache,
+    shrunk,
+)
+
+#: Where the statistics of keys come from: ``auto`` takes collected ones and falls back to a small
+#: packaged text, ``required`` refuses to fall back, ``identity`` does without.
+StatisticsMode: TypeAlias = Literal["auto", "required", "identity"]
+
+
+class LocateMethod(EditMethod):
+    """Base of methods that solve for the weights of a located layer.
+
+    Args:
+        base_model: The model to edit: an object, a specification, or a name.
+        statistics: Where the statistics of keys come from: ``auto``, ``required`` or ``identity``.
+        contexts: Number of texts put before each prompt while its value is optimised.
+        statistics_tokens: Longest text in tokens when ``fit`` collects statistics.
+        seed: Start of all random choices.
+    """
+
+    learns = "second moments of the keys of every layer, from plain text"
+
+    def __init__(
+        self,
+        base_model: BaseModel | BaseModelSpec | str = "nano",
+        statistics: StatisticsMode = "auto",
+        contexts: int = 20,
+        statistics_tokens: int = 512,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(base_model, seed)
+        self._context_texts: tuple[str, ...] | None = None
+        self._factors: dict[str, Tensor] = {}
+        self._statistics_note = ""
+        self._collector: KeyCollector | None = None
+
+    # ---- contexts
+
+    @property
+    def context_texts(self) -> tuple[str, ...]:
+        """Texts the base model wrote once for this method object."""
+        if self._context_texts is None:
+            self._context_texts = sample_contexts(
+                self.base, self.hparams["contexts"], self.hparams["seed"]
+            )
+        return self._context_texts
+
+    # ---- statistics
+
+    def factor(self, module: str) -> Tensor:
+        """Lower Cholesky factor of the second moment of a layer's keys, computed once.
+
+        Shape ``[d_in, d_in]``, float64, on the CPU.
+
+        Raises:
+            StatisticsNotFoundError: None were collected and ``statistics`` is ``required``.
+        """
+        if module not in self._factors:
+            self._factors[module] = factorise(self._second_moment(module), module)
+        return self._factors[module]
+
+    @property
+    def statistics_note(self) -> str:
+        """Which statistics were used, for the edit's record."""
+        return self._statistics_note
+
+    def _second_moment(self, module: str) -> Tensor:
+        mode: StatisticsMode = self.hparams["statistics"]
+        if mode == "identity":
+            self._statistics_note = "identity"
+            return torch.eye(projection_shape(self.base.module(module))[0], dtype=torch.float64)
+        found = find_statistics(self.base, module)
+        if found is None or (found.is_few_sample and mode == "required"):
+            if mode == "required":
+                raise StatisticsNotFoundError(
+                    f"no key statistics of layer '{module}' of base model '{self.base.name}' have "
+                    f"been collected; run `kedit fit` with {type(self).__name__} and --data Texts, "
+                    "or set statistics to auto to estimate them from a small packaged text"
+                )
+            estimate_from_few_samples(self.base)
+            found = find_statistics(self.base, module)
+            assert found is not None
+        if found.is_few_sample:
+            warnings.warn(
+                f"key statistics of '{self.base.name}' are estimated from {found.moment.count} "
+                "tokens of a small packaged text; collect better ones once with `kedit fit "
+                f"--model {type(self).__name__} --data Texts --data.path FOLDER`",
+                stacklevel=4,
+            )
+        self._statistics_note = f"{found.corpus} ({found.moment.count} tokens)"
+        return shrunk(found.moment) if found.is_few_sample else found.moment.mean
+
+    # ---- fit: one pass over text, for all layers
+
+    def on_fit_start(self) -> None:
+        """Start collecting."""
+        modules = [block.down for block in self.base.layout.blocks]
+        self._collector = KeyCollector(self.base, modules, self.hparams["statistics_tokens"])
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        """Add the keys of a batch of texts."""
+        if not isinstance(batch, TextBatch):
+            raise UnsupportedUseError(
+                f"{type(self).__name__} is fitted on plain text; use --data Texts "
+                "--data.path FOLDER"
+            )
+        assert self._collector is not None
+        self._collector.read(batch.texts)
+
+    def on_train_epoch_end(self) -> None:
+        """Keep what was collected; one pass is all there is to do."""
+        assert self._collector is not None
+        self._merge_ranks(self._collector)
+        if self.trainer.is_global_zero:
+            source = getattr(self.trainer, "datamodule").source  # noqa: B009
+            corpus = source.get("sha256") or source.get("hub") or "text"
+            path = save_to_cache(self.base, self._collector, str(corpus))
+            self.print(f"key statistics of {self._collector.tokens} tokens are in {path}")
+        self._factors.clear()
+        self.trainer.should_stop = True
+
+    def _merge_ranks(self, collector: KeyCollector) -> None:
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return
+        for name, moment in collector.moments.items():
+            count = torch.tensor(float(moment.count), dtype=torch.float64)
+            total = moment.total.clone()
+            torch.distributed.all_reduce(total)
+            torch.distributed.all_reduce(count)
+            collector.moments[name] = type(moment)(total, int(count))

@@ -1,0 +1,25 @@
+"""Second moments of the keys that edited layers see, collected once and kept in a cache."""
+
+from kedit_lightning.statistics.collect import KeyCollector
+from kedit_lightning.statistics.moments import SecondMoment, factorise, shrunk
+from kedit_lightning.statistics.store import (
+    KeyStatistics,
+    estimate_from_few_samples,
+    find_statistics,
+    packaged_statistics,
+    save_to_cache,
+    write_statistics,
+)
+
+__all__ = [
+    "KeyCollector",
+    "KeyStatistics",
+    "SecondMoment",
+    "estimate_from_few_samples",
+    "factorise",
+    "find_statistics",
+    "packaged_statistics",
+    "save_to_cache",
+    "shrunk",
+    "write_statistics",
+]

@@ -1,0 +1,85 @@
+"""Uncentred second moments of keys, and their factors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kedit_lightning.errors import NonFiniteError
+
+#: Where escalation of the ridge starts, relative to the mean eigenvalue.
+_FIRST_RIDGE = 1e-6
+
+
+@dataclass(frozen=True)
+class SecondMoment:
+    """Sum of ``k kᵀ`` over the keys seen so far.
+
+    Args:
+        total: Shape ``[d_in, d_in]``, float64.
+        count: Number of keys (tokens).
+    """
+
+    total: Tensor
+    count: int
+
+    @classmethod
+    def empty(cls, width: int, device: torch.device | str = "cpu") -> SecondMoment:
+        """Nothing seen yet."""
+        return cls(torch.zeros(width, width, dtype=torch.float64, device=device), 0)
+
+    def updated(self, keys: Tensor) -> SecondMoment:
+        """Add keys of shape ``[n, d_in]``."""
+        keys = keys.to(self.total)
+        return SecondMoment(self.total + keys.T @ keys, self.count + len(keys))
+
+    def merged(self, other: SecondMoment) -> SecondMoment:
+        """Add what another pass has seen."""
+        return SecondMoment(self.total + other.total.to(self.total), self.count + other.count)
+
+    @property
+    def mean(self) -> Tensor:
+        """``C = E[k kᵀ]``. Shape ``[d_in, d_in]``, float64."""
+        return self.total / max(1, self.count)
+
+
+def shrunk(moment: SecondMoment) -> Tensor:
+    """Second moment pulled towards a multiple of the identity, for small samples.
+
+    With ``n`` keys of width ``d`` the weight of the identity is ``d / (d + n)``: half when there
+    are as many keys as dimensions, next to nothing when there are many more.
+    """
+    mean = moment.mean
+    width = mean.shape[0]
+    weight = width / (width + moment.count)
+    scale = mean.diagonal().mean()
+    return (1 - weight) * mean + weight * scale * torch.eye(width).to(mean)
+
+
+def factorise(matrix: Tensor, layer: str) -> Tensor:
+    """Lower Cholesky factor in float64, with the smallest ridge that lets it succeed.
+
+    Args:
+        matrix: Symmetric, positive up to rounding. Shape ``[d, d]``.
+        layer: Name for the error.
+
+    Raises:
+        NonFiniteError: The matrix holds NaN, or no ridge up to its own scale makes it positive.
+    """
+    matrix = matrix.double()
+    if not bool(torch.isfinite(matrix).all()):
+        raise NonFiniteError(f"the key statistics of layer '{layer}' hold NaN; collect them again")
+    matrix = (matrix + matrix.T) / 2
+    scale = matrix.diagonal().mean()
+    ridge = 0.0
+    while ridge < 1.0:
+        shifted = matrix + ridge * scale * torch.eye(len(matrix)).to(matrix)
+        factor, failed = torch.linalg.cholesky_ex(shifted)
+        if not bool(failed):
+            return factor
+        ridge = ridge * 10 if ridge else _FIRST_RIDGE
+    raise NonFiniteError(
+        f"the key statistics of layer '{layer}' are not positive definite; collect them again"
+    )
