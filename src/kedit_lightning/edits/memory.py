@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeAlias
 
@@ -39,6 +39,10 @@ class CodebookEntry:
     value: Tensor
     label: tuple[int, ...]
     radius: float
+
+    def to(self, device: torch.device) -> CodebookEntry:
+        """The same entry with its tensors on a device."""
+        return CodebookEntry(self.key.to(device), self.value.to(device), self.label, self.radius)
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,21 @@ def build_codebook(entries: Sequence[CodebookEntry]) -> Codebook | None:
     return book
 
 
+def stacked_codebook(
+    edits: Iterable[Edit], family: tuple[str, str, str], device: torch.device
+) -> Codebook | None:
+    """The codebook that the edits of one family make, ``None`` where there are none."""
+    parts = [part for edit in edits for part in edit.parts()]
+    return build_codebook(
+        [
+            entry.to(device)
+            for part in parts
+            if isinstance(part, CodebookEdit) and part.family == family
+            for entry in part.entries
+        ]
+    )
+
+
 def replace_rows(
     output: Tensor, values: Tensor, index: Tensor, prompt_end: Tensor | None, where: Replacement
 ) -> Tensor:
@@ -168,7 +187,12 @@ class CodebookEdit(MemoryEdit):
     @property
     def family(self) -> tuple[str, str, str]:
         """What edits must share to form one codebook."""
-        return (self.kind, self.module, self.replacement)
+        return self.family_of(self.module, self.replacement)
+
+    @classmethod
+    def family_of(cls, module: str, replacement: Replacement) -> tuple[str, str, str]:
+        """What all edits that replace these outputs share."""
+        return (cls.kind, module, replacement)
 
     def patches(self) -> dict[str, Patch]:
         """The entries, for the codebook of the layer."""
@@ -176,13 +200,7 @@ class CodebookEdit(MemoryEdit):
 
     def _build(self, contents: Sequence[Sequence[CodebookEntry]]) -> RowFunction:
         parameter = next(self.base.model.get_submodule(self.module).parameters())
-        entries = [
-            CodebookEntry(e.key.to(parameter.device), e.value.to(parameter.device), *rest)
-            for content in contents
-            for e in content
-            for rest in [(e.label, e.radius)]
-        ]
-        book = build_codebook(entries)
+        book = build_codebook([e.to(parameter.device) for content in contents for e in content])
         assert book is not None
         family, where = self.family, self.replacement
 

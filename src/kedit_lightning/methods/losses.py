@@ -1,0 +1,24 @@
+"""Losses that several methods share, as functions of logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def answer_nll(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+    """Mean negative log-likelihood of each row's answer, in at least float32.
+
+    Args:
+        logits: Those that predict the answer tokens. Shape ``[batch, width, vocab]``, or
+            ``[batch, 1, vocab]`` where one position predicts them all.
+        ids: The answer tokens. Shape ``[batch, width]``.
+        mask: Where ``ids`` is no padding. Shape ``[batch, width]``.
+
+    Returns:
+        Shape ``[batch]``.
+    """
+    log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    log_probs = log_probs.expand(-1, ids.shape[1], -1)
+    chosen = log_probs.gather(-1, ids[..., None])[..., 0]
+    return -(chosen * mask).sum(-1) / mask.sum(-1).clamp(min=1)

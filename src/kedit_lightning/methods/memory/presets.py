@@ -1,0 +1,36 @@
+"""Published places of codebooks, and the rule for all other models."""
+
+from __future__ import annotations
+
+from kedit_lightning.base_models import BaseModel
+
+#: Depth, as a share of the blocks, of the codebook in models without published settings.
+USUAL_DEPTH = 0.75
+#: Block, and which of its MLP projections, by model type, number of blocks and hidden size: GPT-2
+#: XL as in the GRACE paper's code, the others as in EasyEdit.
+PUBLISHED: dict[tuple[str, int, int], tuple[int, int]] = {
+    ("gpt2", 48, 1600): (35, 0),
+    ("gptj", 28, 4096): (25, -1),
+    ("llama", 32, 4096): (27, -1),
+    ("llama", 28, 3072): (27, -1),
+    ("qwen2", 28, 3584): (18, -1),
+}
+
+
+def usual_layer(blocks: int) -> int:
+    """The block whose down projection gets the codebook in a model without published settings.
+
+    At least one block must follow, or answers of several tokens could not read the value.
+
+    >>> usual_layer(32), usual_layer(6), usual_layer(2)
+    (24, 4, 0)
+    """
+    return max(0, min(round(USUAL_DEPTH * blocks), blocks - 2))
+
+
+def default_module(base: BaseModel) -> str:
+    """Name of the module that gets the codebook."""
+    layout = base.layout
+    key = (base.model.config.model_type, len(layout), layout.hidden_size)
+    layer, projection = PUBLISHED.get(key, (usual_layer(len(layout)), -1))
+    return layout.block(layer).projections[projection]
