@@ -97,9 +97,9 @@ class EditMethod(pl.LightningModule):
     @property
     def base(self) -> BaseModel:
         """The base model, loaded when first asked for."""
-        if self._base is None:
-            self.__dict__["_base"] = BaseModel.load(self._source)
-        base: BaseModel = self._base
+        if self.__dict__["_base"] is None:
+            self.__dict__["_base"] = BaseModel.load(self.__dict__["_source"])
+        base: BaseModel = self.__dict__["_base"]
         return base
 
     def configure_model(self) -> None:

@@ -76,9 +76,9 @@ def factorise(matrix: Tensor, layer: str) -> Tensor:
     ridge = 0.0
     while ridge < 1.0:
         shifted = matrix + ridge * scale * torch.eye(len(matrix)).to(matrix)
-        factor, failed = torch.linalg.cholesky_ex(shifted)
-        if not bool(failed):
-            return factor
+        found: tuple[Tensor, Tensor] = torch.linalg.cholesky_ex(shifted)
+        if not bool(found[1]):
+            return found[0]
         ridge = ridge * 10 if ridge else _FIRST_RIDGE
     raise NonFiniteError(
         f"the key statistics of layer '{layer}' are not positive definite; collect them again"

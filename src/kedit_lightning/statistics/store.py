@@ -72,7 +72,7 @@ def packaged_statistics(name: str) -> Path:
 
 
 def _folder(base: BaseModel) -> Path:
-    return cache_dir("statistics", base.fingerprint)
+    return cache_dir() / "statistics" / base.fingerprint
 
 
 def find_statistics(base: BaseModel, module: str) -> KeyStatistics | None:

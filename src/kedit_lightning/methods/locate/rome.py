@@ -108,10 +108,7 @@ class ROME(LocateMethod):
 class RROME(ROME):
     """ROME with the mean key over contexts throughout, which keeps updates bounded.
 
-    Settings left at ``None`` follow the base model: published ones where it is known, else a rule.
-
-    Args:
-        **kwargs: Those of ``ROME``.
+    Takes the settings of ``ROME``.
     """
 
     mean_key: ClassVar[bool] = True

@@ -144,7 +144,9 @@ class TargetOptimizer:
             loss = self._losses(rows, owner, leaf, reference, size)
             measured = loss.detach()
             for index in active:
-                check_finite(f"target loss of {requests[index].label}", self.module, measured[index])
+                check_finite(
+                    f"target loss of {requests[index].label}", self.module, measured[index]
+                )
             left = [i for i in active if float(measured[i]) >= self.settings.stop_loss]
             if step == self.settings.steps - 1 or not left:
                 break
@@ -160,7 +162,8 @@ class TargetOptimizer:
     def _project(self, delta: Tensor, size: Tensor) -> Tensor:
         """Pull ``δ`` back into the ball of radius ``clamp · ‖z‖``."""
         limit = self.settings.clamp * size
-        return delta * (limit / delta.norm(dim=1).clamp(min=1e-30)).clamp(max=1)[:, None]
+        shrink: Tensor = (limit / delta.norm(dim=1).clamp(min=1e-30)).clamp(max=1)
+        return delta * shrink[:, None]
 
     # ---- rows: for each request its contexts with the answer, then "{subject} is a"
 

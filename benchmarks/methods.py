@@ -1,0 +1,133 @@
+"""Seconds per edit and peak memory of each method, one process a figure.
+
+    python benchmarks/methods.py        all methods on a 100-million-parameter Llama
+    python benchmarks/methods.py --methods ROME --device cuda --shape llama-2-7b --dtype bfloat16
+
+The model has random weights: time and memory do not depend on what it knows.  On the CPU, memory is
+the high-water resident size minus that after loading; on CUDA, what was allocated at most, weights
+included.  Every method runs with its defaults.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import resource
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+SHAPES = {
+    # width, MLP width, blocks, heads, key-value heads, vocabulary
+    "small": (768, 2048, 12, 12, 12, 8192),
+    "llama-2-7b": (4096, 11008, 32, 32, 32, 32000),
+}
+METHODS = ("FTM", "ROME", "RROME", "MEND", "GRACE", "IKE")
+WARM_UP, TIMED = 1, 3
+
+
+def resident_high_water() -> float:
+    """Largest resident size of this process so far, in MB."""
+    scale = 1024 if platform.system() == "Linux" else 1024 * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale
+
+
+def build(shape: str, device: str, dtype: str):  # noqa: ANN201 - torch is imported in the child only
+    """A Llama with random weights and the packaged tokenizer."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    from kedit_lightning import BaseModel
+    from kedit_lightning.base_models.spec import resolve
+
+    hidden, inner, layers, heads, kv, vocabulary = SHAPES[shape]
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv,
+        max_position_embeddings=2048,
+        tie_word_embeddings=False,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    torch.manual_seed(0)
+    torch.set_default_dtype(getattr(torch, dtype))
+    with torch.device(device):
+        model = LlamaForCausalLM(config)
+    torch.set_default_dtype(torch.float32)
+    return BaseModel(model, AutoTokenizer.from_pretrained(resolve("nano")), name=shape)
+
+
+def measure(name: str, shape: str, device: str, dtype: str) -> dict[str, float | str]:
+    """Time and memory of one method, in this process."""
+    import torch
+
+    from kedit_lightning import methods
+    from kedit_lightning.data import NanoFacts
+
+    warnings.simplefilter("ignore")
+    base = build(shape, device, dtype)
+    requests = [e.requests[0] for e in NanoFacts(limit=WARM_UP + TIMED).examples("validation")]
+    # Statistics are collected once for a model; they are no part of an edit.
+    options = {"statistics": "identity"} if "ROME" in name else {}
+    method = getattr(methods, name)(base_model=base, **options)
+    method.configure_model()
+    loaded = resident_high_water()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    seconds = []
+    for request in requests:
+        started = time.perf_counter()
+        edit = method.edit([request])
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    peak = (
+        torch.cuda.max_memory_allocated() / 2**20
+        if device == "cuda"
+        else resident_high_water() - loaded
+    )
+    timed = sorted(seconds[WARM_UP:])
+    return {
+        "method": name,
+        "seconds": timed[len(timed) // 2],
+        "peak_mb": peak,
+        "edit_kb": edit.nbytes / 1024,
+    }
+
+
+def main() -> None:
+    """Run each method in a process of its own and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
+    parser.add_argument("--shape", default="small", choices=SHAPES)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        print(json.dumps(measure(args.child, args.shape, args.device, args.dtype)))
+        return
+    note = "allocated, weights included" if args.device == "cuda" else "above the loaded model"
+    print(f"{args.shape}, {args.dtype}, {args.device}; median of {TIMED}; peak memory {note}\n")
+    print(f"{'method':8} {'s/edit':>9} {'peak MB':>9} {'edit KB':>9}")
+    for name in args.methods:
+        command = [sys.executable, str(Path(__file__).resolve()), "--child", name]
+        command += ["--shape", args.shape, "--device", args.device, "--dtype", args.dtype]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            print(f"{name:8} failed: {done.stderr.strip().splitlines()[-1]}")
+            continue
+        row = json.loads(done.stdout.splitlines()[-1])
+        print(f"{name:8} {row['seconds']:9.3f} {row['peak_mb']:9.0f} {row['edit_kb']:9.1f}")
+
+
+if __name__ == "__main__":
+    main()
