@@ -58,6 +58,10 @@ class EditOrderError(KEditError, RuntimeError):
     """An edit cannot be applied or rolled back where the stack stands now."""
 
 
+class CheckpointError(KEditError, ValueError):
+    """A checkpoint of a method is absent, unreadable, or another method's."""
+
+
 class NothingToFitError(KEditError, RuntimeError):
     """``fit`` was called on a method that learns nothing before its requests."""
 

@@ -1,0 +1,149 @@
+"""Training episodes of hypernetworks: what is written, what is asked, and the loss afterwards."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from kedit_lightning.base_models import BaseModel, TokenRows
+from kedit_lightning.edits.modules import compute_dtype
+from kedit_lightning.methods.hypernetwork.attach import LowRankChange, attached
+from kedit_lightning.requests import EditExample, EditRequest, Probe
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One edit that is tried in training.
+
+    Args:
+        requests: The facts to write.
+        asked: Other wordings, whose answers must follow the edit.
+        kept: Unrelated questions, whose answers must not.
+    """
+
+    requests: tuple[EditRequest, ...]
+    asked: tuple[Probe, ...]
+    kept: tuple[Probe, ...]
+
+
+def rotate(items: Sequence[Item], count: int, turn: int, *key: object) -> list[Item]:
+    """Take ``count`` items, the next ones at each turn, starting at a place that ``key`` fixes.
+
+    >>> rotate("abc", 2, turn=0), rotate("abc", 2, turn=1)
+    (['c', 'a'], ['b', 'c'])
+    """
+    text = "/".join(map(str, key)).encode()
+    start = int.from_bytes(hashlib.sha256(text).digest()[:8], "big") + turn * count
+    return [items[(start + i) % len(items)] for i in range(min(count, len(items)))]
+
+
+def make_episode(
+    examples: Sequence[EditExample], turn: int, seed: int, rephrases: int, locality: int
+) -> Episode:
+    """Draw an episode that writes the requests of some examples together.
+
+    Args:
+        examples: The examples; each has rephrase and locality probes.
+        turn: Number of the pass over the data; each pass asks the next probes of an example.
+        seed: Fixes the probe that an example starts with.
+        rephrases: Rephrases asked an example.
+        locality: Locality probes asked an example.
+    """
+    asked: list[Probe] = []
+    kept: list[Probe] = []
+    for example in examples:
+        for kind, count, chosen in (("rephrase", rephrases, asked), ("locality", locality, kept)):
+            probes = [probe for probe in example.probes if probe.kind == kind]
+            chosen += rotate(probes, count, turn, seed, kind, example.id)
+    requests = [request for example in examples for request in example.requests]
+    return Episode(tuple(requests), tuple(asked), tuple(kept))
+
+
+def request_rows(base: BaseModel, episodes: Sequence[Episode]) -> tuple[TokenRows, Tensor]:
+    """Rows of all requests, and the number of the episode that each belongs to, ``[batch]``."""
+    requests = [request for episode in episodes for request in episode.requests]
+    rows = base.rows([r.prompt for r in requests], [r.target_new for r in requests])
+    return rows, _numbers([len(episode.requests) for episode in episodes])
+
+
+@dataclass(frozen=True)
+class Losses:
+    """What episodes cost. Shape ``[episodes]`` each.
+
+    Args:
+        edit: Negative log-likelihood of the new answers on other wordings, a token.
+        locality: KL divergence of the unrelated answers from the base model's, a token.
+        right: Share of other wordings whose answer tokens are all arg-max.
+    """
+
+    edit: Tensor
+    locality: Tensor
+    right: Tensor
+
+
+def episode_losses(
+    base: BaseModel, episodes: Sequence[Episode], changes: dict[str, LowRankChange]
+) -> Losses:
+    """Ask the questions of each episode with its own edit attached.
+
+    Args:
+        base: The base model; the changes come on top of the edits on its stack.
+        episodes: The episodes.
+        changes: Changes by module name; their edits are numbered as the episodes are.
+    """
+    asked = [probe for episode in episodes for probe in episode.asked]
+    kept = [probe for episode in episodes for probe in episode.kept]
+    asked_of = _numbers([len(episode.asked) for episode in episodes])
+    kept_of = _numbers([len(episode.kept) for episode in episodes])
+    kept_rows = _probe_rows(base, kept)
+    with torch.no_grad():
+        before = _log_probs(base, kept_rows)
+    rows = _probe_rows(base, [*asked, *kept])
+    with attached(base.model, changes, torch.cat([asked_of, kept_of])):
+        after = _log_probs(base, rows)
+    first = len(asked)
+    answers, answer_mask = rows.answer_ids[:first], rows.answer_mask[:first]
+    chosen = after[:first].gather(-1, answers[..., None])[..., 0]
+    right = ((after[:first].argmax(-1) == answers) | ~answer_mask).all(-1)
+    width = kept_rows.answer_mask.shape[1]
+    divergence = (before.exp() * (before - after[first:, :width])).sum(-1)
+    kept_mask = kept_rows.answer_mask.clone()
+    kept_mask[:, 0] = True  # without an answer of its own, a question counts by its next token
+    return Losses(
+        edit=_mean(-chosen, answer_mask, asked_of, len(episodes)),
+        locality=_mean(divergence, kept_mask, kept_of, len(episodes)),
+        right=_mean(
+            right[:, None].float(), torch.ones_like(right)[:, None], asked_of, len(episodes)
+        ),
+    )
+
+
+def _numbers(counts: Sequence[int]) -> Tensor:
+    return torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+
+
+def _probe_rows(base: BaseModel, probes: Sequence[Probe]) -> TokenRows:
+    answers = [probe.answers[0] if probe.answers else None for probe in probes]
+    return base.rows([probe.prompt for probe in probes], answers)
+
+
+def _log_probs(base: BaseModel, rows: TokenRows) -> Tensor:
+    """``[batch, width, vocab]``, in at least float32."""
+    logits = base.answer_logits(rows)
+    return logits.to(compute_dtype(logits.dtype)).log_softmax(-1)
+
+
+def _mean(values: Tensor, mask: Tensor, episode_of_row: Tensor, episodes: int) -> Tensor:
+    """Mean over the masked tokens of each episode. ``[episodes]`` from ``[batch, width]``."""
+    where = episode_of_row.to(values.device)
+    zeros = torch.zeros(episodes, dtype=values.dtype, device=values.device)
+    sums = zeros.index_add(0, where, (values * mask).sum(-1))
+    counts = zeros.index_add(0, where, mask.to(values).sum(-1))
+    return sums / counts.clamp(min=1)

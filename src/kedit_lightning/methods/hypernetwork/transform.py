@@ -1,0 +1,208 @@
+"""The networks of MEND: from the factors of a gradient to those of an edit.
+
+Source: Mitchell et al. 2022, "Fast Model Editing at Scale", section 3 and appendix C.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kedit_lightning.methods.hypernetwork.attach import LowRankChange
+from kedit_lightning.methods.hypernetwork.capture import Factors
+from kedit_lightning.methods.hypernetwork.normaliser import FullPrecision, RunningNormaliser
+
+#: Largest rank of a network's matrices, unless a setting says otherwise.
+MAX_RANK = 1920
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What fixes the shape and the meaning of a hypernetwork's tensors.
+
+    Args:
+        modules: The projections it edits, in order.
+        rank: Rank of its matrices, at most the width of what they act on.
+        blocks: Residual blocks a network.
+        shared: One network for all projections of a shape, rather than one each.
+        normalise: Normalise the factors first.
+        ascend: Add the pseudo-gradient, as the released code does, instead of subtracting it.
+    """
+
+    modules: tuple[str, ...]
+    rank: int = MAX_RANK
+    blocks: int = 2
+    shared: bool = True
+    normalise: bool = True
+    ascend: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for a checkpoint."""
+        return {**asdict(self), "modules": list(self.modules)}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Plan:
+        """Rebuild from :meth:`to_json`."""
+        return cls(**{**values, "modules": tuple(values["modules"])})
+
+
+class ResidualBlock(nn.Module):
+    """Adds ``max((z Vᵀ Uᵀ + bias) ⊙ scale + shift, 0)``, which is zero to begin with.
+
+    Args:
+        width: Values a row.
+        rank: Rank of the map.
+        members: Projections that share the block; each has a scale and a shift of its own.
+        generator: Where the starting values come from.
+        dtype: Number type of the parameters.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        rank: int,
+        members: int,
+        generator: torch.Generator,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.V = nn.Parameter(torch.randn(rank, width, generator=generator, dtype=dtype))
+        self.U = nn.Parameter(torch.zeros(width, rank, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(width, dtype=dtype))
+        self.scale = nn.Parameter(torch.ones(members, width, dtype=dtype))
+        self.shift = nn.Parameter(torch.zeros(members, width, dtype=dtype))
+
+    def forward(self, z: Tensor, member: int) -> Tensor:
+        """Map rows ``[tokens, width]`` of one of the projections."""
+        step = (z @ self.V.T) @ self.U.T + self.bias
+        # A clamp passes the gradient at exactly 0, where all steps start; a relu would block it.
+        return z + (step * self.scale[member] + self.shift[member]).clamp(min=0)
+
+
+class GradientTransform(nn.Module):
+    """One network: maps inputs and output gradients of the projections that share it.
+
+    Args:
+        d_in: Width of the inputs.
+        d_out: Width of the output gradients.
+        members: Number of projections that share the network.
+        plan: Rank, number of blocks, normalisation.
+        generator: Where the starting values come from.
+        dtype: Number type of parameters and statistics.
+    """
+
+    def __init__(
+        self,
+        d_in: int,
+        d_out: int,
+        members: int,
+        plan: Plan,
+        generator: torch.Generator,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        width = d_in + d_out
+        self.split = [d_in, d_out]
+        self.normaliser = RunningNormaliser(width, dtype) if plan.normalise else None
+        self.blocks = nn.ModuleList(
+            ResidualBlock(width, min(plan.rank, width), members, generator, dtype)
+            for _ in range(plan.blocks)
+        )
+
+    def forward(self, inputs: Tensor, gradients: Tensor, member: int) -> tuple[Tensor, Tensor]:
+        """Map ``[tokens, d_in]`` and ``[tokens, d_out]`` to pseudo-factors of the same shapes."""
+        z = torch.cat([inputs, gradients], -1)
+        if self.normaliser is not None:
+            z = self.normaliser(z)
+        for block in self.blocks:
+            z = block(z, member)
+        mapped, mapped_gradients = z.split(self.split, -1)
+        return mapped, mapped_gradients
+
+
+class Hypernetwork(FullPrecision):
+    """The networks of all edited projections, with a learning rate for each projection.
+
+    Before any training every network is the identity on (normalised) factors.
+
+    Args:
+        plan: What it is made of.
+        shapes: ``(d_in, d_out)`` of each projection of the plan.
+        edit_lr: Starting learning rate of the edits.
+        dtype: Number type of parameters and statistics.
+        seed: Fixes the starting values.
+    """
+
+    updates: Tensor
+    skipped: Tensor
+
+    def __init__(
+        self,
+        plan: Plan,
+        shapes: Sequence[tuple[int, int]],
+        edit_lr: float,
+        dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.plan = plan
+        keys = [
+            f"{d_in}x{d_out}" if plan.shared else str(number)
+            for number, (d_in, d_out) in enumerate(shapes)
+        ]
+        self._place = {
+            name: (key, keys[:number].count(key))
+            for number, (name, key) in enumerate(zip(plan.modules, keys, strict=True))
+        }
+        generator = torch.Generator().manual_seed(seed)
+        self.networks = nn.ModuleDict(
+            {
+                key: GradientTransform(*shape, keys.count(key), plan, generator, dtype)
+                for key, shape in dict(zip(keys, shapes, strict=True)).items()
+            }
+        )
+        self.rates = nn.Parameter(torch.full((len(plan.modules),), edit_lr, dtype=dtype))
+        #: Steps of the optimizer so far; 0 says that nothing was learned.
+        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+        #: Training episodes left out because their gradient was not finite.
+        self.register_buffer("skipped", torch.zeros((), dtype=torch.int64))
+
+    def observe(self, captured: Sequence[Mapping[str, Factors]]) -> None:
+        """Take factors into the statistics of the normalisers; only training does that."""
+        if not self.plan.normalise:
+            return
+        rows: dict[str, list[Tensor]] = {}
+        for name in self.plan.modules:
+            for own in (factors[name] for factors in captured):
+                seen = (own.gradients != 0).any(-1)
+                joined = torch.cat([own.inputs, own.gradients], -1)[seen]
+                rows.setdefault(self._place[name][0], []).append(joined)
+        for key, parts in rows.items():
+            normaliser = self.networks[key].normaliser
+            assert isinstance(normaliser, RunningNormaliser)
+            normaliser.update(torch.cat(parts))
+
+    def forward(
+        self, factors: Mapping[str, Factors], edit_of_row: Tensor
+    ) -> dict[str, LowRankChange]:
+        """Turn the factors of requests into changes of the projections.
+
+        Args:
+            factors: Factors by projection.
+            edit_of_row: Number of the edit that each row goes into. Shape ``[rows]``.
+        """
+        changes = {}
+        with torch.autocast(self.rates.device.type, enabled=False):
+            for number, name in enumerate(self.plan.modules):
+                key, member = self._place[name]
+                own = factors[name]
+                inputs, gradients = (x.to(self.rates) for x in (own.inputs, own.gradients))
+                a, b = self.networks[key](inputs, gradients, member)
+                rate = self.rates[number] if self.plan.ascend else -self.rates[number]
+                edits = edit_of_row.to(own.rows.device)[own.rows]
+                changes[name] = LowRankChange(a, rate * b, edits)
+        return changes
