@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -49,6 +50,19 @@ def with_first(output: Any, tensor: Tensor) -> Any:
     if isinstance(output, (tuple, list)):
         return (tensor, *output[1:])
     return tensor
+
+
+def batch_size(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    """Number of rows in a call of a language model."""
+    for name in ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds"):
+        if isinstance(kwargs.get(name), Tensor):
+            return len(kwargs[name])
+    return len(args[0])
+
+
+def as_rows(tensor: Tensor, batch: int) -> Tensor:
+    """View a module's input or output as ``[batch, tokens, width]``; OPT's MLPs flatten the rows."""
+    return tensor.reshape(batch, -1, tensor.shape[-1]) if tensor.dim() == 2 else tensor
 
 
 def check_editable(model: nn.Module, name: str) -> nn.Module:
