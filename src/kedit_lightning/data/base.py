@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from kedit_lightning.data.loader import (
     BatchLoader,
+    NoLoaders,
     evaluation_chunks,
     process_rank,
     training_chunks,
@@ -168,10 +169,10 @@ class EditDataModule(LightningDataModule, ABC):
         }
         return BatchLoader(batches, -(-(len(loaded.examples) // world_size) // size), identity)
 
-    def val_dataloader(self) -> BatchLoader[EditBatch] | list[Any]:
+    def val_dataloader(self) -> BatchLoader[EditBatch] | NoLoaders:
         """Chunks of the protocol, in the order of the file; nothing without a validation file."""
         if "validation" not in self._loaded and self.split_path("validation") is None:
-            return []
+            return NoLoaders()
         return self._chunk_loader("validation")
 
     def test_dataloader(self) -> BatchLoader[EditBatch]:
@@ -252,19 +253,23 @@ class EditDataModule(LightningDataModule, ABC):
     def _parse_all(self, records: list[Record]) -> tuple[list[EditExample], list[str], list[str]]:
         """Give examples, a clause for each bad record, and one for each that is left out."""
         examples, bad, skipped = [], [], []
+        own_ids = [self._own_id(record) for record in records]
+        taken = set(own_ids)
         first_place: dict[str, str] = {}
-        for index, record in enumerate(records):
+        for index, (record, own) in enumerate(zip(records, own_ids, strict=True)):
             if record.problem is not None:
                 bad.append(f"{record.where}: {record.problem}")
                 continue
-            id, place = self._name(record, index)
+            place = record.where if own is None else f"{record.where} ({self.id_field} {own!r})"
+            # Records without a name are named by position, unless another record has that name.
+            id = own or (f"record-{index}" if str(index) in taken else str(index))
             try:
                 fields = Fields(record.values)
                 self._refuse_misspelt(fields)
                 example = self.parse(fields, id)
                 if id in first_place:
                     raise InvalidRequestError(
-                        f"field '{self.id_field or 'id'}' is {id!r}, as for {first_place[id]}; "
+                        f"field '{self.id_field}' is the same as in {first_place[id]}; "
                         "records need different names"
                     )
             except InvalidRequestError as error:
@@ -277,17 +282,17 @@ class EditDataModule(LightningDataModule, ABC):
                 examples.append(example)
         return examples, bad, skipped
 
-    def _name(self, record: Record, index: int) -> tuple[str, str]:
+    def _own_id(self, record: Record) -> str | None:
         values = record.values
         own = values.get(self.id_field) if isinstance(values, dict) and self.id_field else None
-        if isinstance(own, str | int) and str(own).strip():
-            return str(own), f"{record.where} ({self.id_field} {str(own)!r})"
-        return str(index), record.where
+        return str(own).strip() or None if isinstance(own, str | int) else None
 
     def _refuse_misspelt(self, fields: Fields) -> None:
-        for name in [] if self.known_fields is None else fields.values:
-            meant = difflib.get_close_matches(str(name), sorted(self.known_fields or ()), 1, 0.75)
-            if meant and name != meant[0] and abs(len(name) - len(meant[0])) <= 1:
+        if self.known_fields is None:
+            return
+        for name in fields.values.keys() - self.known_fields:
+            meant = difflib.get_close_matches(str(name), sorted(self.known_fields), 1, 0.75)
+            if meant and abs(len(name) - len(meant[0])) <= 1:
                 raise InvalidRequestError(f"field '{name}' is not known; was '{meant[0]}' meant?")
 
     def _warn_about_unread_fields(self, records: list[Record], name: str) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch.distributed
+from lightning.pytorch.utilities import CombinedLoader
 
 from kedit_lightning.errors import ResumeError
 
@@ -68,6 +69,9 @@ class BatchLoader(Generic[Batch]):
         ahead: Batches that Lightning holds fetched but not yet used: one when it cannot know the
             length, else none.
     """
+
+    batch_sampler = None
+    """Lightning looks for this where there is a ``sampler``."""
 
     def __init__(
         self,
@@ -147,3 +151,22 @@ class BatchLoader(Generic[Batch]):
         self.set_epoch(state["epoch"])
         self._start = self._given = state["batches"]
         self._ended = False
+
+
+class NoLoaders(CombinedLoader):
+    """What ``val_dataloader`` gives when nothing is to be validated.
+
+    Lightning takes an empty list for one loader of length zero and warns about it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__([], "sequential")
+
+    @property
+    def flattened(self) -> list[Any]:
+        """No loaders."""
+        return []
+
+    @flattened.setter
+    def flattened(self, flattened: list[Any]) -> None:
+        """Nothing to keep."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from lightning.pytorch import LightningDataModule
 
-from kedit_lightning.data.loader import BatchLoader, process_rank
+from kedit_lightning.data.loader import BatchLoader, NoLoaders, process_rank
 from kedit_lightning.errors import DataFileError, DataFileNotFoundError, UnsupportedUseError
 
 
@@ -99,11 +99,13 @@ class Texts(LightningDataModule):
             name = "/".join(filter(None, [self.hub_name, self.hub_config, self.split]))
             self._source = {"hub": name, "sha256": None, "records": None}
         else:
-            files = self._files()
+            records = sum(1 for _ in self.texts())
+            if not records:
+                raise DataFileError(f"'{self.path}' holds no text")
             self._source = {
                 "path": str(self.path),
-                "sha256": _hash_files(files),
-                "records": sum(1 for _ in self.texts()),
+                "sha256": _hash_files(self._files()),
+                "records": records,
             }
 
     def texts(self) -> Iterator[str]:
@@ -131,6 +133,10 @@ class Texts(LightningDataModule):
         return BatchLoader(
             lambda epoch: islice(self._batches(), rank, None, world_size), length, identity, ahead
         )
+
+    def val_dataloader(self) -> NoLoaders:
+        """Nothing: text has no requests to validate with, and Lightning is told so."""
+        return NoLoaders()
 
     def _batches(self) -> Iterator[TextBatch]:
         stream = self.texts()
@@ -210,9 +216,9 @@ class Texts(LightningDataModule):
                     )
                 if text.strip():
                     yield text[: self.max_chars]
-        except (OSError, ValueError, RuntimeError) as error:
-            if isinstance(error, DataFileError):
-                raise
+        except DataFileError:
+            raise
+        except Exception as error:  # the library and what it is built on raise many kinds
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise DataFileError(
                 f"dataset '{name}' cannot be read from the hub: {reason}; check hub_name, "
