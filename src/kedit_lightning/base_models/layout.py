@@ -33,7 +33,7 @@ _PROBE_TOKENS = 6
 #: A block output that follows the MLP output with less than this relative error is linear in it.
 #: Rounding in bfloat16 alone gives some 3e-3, a normalisation between the two 1e-1 and more.
 _LINEAR = 2e-2
-#: Relative size above which a value counts as moved; 8-bit kernels let tokens touch each other a little.
+#: Relative size above which a value counts as moved: in 8-bit kernels tokens touch each other.
 _MOVES = 5e-2
 
 

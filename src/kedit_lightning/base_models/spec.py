@@ -97,8 +97,8 @@ def load_pretrained(spec: BaseModelSpec) -> tuple[Any, Any]:
         kind = "folder" if Path(where).is_dir() else "base model"
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise BaseModelNotFoundError(
-            f"{kind} '{spec.name}' could not be loaded ({reason}); give a folder with config, weights "
-            f"and tokenizer, a name on the hub that this machine can reach or has in its cache, or "
-            f"one of the packaged models: {', '.join(PACKAGED)}"
+            f"{kind} '{spec.name}' could not be loaded ({reason}); give a folder with config, "
+            "weights and tokenizer, a name on the hub that this machine can reach or has in its "
+            f"cache, or one of the packaged models: {', '.join(PACKAGED)}"
         ) from error
     return model, tokenizer

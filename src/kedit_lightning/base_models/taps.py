@@ -1,16 +1,23 @@
-"""Reading and changing what flows through a module, for the length of a ``with`` block."""
+"""Reading and changing what flows through a module, for the length of a ``with`` block.
+
+Inputs and outputs are seen as ``[batch, tokens, width]`` whatever the module's own form: a tensor,
+a tuple that starts with one, or rows that the block has flattened.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from kedit_lightning.edits.modules import first_tensor, with_first
+from kedit_lightning.edits.modules import as_rows, batch_size, first_tensor, with_first
+
+#: Takes the input and the output of a module; returns its new output, or ``None`` to leave it.
+_Visit: TypeAlias = Callable[[Tensor, Tensor], Tensor | None]
 
 
 @dataclass
@@ -31,6 +38,33 @@ class _Stopped(Exception):  # noqa: N818 - no error: it ends a forward pass that
 
 
 @contextmanager
+def _visiting(model: nn.Module, visits: Mapping[str, _Visit]) -> Iterator[None]:
+    """Call functions with what flows through modules, while the model runs inside the block."""
+    batch = 1
+
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal batch
+        batch = batch_size(args, kwargs)
+
+    def hook(visit: _Visit) -> Callable[..., Any]:
+        def call(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            y = first_tensor(output)
+            new = visit(as_rows(args[0], batch), as_rows(y, batch))
+            return None if new is None else with_first(output, new.reshape(y.shape))
+
+        return call
+
+    handles = [model.register_forward_pre_hook(enter, with_kwargs=True)]
+    try:
+        for name, visit in visits.items():
+            handles.append(model.get_submodule(name).register_forward_hook(hook(visit)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
 def capture(model: nn.Module, names: Sequence[str]) -> Iterator[Capture]:
     """Record inputs and outputs of modules; a repeated call overwrites what it recorded before.
 
@@ -39,19 +73,14 @@ def capture(model: nn.Module, names: Sequence[str]) -> Iterator[Capture]:
     """
     seen = Capture()
 
-    def hook(name: str) -> Callable[..., None]:
-        def record(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            seen.inputs[name] = args[0]
-            seen.outputs[name] = first_tensor(output)
+    def visit(name: str) -> _Visit:
+        def record(x: Tensor, y: Tensor) -> None:
+            seen.inputs[name], seen.outputs[name] = x, y
 
         return record
 
-    handles = [model.get_submodule(n).register_forward_hook(hook(n)) for n in names]
-    try:
+    with _visiting(model, {name: visit(name) for name in names}):
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -59,18 +88,14 @@ def stop_after(model: nn.Module, name: str) -> Iterator[None]:
     """End the forward pass run inside as soon as a module has run; nothing above it is computed.
 
     The statement that runs the model is left at that point, so it must be the last in the block.
+    Open it after the taps that are to see the module: hooks run in the order they were added.
     """
 
-    def halt(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def halt(x: Tensor, y: Tensor) -> None:
         raise _Stopped
 
-    handle = model.get_submodule(name).register_forward_hook(halt)
-    try:
+    with suppress(_Stopped), _visiting(model, {name: halt}):
         yield
-    except _Stopped:
-        pass
-    finally:
-        handle.remove()
 
 
 @contextmanager
@@ -78,15 +103,8 @@ def change_output(
     model: nn.Module, name: str, change: Callable[[Tensor], Tensor]
 ) -> Iterator[None]:
     """Pass the output of a module, ``[batch, tokens, d_out]``, through a function."""
-
-    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        return with_first(output, change(first_tensor(output)))
-
-    handle = model.get_submodule(name).register_forward_hook(hook)
-    try:
+    with _visiting(model, {name: lambda x, y: change(y)}):
         yield
-    finally:
-        handle.remove()
 
 
 def add_at(output: Tensor, columns: Tensor, vectors: Tensor) -> Tensor:
@@ -109,23 +127,23 @@ def zero_leaves(
     """Add a zero that requires grad to the outputs of modules.
 
     Gradients with respect to these zeros are the gradients with respect to the outputs, and no
-    weight gradient is ever built.  Gives the capture and the zeros by module name.
+    weight gradient is ever built.  Gives the capture and the zeros, ``[batch, tokens, d_out]``
+    each, by module name.
     """
     leaves: dict[str, Tensor] = {}
     seen = Capture()
 
-    def hook(name: str) -> Callable[..., Any]:
-        def add(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            y = first_tensor(output)
-            leaves[name] = torch.zeros_like(y, requires_grad=True)
-            seen.inputs[name], seen.outputs[name] = args[0].detach(), y
-            return with_first(output, y + leaves[name])
+    def visit(name: str) -> _Visit:
+        def add(x: Tensor, y: Tensor) -> Tensor:
+            leaf = leaves.get(name)
+            # Gradient checkpointing runs a block again on the way back: the zero of the first run
+            # is the one that gets the gradient.
+            if leaf is None or leaf.grad is not None or leaf.shape != y.shape:
+                leaf = leaves[name] = torch.zeros_like(y, requires_grad=True)
+            seen.inputs[name], seen.outputs[name] = x.detach(), y
+            return y + leaf
 
         return add
 
-    handles = [model.get_submodule(n).register_forward_hook(hook(n)) for n in names]
-    try:
+    with _visiting(model, {name: visit(name) for name in names}):
         yield seen, leaves
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -27,15 +27,24 @@ class EditableModel(Protocol):
     """What an edit needs of a base model."""
 
     @property
-    def model(self) -> nn.Module: ...
+    def model(self) -> nn.Module:
+        """The language model."""
+
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Its name in reports."""
+
     @property
-    def fingerprint(self) -> str: ...
+    def fingerprint(self) -> str:
+        """Short hash that tells base models apart."""
+
     @property
-    def tokenizer_fingerprint(self) -> str: ...
+    def tokenizer_fingerprint(self) -> str:
+        """Short hash that tells tokenizers apart."""
+
     @property
-    def edits(self) -> EditStack: ...
+    def edits(self) -> EditStack:
+        """The edits now applied to it."""
 
 
 @dataclass(frozen=True)
@@ -242,8 +251,8 @@ def check_finite(quantity: str, layer: str, tensor: Tensor) -> Tensor:
     if not bool(torch.isfinite(tensor).all()):
         bad = int((~torch.isfinite(tensor)).sum())
         raise NonFiniteError(
-            f"the {quantity} of layer '{layer}' has {bad} of {tensor.numel()} values that are NaN or "
-            "infinite, so the edit is refused and nothing was changed; try a smaller learning rate, "
-            "float32, or another layer"
+            f"the {quantity} of layer '{layer}' has {bad} of {tensor.numel()} values that are NaN "
+            "or infinite, so the edit is refused and nothing was changed; try a smaller learning "
+            "rate, float32, or another layer"
         )
     return tensor

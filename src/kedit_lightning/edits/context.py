@@ -1,7 +1,7 @@
 """What hooks need to know about the rows of a forward pass.
 
-Memory edits decide per row, at the last prompt token, whether they act.  The decision is taken while
-the key-value cache is empty and kept for the rest of the answer.
+Memory edits decide per row, at the last prompt token, whether they act.  The decision is taken
+while the key-value cache is empty and kept for the rest of the answer.
 """
 
 from __future__ import annotations

@@ -87,7 +87,7 @@ def check_same_base(what: str, origin: EditOrigin, base: EditableModel) -> None:
     ):
         if made and made != here:
             raise BaseModelMismatchError(
-                f"{what} was made for the {part} of '{origin.base_model}' (fingerprint {made}), and "
-                f"this is '{base.name}' (fingerprint {here}); load that model, in the same dtype, or "
-                "pass force=True if you know that they agree"
+                f"{what} was made for the {part} of '{origin.base_model}' (fingerprint {made}), "
+                f"and this is '{base.name}' (fingerprint {here}); load that model, in the same "
+                "dtype, or pass force=True if you know that they agree"
             )

@@ -61,7 +61,7 @@ def batch_size(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
 
 
 def as_rows(tensor: Tensor, batch: int) -> Tensor:
-    """View a module's input or output as ``[batch, tokens, width]``; OPT's MLPs flatten the rows."""
+    """A module's input or output as ``[batch, tokens, width]``: OPT's MLPs flatten the rows."""
     return tensor.reshape(batch, -1, tensor.shape[-1]) if tensor.dim() == 2 else tensor
 
 
@@ -91,5 +91,5 @@ def check_editable(model: nn.Module, name: str) -> nn.Module:
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype edits are added in: at least float32, since half precision swallows small deltas."""
+    """The dtype edits are added in: at least float32, as half precision swallows small deltas."""
     return torch.promote_types(dtype, torch.float32)

@@ -22,6 +22,7 @@ from kedit_lightning.errors import (
     UnsupportedUseError,
     article_list,
 )
+from kedit_lightning.evaluation import EvaluationSteps
 from kedit_lightning.requests import EditBatch, EditExample, EditRequest
 
 #: What a method may need of every request, or of the examples it is fitted on.
@@ -49,7 +50,7 @@ class Capabilities:
     weights: bool = False
 
 
-class EditMethod(pl.LightningModule):
+class EditMethod(EvaluationSteps, pl.LightningModule):
     """A way to turn requests into an edit.
 
     Subclasses define :meth:`compute_edit`; those that learn something before any request also
@@ -119,7 +120,8 @@ class EditMethod(pl.LightningModule):
             )
         if getattr(self.base.model, "is_quantized", False) and not self.can.quantised:
             raise UnsupportedUseError(
-                f"{name} cannot edit quantised weights; load '{self.base.name}' without quantization"
+                f"{name} cannot edit quantised weights; load '{self.base.name}' without "
+                "quantization"
             )
         self.base.check_finite()
         self.build()
@@ -155,10 +157,9 @@ class EditMethod(pl.LightningModule):
 
     def _one_by_one(self, requests: list[EditRequest]) -> Edit:
         origin = self.origin(requests)
-        members: list[Edit] = []
         with self.base.edits.restored():
-            for request in requests:
-                members.append(self.compute_edit([request]).apply())
+            # Each is applied before the next is computed.
+            members = [self.compute_edit([request]).apply() for request in requests]
         return CompositeEdit(self.base, members, origin)
 
     def origin(self, requests: Sequence[EditRequest], **notes: Any) -> EditOrigin:
@@ -220,8 +221,8 @@ class EditMethod(pl.LightningModule):
     def _refuse_missing(self, missing: list[str]) -> None:
         if missing:
             raise MissingNeedsError(
-                f"{type(self).__name__} needs more than the data gives: {article_list(missing)}; add "
-                "it to the records, or choose a method that does without"
+                f"{type(self).__name__} needs more than the data gives: {article_list(missing)}; "
+                "add it to the records, or choose a method that does without"
             )
 
     # ---- Lightning
