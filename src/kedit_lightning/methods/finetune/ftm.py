@@ -84,13 +84,12 @@ class FTM(EditMethod):
 
     def build(self) -> None:
         """Find the projections to train, and settle what was left to the base model."""
+        self._check_settings()
         usual = settings_for(self.base)
         layers = usual.layers if self.layers is None else self.layers
         names = dict.fromkeys(self.base.layout.block(layer).down for layer in layers)
         for name in names:
             check_editable(self.base.model, name)
-        if not names:
-            raise UnsupportedUseError("FTM was given no layers; name at least one block")
         self.modules_trained = tuple(names)
         box = usual.norm_constraint if self.norm_constraint is None else self.norm_constraint
         self.recipe = Recipe(
@@ -101,6 +100,17 @@ class FTM(EditMethod):
             box=box,
             stop_loss=self.stop_loss,
         )
+
+    def _check_settings(self) -> None:
+        for name, value, least in (
+            ("layers", None if self.layers is None else len(self.layers), 1),
+            ("batch_size", self.batch_size, 1),
+            ("steps", self.steps, 1),
+            ("norm_constraint", self.norm_constraint, 0),
+        ):
+            if value is not None and value < least:
+                what = "name at least one block" if name == "layers" else f"be at least {least}"
+                raise UnsupportedUseError(f"FTM: {name} must {what}, got {getattr(self, name)}")
 
     def compute_edit(self, requests: Sequence[EditRequest]) -> DenseEdit:
         """Train a change of the projections on all requests together."""
