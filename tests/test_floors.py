@@ -20,6 +20,7 @@ FLOORS = [
     ["methods"],
     ["callbacks"],
     ["trainer"],
+    ["command"],
     ["cli"],
     ["__main__"],
 ]

@@ -1,4 +1,4 @@
-"""Where results that are worth keeping between runs are stored."""
+"""Where files that can be made again are kept."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 
-def cache_dir(*parts: str) -> Path:
-    """A folder of the cache: below ``$KEDIT_CACHE``, or else ``~/.cache/kedit-lightning``."""
-    root = os.environ.get("KEDIT_CACHE") or Path.home() / ".cache" / "kedit-lightning"
-    return Path(root).expanduser().joinpath(*parts)
+def cache_dir() -> Path:
+    """Folder of the cache: ``KEDIT_CACHE``, or ``~/.cache/kedit-lightning``; made when needed."""
+    named = os.environ.get("KEDIT_CACHE")
+    return Path(named).expanduser() if named else Path.home() / ".cache" / "kedit-lightning"

@@ -23,7 +23,7 @@ from kedit_lightning.errors import (
     article_list,
 )
 from kedit_lightning.evaluation import EvaluationSteps
-from kedit_lightning.requests import EditBatch, EditExample, EditRequest
+from kedit_lightning.requests import EditExample, EditRequest
 
 #: What a method may need of every request, or of the examples it is fitted on.
 Need: TypeAlias = Literal["subject", "target_old", "rephrases", "locality"]
@@ -289,14 +289,6 @@ class EditMethod(EvaluationSteps, pl.LightningModule):
                     f"differs from that of '{self.base.name}'; expect poor edits",
                     stacklevel=2,
                 )
-
-    def transfer_batch_to_device(
-        self, batch: Any, device: torch.device, dataloader_idx: int
-    ) -> Any:
-        """Batches are text and stay where they are."""
-        if isinstance(batch, EditBatch):
-            return batch
-        return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
 
 def plain(values: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,20 @@
+"""Callbacks of editing runs, imported as :mod:`kedit_lightning.callbacks`."""
+
+if __name__ == "callbacks":  # a second copy of every class, unknown to the command line
+    raise ImportError("import kedit_lightning.callbacks, not callbacks")
+
+from .edit_saver import EditSaver
+from .edit_table import EditTable
+from .place_base_model import PlaceBaseModel
+from .results_writer import ResultsWriter
+from .rollback_guard import RollbackGuard
+from .wandb_table import WandbTable
+
+__all__ = [
+    "EditSaver",
+    "EditTable",
+    "PlaceBaseModel",
+    "ResultsWriter",
+    "RollbackGuard",
+    "WandbTable",
+]

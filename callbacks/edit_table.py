@@ -1,0 +1,113 @@
+"""A table of edits that grows while they are made."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+#: Characters of an answer that are shown.
+_SHOWN = 60
+
+
+class EditTable(Callback):
+    """Shows each edited fact: prompt, answer before, answer wanted, answer after.
+
+    Args:
+        only_edit: Show it for ``kedit edit`` alone, not for ``kedit test``.
+        max_rows: Facts shown; of longer runs the latest ones.
+        console: Where it is shown; the terminal if not given.
+    """
+
+    def __init__(
+        self, only_edit: bool = False, max_rows: int = 40, console: Console | None = None
+    ) -> None:
+        self.only_edit = only_edit
+        self.max_rows = max_rows
+        self.console = console or Console()
+        self._rows: list[tuple[Text, ...]] = []
+        self._count = 0
+        self._live: Live | None = None
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start an empty table."""
+        self._rows, self._count = [], 0
+        editing = bool(getattr(trainer, "editing", False))
+        if trainer.is_global_zero and (editing or not self.only_edit):
+            self._live = Live(
+                console=self.console, auto_refresh=False, transient=self.console.is_terminal
+            )
+            if self.console.is_terminal:
+                self._live.start()
+
+    def on_example_result(
+        self, trainer: Trainer, method: LightningModule, record: dict[str, Any], edit: Any
+    ) -> None:
+        """Add the facts of an example."""
+        if self._live is None or record["stage"] != "immediate":
+            return
+        for probe in record["probes"]:
+            if probe["kind"] == "rewrite":
+                self._count += 1
+                self._rows = [*self._rows, row(probe)][-self.max_rows :]
+        if self.console.is_terminal:
+            self._live.update(self.table(), refresh=True)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave the whole table on the screen."""
+        if self._stop() and self._rows:
+            self.console.print(self.table())
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Leave what there is on the screen."""
+        if self._stop() and self._rows:
+            self.console.print(self.table())
+
+    def table(self) -> Table:
+        """The table as it stands."""
+        hidden = self._count - len(self._rows)
+        table = Table(title=f"Edits ({hidden} earlier ones not shown)" if hidden else "Edits")
+        for name in ("prompt", "before", "wanted", "after"):
+            table.add_column(name, overflow="fold")
+        for cells in self._rows:
+            table.add_row(*cells)
+        return table
+
+    def _stop(self) -> bool:
+        live, self._live = self._live, None
+        if live is not None and live.is_started:
+            live.stop()
+        return live is not None
+
+
+def row(probe: dict[str, Any]) -> tuple[Text, ...]:
+    """Cells of a rewrite probe; the answer after is green if it is the wanted one.
+
+    Args:
+        probe: A probe of an example record.
+    """
+    right = bool(probe["after"].get("tf_all"))
+    wanted = probe["answers"][0].strip()
+    return (
+        Text(probe["prompt"]),
+        Text(_shown(probe["before"])),
+        Text(wanted),
+        Text(_shown(probe["after"]), style="green" if right else "red"),
+    )
+
+
+def _shown(reading: dict[str, Any]) -> str:
+    text = reading.get("text")
+    if text is not None:
+        # What follows the first line is seldom about the question.
+        line = str(text).strip().split("\n")[0]
+        return line if len(line) <= _SHOWN else f"{line[:_SHOWN]}…"
+    # Without a free answer the probability of the wanted one is what there is.
+    log_prob = reading.get("log_prob")
+    return "" if log_prob is None else f"log p = {log_prob:.2f}"

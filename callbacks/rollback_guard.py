@@ -1,0 +1,109 @@
+"""Makes sure that a run leaves the base model as it found it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+
+#: Elements summed at a time.
+_CHUNK = 1 << 24
+
+
+class RollbackGuard(Callback):
+    """Fails loudly when the base model is not bit-equal after ``test``, ``edit`` or ``validate``.
+
+    It compares checksums of all weights, the hooks of all modules, and the stack of edits.
+    """
+
+    def __init__(self) -> None:
+        self._before: dict[str, Any] = {}
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remember the base model."""
+        self._before = state_of(_base(pl_module))
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compare the base model with what was remembered."""
+        self._compare(_base(pl_module))
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remember the base model, unless a hypernetwork is being fitted around it."""
+        if trainer.state.fn == "validate":
+            self._before = state_of(_base(pl_module))
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compare the base model with what was remembered."""
+        if trainer.state.fn == "validate":
+            self._compare(_base(pl_module))
+
+    def _compare(self, base: Any) -> None:
+        after = state_of(base)
+        changed = [
+            name
+            for name in [*self._before, *(name for name in after if name not in self._before)]
+            if self._before.get(name) != after.get(name)
+        ]
+        if changed:
+            shown = ", ".join(changed[:8]) + (
+                f" and {len(changed) - 8} more" if changed[8:] else ""
+            )
+            raise RuntimeError(
+                f"base model '{base.name}' is not what it was before the run: {shown} differ, so "
+                "its answers and all results after the first example are in doubt; this is a bug "
+                "of the editing method or of kedit-lightning, please report it"
+            )
+
+
+def _base(method: Any) -> Any:
+    return method.base
+
+
+def state_of(base: Any) -> dict[str, Any]:
+    """Checksums of weights, numbers of hooks and the stack of edits, by name.
+
+    Args:
+        base: The base model.
+    """
+    model: nn.Module = base.model
+    found: dict[str, Any] = {
+        f"weight '{name}'": checksum(tensor)
+        for name, tensor in model.state_dict().items()
+        if isinstance(tensor, Tensor)
+    }
+    for name, module in model.named_modules():
+        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        if hooks:
+            found[f"hooks of '{name}'"] = len(hooks)
+    found["stack of edits"] = base.edits.ids
+    return found
+
+
+@torch.no_grad()
+def checksum(tensor: Tensor) -> tuple[int, int]:
+    """Two sums over the bits of a tensor, computed where it is; equal for bit-equal tensors.
+
+    One changed bit always changes the first; the second depends on the places as well.
+
+    Args:
+        tensor: Any tensor.
+
+    >>> checksum(torch.tensor([1.0, 2.0])) == checksum(torch.tensor([2.0, 1.0]))
+    False
+    """
+    flat = tensor.detach().reshape(-1)
+    if flat.numel() == 0:
+        return 0, 0
+    size = flat.element_size()
+    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    bits = flat.view(kinds[size]) if size in kinds else flat.contiguous().view(torch.uint8)
+    plain = placed = 0
+    for start in range(0, bits.numel(), _CHUNK):
+        values = bits[start : start + _CHUNK].to(torch.int64)
+        # Integers wrap around, on every device alike.
+        weights = torch.arange(start, start + values.numel(), device=values.device) * 2 + 1
+        plain += int(values.sum())
+        placed += int((values * weights).sum())
+    return plain, placed

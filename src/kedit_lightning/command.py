@@ -1,0 +1,280 @@
+"""Lightning's command line, with ``edit`` and packaged configs."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+import warnings
+from collections.abc import Iterable
+from importlib import import_module
+from importlib.metadata import entry_points
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, NoReturn
+
+from jsonargparse import Namespace, set_parsing_settings
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import (
+    ArgsType,
+    LightningArgumentParser,
+    LightningCLI,
+    SaveConfigCallback,
+)
+
+from kedit_lightning import __version__
+from kedit_lightning.errors import DataFileNotFoundError, KEditError
+from kedit_lightning.methods import METHODS, EditMethod
+from kedit_lightning.trainer import EditTrainer
+
+#: What a config may name. A config file then cannot run code of its own choice.
+_ALLOWED = ("kedit_lightning", "lightning.pytorch", "torch.optim", "torch.nn", "transformers")
+_PLUGINS = "kedit_lightning.plugins"
+_ALLOW_MORE = "KEDIT_ALLOW_IMPORTS"
+#: Words that stand for checkpoints which Lightning finds by itself.
+_CHECKPOINT_WORDS = ("best", "last", "hpc", "registry")
+
+
+class KEditParser(LightningArgumentParser):
+    """Parser whose errors are one sentence."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise what was wrong with the arguments, for ``main`` to print."""
+        found = kedit_error(ex)
+        if found is not None:
+            raise found
+        raise UsageError(readable(message), getattr(ex, "subcommand_parser", None) or self)
+
+
+class UsageError(KEditError, ValueError):
+    """The command line or a config holds something that is not known."""
+
+    def __init__(self, message: str, parser: Any) -> None:
+        program = str(getattr(parser, "prog", "kedit")).replace(" [options]", "")
+        super().__init__(f"{message}; `{program} --help` lists what is known")
+
+
+def kedit_error(error: BaseException | None) -> KEditError | None:
+    """The error for the user in a chain of causes, if there is one.
+
+    Args:
+        error: What was raised.
+    """
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, KEditError):
+            return error
+        seen.add(id(error))
+        error = error.__cause__
+    return None
+
+
+def readable(message: str) -> str:
+    """A parser's message in one line.
+
+    Args:
+        message: The message, perhaps over several lines.
+    """
+    return " ".join(message.split())
+
+
+class SaveConfig(SaveConfigCallback):
+    """Saves the config of a run into its output folder; of ``fit``, beside its checkpoints."""
+
+    def __init__(self, parser: LightningArgumentParser, config: Namespace, **kwargs: Any) -> None:
+        super().__init__(parser, config, save_to_log_dir=False, **kwargs)
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write ``config.yaml``; a run that is continued keeps the one it has."""
+        output = getattr(trainer, "output_folder", None)
+        if output is not None:
+            if output.resumed:
+                return
+            folder = output.path
+        elif stage == "fit":
+            folder = Path(trainer.log_dir or trainer.default_root_dir)
+        else:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        self.parser.save(
+            self.config, folder / self.config_filename, skip_unset=False, overwrite=True
+        )
+
+
+class KEditCLI(LightningCLI):
+    """Adds ``edit`` to ``fit``, ``validate``, ``test`` and ``predict``."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Subcommands, each with the parameters that are no options."""
+        shared = {"model", "datamodule", "dataloaders", "weights_only"}
+        return {
+            "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule", "weights_only"},
+            "edit": {"model", "datamodule"},
+            "test": shared,
+            "validate": shared,
+            "predict": shared | {"return_predictions"},
+        }
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse arguments, with names of packaged configs in place of files."""
+        if args is None:
+            args = sys.argv[1:]
+            sys.argv[1:] = []  # Lightning warns when both are given
+        if isinstance(args, list):
+            args = with_saved_config(with_config_files([str(arg) for arg in args]))
+        super().parse_arguments(parser, args)
+        self._as_given: Namespace = self.config.clone()
+        self._check_checkpoint()
+
+    def _own(self, config: Namespace) -> Any:
+        """The part of a config that belongs to the subcommand."""
+        name = config.get("subcommand")
+        return config if name is None else config[name]
+
+    def _check_checkpoint(self) -> None:
+        path = self._own(self.config).get("ckpt_path")
+        known = path is None or str(path).split(":")[0] in _CHECKPOINT_WORDS
+        if not known and not Path(path).expanduser().is_file():
+            raise DataFileNotFoundError(f"there is no checkpoint at {path}; correct --ckpt_path")
+
+    def before_instantiate_classes(self) -> None:
+        """Say which settings a checkpoint overrules."""
+        if not self._own(self.config).get("ckpt_path"):
+            return
+        given, used = (
+            dict((self._own(config).get("model") or {}).get("init_args", {}))
+            for config in (self._as_given, self.config)
+        )
+        changed = [
+            f"{key}: {value!r} -> {used[key]!r}"
+            for key, value in given.items()
+            if key in used and used[key] != value
+        ]
+        if changed:
+            warnings.warn(
+                "the checkpoint overrules these settings of the method: " + "; ".join(changed),
+                stacklevel=2,
+            )
+
+
+# ---- configs
+
+
+def packaged_configs() -> list[str]:
+    """Names of the packaged configs, such as ``methods/rome``."""
+    root = Path(str(files("kedit_lightning.configs")))
+    found = (path.relative_to(root).with_suffix("") for path in root.rglob("*.yaml"))
+    return sorted(path.as_posix() for path in found)
+
+
+def config_file(name: str) -> str:
+    """The file of a config that is named by file, or by the name of a packaged one.
+
+    Args:
+        name: What was given behind ``-c``.
+
+    Raises:
+        DataFileNotFoundError: There is neither.
+    """
+    if Path(name).is_file() or any(mark in name for mark in "{\n"):  # a file, or YAML itself
+        return name
+    plain = name.removeprefix("configs/").removesuffix(".yaml").removesuffix(".yml")
+    known = packaged_configs()
+    if plain in known:
+        return str(files("kedit_lightning.configs").joinpath(f"{plain}.yaml"))
+    meant = difflib.get_close_matches(plain, known, 3, 0.5)
+    hint = f"; was {' or '.join(meant)} meant?" if meant else f": {', '.join(known)}"
+    raise DataFileNotFoundError(
+        f"there is no config file '{name}', and none of the packaged configs has that name{hint}"
+    )
+
+
+def with_config_files(args: list[str]) -> list[str]:
+    """Arguments with the files of packaged configs in place of their names."""
+    done: list[str] = []
+    expected = False
+    for arg in args:
+        if expected:
+            done.append(config_file(arg))
+            expected = False
+        elif arg.startswith("--config="):
+            done.append(f"--config={config_file(arg.removeprefix('--config='))}")
+        else:
+            expected = arg in ("-c", "--config")
+            done.append(arg)
+    return done
+
+
+def with_saved_config(args: list[str]) -> list[str]:
+    """Arguments with the config of the run that ``--resume`` names, if no other is given."""
+    names = [arg.split("=")[0] for arg in args]
+    if "--resume" not in names or {"-c", "--config", "--model"} & set(names):
+        return args
+    at = names.index("--resume")
+    folder = args[at].partition("=")[2] or (args[at + 1] if at + 1 < len(args) else "")
+    saved = Path(folder) / "config.yaml"
+    if not saved.is_file():
+        return args
+    # The saved config names the folder as it was called then.
+    return [args[0], f"--config={saved}", "--output=null", *args[1:]]
+
+
+# ---- what configs may name
+
+
+def allow_imports(paths: Iterable[str]) -> None:
+    """Let configs name what lies below these modules, and nothing else."""
+    set_parsing_settings(
+        instantiate_subclass_spec_in_any=False,
+        import_path_denylist=["*"],
+        import_path_allowlist=list(paths),
+    )
+
+
+def load_plugins() -> list[str]:
+    """Import outside methods and datasets, and give the modules they live in."""
+    modules = []
+    for point in entry_points(group=_PLUGINS):
+        try:
+            point.load()
+        except Exception as error:
+            warnings.warn(f"plug-in '{point.name}' cannot be loaded: {error}", stacklevel=2)
+        else:
+            modules.append(point.module.partition(".")[0])
+    return modules
+
+
+def import_classes() -> None:
+    """Import what configs may name by class name alone."""
+    methods, data = (import_module(f"kedit_lightning.{name}") for name in ("methods", "data"))
+    for name in METHODS:
+        getattr(methods, name)
+    for name in data.__all__:
+        getattr(data, name)
+    import_module("kedit_lightning.callbacks")
+
+
+def run_command_line(args: ArgsType, run: bool) -> KEditCLI:
+    """Build the command line and run it.
+
+    Args:
+        args: Arguments; those of the process when ``None``.
+        run: Run the subcommand.
+    """
+    more = [part.strip() for part in os.environ.get(_ALLOW_MORE, "").split(",") if part.strip()]
+    allow_imports([*_ALLOWED, *more, *load_plugins()])
+    import_classes()
+    return KEditCLI(
+        EditMethod,
+        None,  # any data module; predict needs none
+        trainer_class=EditTrainer,
+        save_config_callback=SaveConfig if run else None,
+        subclass_mode_model=True,
+        auto_configure_optimizers=False,
+        seed_everything_default=0,
+        parser_class=KEditParser,
+        parser_kwargs={"prog": "kedit", "version": __version__},
+        args=args,
+        run=run,
+    )

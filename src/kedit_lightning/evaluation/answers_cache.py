@@ -1,0 +1,71 @@
+"""Answers of unedited base models, kept on disk so that they are computed once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kedit_lightning.base_models.cache import cache_dir
+from kedit_lightning.metrics import ProbeReading
+
+
+def key_of(*parts: Any) -> str:
+    """Name of a piece of content.
+
+    Args:
+        parts: Plain values that fix the content.
+    """
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
+
+
+class AnswersCache:
+    """Readings of probes on one base model, by what was asked.
+
+    A file a base model, data file and setting of what is read; a line for all probes that were
+    read together.  A line that a crash has cut off is passed over when the file is read again.
+
+    Args:
+        settings: Plain values that readings depend on beside the probe itself.
+        folder: Where the file lies; the cache folder of this machine if not given.
+    """
+
+    def __init__(self, settings: Mapping[str, Any], folder: Path | None = None) -> None:
+        self.path = (folder or cache_dir() / "answers") / f"{key_of(dict(settings))}.jsonl"
+        self._known: dict[str, ProbeReading] | None = None
+
+    @property
+    def known(self) -> dict[str, ProbeReading]:
+        """Readings by key."""
+        if self._known is None:
+            self._known = {}
+            if self.path.is_file():
+                for line in self.path.read_text(encoding="utf-8").split("\n"):
+                    try:
+                        self._known.update(json.loads(line) if line else {})
+                    except json.JSONDecodeError:  # cut off by a crash
+                        continue
+        return self._known
+
+    def get(self, key: str) -> ProbeReading | None:
+        """The reading of a key, ``None`` if it has not been computed yet."""
+        return self.known.get(key)
+
+    def add(self, readings: Mapping[str, ProbeReading]) -> None:
+        """Keep readings that were computed together."""
+        if not readings:
+            return
+        # What was just computed and what a later run reads back are the same values.
+        line = json.dumps(readings)
+        self.known.update(json.loads(line))
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        # One write of one line, after a line break that shuts a line a crash has cut off: several
+        # processes may add to the file at once.
+        handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(handle, f"\n{line}\n".encode())
+        finally:
+            os.close(handle)

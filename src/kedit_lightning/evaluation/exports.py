@@ -1,0 +1,66 @@
+"""Edited models for other tools."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from kedit_lightning.base_models import BaseModel
+from kedit_lightning.edits import Edit
+from kedit_lightning.edits.export import materialise, save_adapter
+from kedit_lightning.errors import UnsupportedUseError
+
+Export: TypeAlias = Literal["model", "adapter"]
+
+
+def check_export(export: Export, can: Any, output: str | Path | None) -> None:
+    """Refuse an export that cannot work, before anything is computed.
+
+    Args:
+        export: What is to be written.
+        can: Capabilities of the method, if it states them.
+        output: The output folder, if one was named.
+
+    Raises:
+        UnsupportedUseError: There is no folder, or the method's edits cannot be exported like this.
+    """
+    if output is None:
+        raise UnsupportedUseError(f"--export {export} needs a folder to write to; add --output DIR")
+    field = {"model": "weights", "adapter": "adapter"}[export]
+    if can is not None and not getattr(can, field):
+        other = export == "adapter" and can.weights
+        way_out = "use --export model" if other else "leave out --export and keep the saved edits"
+        raise UnsupportedUseError(
+            f"edits of this method change no weights that --export {export} could write; {way_out}"
+        )
+
+
+def export_edits(base: BaseModel, edits: Sequence[Edit], folder: Path, export: Export) -> Path:
+    """Write all edits into a copy of the model, or into one adapter.
+
+    Args:
+        base: The base model.
+        edits: The edits in order.
+        folder: Output folder of the run.
+        export: What is written.
+
+    Returns:
+        Where it was written.
+    """
+    stacks = {edit.origin.stack for edit in edits}
+    if len(edits) > 1 and len(stacks) == 1:
+        warnings.warn(
+            f"the {len(edits)} exported edits were computed apart from each other; together they "
+            "may act otherwise than the table shows; use --trainer.protocol.mode sequential or "
+            "batch for edits that are computed together",
+            stacklevel=2,
+        )
+    target = folder / export
+    if export == "adapter":
+        return save_adapter(base, edits, target)
+    model: Any = materialise(base, edits)
+    model.save_pretrained(target)
+    base.tokenizer.save_pretrained(target)
+    return target

@@ -1,0 +1,95 @@
+"""How a benchmark applies edits and what it asks."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, TypeAlias, get_args
+
+from kedit_lightning.errors import UnsupportedUseError
+
+Mode: TypeAlias = Literal["single", "batch", "sequential"]
+Moment: TypeAlias = Literal["immediate", "final"]
+Scoring: TypeAlias = Literal["default", "legacy_easyedit"]
+
+#: Part of every protocol id; raised when the same settings would give other numbers.
+READING_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How edits are applied and scored.
+
+    Args:
+        mode: ``single`` edits, scores and rolls back one example at a time; ``batch`` does so with
+            ``chunk_size`` examples at once; ``sequential`` keeps all edits in force.
+        chunk_size: Examples read together, and edited together in ``batch`` and ``sequential``.
+        evaluate: When sequential edits are scored: ``immediate`` (right after their own chunk),
+            ``final`` (after the last one), or both as ``immediate,final``.
+        every: In ``sequential``, score all examples edited so far whenever this many more are.
+        scoring: What is measured: our definitions, or those of EasyEdit for comparison.
+        score_batch_size: Rows of a forward pass while scoring; it never changes a score.
+        generate: Let the model answer freely, beside reading its probabilities.
+        max_new_tokens: Longest free answer.
+    """
+
+    mode: Mode = "single"
+    chunk_size: int = 1
+    evaluate: list[Moment] | str = "immediate,final"
+    every: int | None = None
+    scoring: Scoring = "default"
+    score_batch_size: int = 32
+    generate: bool = True
+    max_new_tokens: int = 64
+
+    def __post_init__(self) -> None:
+        for field, kind in (("mode", Mode), ("scoring", Scoring)):
+            if getattr(self, field) not in get_args(kind):
+                raise self._refuse(field, f"must be one of {', '.join(get_args(kind))}")
+        if not self.moments or set(self.moments) - set(get_args(Moment)):
+            raise self._refuse("evaluate", "must be immediate, final, or both: immediate,final")
+        for field in ("chunk_size", "score_batch_size", "max_new_tokens", "every"):
+            value = getattr(self, field)
+            if value is None and field == "every":
+                continue
+            if not isinstance(value, int) or value < 1:
+                raise self._refuse(field, "must be a whole number of at least 1")
+        if self.every is not None and self.mode != "sequential":
+            raise self._refuse("every", "only means something in sequential mode; leave it out")
+
+    def _refuse(self, field: str, reason: str) -> UnsupportedUseError:
+        return UnsupportedUseError(
+            f"protocol.{field} {reason} (--trainer.protocol.{field}), got {getattr(self, field)!r}"
+        )
+
+    @property
+    def moments(self) -> tuple[str, ...]:
+        """When edits are scored, as names."""
+        given = self.evaluate.split(",") if isinstance(self.evaluate, str) else self.evaluate
+        return tuple(dict.fromkeys(str(moment).strip() for moment in given))
+
+    @property
+    def generates(self) -> bool:
+        """Whether free answers are asked for; the scores of EasyEdit know none."""
+        return self.generate and self.scoring == "default"
+
+    def facts(self) -> dict[str, Any]:
+        """What the scores depend on, as plain values."""
+        facts = asdict(self) | {"evaluate": sorted(self.moments), "version": READING_VERSION}
+        facts["generate"] = self.generates
+        # Neither the rows of a forward pass nor how many examples are read together change a score.
+        del facts["score_batch_size"]
+        if self.mode == "single":
+            del facts["chunk_size"]
+        if self.mode != "sequential":
+            del facts["evaluate"], facts["every"]
+        if not self.generates:
+            del facts["max_new_tokens"]
+        return facts
+
+    @property
+    def id(self) -> str:
+        """Short hash of what the scores depend on; numbers with different ids do not compare."""
+        text = json.dumps(self.facts(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -1,0 +1,343 @@
+"""The trainer that edits."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.loggers import Logger
+from rich.console import Console
+
+from kedit_lightning.edits import Edit
+from kedit_lightning.errors import NothingToFitError, UnsupportedUseError
+from kedit_lightning.evaluation import OutputFolder, Protocol
+from kedit_lightning.evaluation.exports import check_export, export_edits
+from kedit_lightning.evaluation.output_folder import load_stack, open_output
+from kedit_lightning.evaluation.predictions import prompt_loader, read_prompts
+from kedit_lightning.evaluation.report import predictions_table, summary_table
+from kedit_lightning.evaluation.steps import apply_saved
+from kedit_lightning.metrics import ExampleRecord
+
+#: Callbacks a trainer has unless it is given others of their kind, in the order they are called:
+#: an edit is saved before the results that come from it are written.
+_USUAL: dict[str, dict[str, Any]] = {
+    "PlaceBaseModel": {},
+    "EditSaver": {},
+    "ResultsWriter": {},
+    "RollbackGuard": {},
+    "EditTable": {"only_edit": True},
+    "WandbTable": {},
+}
+
+
+class EditTrainer(Trainer):
+    """Lightning's trainer, with ``edit``, protocols and output folders.
+
+    Args:
+        protocol: How edits are applied and scored.
+        callbacks: Callbacks beside the usual ones; one of the same class replaces a usual one.
+        usual_callbacks: Place and guard the base model, save edits, write results, show tables.
+        logger: Where scores and losses are logged; nowhere unless given.
+        default_root_dir: Folder for checkpoints of ``fit`` and for logs; ``outputs`` if not given.
+        inference_mode: Off, because edits are computed with gradients.
+        enable_progress_bar: Show progress; only on a terminal if not given.
+        num_sanity_val_steps: Batches validated before a fit starts; none, as a method may have
+            learned nothing yet.
+        **kwargs: Passed to Lightning's trainer.
+    """
+
+    def __init__(
+        self,
+        *,
+        protocol: Protocol = Protocol(),  # noqa: B008 - it is frozen
+        callbacks: list[Callback] | Callback | None = None,
+        usual_callbacks: bool = True,
+        logger: Logger | Iterable[Logger] | bool | None = False,
+        default_root_dir: str | Path | None = None,
+        inference_mode: bool = False,
+        enable_progress_bar: bool | None = None,
+        num_sanity_val_steps: int | None = 0,
+        **kwargs: Any,
+    ) -> None:
+        given = callbacks if isinstance(callbacks, list) else [callbacks] if callbacks else []
+        bar = sys.stderr.isatty() if enable_progress_bar is None else enable_progress_bar
+        super().__init__(
+            callbacks=[*(_usual(given) if usual_callbacks else []), *given],
+            logger=logger,
+            default_root_dir="outputs" if default_root_dir is None else default_root_dir,
+            inference_mode=inference_mode,
+            enable_progress_bar=bar,
+            num_sanity_val_steps=num_sanity_val_steps,
+            **kwargs,
+        )
+        self.protocol = protocol
+        self.output_folder: OutputFolder | None = None
+        self.editing = False
+        self._edits: list[Edit] = []
+
+    # ---- what methods report
+
+    @property
+    def saved_run(self) -> OutputFolder | None:
+        """What an interrupted run has left behind, if this one continues it."""
+        folder = self.output_folder
+        return folder if folder is not None and folder.resumed else None
+
+    def record_edit(self, name: str, edit: Edit) -> None:
+        """Pass an edit that has just been computed to callbacks that define ``on_edit``."""
+        if self.editing and self.output_folder is None:
+            self._edits.append(edit)
+        self._tell("on_edit", name, edit)
+
+    def record_example(self, record: ExampleRecord, edit: Edit | None) -> None:
+        """Pass a finished record to callbacks that define ``on_example_result``."""
+        self._tell("on_example_result", record, edit)
+
+    def _tell(self, hook: str, *args: Any) -> None:
+        for callback in self.callbacks:  # type: ignore[attr-defined]
+            function = getattr(callback, hook, None)
+            if function is not None:
+                function(self, self.lightning_module, *args)
+
+    # ---- commands
+
+    def fit(
+        self,
+        model: LightningModule,
+        train_dataloaders: Any = None,
+        val_dataloaders: Any = None,
+        datamodule: LightningDataModule | None = None,
+        ckpt_path: str | Path | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Learn once what later edits share: a hypernetwork, or statistics of keys.
+
+        Args:
+            model: The editing method.
+            train_dataloaders: Where batches come from, or a data module.
+            val_dataloaders: Where batches for validation come from.
+            datamodule: Where batches come from.
+            ckpt_path: Checkpoint of an interrupted fit to continue.
+            weights_only: Passed to ``torch.load``.
+        """
+        if not getattr(model, "learns", True):
+            raise NothingToFitError(
+                f"{type(model).__name__} learns nothing before its requests, so there is nothing "
+                "to fit; run `kedit edit` or `kedit test` with it"
+            )
+        train_dataloaders, datamodule = _data("fit", train_dataloaders, datamodule)
+        super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
+
+    def validate(
+        self,
+        model: LightningModule | None = None,
+        dataloaders: Any = None,
+        ckpt_path: str | Path | None = None,
+        verbose: bool = True,
+        datamodule: LightningDataModule | None = None,
+        weights_only: bool | None = None,
+    ) -> list[Any]:
+        """Run a benchmark on the validation split and report scores.
+
+        Args:
+            model: The editing method.
+            dataloaders: Where examples come from, or a data module.
+            ckpt_path: Checkpoint of a fitted method.
+            verbose: Print the scores.
+            datamodule: Where examples come from.
+            weights_only: Passed to ``torch.load``.
+
+        Returns:
+            A dictionary of scores.
+        """
+        dataloaders, datamodule = _data("validate", dataloaders, datamodule)
+        with self._running("validate", model, None, None):
+            results = super().validate(
+                model, dataloaders, ckpt_path, False, datamodule, weights_only
+            )
+        self._report("validate", verbose)
+        return list(results)
+
+    def test(
+        self,
+        model: LightningModule | None = None,
+        dataloaders: Any = None,
+        ckpt_path: str | Path | None = None,
+        verbose: bool = True,
+        datamodule: LightningDataModule | None = None,
+        weights_only: bool | None = None,
+        output: str | Path | None = None,
+        resume: str | Path | None = None,
+    ) -> list[Any]:
+        """Run a benchmark under a protocol and report scores with confidence intervals.
+
+        Args:
+            model: The editing method.
+            dataloaders: Where examples come from, or a data module.
+            ckpt_path: Checkpoint of a fitted method.
+            verbose: Print the scores.
+            datamodule: Where examples come from.
+            weights_only: Passed to ``torch.load``.
+            output: Folder for results and edits; nothing is written without it.
+            resume: Output folder of an interrupted run to continue, with the same settings.
+
+        Returns:
+            A dictionary of scores.
+        """
+        dataloaders, datamodule = _data("test", dataloaders, datamodule)
+        with self._running("test", model, output, resume):
+            results = super().test(model, dataloaders, ckpt_path, False, datamodule, weights_only)
+        self._report("test", verbose)
+        return list(results)
+
+    def edit(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None = None,
+        ckpt_path: str | Path | None = None,
+        output: str | Path | None = None,
+        resume: str | Path | None = None,
+        export: Literal["model", "adapter"] | None = None,
+    ) -> list[Edit]:
+        """Compute edits for requests, show answers before and after, and save the edits.
+
+        Args:
+            model: The editing method.
+            datamodule: Where the requests come from.
+            ckpt_path: Checkpoint of a fitted method.
+            output: Folder for edits and results; nothing is written without it.
+            resume: Output folder of an interrupted run to continue, with the same settings.
+            export: Also write the edited model: ``model`` for all its weights in Hugging Face
+                format, ``adapter`` for a LoRA adapter in the format of peft.
+
+        Returns:
+            The edits, rolled back, in the order they were computed.
+        """
+        _, datamodule = _data("edit", None, datamodule)
+        if export is not None:
+            check_export(export, getattr(model, "can", None), output or resume)
+        self._edits = []
+        with self._running("edit", model, output, resume) as folder:
+            super().test(model, None, ckpt_path, False, datamodule)
+        base: Any = model.base
+        edits = self._edits if folder is None else load_stack(folder.path, base)
+        if folder is not None and self.is_global_zero:
+            Console().print(f"{len(edits)} edits saved in {folder.path}", highlight=False)
+            if export is not None:
+                target = export_edits(base, edits, folder.path, export)
+                Console().print(f"exported to {target}", highlight=False)
+        return edits
+
+    def predict(
+        self,
+        model: LightningModule | None = None,
+        dataloaders: Any = None,
+        datamodule: LightningDataModule | None = None,
+        return_predictions: bool | None = None,
+        ckpt_path: str | Path | None = None,
+        weights_only: bool | None = None,
+        edits: str | Path | None = None,
+        prompts: str | Path | None = None,
+        prompt: str | None = None,
+        verbose: bool = True,
+    ) -> list[Any]:
+        """Answer prompts with and without saved edits.
+
+        Args:
+            model: The editing method, for its base model.
+            dataloaders: Where prompts come from instead, or a data module.
+            datamodule: Where prompts come from if none are given.
+            return_predictions: Not used; answers are always returned.
+            ckpt_path: Checkpoint of a fitted method.
+            weights_only: Passed to ``torch.load``.
+            edits: Output folder of ``edit`` or ``test``, or one saved edit.
+            prompts: File with a prompt a line, or a JSON list.
+            prompt: A single prompt.
+            verbose: Print the answers.
+
+        Returns:
+            For each prompt, the answer of the base model and that under the edits.
+        """
+        asked = read_prompts(prompts, prompt)
+        if asked:
+            dataloaders, datamodule = prompt_loader(asked, self.protocol.score_batch_size), None
+        elif dataloaders is None and datamodule is None:
+            raise UnsupportedUseError(
+                "predict was given no prompt; add --prompt TEXT, --prompts FILE, or --data DATASET"
+            )
+        method: Any = model or self.lightning_module
+        with method.base.edits.restored():
+            apply_saved([] if edits is None else load_stack(edits, method.base))
+            applied = len(method.base.edits)
+            batches = super().predict(model, dataloaders, datamodule, True, ckpt_path, weights_only)
+        answers = [answer for batch in batches or [] for answer in batch]
+        if verbose and self.is_global_zero:
+            Console().print(predictions_table(answers, applied))
+        return answers
+
+    # ---- what they share
+
+    @contextmanager
+    def _running(
+        self,
+        command: str,
+        model: LightningModule | None,
+        output: str | Path | None,
+        resume: str | Path | None,
+    ) -> Iterator[OutputFolder | None]:
+        """Check what can be checked early, open the output, and leave the stack as it was."""
+        method: Any = model or self.lightning_module
+        can = getattr(method, "can", None)
+        if self.protocol.mode == "sequential" and can is not None and not can.sequential:
+            raise UnsupportedUseError(
+                f"{type(method).__name__} cannot keep earlier edits in force while it writes new "
+                "ones; use --trainer.protocol.mode single or batch"
+            )
+        self.output_folder = open_output(output, resume)
+        self.editing = command == "edit"
+        try:
+            yield self.output_folder
+        finally:
+            close = getattr(method, "close_evaluation", None)
+            if close is not None:
+                close()
+            self.output_folder, self.editing = None, False
+
+    def _report(self, command: str, verbose: bool) -> None:
+        rows = getattr(self.lightning_module, "summary", ())
+        if verbose and rows and self.is_global_zero:
+            title = (
+                f"{type(self.lightning_module).__name__}, {self.protocol.mode} edits ({command})"
+            )
+            Console().print(summary_table(rows, title))
+
+
+def _usual(given: list[Callback]) -> list[Callback]:
+    """The usual callbacks, less those that were given in another form."""
+    # Loaded by name: type checkers do not see the folder that callbacks are kept in.
+    module = import_module("kedit_lightning.callbacks")
+    classes = {getattr(module, name): settings for name, settings in _USUAL.items()}
+    return [
+        kind(**settings)
+        for kind, settings in classes.items()
+        if not any(isinstance(callback, kind) for callback in given)
+    ]
+
+
+def _data(
+    command: str, dataloaders: Any, datamodule: LightningDataModule | None
+) -> tuple[Any, LightningDataModule | None]:
+    """Loaders and data module, whichever place the data module was given in."""
+    if isinstance(dataloaders, LightningDataModule):
+        dataloaders, datamodule = None, dataloaders
+    if dataloaders is None and datamodule is None:
+        raise UnsupportedUseError(
+            f"{command} was given no data; name a dataset, such as --data Requests "
+            "--data.path facts.json, or `-c data/counterfact`"
+        )
+    return dataloaders, datamodule
