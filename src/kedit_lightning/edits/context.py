@@ -1,17 +1,23 @@
 """What hooks need to know about the rows of a forward pass.
 
 Memory edits decide per row, at the last prompt token, whether they act.  The decision is taken
-while the key-value cache is empty and kept for the rest of the answer.
+while the key-value cache is empty and kept for the rest of the answer: it travels with the cache,
+so that answers which are written in turns do not disturb each other.
 """
 
 from __future__ import annotations
 
+import copy
+import inspect
+import weakref
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from kedit_lightning.errors import UnsupportedUseError
 
 
 @dataclass
@@ -40,50 +46,103 @@ def last_attended(attention_mask: Tensor) -> Tensor:
     return (columns * (attention_mask != 0)).argmax(dim=1)
 
 
-def _cached_tokens(cache: Any) -> int:
+class _Follower:
+    """Stands in for a cache's ``reorder_cache``, so that the context follows beams."""
+
+    def __init__(self, cache: Any, context: RowContext) -> None:
+        # A strong reference would make a cycle, and keep the cache alive after its answer.
+        self._cache = weakref.ref(cache)
+        self.context = context
+
+    def __call__(self, beam_idx: Tensor) -> Any:
+        cache: Any = self._cache()
+        self.context.reorder(beam_idx)
+        return type(cache).reorder_cache(cache, beam_idx)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Follower:
+        # A copied cache is being rebuilt: ``memo`` holds it already.
+        return _Follower(memo[id(self._cache())], copy.deepcopy(self.context, memo))
+
+
+def _context_of(cache: Any) -> RowContext | None:
+    follower = vars(cache).get("reorder_cache")
+    return follower.context if isinstance(follower, _Follower) else None
+
+
+def _is_filled(cache: Any) -> bool:
     if cache is None:
-        return 0
-    if hasattr(cache, "get_seq_length"):
-        return int(cache.get_seq_length())
-    return int(cache[0][0].shape[-2])
+        return False
+    try:
+        return int(cache.get_seq_length()) > 0
+    except ValueError:  # a state-space model: no layer of its cache counts tokens
+        return bool(cache.has_previous_state())
 
 
 class ContextTracker:
-    """Keeps the row context of a model's calls, as a forward pre-hook of the model.
+    """Keeps the row context of a model's calls, by hooks before and after its forward pass.
 
     Callers that know where prompts end (rows with teacher-forced answers) set ``given`` first;
-    otherwise the prompt is taken to end at the last attended token of the prefill.
+    otherwise the prompt is taken to end at the last attended token of the prefill, or in a decoder
+    with an encoder at its start token.
+
+    Args:
+        model: The language model.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
+        self._signature = inspect.signature(model.forward)
+        self._is_encoder_decoder = bool(
+            getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+        )
         self.given: Tensor | None = None
+        #: Context of the call that runs now; ``None`` between calls of the model.
         self.current: RowContext | None = None
 
-    def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Open a context at prefill, and mark decode steps."""
-        cache = kwargs.get("past_key_values")
-        if _cached_tokens(cache) > 0 and self.current is not None:
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Open a context at prefill, and find it again in decode steps.
+
+        Raises:
+            UnsupportedUseError: A prompt is read in pieces, so that its end cannot be told.
+        """
+        call = self._signature.bind_partial(*args, **kwargs).arguments
+        cache = call.get("past_key_values", call.get("cache_params"))
+        ids = call.get("decoder_input_ids" if self._is_encoder_decoder else "input_ids")
+        if ids is None:
+            ids = next(t for t in call.values() if isinstance(t, Tensor))
+        if _is_filled(cache):
+            if ids.shape[1] > 1:
+                raise UnsupportedUseError(
+                    f"the model was called with {ids.shape[1]} new tokens on top of a filled "
+                    "key-value cache, and edits with a memory decide at the end of a prompt that "
+                    "is read in one call; start each prompt with an empty cache, do without "
+                    "prefill_chunk_size and assisted decoding, or roll those edits back"
+                )
+            # A cache that was filled before the edit was applied knows no decision.
+            known = _context_of(cache)
+            self.current = known or RowContext(torch.zeros(len(ids), dtype=torch.long))
             self.current.prefill = False
             return
+        self.current = RowContext(self._prompt_end(ids, call.get("attention_mask")))
+        self._attach(cache)
+
+    def _prompt_end(self, ids: Tensor, mask: Any) -> Tensor:
         if self.given is not None:
-            self.current = RowContext(self.given)
-        else:
-            ids = kwargs.get("input_ids", args[0] if args else None)
-            if ids is None:
-                ids = kwargs["inputs_embeds"][..., 0]
-            mask = kwargs.get("attention_mask")
-            if mask is None or mask.dim() != 2:
-                mask = torch.ones(ids.shape[:2], device=ids.device)
-            self.current = RowContext(last_attended(mask[:, -ids.shape[1] :]))
-        if hasattr(cache, "reorder_cache"):
-            self._follow_beams(cache, self.current)
+            # Beams and several answers to one prompt stand side by side.
+            return self.given.repeat_interleave(len(ids) // len(self.given))
+        if self._is_encoder_decoder:
+            return torch.zeros(len(ids), dtype=torch.long, device=ids.device)
+        if not isinstance(mask, Tensor) or mask.dim() != 2:
+            mask = torch.ones(ids.shape[:2], device=ids.device)
+        return last_attended(mask[:, -ids.shape[1] :])
 
-    @staticmethod
-    def _follow_beams(cache: Any, context: RowContext) -> None:
-        original = cache.reorder_cache
+    def leave(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        """Give the context to a cache that the model has made itself, and close it."""
+        for name in ("past_key_values", "cache_params"):
+            self._attach(getattr(output, name, None))
+        self.current = None
 
-        def reorder(beam_idx: Tensor) -> Any:
-            context.reorder(beam_idx)
-            return original(beam_idx)
-
-        cache.reorder_cache = reorder
+    def _attach(self, cache: Any) -> None:
+        if hasattr(cache, "reorder_cache") and self.current is not None:
+            cache.reorder_cache = _Follower(cache, self.current)

@@ -210,6 +210,8 @@ class CodebookEdit(MemoryEdit):
                 queries = x[torch.arange(len(x), device=x.device), end]
                 context.decisions[family] = book.lookup(queries.to(compute_dtype(x.dtype)))
                 return replace_rows(y, book.values, context.decisions[family], end, where)
+            if family not in context.decisions:  # applied in the middle of an answer
+                return y
             return replace_rows(y, book.values, context.decisions[family], None, where)
 
         return recall

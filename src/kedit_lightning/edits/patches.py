@@ -14,7 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from kedit_lightning.edits.context import RowContext
-from kedit_lightning.edits.modules import compute_dtype, first_tensor, projection_shape, with_first
+from kedit_lightning.edits.modules import (
+    as_rows,
+    compute_dtype,
+    first_tensor,
+    projection_shape,
+    with_first,
+)
+from kedit_lightning.errors import UnsupportedUseError
 
 #: Takes a module's input, its output and the row context; returns the new output.
 RowFunction: TypeAlias = Callable[[Tensor, Tensor, RowContext], Tensor]
@@ -134,7 +141,16 @@ class ModuleHook:
         x, y = args[0], first_tensor(output)
         if self.weights is not None:
             y = self.weights(x, y)
-        for memory in self.memories:
-            assert context is not None
-            y = memory(x, y, context)
+        if self.memories:
+            if context is None:
+                raise UnsupportedUseError(
+                    "a part of the model was called by itself while edits with a memory are "
+                    "applied, and they must know where prompts end; call the whole model, or roll "
+                    "those edits back"
+                )
+            rows = len(context.prompt_end)
+            x, shape, y = as_rows(x, rows), y.shape, as_rows(y, rows)
+            for memory in self.memories:
+                y = memory(x, y, context)
+            y = y.reshape(shape)
         return with_first(output, y)

@@ -37,7 +37,7 @@ class EditStack:
         self._edits: list[Edit] = []
         self._handles: list[RemovableHandle] = []
         self._active = True
-        self._tracker = ContextTracker()
+        self._tracker = ContextTracker(model)
 
     def __iter__(self) -> Iterator[Edit]:
         return iter(tuple(self._edits))
@@ -149,9 +149,11 @@ class EditStack:
             handle.remove()
         self._handles = [self._register(name, hook) for name, hook in hooks.items()]
         if any(isinstance(p, MemoryPatch) for group in patches.values() for p in group):
-            self._handles.append(
-                self._model.register_forward_pre_hook(self._tracker, with_kwargs=True)
-            )
+            enter, leave = self._tracker.enter, self._tracker.leave
+            self._handles += [
+                self._model.register_forward_pre_hook(enter, with_kwargs=True),
+                self._model.register_forward_hook(leave, with_kwargs=True, always_call=True),
+            ]
         self._edits = edits
 
     def _register(self, name: str, hook: ModuleHook) -> RemovableHandle:
