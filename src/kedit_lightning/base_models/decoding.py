@@ -56,11 +56,13 @@ def generate_texts(
     if not base.is_encoder_decoder:
         room = base.max_tokens - prompt
         settings["max_new_tokens"] = max(1, min(settings["max_new_tokens"], room))
-    ids = base.model.generate(
-        **inputs,
-        pad_token_id=0 if pad is None else pad,
-        stopping_criteria=StoppingCriteriaList([all_ended] if stop_at_sentence else []),
-        logits_processor=LogitsProcessorList([adjust]),
-        **settings,
-    )
+    # Said here, since without a key-value cache every step looks like the first one.
+    with base.edits.prompts_end_at(rows.prompt_end):
+        ids = base.model.generate(
+            **inputs,
+            pad_token_id=0 if pad is None else pad,
+            stopping_criteria=StoppingCriteriaList([all_ended] if stop_at_sentence else []),
+            logits_processor=LogitsProcessorList([adjust]),
+            **settings,
+        )
     return decode(ids)

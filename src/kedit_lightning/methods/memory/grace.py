@@ -22,6 +22,7 @@ from kedit_lightning.edits.memory import (
     write_entry,
 )
 from kedit_lightning.edits.modules import check_editable, compute_dtype, projection_shape
+from kedit_lightning.errors import UnsupportedUseError
 from kedit_lightning.methods.base import Capabilities, EditMethod
 from kedit_lightning.methods.losses import answer_nll
 from kedit_lightning.methods.memory.presets import default_module
@@ -79,6 +80,15 @@ class GRACE(EditMethod):
 
     def build(self) -> None:
         """Find the module whose output is replaced."""
+        for name in ("radius", "steps"):
+            if getattr(self, name) < 0:
+                raise UnsupportedUseError(
+                    f"GRACE: {name} must be at least 0, got {getattr(self, name)}"
+                )
+        if self.module is not None and self.layer is not None:
+            raise UnsupportedUseError(
+                "GRACE was given both layer and module; leave out one of them"
+            )
         if self.module is not None:
             self.target = self.module
         elif self.layer is not None:
