@@ -42,7 +42,7 @@ class LexicalIndex:
 
         >>> index = LexicalIndex(["the capital of France", "the inventor of radio"])
         >>> [round(score, 2) for score in index.scores("who was the inventor")]
-        [0.17, 0.6]
+        [0.13, 0.45]
         """
         asked = self._vector(Counter(words(query)))
         return [sum(v.get(w, 0.0) * x for w, x in asked.items()) for v in self._vectors]

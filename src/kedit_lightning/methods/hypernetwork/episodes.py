@@ -13,7 +13,7 @@ from torch import Tensor
 from kedit_lightning.base_models import BaseModel, TokenRows
 from kedit_lightning.edits.modules import compute_dtype
 from kedit_lightning.methods.hypernetwork.attach import LowRankChange, attached
-from kedit_lightning.requests import EditExample, EditRequest, Probe
+from kedit_lightning.requests import EditExample, EditRequest, Probe, ProbeKind
 
 Item = TypeVar("Item")
 
@@ -37,33 +37,51 @@ def rotate(items: Sequence[Item], count: int, turn: int, *key: object) -> list[I
     """Take ``count`` items, the next ones at each turn, starting at a place that ``key`` fixes.
 
     >>> rotate("abc", 2, turn=0), rotate("abc", 2, turn=1)
-    (['c', 'a'], ['b', 'c'])
+    (['b', 'c'], ['a', 'b'])
     """
     text = "/".join(map(str, key)).encode()
     start = int.from_bytes(hashlib.sha256(text).digest()[:8], "big") + turn * count
     return [items[(start + i) % len(items)] for i in range(min(count, len(items)))]
 
 
-def make_episode(
-    examples: Sequence[EditExample], turn: int, seed: int, rephrases: int, locality: int
-) -> Episode:
-    """Draw an episode that writes the requests of some examples together.
+def probes_of(examples: Sequence[EditExample], kind: ProbeKind) -> list[Probe]:
+    """The probes of one kind of some examples."""
+    return [probe for example in examples for probe in example.probes if probe.kind == kind]
+
+
+def make_episodes(
+    examples: Sequence[EditExample],
+    size: int = 1,
+    turn: int = 0,
+    seed: int = 0,
+    rephrases: int = 1,
+    locality: int = 1,
+) -> list[Episode]:
+    """Draw episodes that write the requests of ``size`` examples together.
+
+    An example without locality probes borrows those of the others.
 
     Args:
-        examples: The examples; each has rephrase and locality probes.
+        examples: The examples; each has rephrases.
+        size: Examples an episode.
         turn: Number of the pass over the data; each pass asks the next probes of an example.
         seed: Fixes the probe that an example starts with.
         rephrases: Rephrases asked an example.
         locality: Locality probes asked an example.
     """
-    asked: list[Probe] = []
-    kept: list[Probe] = []
-    for example in examples:
-        for kind, count, chosen in (("rephrase", rephrases, asked), ("locality", locality, kept)):
-            probes = [probe for probe in example.probes if probe.kind == kind]
-            chosen += rotate(probes, count, turn, seed, kind, example.id)
-    requests = [request for example in examples for request in example.requests]
-    return Episode(tuple(requests), tuple(asked), tuple(kept))
+    lent = probes_of(examples, "locality")
+    episodes = []
+    for start in range(0, len(examples), size):
+        asked: list[Probe] = []
+        kept: list[Probe] = []
+        members = examples[start : start + size]
+        for example in members:
+            own = probes_of([example], "locality") or lent
+            asked += rotate(probes_of([example], "rephrase"), rephrases, turn, seed, example.id)
+            kept += rotate(own, locality, turn, seed, example.id)
+        requests = [request for example in members for request in example.requests]
+        episodes.append(Episode(tuple(requests), tuple(asked), tuple(kept)))
+    return episodes
 
 
 def request_rows(base: BaseModel, episodes: Sequence[Episode]) -> tuple[TokenRows, Tensor]:
@@ -102,27 +120,38 @@ def episode_losses(
     kept = [probe for episode in episodes for probe in episode.kept]
     asked_of = _numbers([len(episode.asked) for episode in episodes])
     kept_of = _numbers([len(episode.kept) for episode in episodes])
-    kept_rows = _probe_rows(base, kept)
-    with torch.no_grad():
-        before = _log_probs(base, kept_rows)
     rows = _probe_rows(base, [*asked, *kept])
     with attached(base.model, changes, torch.cat([asked_of, kept_of])):
         after = _log_probs(base, rows)
     first = len(asked)
-    answers, answer_mask = rows.answer_ids[:first], rows.answer_mask[:first]
-    chosen = after[:first].gather(-1, answers[..., None])[..., 0]
-    right = ((after[:first].argmax(-1) == answers) | ~answer_mask).all(-1)
-    width = kept_rows.answer_mask.shape[1]
-    divergence = (before.exp() * (before - after[first:, :width])).sum(-1)
-    kept_mask = kept_rows.answer_mask.clone()
-    kept_mask[:, 0] = True  # without an answer of its own, a question counts by its next token
+    answers, mask = rows.answer_ids[:first], rows.answer_mask[:first]
+    nll = -after[:first].gather(-1, answers[..., None])[..., 0]
+    right = ((after[:first].argmax(-1) == answers) | ~mask).all(-1)[:, None].to(nll)
+    divergence, kept_mask = _divergence(base, kept, after[first:])
+    count = len(episodes)
     return Losses(
-        edit=_mean(-chosen, answer_mask, asked_of, len(episodes)),
-        locality=_mean(divergence, kept_mask, kept_of, len(episodes)),
-        right=_mean(
-            right[:, None].float(), torch.ones_like(right)[:, None], asked_of, len(episodes)
-        ),
+        edit=_mean(nll, mask, asked_of, count),
+        locality=_mean(divergence, kept_mask, kept_of, count),
+        right=_mean(right, torch.ones_like(right), asked_of, count),
     )
+
+
+def _divergence(base: BaseModel, kept: Sequence[Probe], after: Tensor) -> tuple[Tensor, Tensor]:
+    """KL divergence from the present answers, and where it counts. ``[batch, width]`` each.
+
+    Args:
+        base: The base model, without the changes that are tried.
+        kept: The questions.
+        after: Log-probabilities with the changes. Shape ``[batch, at least width, vocab]``.
+    """
+    if not kept:
+        return after[..., 0], torch.ones_like(after[..., 0])
+    rows = _probe_rows(base, kept)
+    with torch.no_grad():
+        before = _log_probs(base, rows)
+    mask = rows.answer_mask.clone()
+    mask[:, 0] = True  # without an answer of its own, a question counts by its next token
+    return (before.exp() * (before - after[:, : mask.shape[1]])).sum(-1), mask
 
 
 def _numbers(counts: Sequence[int]) -> Tensor:
