@@ -46,7 +46,12 @@ examples:
 """
 
 #: Messages of other libraries that tell a user nothing.
-_NOISE = (".*LeafSpec.* is deprecated", "The '.*_dataloader' does not have many workers")
+_NOISE = (
+    ".*LeafSpec.* is deprecated",
+    "The '.*_dataloader' does not have many workers",
+    ".LightningModule.configure_optimizers. returned .None.",
+    "Found .* in eval mode at the start of training",
+)
 _CHATTY = ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed")
 
 
@@ -75,14 +80,22 @@ def main(args: Any = None, run: bool = True) -> Any:
     for name in _CHATTY:
         logging.getLogger(name).setLevel(logging.WARNING)
     command = import_module("kedit_lightning.command")
+    if args is None:  # a process of our own; importing Lightning has set its own form
+        warnings.formatwarning = _warning
     try:
         return command.run_command_line(args, run)
     except Exception as error:
         found: KEditError | None = command.kedit_error(error)
         if found is None:
             raise
-        sys.stderr.write(f"error: {' '.join(str(found).split())}\n")
+        said = [str(found), *getattr(found, "__notes__", ())]
+        sys.stderr.write(f"error: {' '.join('; '.join(said).split())}\n")
         raise SystemExit(2) from error
+
+
+def _warning(message: Warning | str, *_: Any, **__: Any) -> str:
+    """A warning as a user reads it, without the place in our code it comes from."""
+    return f"warning: {message}\n"
 
 
 def __getattr__(name: str) -> Any:

@@ -50,6 +50,8 @@ class LocateMethod(EditMethod):
         seed: int = 0,
     ) -> None:
         super().__init__(base_model, seed)
+        # Statistics are a pass over text without an optimizer.
+        self.automatic_optimization = False
         self._context_texts: tuple[str, ...] | None = None
         self._factors: dict[str, Tensor] = {}
         self._statistics_note = ""
