@@ -92,13 +92,17 @@ class Probe:
             raise _refuse(name, "kind", f"must be one of {', '.join(get_args(ProbeKind))}")
         if not isinstance(self.prompt, str) or not self.prompt.strip():
             raise _refuse(name, "prompt", f"must be text that is not empty, got {self.prompt!r}")
+        if isinstance(self.answers, str):
+            raise _refuse(name, "answers", f"must be a list of texts, got {self.answers!r}")
         # Lists arrive from JSON; a tuple keeps the probe hashable.
         object.__setattr__(self, "answers", tuple(self.answers))
         if not self.answers and self.kind != "locality":
             raise _refuse(name, "answers", "must hold at least one answer")
-        for answer in (*self.answers, *([] if self.contrast is None else [self.contrast])):
-            if not isinstance(answer, str) or not answer.strip():
-                raise _refuse(name, "answers", f"must hold text that is not empty, got {answer!r}")
+        contrast = () if self.contrast is None else (self.contrast,)
+        for field, texts in (("answers", self.answers), ("contrast", contrast)):
+            for text in texts:
+                if not isinstance(text, str) or not text.strip():
+                    raise _refuse(name, field, f"must hold text that is not empty, got {text!r}")
         if not self.group:
             object.__setattr__(self, "group", self.kind)
 
@@ -134,15 +138,18 @@ class EditExample:
         return cls((request,), (rewrite, *probes), id)
 
 
-@dataclass
 class EditBatch:
     """Examples that travel together through Lightning's loops, as text.
 
-    ``to`` exists because Lightning moves a batch through it; without it, it would walk the fields
-    and fail on frozen dataclasses.
+    No dataclass or other collection, and with a ``to``: Lightning, when it moves or casts a batch,
+    would walk into one and fail on the frozen dataclasses inside.
+
+    Args:
+        examples: The examples.
     """
 
-    examples: list[EditExample]
+    def __init__(self, examples: list[EditExample]) -> None:
+        self.examples = examples
 
     @property
     def requests(self) -> list[EditRequest]:
@@ -155,3 +162,12 @@ class EditBatch:
 
     def __len__(self) -> int:
         return len(self.examples)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, EditBatch) and self.examples == other.examples
+
+    def __hash__(self) -> int:
+        return hash(tuple(self.examples))
+
+    def __repr__(self) -> str:
+        return f"EditBatch({self.examples!r})"
