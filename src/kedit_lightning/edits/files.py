@@ -21,8 +21,11 @@ def write_atomically(path: Path, content: bytes) -> None:
     """Write a file that is either whole or not there, even if the process is killed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_bytes(content)
-    partial.replace(path)
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def save_edit(edit: Edit, path: Path) -> Path:
@@ -35,7 +38,8 @@ def save_edit(edit: Edit, path: Path) -> Path:
         "origin": edit.origin.to_json(),
         "values": values,
     }
-    flat = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    # Cloned, since safetensors refuses tensors that share memory, as layers with equal keys do.
+    flat = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     write_atomically(path, save(flat, metadata={_HEADER: json.dumps(header)}))
     return path
 
@@ -55,7 +59,15 @@ def read_header(path: Path) -> dict[str, Any]:
         raise EditFileError(f"{path} is no saved edit: {error}") from error
     if _HEADER not in metadata:
         raise EditFileError(f"{path} holds tensors but is no saved edit: it has no kedit header")
-    header: dict[str, Any] = json.loads(metadata[_HEADER])
+    try:
+        header: dict[str, Any] = json.loads(metadata[_HEADER])
+        missing = {"format_version", "kind", "id", "origin", "values"} - header.keys()
+    except (ValueError, AttributeError) as error:
+        raise EditFileError(f"{path} is no saved edit: its header cannot be read") from error
+    if missing:
+        raise EditFileError(
+            f"{path} is no saved edit: its header lacks {', '.join(sorted(missing))}"
+        )
     if header["format_version"] > FORMAT_VERSION:
         raise EditFileError(
             f"{path} has format version {header['format_version']}, and this release reads up to "
@@ -67,12 +79,17 @@ def read_header(path: Path) -> dict[str, Any]:
 def load_edit(path: Path, base: EditableModel, force: bool) -> Edit:
     """Read an edit; see :meth:`Edit.load`."""
     header = read_header(path)
-    origin = EditOrigin.from_json(header["origin"])
-    if not force:
-        check_same_base(f"the edit in {path}", origin, base)
-    with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    return edit_class(header["kind"]).from_state(base, origin, tensors, header["values"])
+    try:
+        origin = EditOrigin.from_json(header["origin"])
+        if not force:
+            check_same_base(f"the edit in {path}", origin, base)
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return edit_class(header["kind"]).from_state(base, origin, tensors, header["values"])
+    except (KeyError, TypeError) as error:
+        raise EditFileError(
+            f"{path} is no whole edit of kind '{header['kind']}' ({error!r}); save the edit again"
+        ) from error
 
 
 def check_same_base(what: str, origin: EditOrigin, base: EditableModel) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any, TypeAlias
 
 import torch
@@ -112,14 +113,20 @@ def sum_weights(patches: Sequence[LowRankPatch | DensePatch], module: nn.Module)
     biases = [p.bias for p in patches if isinstance(p, DensePatch) and p.bias is not None]
     a = torch.cat([p.a.to(device) for p in low]) if low else None
     b = torch.cat([p.b.to(device) for p in low], dim=1) if low else None
-    delta = torch.stack([d.to(device) for d in dense]).sum(0) if dense else None
+    delta = _total(dense, device)
     d_in, d_out = projection_shape(module)
     if a is not None and b is not None and a.shape[0] * (d_in + d_out) > d_in * d_out:
-        folded = b @ a
+        dtype = compute_dtype(a.dtype)
+        folded = b.to(dtype) @ a.to(dtype)
         a = b = None
         delta = folded if delta is None else delta + folded
-    bias = torch.stack([x.to(device) for x in biases]).sum(0) if biases else None
-    return WeightSum(a, b, delta, bias)
+    return WeightSum(a, b, delta, _total(biases, device))
+
+
+def _total(tensors: Sequence[Tensor], device: torch.device) -> Tensor | None:
+    """Sum in at least float32, without holding copies of all terms; one term is not copied."""
+    moved = (tensor.to(device) for tensor in tensors)
+    return reduce(lambda x, y: x.to(compute_dtype(x.dtype)) + y, moved) if tensors else None
 
 
 class ModuleHook:

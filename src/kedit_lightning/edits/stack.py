@@ -70,7 +70,7 @@ class EditStack:
         made_on = edit.origin.stack
         if edit.origin.method and made_on != self.ids:
             there, here = (", ".join(ids) or "no edits" for ids in (made_on, self.ids))
-            if edit.requires_its_stack:
+            if any(part.requires_its_stack for part in (edit, *edit.parts())):
                 raise EditOrderError(
                     f"edit {edit.id} by {edit.origin.method} depends on the edits it was computed "
                     f"on ({there}), but the stack holds {here}; apply those first, in that order, "

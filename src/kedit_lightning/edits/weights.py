@@ -10,7 +10,7 @@ from torch import Tensor
 from kedit_lightning.edits.base import Edit, EditableModel, EditOrigin, check_finite
 from kedit_lightning.edits.modules import check_editable, oriented, projection_shape
 from kedit_lightning.edits.patches import DensePatch, LowRankPatch, Patch
-from kedit_lightning.errors import EditFileError
+from kedit_lightning.errors import EditFileError, UnsupportedUseError
 
 
 class LowRankEdit(Edit):
@@ -114,7 +114,12 @@ class DenseEdit(Edit):
             for name, change in changes.items()
         }
         for name, change in self.changes.items():
-            d_in, d_out = projection_shape(check_editable(base.model, name))
+            module = check_editable(base.model, name)
+            d_in, d_out = projection_shape(module)
+            if change[1] is not None and getattr(module, "bias", None) is None:
+                raise UnsupportedUseError(
+                    f"module '{name}' has no bias that an edit could change; change its weight only"
+                )
             for part, quantity, shape in zip(
                 change, ("dense update", "bias update"), ((d_out, d_in), (d_out,)), strict=True
             ):
