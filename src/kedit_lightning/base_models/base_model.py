@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
+from os import PathLike, fspath
 from typing import Any
 
 import torch
@@ -60,7 +62,7 @@ class BaseModel:
         self._takes_positions = "position_ids" in parameters
 
     @classmethod
-    def load(cls, source: str | BaseModelSpec, **options: Any) -> BaseModel:
+    def load(cls, source: str | PathLike[str] | BaseModelSpec, **options: Any) -> BaseModel:
         """Load a base model.
 
         Args:
@@ -70,7 +72,10 @@ class BaseModel:
         Raises:
             BaseModelNotFoundError: There is no such model.
         """
-        spec = BaseModelSpec(source, **options) if isinstance(source, str) else source
+        if isinstance(source, BaseModelSpec):
+            spec = replace(source, **options)
+        else:
+            spec = BaseModelSpec(fspath(source), **options)
         model, tokenizer = load_pretrained(spec)
         base = cls(model, tokenizer, name=spec.name)
         base.revision = base.revision or spec.revision
@@ -160,6 +165,7 @@ class BaseModel:
         Raises:
             InvalidRequestError: A row is longer than the model allows, or lacks its subject.
         """
+        _refuse_one_text(prompts)
         answers = answers or [None] * len(prompts)
         subjects = subjects or [None] * len(prompts)
         encoded = [self.encode(*row) for row in zip(prompts, answers, subjects, strict=True)]
@@ -272,6 +278,7 @@ class BaseModel:
         Returns:
             The continuations, without the prompts.
         """
+        _refuse_one_text(prompts)
         texts: list[str] = []
         for start in range(0, len(prompts), batch_size):
             rows = self.rows(prompts[start : start + batch_size], padding_side="left")
@@ -280,3 +287,8 @@ class BaseModel:
 
     def __repr__(self) -> str:
         return f"BaseModel({self.name!r}, {self.model.config.model_type}, {len(self.edits)} edits)"
+
+
+def _refuse_one_text(prompts: Sequence[str]) -> None:
+    if isinstance(prompts, str):  # it would be read letter by letter
+        raise InvalidRequestError(f"prompts must be a list of texts, got the text {prompts!r}")

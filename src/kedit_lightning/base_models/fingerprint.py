@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,8 +12,17 @@ from torch import nn
 
 #: Values read from each tensor; enough to tell fine-tuned models apart, cheap at any size.
 _SAMPLE = 64
-#: Settings of a configuration that do not change what the model computes.
-_IGNORED = ("_name_or_path", "transformers_version", "use_cache", "_commit_hash", "dtype")
+#: Settings of a configuration that do not change what the model computes, or that saving it adds.
+_IGNORED = frozenset(
+    {
+        "_commit_hash",
+        "_name_or_path",
+        "architectures",
+        "dtype",
+        "transformers_version",
+        "use_cache",
+    }
+)
 
 
 def _digest(*parts: bytes) -> str:
@@ -22,12 +32,19 @@ def _digest(*parts: bytes) -> str:
     return digest.hexdigest()[:16]
 
 
+def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: _settings(value) if isinstance(value, Mapping) else value
+        for name, value in config.items()
+        if name not in _IGNORED
+    }
+
+
 @torch.no_grad()
 def model_fingerprint(model: nn.Module) -> str:
     """Hash of configuration, tensor names, shapes, dtypes and a strided sample of the values."""
     config: Any = model.config
-    settings = {k: v for k, v in config.to_dict().items() if k not in _IGNORED}
-    parts = [json.dumps(settings, sort_keys=True, default=str).encode()]
+    parts = [json.dumps(_settings(config.to_dict()), sort_keys=True, default=str).encode()]
     for name, tensor in sorted(model.state_dict().items()):
         parts.append(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         flat = tensor.detach().reshape(-1)

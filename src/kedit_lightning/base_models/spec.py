@@ -5,12 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias, get_args
+
+from safetensors import SafetensorError
 
 from kedit_lightning.errors import BaseModelNotFoundError, MissingExtraError, UnsupportedUseError
 
 #: Base models that come with the package.
 PACKAGED = ("nano",)
+#: What tokenizers leave in a folder.
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
+
+Dtype: TypeAlias = Literal["auto", "float32", "float64", "bfloat16", "float16"]
+Quantization: TypeAlias = Literal["8bit", "4bit"]
 
 
 @dataclass(frozen=True)
@@ -28,12 +35,21 @@ class BaseModelSpec:
     """
 
     name: str
-    dtype: Literal["auto", "float32", "float64", "bfloat16", "float16"] = "auto"
+    dtype: Dtype = "auto"
     revision: str | None = None
     device_map: str | None = None
-    quantization: Literal["8bit", "4bit"] | None = None
+    quantization: Quantization | None = None
     attn_implementation: str | None = None
     trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        for field, known in (("dtype", Dtype), ("quantization", Quantization)):
+            value = getattr(self, field)
+            if value is not None and value not in get_args(known):
+                raise UnsupportedUseError(
+                    f"base model '{self.name}' cannot be loaded with {field} {value!r}; known are "
+                    f"{', '.join(get_args(known))}"
+                )
 
 
 def resolve(name: str) -> str:
@@ -82,19 +98,23 @@ def load_pretrained(spec: BaseModelSpec) -> tuple[Any, Any]:
         options["device_map"] = spec.device_map
     if spec.attn_implementation is not None:
         options["attn_implementation"] = spec.attn_implementation
+    folder = Path(where)
     try:
+        # For a folder without tokenizer transformers makes up an empty one.
+        if folder.is_dir() and not any(any(folder.glob(name)) for name in _TOKENIZER_FILES):
+            raise OSError("it holds no tokenizer")
         config = AutoConfig.from_pretrained(where, **source)
         tokenizer = AutoTokenizer.from_pretrained(where, **source)
         sequence_to_sequence = getattr(config, "is_encoder_decoder", False)
         loader = AutoModelForSeq2SeqLM if sequence_to_sequence else AutoModelForCausalLM
         model = loader.from_pretrained(where, dtype=dtype, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         if "trust_remote_code" in str(error) and not spec.trust_remote_code:
             raise UnsupportedUseError(
                 f"base model '{spec.name}' needs code that comes with it; set "
                 "model.base_model.trust_remote_code to true if you trust its source"
             ) from error
-        kind = "folder" if Path(where).is_dir() else "base model"
+        kind = "folder" if folder.is_dir() else "base model"
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise BaseModelNotFoundError(
             f"{kind} '{spec.name}' could not be loaded ({reason}); give a folder with config, "
