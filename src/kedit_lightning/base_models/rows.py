@@ -7,6 +7,7 @@ follow the attention mask.  So padding side, batch size and order of rows never 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -18,6 +19,43 @@ from kedit_lightning.errors import InvalidRequestError
 
 PaddingSide: TypeAlias = Literal["left", "right"]
 
+#: Scripts that put no space between words: Thai and Lao, Burmese, Khmer, kana and Han with their
+#: punctuation, and full-width forms.
+_UNSPACED = (
+    ("\u0e00", "\u0eff"),
+    ("\u1000", "\u109f"),
+    ("\u1780", "\u17ff"),
+    ("\u3000", "\u312f"),
+    ("\u31f0", "\u9fff"),
+    ("\uf900", "\ufaff"),
+    ("\uff00", "\uff9f"),
+    ("\U00020000", "\U0003ffff"),
+)
+
+
+def _is_unspaced(character: str) -> bool:
+    return any(start <= character <= end for start, end in _UNSPACED)
+
+
+def _last_place(text: str, part: str) -> int:
+    """Where a part last stands in a text; as a whole word if it does anywhere, ``-1`` if nowhere.
+
+    >>> _last_place("Art is shown in Arthur's hall", "Art"), _last_place("Kraków", "Kra")
+    (0, 0)
+    """
+
+    def touches(left: str, right: str) -> bool:
+        return all(c.isalnum() and not _is_unspaced(c) for c in (left, right))
+
+    places = [match.start() for match in re.finditer(f"(?={re.escape(part)})", text)]
+    padded = f" {text} "
+    whole = [
+        at
+        for at in places
+        if not touches(padded[at], part[0]) and not touches(part[-1], padded[at + len(part) + 1])
+    ]
+    return (whole or places or [-1])[-1]
+
 
 def join_text(prompt: str, answer: str) -> str:
     """Put an answer behind a prompt with one space between, none in scripts without spaces.
@@ -28,9 +66,7 @@ def join_text(prompt: str, answer: str) -> str:
     '首都是罗马'
     """
     prompt, answer = prompt.rstrip(), answer.lstrip()
-    glued = any(
-        "\u3040" <= c <= "\u9fff" or "\uff00" <= c <= "\uffef" for c in prompt[-1:] + answer[:1]
-    )
+    glued = any(_is_unspaced(c) for c in prompt[-1:] + answer[:1])
     return prompt + ("" if glued else " ") + answer
 
 
@@ -102,10 +138,10 @@ class RowEncoder:
         Args:
             prompt: The prompt, as edits of the context have left it.
             answer: Text that follows.
-            subject: Part of the prompt; its last occurrence counts.
+            subject: Part of the prompt; its last occurrence as a whole word counts.
 
         Raises:
-            InvalidRequestError: The subject is not part of the prompt.
+            InvalidRequestError: The subject is not part of the prompt, or the prompt is empty.
         """
         text = self.wrap(prompt)
         if not self.chat:
@@ -116,6 +152,8 @@ class RowEncoder:
         bos = getattr(self.tokenizer, "bos_token", None)
         if self.chat and bos and text.startswith(bos, len(first)):
             prefix = ()  # the template has put it already
+        if not (prefix or ids):
+            raise InvalidRequestError("a prompt is empty; give at least one word")
         subject_end = -1
         if subject is not None:
             subject_end = len(prefix) + self._subject_end(prompt, text, subject)
@@ -136,16 +174,19 @@ class RowEncoder:
                 return all_ids[cut:]
         # The tokenizer merges across the border: take the answer's ids behind a neutral word.
         anchor = "x"
-        alone, behind = self._ids(anchor), self._ids(join_text(anchor, answer))
+        joined = anchor + answer.lstrip() if self.chat else join_text(anchor, answer)
+        alone, behind = self._ids(anchor), self._ids(joined)
         return behind[len(alone) :] if behind[: len(alone)] == alone else self._ids(answer)
 
     def _subject_end(self, prompt: str, text: str, subject: str) -> int:
-        at = text.rfind(subject)
-        if at < 0:
+        # Outside the prompt stands what a chat template adds, which may hold the subject too.
+        prompt, subject = prompt.strip(), subject.strip()
+        at = _last_place(prompt, subject)
+        if at < 0 or prompt not in text:
             raise InvalidRequestError(
                 f"the subject {subject!r} does not occur in prompt {prompt!r}"
             )
-        end = at + len(subject)
+        end = text.rfind(prompt) + at + len(subject)
         found = self._offsets(text)
         if found is None:
             return len(self._ids(text[:end])) - 1
