@@ -1,0 +1,59 @@
+"""Every command of the README is run, in order, as it stands there."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from kedit_lightning.cli import main
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def test_the_two_commands_are_targets_of_the_makefile():
+    makefile = (README.parent / "Makefile").read_text()
+    commands = [line.split("#")[0].strip() for line in blocks("sh")[0].splitlines()]
+    assert commands == ["make demo", "make test"]
+    for command in commands:
+        assert re.search(rf"^{command.split()[1]}:", makefile, re.MULTILINE)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_python_lines_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (source,) = blocks("python")
+    assert len([line for line in source.splitlines() if line.strip()]) <= 13
+    exec(compile(source, "README.md", "exec"), {})
+    said = capsys.readouterr().out
+    assert "Lyon" in said
+    assert "rewrite" in said
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_shell_lines_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "text.txt").write_text("Paris is the capital of France.\n" * 50)
+    for line in blocks("sh")[1].splitlines():
+        if not line.startswith("kedit "):
+            subprocess.run(line, shell=True, check=True)
+            continue
+        try:
+            main(shlex.split(line)[1:])
+        except SystemExit as stop:
+            assert stop.code in (0, None), f"{line} ended with {stop.code}"
+        said = capsys.readouterr().out
+        if "predict" in line:
+            assert "Lyon" in said
+    assert (tmp_path / "run" / "stack.json").is_file()
+    assert (tmp_path / "run2").is_dir()
