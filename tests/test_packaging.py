@@ -20,14 +20,6 @@ PLACES = {
     "kedit_lightning.callbacks": ROOT / "callbacks",
     "kedit_lightning.configs": ROOT / "configs",
 }
-# Folders that hold data and no code; they are listed so that their files ship.
-DATA_ONLY = {
-    "kedit_lightning.base_models.nano",
-    "kedit_lightning.configs.data",
-    "kedit_lightning.configs.methods",
-    "kedit_lightning.configs.trainer",
-    "kedit_lightning.data.nano_facts",
-}
 
 
 def folder(package):
@@ -42,24 +34,22 @@ def packages_in_tree():
             yield ".".join((name, *init.parent.relative_to(place).parts))
 
 
-def test_every_package_in_the_tree_is_listed():
-    assert set(packages_in_tree()) - set(SETUP["packages"]) == set()
+def test_package_list_matches_the_tree():
+    assert set(packages_in_tree()) == set(SETUP["packages"])
 
 
-def test_every_listed_package_is_in_the_tree():
-    assert set(SETUP["packages"]) - set(packages_in_tree()) <= DATA_ONLY
-    assert [name for name in SETUP["packages"] if not folder(name).is_dir()] == []
-
-
-def test_every_data_file_in_a_package_ships():
-    patterns = SETUP["package-data"]["*"]
+def test_every_data_file_ships():
+    shipped = {
+        path
+        for package, patterns in SETUP["package-data"].items()
+        for pattern in patterns
+        for path in folder(package).glob(pattern)
+    }
     left_out = [
         str(path.relative_to(ROOT))
-        for name in SETUP["packages"]
-        for path in folder(name).iterdir()
-        if path.is_file()
-        and path.suffix not in {".py", ".pyc"}
-        and not any(path.match(pattern) for pattern in patterns)
+        for place in PLACES.values()
+        for path in place.rglob("*")
+        if path.is_file() and path.suffix not in {".py", ".pyc"} and path not in shipped
     ]
     assert left_out == []
 
