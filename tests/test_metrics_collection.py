@@ -314,14 +314,14 @@ def test_legacy_functions_agree_with_the_incumbents_summary():
         {
             "rewrite_acc": legacy_easyedit.rewrite_acc(*rows(1)),
             "rephrase_acc": legacy_easyedit.rephrase_acc(*rows(2)),
-            "locality": legacy_easyedit.locality({"near": rows(3), "far": rows(1)}),
+            "locality": legacy_easyedit.locality({"near": rows(1 + index % 3), "far": rows(1)}),
             "portability": legacy_easyedit.portability({"hop": rows(2)} if index % 2 else {}),
         }
         for index in range(6)
     ]
     found, expected = legacy_easyedit.summary(samples), summary_metrics(samples)
     assert list(samples[0]["locality"]) == ["near_acc", "far_acc"]
-    assert len(samples[0]["locality"]["near_acc"]) == 3
+    assert [len(sample["locality"]["near_acc"]) for sample in samples] == [1, 2, 3, 1, 2, 3]
     for key in ("rewrite_acc", "rephrase_acc", "locality", "portability"):
         assert found[key] == pytest.approx(expected[key])
 
