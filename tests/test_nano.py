@@ -1,0 +1,104 @@
+"""The packaged model knows its facts, is small, and can be edited."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from kedit_lightning import BaseModel, EditTrainer, methods
+from kedit_lightning.base_models.spec import resolve
+from kedit_lightning.data import NanoFacts
+from kedit_lightning.evaluation import Protocol
+from kedit_lightning.statistics import find_statistics
+
+FOLDER = Path(resolve("nano"))
+FACTS = FOLDER.parents[1] / "data" / "nano_facts"
+MB = 1e6
+
+
+@pytest.fixture(scope="module")
+def nano():
+    return BaseModel.load("nano")
+
+
+@torch.no_grad()
+def completed(base: BaseModel, prompts: list[str], answers: list[str]) -> float:
+    """Share of answers whose tokens are all arg-max."""
+    right = 0
+    for start in range(0, len(prompts), 128):
+        rows = base.rows(prompts[start : start + 128], answers[start : start + 128])
+        hits = base.answer_logits(rows).argmax(-1) == rows.answer_ids
+        right += int((hits | ~rows.answer_mask).all(1).sum())
+    return right / len(prompts)
+
+
+def test_it_is_small():
+    assert (FOLDER / "model.safetensors").stat().st_size <= 12 * MB
+    beside = ("statistics.safetensors", "mend.ckpt")
+    assert sum((FOLDER / name).stat().st_size for name in beside) <= 25 * MB
+
+
+def test_it_computes_in_float32(nano):
+    assert nano.dtype == torch.float32
+    assert nano.name == "nano"
+
+
+@pytest.mark.timeout(600)
+def test_it_knows_its_facts(nano):
+    facts = [json.loads(line) for line in (FACTS / "facts.jsonl").read_text().splitlines()]
+    templates = json.loads((FACTS / "templates.json").read_text())
+    shares = {}
+    for kind, number in (("train", 0), ("held_out", 0), ("held_out", 1)):
+        prompts = [templates[f["relation"]][kind][number].format(f["subject"]) for f in facts]
+        shares[kind, number] = completed(nano, prompts, [f["object"] for f in facts])
+    assert shares["train", 0] >= 0.95
+    assert (shares["held_out", 0] + shares["held_out", 1]) / 2 >= 0.85
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_its_statistics_are_found_in_every_dtype(dtype):
+    base = BaseModel.load("nano", dtype=dtype)
+    for block in base.layout.blocks:
+        found = find_statistics(base, block.down)
+        assert found is not None
+        assert not found.is_few_sample
+
+
+def scores(base: BaseModel, name: str) -> dict[str, tuple[float, float, float]]:
+    """Scores of 100 single edits of the test split, with their intervals."""
+    trainer = EditTrainer(
+        protocol=Protocol(mode="single", chunk_size=20, generate=False),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        accelerator="cpu",
+    )
+    method = getattr(methods, name)(base_model=base)
+    trainer.test(method, NanoFacts(limit=100, seed=0), verbose=False)
+    return {row.key: (row.mean, row.low, row.high) for row in method.summary}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_rome_writes_it(nano, capsys):
+    found = scores(nano, "ROME")
+    keys = ("rewrite/tf_all", "rephrase/tf_all", "locality/neighborhood/known")
+    with capsys.disabled():
+        for key in keys:
+            sys.stdout.write("\nROME {} {:.3f} ({:.3f} to {:.3f})".format(key, *found[key]))
+    assert found["rewrite/tf_all"][0] >= 0.95
+    assert found["rephrase/tf_all"][0] >= 0.75
+    assert found["locality/neighborhood/known"][0] >= 0.85
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", [name for name in methods.METHODS if name != "ROME"])
+def test_every_method_writes_it(nano, name):
+    requests = [example.requests[0] for example in NanoFacts(limit=100, seed=0).examples("test")]
+    before = completed(nano, [r.prompt for r in requests], [r.target_new for r in requests])
+    assert before <= 0.05
+    assert scores(nano, name)["rewrite/tf_all"][0] >= 0.8
