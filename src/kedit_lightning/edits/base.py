@@ -71,6 +71,14 @@ class EditOrigin:
     stack: tuple[str, ...] = ()
     notes: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        # As a file holds them, so that an edit and its saved copy are equal.
+        for name in ("settings", "notes"):
+            held = json.loads(json.dumps(dict(getattr(self, name)), default=str))
+            object.__setattr__(self, name, held)
+        for name in ("requests", "stack"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+
     def to_json(self) -> dict[str, Any]:
         """Plain values for a file header."""
         return asdict(self)
@@ -78,10 +86,8 @@ class EditOrigin:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> EditOrigin:
         """Rebuild from :meth:`to_json`."""
-        values = dict(values)
-        values["requests"] = tuple(EditRequest(**request) for request in values["requests"])
-        values["stack"] = tuple(values["stack"])
-        return cls(**values)
+        requests = tuple(EditRequest(**request) for request in values["requests"])
+        return cls(**{**values, "requests": requests})
 
 
 class Edit(ABC):

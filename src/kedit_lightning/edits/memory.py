@@ -11,8 +11,14 @@ from torch import Tensor
 
 from kedit_lightning.edits.base import Edit, EditableModel, EditOrigin, check_finite
 from kedit_lightning.edits.context import RowContext
-from kedit_lightning.edits.modules import compute_dtype
+from kedit_lightning.edits.modules import (
+    compute_dtype,
+    find_module,
+    is_projection,
+    projection_shape,
+)
 from kedit_lightning.edits.patches import MemoryPatch, Patch, RowFunction
+from kedit_lightning.errors import EditFileError
 
 Replacement: TypeAlias = Literal["last", "prompt", "all"]
 
@@ -180,7 +186,15 @@ class CodebookEdit(MemoryEdit):
         self.module = module
         self.entries = tuple(entries)
         self.replacement = replacement
+        owner = find_module(base.model, module)
         for entry in self.entries:
+            shapes = (len(entry.key), len(entry.value))
+            if is_projection(owner) and shapes != projection_shape(owner):
+                raise EditFileError(
+                    f"a codebook entry that maps {shapes[0]} to {shapes[1]} values does not fit "
+                    f"module '{module}', which maps {projection_shape(owner)[0]} to "
+                    f"{projection_shape(owner)[1]}"
+                )
             check_finite("codebook key", module, entry.key)
             check_finite("codebook value", module, entry.value)
 

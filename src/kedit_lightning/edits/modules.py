@@ -65,20 +65,31 @@ def as_rows(tensor: Tensor, batch: int) -> Tensor:
     return tensor.reshape(batch, -1, tensor.shape[-1]) if tensor.dim() == 2 else tensor
 
 
+def find_module(model: nn.Module, name: str) -> nn.Module:
+    """The module called ``name``.
+
+    Raises:
+        UnsupportedUseError: There is none.
+    """
+    try:
+        return model.get_submodule(name)
+    except AttributeError as error:
+        raise UnsupportedUseError(
+            f"the base model has no module {name!r}; base.model.named_modules() names them all"
+        ) from error
+
+
 def check_editable(model: nn.Module, name: str) -> nn.Module:
     """Return the module called ``name`` if a weight edit may change it.
 
     Raises:
         UnsupportedUseError: It is no Linear or Conv1D, or its weight is tied to another module.
     """
-    try:
-        module = model.get_submodule(name)
-    except AttributeError as error:
-        raise UnsupportedUseError(f"the base model has no module {name!r}") from error
+    module = find_module(model, name)
     if not is_projection(module):
         raise UnsupportedUseError(
-            f"module {name!r} is a {type(module).__name__}; weight edits change Linear and Conv1D "
-            "modules only, so choose a projection of a block"
+            f"module {name!r} is of type {type(module).__name__}, and weight edits change Linear "
+            "and Conv1D modules only; choose a projection of a block"
         )
     weight = module.weight
     for other_name, other in model.named_modules():

@@ -1,0 +1,176 @@
+"""One edit of every kind, with random content, for any tiny base model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from support import REQUESTS
+from torch import Tensor
+
+from kedit_lightning import BaseModel, Edit
+from kedit_lightning.base_models.taps import capture
+from kedit_lightning.edits import (
+    AdapterEdit,
+    CodebookEdit,
+    CompositeEdit,
+    DecodingEdit,
+    DenseEdit,
+    EditOrigin,
+    LowRankEdit,
+    PromptEdit,
+    PromptEntry,
+)
+from kedit_lightning.edits.memory import CodebookEntry, Replacement
+from kedit_lightning.edits.modules import projection_shape
+
+PROMPTS = [request.prompt for request in REQUESTS]
+ANSWERS = [request.target_new for request in REQUESTS]
+
+
+class BonusEdit(DecodingEdit):
+    """Makes some tokens likelier wherever the next token is chosen."""
+
+    kind: ClassVar[str] = "bonus"
+
+    def __init__(
+        self, base: Any, tokens: dict[int, float], origin: EditOrigin | None = None
+    ) -> None:
+        super().__init__(base, origin)
+        self.tokens = tokens
+
+    def adjust(self, logits: Tensor) -> Tensor:
+        changed = logits.clone()
+        for token, bonus in self.tokens.items():
+            changed[..., token] += bonus
+        return changed
+
+    def state(self):
+        return {}, {"tokens": [[token, bonus] for token, bonus in self.tokens.items()]}
+
+    @classmethod
+    def from_state(cls, base, origin, tensors, values):
+        return cls(base, dict(values["tokens"]), origin)
+
+
+def origin_of(base: BaseModel, method: str = "", **fields: Any) -> EditOrigin:
+    """An origin as a method would write it."""
+    return EditOrigin(
+        method=method,
+        base_model=base.name,
+        fingerprint=base.fingerprint,
+        tokenizer_fingerprint=base.tokenizer_fingerprint,
+        **fields,
+    )
+
+
+def random(*shape: int, like: torch.dtype, seed: int = 0) -> Tensor:
+    """Random numbers that depend on the seed alone, in at least float32."""
+    numbers = torch.randn(
+        *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
+    return numbers.to(torch.promote_types(like, torch.float32))
+
+
+def factors(base: BaseModel, module: str, rank: int = 2, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Random ``A`` and ``B`` for a projection."""
+    d_in, d_out = projection_shape(base.module(module))
+    a = random(rank, d_in, like=base.dtype, seed=seed) / d_in**0.5
+    return a, random(d_out, rank, like=base.dtype, seed=seed + 1)
+
+
+def low_rank(base: BaseModel, layer: int = 1, seed: int = 0, **origin: Any) -> LowRankEdit:
+    """A rank-two edit of two down projections."""
+    names = [base.layout.block(layer).down, base.layout.block(layer + 1).down]
+    pairs = {name: factors(base, name, seed=seed + 7 * i) for i, name in enumerate(names)}
+    return LowRankEdit(base, pairs, origin_of(base, **origin))
+
+
+def adapter(base: BaseModel) -> AdapterEdit:
+    """An adapter of all matrices of one MLP."""
+    names = base.layout.block(0).projections
+    return AdapterEdit(base, {n: factors(base, n, seed=3) for n in names}, origin_of(base))
+
+
+def dense(base: BaseModel, layer: int = 1, seed: int = 20) -> DenseEdit:
+    """A dense change of the matrices of one MLP, and of their biases where there are any."""
+    changes = {}
+    for name in base.layout.block(layer).projections:
+        module = base.module(name)
+        d_in, d_out = projection_shape(module)
+        bias = None
+        if getattr(module, "bias", None) is not None:
+            bias = random(d_out, like=base.dtype, seed=seed + 1)
+        changes[name] = (random(d_out, d_in, like=base.dtype, seed=seed) / d_in**0.5, bias)
+    return DenseEdit(base, changes, origin_of(base))
+
+
+def last_key(base: BaseModel, prompt: str, module: str) -> Tensor:
+    """Input of a module at the last token of a prompt."""
+    rows = base.rows([prompt])
+    with torch.no_grad(), capture(base.model, [module]) as seen:
+        base.forward(rows)
+    return seen.inputs[module][0, int(rows.prompt_end[0])]
+
+
+def codebook(
+    base: BaseModel,
+    prompt: str = PROMPTS[0],
+    replacement: Replacement = "last",
+    radius: float = 1e-3,
+    seed: int = 40,
+    layer: int = 1,
+) -> CodebookEdit:
+    """A codebook that recognises one prompt."""
+    module = base.layout.block(layer).down
+    value = 8 * random(projection_shape(base.module(module))[1], like=base.dtype, seed=seed)
+    key = last_key(base, prompt, module).to(value.dtype)
+    entry = CodebookEntry(key, value, (seed,), radius)
+    return CodebookEdit(base, module, [entry], replacement, origin_of(base))
+
+
+def prompt_edit(base: BaseModel) -> PromptEdit:
+    """A fact stated before each prompt."""
+    entry = PromptEntry(PROMPTS[0], "New Fact: Lyon is in Norway.\n", ("Rome is in Italy.\n",))
+    return PromptEdit(base, [entry], origin_of(base))
+
+
+def bonus(base: BaseModel) -> BonusEdit:
+    """Makes one token likelier."""
+    return BonusEdit(base, {70: 60.0}, origin_of(base))
+
+
+def composite(base: BaseModel) -> CompositeEdit:
+    """Edits of four kinds in one."""
+    members = [low_rank(base), dense(base, 0), prompt_edit(base), bonus(base)]
+    return CompositeEdit(base, members, origin_of(base))
+
+
+KINDS: dict[str, Callable[[BaseModel], Edit]] = {
+    "low_rank": low_rank,
+    "dense": dense,
+    "adapter": adapter,
+    "codebook": codebook,
+    "prompt": prompt_edit,
+    "bonus": bonus,
+    "composite": composite,
+}
+#: Kinds that change weights, and so have deltas.
+WEIGHT_KINDS = ("low_rank", "dense", "adapter")
+
+
+@torch.no_grad()
+def answers(base: BaseModel, **options: Any) -> Tensor:
+    """Logits of the answers, as the model now stands, all edits in force. ``[4, width, vocab]``."""
+    rows = base.rows(PROMPTS, ANSWERS, **options)
+    logits = base.answer_logits(rows)
+    return torch.where(rows.answer_mask[..., None], logits, 0)
+
+
+@torch.no_grad()
+def raw_logits(model: Any) -> Tensor:
+    """Logits of a call of the model itself, past everything of ours."""
+    ids = torch.tensor([[5, 40, 77, 12, 9], [8, 8, 91, 30, 2]])
+    decoder = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    return model(input_ids=ids, **decoder).logits
