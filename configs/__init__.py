@@ -1,1 +1,4 @@
-"""Packaged configs, importable as ``kedit_lightning.configs``: one YAML a method, a dataset, a trainer."""
+"""Packaged configs, importable as ``kedit_lightning.configs``.
+
+One YAML a method, a dataset, a trainer; they compose on the command line.
+"""

@@ -60,3 +60,16 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip(f"no real data at {SHARED_DATA}")
     return SHARED_DATA
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print the tables that tests hand in with ``record_property("table", text)``.
+
+    Test processes run beside each other have no terminal; a property travels to the one that has.
+    """
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.getreports(outcome):
+            for name, text in getattr(report, "user_properties", ()):
+                if name == "table":
+                    terminalreporter.section(report.nodeid)
+                    terminalreporter.write_line(text)

@@ -13,11 +13,10 @@ RECORDS = 10
 @pytest.mark.slow
 @pytest.mark.real_data
 @pytest.mark.timeout(900)
-def test_all_methods_on_real_records(shared_data, capsys):
+def test_all_methods_on_real_records(shared_data, record_property):
     models = ["nano", str(shared_data / "models" / "stories260K")]
     lines = list(run(models, real_data(shared_data, RECORDS), METHODS))
-    with capsys.disabled():
-        print("\n" + "\n".join([header(), *map(markdown, lines)]))
+    record_property("table", "\n".join([header(), *map(markdown, lines)]))
     assert len(lines) == len(models) * 2 * len(METHODS)
     for line in lines:
         assert {"rewrite", "rephrase", "kept"} <= line.scores.keys()
