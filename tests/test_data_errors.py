@@ -136,7 +136,7 @@ def test_contradictory_prompts_are_counted_with_one_warning(tmp_path: Path) -> N
         fact(id="a"),
         fact(id="b", target_new="Norway "),  # the same answer
         fact(id="c", target_new="Chile"),
-        fact(id="d", target_new="Peru"),
+        fact(id="d", target_new="Chile"),
         fact(id="e", prompt="Amber Falls is in"),
     )
     data = Requests(path=path)
