@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -83,12 +82,11 @@ def scores(base: BaseModel, name: str) -> dict[str, tuple[float, float, float]]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_rome_writes_it(nano, capsys):
+def test_rome_writes_it(nano, record_property):
     found = scores(nano, "ROME")
     keys = ("rewrite/tf_all", "rephrase/tf_all", "locality/neighborhood/known")
-    with capsys.disabled():
-        for key in keys:
-            sys.stdout.write("\nROME {} {:.3f} ({:.3f} to {:.3f})".format(key, *found[key]))
+    table = ["ROME {} {:.3f} ({:.3f} to {:.3f})".format(key, *found[key]) for key in keys]
+    record_property("table", "\n".join(table))
     assert found["rewrite/tf_all"][0] >= 0.95
     assert found["rephrase/tf_all"][0] >= 0.75
     assert found["locality/neighborhood/known"][0] >= 0.85
