@@ -72,3 +72,21 @@ class Toy(EditMethod):
         key = seen[0][0, int(rows.prompt_end[0])]
         direction = self.base.model.get_output_embeddings().weight[rows.answer_ids[0, 0]]
         return key, self.hparams["strength"] * direction / direction.norm()
+
+
+class Learner(Toy):
+    """The same with something to learn, which its edits do not use."""
+
+    learns: ClassVar[str] = "a linear layer"
+
+    def build(self) -> None:
+        """Create the layer."""
+        self.net = torch.nn.Linear(2, 2)
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        """Make its weights small."""
+        return self.net(torch.ones(1, 2, device=self.device)).pow(2).mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Plain gradient descent."""
+        return torch.optim.SGD(self.net.parameters(), lr=0.1)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import os
+import re
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from importlib import import_module
 from importlib.metadata import entry_points
 from importlib.resources import files
@@ -14,7 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from jsonargparse import Namespace, set_parsing_settings
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import (
     ArgsType,
     LightningArgumentParser,
@@ -23,7 +25,7 @@ from lightning.pytorch.cli import (
 )
 
 from kedit_lightning import __version__
-from kedit_lightning.errors import DataFileNotFoundError, KEditError
+from kedit_lightning.errors import DataFileNotFoundError, KEditError, article_list
 from kedit_lightning.methods import METHODS, EditMethod
 from kedit_lightning.trainer import EditTrainer
 
@@ -31,6 +33,8 @@ from kedit_lightning.trainer import EditTrainer
 _ALLOWED = ("kedit_lightning", "lightning.pytorch", "torch.optim", "torch.nn", "transformers")
 _PLUGINS = "kedit_lightning.plugins"
 _ALLOW_MORE = "KEDIT_ALLOW_IMPORTS"
+_CLASSES = (EditMethod, LightningDataModule, Callback)
+_NO_METHOD = "no editing method was named; add one with --model ROME, or -c methods/rome"
 #: Words that stand for checkpoints which Lightning finds by itself.
 _CHECKPOINT_WORDS = ("best", "last", "hpc", "registry")
 
@@ -38,20 +42,22 @@ _CHECKPOINT_WORDS = ("best", "last", "hpc", "registry")
 class KEditParser(LightningArgumentParser):
     """Parser whose errors are one sentence."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise what was wrong with the arguments, for ``main`` to print."""
         found = kedit_error(ex)
         if found is not None:
             raise found
-        raise UsageError(readable(message), getattr(ex, "subcommand_parser", None) or self)
+        parser = getattr(ex, "subcommand_parser", None) or self
+        program = str(parser.prog).replace(" [options]", "")
+        options = [name for name in parser._option_string_actions if name.startswith("--")]
+        raise UsageError(f"{explain(message, options)}; `{program} --help` lists what is known")
 
 
 class UsageError(KEditError, ValueError):
     """The command line or a config holds something that is not known."""
-
-    def __init__(self, message: str, parser: Any) -> None:
-        program = str(getattr(parser, "prog", "kedit")).replace(" [options]", "")
-        super().__init__(f"{message}; `{program} --help` lists what is known")
 
 
 def kedit_error(error: BaseException | None) -> KEditError | None:
@@ -69,13 +75,63 @@ def kedit_error(error: BaseException | None) -> KEditError | None:
     return None
 
 
-def readable(message: str) -> str:
-    """A parser's message in one line.
+def explain(message: str, options: Sequence[str] = ()) -> str:
+    """A parser's message as a sentence a user can act on.
 
     Args:
         message: The message, perhaps over several lines.
+        options: Options that are known.
+
+    >>> explain("Unrecognized arguments: --outptu x", ["--output", "--resume"])
+    'there is no option --outptu (was --output meant?)'
     """
-    return " ".join(message.split())
+    text = " ".join(message.split())
+    if found := re.search(r"Importing '(\S+)' is not allowed", text):
+        return (
+            f"configs may not name '{found[1]}': they name what lies below {', '.join(_ALLOWED)}; "
+            f"the environment variable {_ALLOW_MORE} adds modules, separated by commas"
+        )
+    if found := re.search(r'Parser key "(\w+)".*Expected a dot import path string: (\S+)', text):
+        kind = {"model": EditMethod, "data": LightningDataModule}.get(found[1], Callback)
+        known = sorted(name for name in known_classes(kind) if not name.startswith("_"))
+        return f"there is no '{found[2]}' for --{found[1]}{meant(found[2], known)}"
+    if found := re.search(r"Option '(\w+)' is not accepted", text):
+        fields = [name for kind in _CLASSES for name in known_fields(kind)]
+        return f"there is no option '{found[1]}'{meant(found[1], fields, limit=0)}"
+    if found := re.search(r"[Uu]nrecognized arguments: (--[\w.]+)", text):
+        return f"there is no option {found[1]}{meant(found[1], options, limit=0)}"
+    if found := re.search(r'Parser key "([\w.]+)": .*Literal\[(.*?)\].*Got value: (\S+)', text):
+        return f"option {found[1]} must be one of {found[2]}, got '{found[3]}'"
+    if re.search(r"required: (\w+\.)?model", text):
+        return _NO_METHOD
+    return re.sub(r'Parser key "([\w.]+)": ', r"option \1: ", text)
+
+
+def meant(name: str, known: Iterable[str], limit: int = 30) -> str:
+    """What an unknown name is close to, or else the first of what is known, in parentheses."""
+    known = sorted(set(known))
+    close = difflib.get_close_matches(name, known, 3, 0.6)
+    close += [other for other in known if other.lower() == name.lower() and other not in close]
+    if close:
+        return f" (was {' or '.join(close)} meant?)"
+    return f" (known are {article_list(known, limit)})" if limit else ""
+
+
+def known_classes(kind: type[Any]) -> dict[str, type[Any]]:
+    """Classes that a config may name by class name alone, below a class."""
+    found: dict[str, type[Any]] = {}
+    child: type[Any]
+    for child in kind.__subclasses__():
+        if not child.__module__.startswith("lightning") and not inspect.isabstract(child):
+            found[child.__name__] = child
+        found |= known_classes(child)
+    return found
+
+
+def known_fields(kind: type[Any]) -> Iterator[str]:
+    """Names of the settings of all classes below a class."""
+    for child in known_classes(kind).values():
+        yield from inspect.signature(child).parameters
 
 
 class SaveConfig(SaveConfigCallback):
@@ -125,12 +181,19 @@ class KEditCLI(LightningCLI):
             args = with_saved_config(with_config_files([str(arg) for arg in args]))
         super().parse_arguments(parser, args)
         self._as_given: Namespace = self.config.clone()
+        self._check_method()
         self._check_checkpoint()
 
     def _own(self, config: Namespace) -> Any:
         """The part of a config that belongs to the subcommand."""
         name = config.get("subcommand")
         return config if name is None else config[name]
+
+    def _check_method(self) -> None:
+        # Given settings but no class, a parser takes the class that all methods derive from.
+        model = self._own(self.config).get("model") or {}
+        if model.get("class_path", "").rpartition(".")[2] == EditMethod.__name__:
+            raise UsageError(_NO_METHOD)
 
     def _check_checkpoint(self) -> None:
         path = self._own(self.config).get("ckpt_path")
@@ -183,10 +246,9 @@ def config_file(name: str) -> str:
     known = packaged_configs()
     if plain in known:
         return str(files("kedit_lightning.configs").joinpath(f"{plain}.yaml"))
-    meant = difflib.get_close_matches(plain, known, 3, 0.5)
-    hint = f"; was {' or '.join(meant)} meant?" if meant else f": {', '.join(known)}"
     raise DataFileNotFoundError(
-        f"there is no config file '{name}', and none of the packaged configs has that name{hint}"
+        f"there is no config file '{name}', and none of the packaged configs has that name"
+        f"{meant(plain, known)}"
     )
 
 

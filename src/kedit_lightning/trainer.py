@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import Logger
 from rich.console import Console
 
 from kedit_lightning.edits import Edit
-from kedit_lightning.errors import NothingToFitError, UnsupportedUseError
+from kedit_lightning.errors import KEditError, NothingToFitError, UnsupportedUseError
 from kedit_lightning.evaluation import OutputFolder, Protocol
 from kedit_lightning.evaluation.exports import check_export, export_edits
 from kedit_lightning.evaluation.output_folder import load_stack, open_output
@@ -45,6 +45,7 @@ class EditTrainer(Trainer):
         logger: Where scores and losses are logged; nowhere unless given.
         default_root_dir: Folder for checkpoints of ``fit`` and for logs; ``outputs`` if not given.
         inference_mode: Off, because edits are computed with gradients.
+        devices: Devices to compute on; one unless more are asked for.
         enable_progress_bar: Show progress; only on a terminal if not given.
         num_sanity_val_steps: Batches validated before a fit starts; none, as a method may have
             learned nothing yet.
@@ -60,6 +61,7 @@ class EditTrainer(Trainer):
         logger: Logger | Iterable[Logger] | bool | None = False,
         default_root_dir: str | Path | None = None,
         inference_mode: bool = False,
+        devices: list[int] | str | int = 1,
         enable_progress_bar: bool | None = None,
         num_sanity_val_steps: int | None = 0,
         **kwargs: Any,
@@ -71,6 +73,7 @@ class EditTrainer(Trainer):
             logger=logger,
             default_root_dir="outputs" if default_root_dir is None else default_root_dir,
             inference_mode=inference_mode,
+            devices=devices,
             enable_progress_bar=bar,
             num_sanity_val_steps=num_sanity_val_steps,
             **kwargs,
@@ -90,7 +93,7 @@ class EditTrainer(Trainer):
 
     def record_edit(self, name: str, edit: Edit) -> None:
         """Pass an edit that has just been computed to callbacks that define ``on_edit``."""
-        if self.editing and self.output_folder is None:
+        if self.editing and (self.output_folder is None or not self.is_global_zero):
             self._edits.append(edit)
         self._tell("on_edit", name, edit)
 
@@ -225,12 +228,13 @@ class EditTrainer(Trainer):
         with self._running("edit", model, output, resume) as folder:
             super().test(model, None, ckpt_path, False, datamodule)
         base: Any = model.base
-        edits = self._edits if folder is None else load_stack(folder.path, base)
-        if folder is not None and self.is_global_zero:
-            Console().print(f"{len(edits)} edits saved in {folder.path}", highlight=False)
-            if export is not None:
-                target = export_edits(base, edits, folder.path, export)
-                Console().print(f"exported to {target}", highlight=False)
+        if folder is None or not self.is_global_zero:
+            return self._edits
+        edits = load_stack(folder.path, base)
+        Console().print(f"{len(edits)} edits saved in {folder.path}", highlight=False)
+        if export is not None:
+            target = export_edits(base, edits, folder.path, export)
+            Console().print(f"exported to {target}", highlight=False)
         return edits
 
     def predict(
@@ -302,6 +306,13 @@ class EditTrainer(Trainer):
         self.editing = command == "edit"
         try:
             yield self.output_folder
+        except KEditError as error:
+            folder = self.output_folder
+            if folder is not None and folder.results.exists():
+                error.add_note(
+                    f"what was finished before is kept, continue with --resume {folder.path}"
+                )
+            raise
         finally:
             close = getattr(method, "close_evaluation", None)
             if close is not None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from kedit_lightning.base_models import BaseModel
 from kedit_lightning.edits import Edit
-from kedit_lightning.edits.files import write_atomically
+from kedit_lightning.edits.files import read_header, write_atomically
 from kedit_lightning.errors import EditFileError, ResumeError, article_list
 from kedit_lightning.metrics import ExampleRecord
 
@@ -140,7 +140,7 @@ class OutputFolder:
     def save_edit(self, name: str, edit: Edit) -> None:
         """Write an edit; the file is whole or not there."""
         edit.save(self.edit_path(name))
-        self._note(name, edit)
+        self._edits[name] = self._described(name)
 
     def edit(self, name: str, base: BaseModel) -> Edit | None:
         """An edit that an interrupted run has saved."""
@@ -148,17 +148,18 @@ class OutputFolder:
         if not self.resumed or not path.is_file():
             return None
         edit = Edit.load(path, base)
-        self._note(name, edit)
+        self._edits[name] = self._described(name)
         return edit
-
-    def _note(self, name: str, edit: Edit) -> None:
-        requests = [request.id or request.prompt for request in edit.origin.requests]
-        self._edits[name] = self._described(name) | {"id": edit.id, "requests": requests}
 
     def _described(self, name: str) -> dict[str, Any]:
         path = self.edit_path(name)
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        return {"file": f"edits/{path.name}", "sha256": digest}
+        header = read_header(path)
+        return {
+            "file": f"edits/{path.name}",
+            "id": header["id"],
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+            "requests": [own["id"] or own["prompt"] for own in header["origin"]["requests"]],
+        }
 
     def write_stack(self, facts: Mapping[str, Any]) -> None:
         """Write ``stack.json``: the edits in the order they are applied.

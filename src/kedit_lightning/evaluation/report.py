@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
 _PACKAGES = ("kedit-lightning", "torch", "lightning", "transformers", "tokenizers", "peft", "numpy")
+#: In a table, what is asked stands in this order, and costs behind it.
+_KINDS = ("rewrite", "rephrase", "portability", "locality", "edit", "timing", "memory")
 #: Blocks that differ between two runs of the same settings.
 _COSTS = ("timing", "memory")
 
@@ -157,18 +160,31 @@ def summary_of(records: Iterable[ExampleRecord], protocol: Protocol) -> dict[str
     return dict(blocks)
 
 
+def _place(key: str) -> tuple[str, int, str]:
+    """Where a score stands in a table: by stage, then by what is asked."""
+    stage, name = "", key
+    if found := re.match(r"(forget|final|after_\d+)/", key):
+        stage, name = found[1], key.removeprefix(found[0])
+    kind = name.split("/")[0]
+    return stage, _KINDS.index(kind) if kind in _KINDS else len(_KINDS), name
+
+
 def summary_table(rows: Sequence[SummaryRow], title: str) -> Table:
     """Scores with their intervals, for the terminal.
+
+    Scores of single groups, such as ``locality/neighborhood/kl``, are left to the results.
 
     Args:
         rows: Rows of a summary.
         title: What stands above.
     """
     table = Table(title=title)
-    table.add_column("score")
+    table.add_column("score", no_wrap=True)
     for name in ("mean", "95% interval", "cases"):
         table.add_column(name, justify="right")
-    for row in rows:
+    for row in sorted(rows, key=lambda row: _place(row.key)):
+        if _place(row.key)[2].count("/") > 1:
+            continue
         digits = ".3f" if abs(row.mean) < 1000 else ",.0f"
         interval = f"{row.low:{digits}} – {row.high:{digits}}"
         table.add_row(row.key, f"{row.mean:{digits}}", interval, str(row.n))

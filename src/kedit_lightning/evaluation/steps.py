@@ -202,7 +202,7 @@ def apply_saved(edits: Iterable[Edit]) -> None:
                 ) from error
     if apart:
         warnings.warn(
-            f"{apart} of the saved edits were computed on another stack than they are applied on, "
-            "as single mode does; together they may act otherwise than they were scored",
+            "the saved edits were computed apart from each other, as single mode does; applied "
+            "together they may act otherwise than they were scored",
             stacklevel=2,
         )
