@@ -141,7 +141,7 @@ class RowEncoder:
             subject: Part of the prompt; its last occurrence as a whole word counts.
 
         Raises:
-            InvalidRequestError: The subject is not part of the prompt, or the prompt is empty.
+            InvalidRequestError: The subject is not part of the prompt, or a text is empty.
         """
         text = self.wrap(prompt)
         if not self.chat:
@@ -158,25 +158,29 @@ class RowEncoder:
         if subject is not None:
             subject_end = len(prefix) + self._subject_end(prompt, text, subject)
         answer_ids = () if answer is None else tuple(self._answer(text, ids, answer))
+        if answer is not None and not (answer.strip() and answer_ids):
+            raise InvalidRequestError(f"the answer {answer!r} has no token; give at least one word")
         return EncodedRow((*prefix, *ids), answer_ids, subject_end)
 
     def _answer(self, text: str, ids: list[int], answer: str) -> list[int]:
         joined = text + answer.lstrip() if self.chat else join_text(text, answer)
         found = self._offsets(joined)
         if found is None:
-            all_ids = self._ids(joined)
-            if all_ids[: len(ids)] == ids:
-                return all_ids[len(ids) :]
+            all_ids, cut = self._ids(joined), len(ids)
         else:
             all_ids, offsets = found
-            cut = sum(1 for start, end in offsets if start < len(text) and end > start)
-            if all_ids[:cut] == ids:
-                return all_ids[cut:]
+            beyond = (i for i, (_, end) in enumerate(offsets) if end > len(text))
+            cut = next(beyond, len(offsets))
+            if cut < len(offsets) and offsets[cut][0] < len(text):
+                cut = 0  # a token lies across the border
+        if cut and all_ids[:cut] == ids and all_ids[cut:]:
+            return all_ids[cut:]
         # The tokenizer merges across the border: take the answer's ids behind a neutral word.
         anchor = "x"
         joined = anchor + answer.lstrip() if self.chat else join_text(anchor, answer)
         alone, behind = self._ids(anchor), self._ids(joined)
-        return behind[len(alone) :] if behind[: len(alone)] == alone else self._ids(answer)
+        rest = behind[len(alone) :] if behind[: len(alone)] == alone else []
+        return rest or self._ids(answer)
 
     def _subject_end(self, prompt: str, text: str, subject: str) -> int:
         # Outside the prompt stands what a chat template adds, which may hold the subject too.
@@ -189,7 +193,10 @@ class RowEncoder:
         end = text.rfind(prompt) + at + len(subject)
         found = self._offsets(text)
         if found is None:
-            return len(self._ids(text[:end])) - 1
+            whole, part = self._ids(text), self._ids(text[:end])
+            pairs = enumerate(zip(whole, part, strict=False))
+            # Where a token goes on past the subject, the cut text has other tokens from there on.
+            return next((i for i, (a, b) in pairs if a != b), len(part) - 1)
         _, offsets = found
         return max(i for i, (start, stop) in enumerate(offsets) if start < end and stop > start)
 
