@@ -17,10 +17,10 @@ from kedit_lightning.errors import BaseModelMismatchError, UnsupportedUseError
 from kedit_lightning.methods.base import Capabilities, EditMethod, Need
 from kedit_lightning.methods.hypernetwork.capture import capture_factors
 from kedit_lightning.methods.hypernetwork.checkpoints import packaged_checkpoint, read_checkpoint
-from kedit_lightning.methods.hypernetwork.episodes import Episode, make_episode
+from kedit_lightning.methods.hypernetwork.episodes import Episode, make_episodes, probes_of
 from kedit_lightning.methods.hypernetwork.learning import Outcome, learn
 from kedit_lightning.methods.hypernetwork.transform import MAX_RANK, Hypernetwork, Plan
-from kedit_lightning.requests import EditBatch, EditRequest
+from kedit_lightning.requests import EditBatch, EditExample, EditRequest
 
 #: Blocks at the end of a model that are edited unless a setting says otherwise.
 _LAST_BLOCKS = 3
@@ -212,6 +212,16 @@ class MEND(EditMethod):
     def _fitting(self) -> bool:
         return self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
 
+    def check_examples(self, examples: Sequence[EditExample], fitting: bool = False) -> None:
+        """Make sure that each example has rephrases, and that some have locality probes.
+
+        Raises:
+            MissingNeedsError: Names every example that lacks something, and the field.
+        """
+        if fitting and probes_of(examples, "locality"):
+            examples = [e for e in examples if not probes_of([e], "rephrase")]
+        super().check_examples(examples, fitting)
+
     def on_fit_start(self) -> None:
         """Refuse a precision whose loss scaling this training does not do.
 
@@ -223,6 +233,8 @@ class MEND(EditMethod):
                 "MEND does not scale losses, which precision 16-mixed needs; set trainer.precision "
                 "to bf16-mixed or 32-true"
             )
+        # It advises to save weights from before the step, which a resumed fit must not start from.
+        warnings.filterwarnings("ignore", "Using ModelCheckpoint with manual optimization")
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """One Adam, with a learning rate for the networks and one for the edits' learning rates."""
@@ -238,19 +250,14 @@ class MEND(EditMethod):
         """The episodes of a batch: ``n_edits`` examples each."""
         settings = self.hparams
         turn = self.current_epoch if self._trainer is not None else 0
-        size, examples = settings["n_edits"], batch.examples
         counts = settings["n_rephrases"], settings["n_locality"]
-        return [
-            make_episode(examples[i : i + size], turn, settings["seed"], *counts)
-            for i in range(0, len(examples), size)
-        ]
+        return make_episodes(batch.examples, settings["n_edits"], turn, settings["seed"], *counts)
 
     def learn(self, batch: EditBatch) -> Outcome:
         """Losses and gradient of a batch, over the episodes of all ranks.
 
         Takes the batch into the statistics of the normalisers, and changes nothing else.
         """
-        self.check_examples(batch.examples, fitting=True)
         settings = self.hparams
         return learn(
             self.base,
