@@ -35,6 +35,8 @@ _PLUGINS = "kedit_lightning.plugins"
 _ALLOW_MORE = "KEDIT_ALLOW_IMPORTS"
 _CLASSES = (EditMethod, LightningDataModule, Callback)
 _NO_METHOD = "no editing method was named; add one with --model ROME, or -c methods/rome"
+#: A cross-reference of a documentation tool, perhaps broken over two lines.
+_ROLE = r":\s*(?:class|meth|func|attr|mod|ref|doc|paramref):`~?([^`]*?)\s*`"
 #: Words that stand for checkpoints which Lightning finds by itself.
 _CHECKPOINT_WORDS = ("best", "last", "hpc", "registry")
 
@@ -44,6 +46,10 @@ class KEditParser(LightningArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def format_help(self) -> str:
+        """Help without the markup that Lightning's own docstrings carry."""
+        return re.sub(_ROLE, r"\1", super().format_help())
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise what was wrong with the arguments, for ``main`` to print."""
