@@ -49,12 +49,9 @@ examples:
 _NOISE = (
     ".*LeafSpec.* is deprecated",
     "The '.*_dataloader' does not have many workers",
-    "The dirpath has changed",
-)
-    ".*LeafSpec.* is deprecated",
-    "The '.*_dataloader' does not have many workers",
     ".LightningModule.configure_optimizers. returned .None.",
     "Found .* in eval mode at the start of training",
+    "The dirpath has changed",
 )
 _CHATTY = ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed")
 
