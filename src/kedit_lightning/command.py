@@ -47,9 +47,9 @@ class KEditParser(LightningArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, allow_abbrev=False, **kwargs)
 
-    def format_help(self) -> str:
+    def format_help(self, *args: Any, **kwargs: Any) -> str:
         """Help without the markup that Lightning's own docstrings carry."""
-        return re.sub(_ROLE, r"\1", super().format_help())
+        return re.sub(_ROLE, r"\1", super().format_help(*args, **kwargs))
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise what was wrong with the arguments, for ``main`` to print."""
