@@ -78,7 +78,7 @@ def _text_config(model: nn.Module) -> Any:
 
 
 def _layer_count(config: Any) -> int:
-    for field in ("num_decoder_layers", "decoder_layers", "num_hidden_layers"):
+    for field in ("num_decoder_layers", "num_hidden_layers"):
         if getattr(config, field, None):
             return int(getattr(config, field))
     raise ModuleNotLocatedError(
@@ -104,8 +104,8 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
         lists = [pair for pair in lists if "decoder" in pair[0]] or lists
     if not lists:
         raise ModuleNotLocatedError(
-            f"no list of {count} blocks in a model of type '{config.model_type}'; name the layers "
-            "yourself, or report the model type"
+            f"no list of {count} blocks in a model of type '{config.model_type}'; use IKE, which "
+            "needs none, or report the model type"
         )
     return max(lists, key=lambda pair: sum(p.numel() for p in pair[1].parameters()))
 
@@ -190,12 +190,14 @@ class Layout:
         owner = self.model.get_submodule(block.name)
         plain = self._block_output(owner, down, None)
         generator = torch.Generator().manual_seed(0)
-        noise = torch.randn(plain.shape[-1], generator=generator) * 4 * plain.std().cpu()
+        noise = torch.randn(plain.shape[-1], generator=generator) * plain.std().cpu()
         # Rounded as the model will round it, so that rounding does not look like a nonlinearity.
         noise = noise.to(plain.device, next(down.parameters()).dtype).double()
-        moved = self._block_output(owner, down, noise) - plain
-        gain = (moved * noise).sum(-1).mean() / noise.square().sum()
-        rest = (moved - gain * noise).norm() / moved.norm()
+        # Of two sizes, since a norm passes on the direction of what outweighs its other input.
+        added = torch.stack([noise, 4 * noise])[:, None, None]  # [2, 1, 1, hidden]
+        moved = torch.stack([self._block_output(owner, down, x) - plain for x in added])
+        gain = (moved * added).sum() / added.expand_as(moved).square().sum()
+        rest = (moved - gain * added).norm() / moved.norm()
         return WritePath(float(gain), float(rest))
 
     # ---- how it is done
