@@ -98,6 +98,10 @@ def test_materialising_leaves_the_base_model_and_its_stack_alone():
     assert torch.equal(raw_logits(base.model), before)
     # The copy holds its own edit only, and no hook of the stack.
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in copy.modules())
+    base.model(torch.tensor([[5]]), output_hidden_states=True)  # transformers adds hooks of its own
+    with edit_kinds.dense(base):
+        copy = edit.materialise()
+    assert len(copy(torch.tensor([[5]]), output_hidden_states=True).hidden_states) == 5
     with edit:
         torch.testing.assert_close(raw_logits(copy), raw_logits(base.model), rtol=0, atol=1e-9)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import re
-from collections import OrderedDict
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -15,15 +14,6 @@ from kedit_lightning.edits.base import Edit, EditableModel, EditOrigin
 from kedit_lightning.edits.modules import compute_dtype, is_transposed
 from kedit_lightning.edits.weights import AdapterEdit, LowRankEdit
 from kedit_lightning.errors import EditFileError, UnsupportedUseError, article_list
-
-
-def _without_hooks(model: nn.Module) -> nn.Module:
-    """Deep copy of a model, without the hooks that edits have attached."""
-    clone = copy.deepcopy(model)
-    for module in clone.modules():
-        module._forward_hooks = OrderedDict()
-        module._forward_pre_hooks = OrderedDict()
-    return clone
 
 
 @torch.no_grad()
@@ -43,7 +33,9 @@ def materialise(base: EditableModel, edits: Iterable[Edit]) -> nn.Module:
         for name, delta in edit.deltas().items():
             delta = delta.to(compute_dtype(delta.dtype))
             totals[name] = totals[name] + delta if name in totals else delta
-    clone = _without_hooks(base.model)
+    with base.edits.restored():
+        base.edits.clear()
+        clone = copy.deepcopy(base.model)
     for name, delta in totals.items():
         parameter = clone.get_parameter(name)
         # Rounded once, after all edits have been added up.
