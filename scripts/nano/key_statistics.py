@@ -1,6 +1,6 @@
 """Collect the key statistics that are packaged with ``nano``.
 
-Usage: ``python scripts/nano/statistics.py --text ../shared/data/wikitext-2/valid.txt``
+Usage: ``python scripts/nano/key_statistics.py --text ../shared/data/wikitext-2/valid.txt``
 
 The text is the kind the model was trained on: the facts in all training templates, and plain text.
 ``kedit fit`` collects, into a cache of its own; the result is then put beside the model.
