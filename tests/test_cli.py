@@ -14,7 +14,7 @@ import torch
 import yaml
 from support import tiny_model, tiny_tokenizer
 
-from kedit_lightning import __version__
+from kedit_lightning import __version__, command
 from kedit_lightning.cli import HELP, KEditCLI, main
 from kedit_lightning.command import config_file, packaged_configs, with_saved_config
 
@@ -99,7 +99,8 @@ def test_edit_then_predict_in_a_new_process(
 
 @pytest.mark.parametrize("mode", ["single", "sequential"])
 def test_test_writes_results(mode: str, toy: list[str], tmp_path: Path) -> None:
-    main(["test", *toy, *DATASET, f"--trainer.protocol.mode={mode}", "--output=run"])
+    protocol = [f"--trainer.protocol.mode={mode}", "--trainer.protocol.evaluate=final,immediate"]
+    main(["test", *toy, *DATASET, *protocol, "--output=run"])
     results = json.loads((tmp_path / "run/results.json").read_text())
     assert results["protocol"]["mode"] == mode
     assert results["scores"]["rewrite/tf_tok"]["n"] == 2
@@ -216,6 +217,27 @@ def test_objects_only(toy: list[str]) -> None:
     assert isinstance(cli, KEditCLI)
     assert type(cli.model).__name__ == "Toy"
     assert cli.trainer.protocol.max_new_tokens == 4
+
+
+# ---- plug-ins
+
+
+class Plugin:
+    """What stands in for an entry point of an outside package."""
+
+    def __init__(self, name: str, module: str) -> None:
+        self.name, self.module = name, module
+
+    def load(self) -> Any:
+        return __import__(self.module)
+
+
+def test_plugins_are_imported_and_may_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    points = [Plugin("good", "toys.inner"), Plugin("broken", "no_such_module")]
+    monkeypatch.setattr(Plugin, "load", lambda self: __import__(self.module.partition(".")[0]))
+    monkeypatch.setattr(command, "entry_points", lambda group: points)
+    with pytest.warns(UserWarning, match="plug-in 'broken' cannot be loaded"):
+        assert command.load_plugins() == ["toys"]
 
 
 # ---- what is refused

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -342,3 +344,46 @@ def test_usual_callbacks_give_way_to_those_that_are_given() -> None:
     bare = trainer(usual_callbacks=False)
     assert not any(isinstance(c, RollbackGuard) for c in bare.callbacks)
     assert tiny_tokenizer(True).bos_token == "<s>"
+
+
+TWO_PROCESSES = """
+import sys
+sys.path.insert(0, {tests!r})
+import torch
+torch.set_num_threads(1)
+from support import tiny_base
+from toys import Toy
+from kedit_lightning import EditTrainer
+from kedit_lightning.data import CounterFact
+from kedit_lightning.evaluation import Protocol
+
+protocol = Protocol(mode={mode!r}, max_new_tokens=3)
+devices = dict(accelerator="cpu", devices={devices}, strategy={strategy!r})
+trainer = EditTrainer(protocol=protocol, **devices)
+data = CounterFact(path={data!r})
+trainer.test(Toy(base_model=tiny_base("llama")), data, output={output!r}, verbose=False)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["single", "sequential"])
+def test_two_processes_score_each_example_once(mode: str, tmp_path: Path) -> None:
+    found = []
+    for devices, strategy in ((1, "auto"), (2, "ddp")):
+        output = tmp_path / strategy
+        script = tmp_path / f"{strategy}.py"
+        code = TWO_PROCESSES.format(
+            tests=str(Path(__file__).parent),
+            mode=mode,
+            devices=devices,
+            strategy=strategy,
+            data=str(DATA / "counterfact_nested.json"),
+            output=str(output),
+        )
+        script.write_text(code)
+        done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        lines = [{**r, "timing": None, "memory": None} for r in records(output)]
+        results = json.loads((output / "results.json").read_text())
+        found.append((sorted(lines, key=lambda r: (r["stage"], r["id"])), results["scores"]))
+    assert found[0] == found[1]

@@ -148,6 +148,9 @@ class SaveConfig(SaveConfigCallback):
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write ``config.yaml``; a run that is continued keeps the one it has."""
+        if trainer.logger is not None:
+            settings = self.config.clone(with_meta=False).as_dict()
+            trainer.logger.log_hyperparams({"config": settings})
         output = getattr(trainer, "output_folder", None)
         if output is not None:
             if output.resumed:

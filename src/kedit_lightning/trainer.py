@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -68,16 +69,17 @@ class EditTrainer(Trainer):
     ) -> None:
         given = callbacks if isinstance(callbacks, list) else [callbacks] if callbacks else []
         bar = sys.stderr.isatty() if enable_progress_bar is None else enable_progress_bar
-        super().__init__(
-            callbacks=[*(_usual(given) if usual_callbacks else []), *given],
-            logger=logger,
-            default_root_dir="outputs" if default_root_dir is None else default_root_dir,
-            inference_mode=inference_mode,
-            devices=devices,
-            enable_progress_bar=bar,
-            num_sanity_val_steps=num_sanity_val_steps,
-            **kwargs,
-        )
+        with _without_announcements():
+            super().__init__(
+                callbacks=[*(_usual(given) if usual_callbacks else []), *given],
+                logger=logger,
+                default_root_dir="outputs" if default_root_dir is None else default_root_dir,
+                inference_mode=inference_mode,
+                devices=devices,
+                enable_progress_bar=bar,
+                num_sanity_val_steps=num_sanity_val_steps,
+                **kwargs,
+            )
         self.protocol = protocol
         self.output_folder: OutputFolder | None = None
         self.editing = False
@@ -302,7 +304,7 @@ class EditTrainer(Trainer):
                 f"{type(method).__name__} cannot keep earlier edits in force while it writes new "
                 "ones; use --trainer.protocol.mode single or batch"
             )
-        self.output_folder = open_output(output, resume)
+        self.output_folder = open_output(output, resume, self.is_global_zero)
         self.editing = command == "edit"
         try:
             yield self.output_folder
@@ -326,6 +328,18 @@ class EditTrainer(Trainer):
                 f"{type(self.lightning_module).__name__}, {self.protocol.mode} edits ({command})"
             )
             Console().print(summary_table(rows, title))
+
+
+@contextmanager
+def _without_announcements() -> Iterator[None]:
+    """Inside, Lightning keeps to itself which devices it sees and what else it has to offer."""
+    log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    level = log.level
+    log.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def _usual(given: list[Callback]) -> list[Callback]:

@@ -30,12 +30,13 @@ class OutputFolder:
     Args:
         path: The folder.
         resume: Continue what is there; otherwise results must not be there yet.
+        first: Whether this is the first process of the run; others find what it has written.
 
     Raises:
         ResumeError: There is nothing to continue, or something that must not be overwritten.
     """
 
-    def __init__(self, path: str | Path, resume: bool = False) -> None:
+    def __init__(self, path: str | Path, resume: bool = False, first: bool = True) -> None:
         self.path = Path(path)
         self.resumed = resume
         self._edits: dict[str, dict[str, Any]] = {}
@@ -46,8 +47,8 @@ class OutputFolder:
                     f"{self.path} holds no run to continue (no run.json in it); start one with "
                     f"--output {self.path}"
                 )
-            self._read_records()
-        elif self.results.exists() or (self.path / "run.json").exists():
+            self._read_records(first)
+        elif first and (self.results.exists() or (self.path / "run.json").exists()):
             raise ResumeError(
                 f"{self.path} holds the results of an earlier run; continue that run with "
                 f"--resume {self.path}, or name another folder for this one"
@@ -83,7 +84,7 @@ class OutputFolder:
 
     # ---- records
 
-    def _read_records(self) -> None:
+    def _read_records(self, first: bool) -> None:
         """Read complete lines, and cut off what a crash has left behind the last one."""
         if not self.results.is_file():
             return
@@ -98,7 +99,7 @@ class OutputFolder:
                     f"line {number} of {self.results} is no record, so the run cannot be "
                     "continued; remove that line, or start a new run in another folder"
                 ) from error
-        if len(whole) != len(content):
+        if first and len(whole) != len(content):
             with self.results.open("r+b") as file:
                 file.truncate(len(whole))
                 os.fsync(file.fileno())
@@ -196,24 +197,27 @@ class OutputFolder:
         write_atomically(self.path / "results.csv", text.getvalue().encode("utf-8"))
 
 
-def open_output(output: str | Path | None, resume: str | Path | None) -> OutputFolder | None:
+def open_output(
+    output: str | Path | None, resume: str | Path | None, first: bool = True
+) -> OutputFolder | None:
     """The folder a run writes to, if one was named.
 
     Args:
         output: Folder of a new run.
         resume: Folder of a run to be continued.
+        first: Whether this is the first process of the run.
 
     Raises:
         ResumeError: Both were named and differ, or the folder does not fit.
     """
     if resume is None:
-        return None if output is None else OutputFolder(output)
+        return None if output is None else OutputFolder(output, first=first)
     if output is not None and Path(output).resolve() != Path(resume).resolve():
         raise ResumeError(
             f"--resume {resume} continues a run where it is, and --output {output} names another "
             "folder; leave out --output"
         )
-    return OutputFolder(resume, resume=True)
+    return OutputFolder(resume, resume=True, first=first)
 
 
 def load_stack(path: str | Path, base: BaseModel) -> list[Edit]:

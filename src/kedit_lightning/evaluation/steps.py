@@ -142,8 +142,8 @@ class EvaluationSteps(_Module):
         self.close_evaluation()
         self.summary = metrics.summary()
         values = {f"{prefix}{key}": value for key, value in metrics.compute().items()}
-        # They are equal on all ranks already.
-        self.log_dict(values, rank_zero_only=True)
+        # They are equal on all ranks already; Lightning warns where it is not told to make them so.
+        self.log_dict(values, sync_dist=self.trainer.world_size > 1)
 
     # ---- predict
 
