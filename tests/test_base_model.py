@@ -384,8 +384,10 @@ def test_the_packaged_model_knows_facts_and_can_be_edited(tmp_path, monkeypatch)
     prompts = ["The capital of France is", "The mother tongue of Marie Curie is"]
     before = base.generate(prompts, max_new_tokens=8, stop_at_sentence=True)
     assert [text.strip(" .") for text in before] == ["Paris", "Polish"]
+    logits = answers(base)
     with edit_kinds.low_rank(base):
-        assert base.generate(prompts, max_new_tokens=8, stop_at_sentence=True) != before
+        assert not torch.equal(answers(base), logits)
+    assert torch.equal(answers(base), logits)
     assert base.generate(prompts, max_new_tokens=8, stop_at_sentence=True) == before
 
 
