@@ -151,7 +151,7 @@ ONE_CONTINENT = {
         "Sudan",
     ),
 }
-# A country's capital lies in that country; only for labels that are countries, not provinces.
+# Longer labels cost positions and are mostly titles of papers and laws.
 LABEL_LIMIT = 36
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from completion import completed, fact_pairs
 from corpus import FactBook
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 PACKAGE = Path(__file__).parents[2] / "src/kedit_lightning"
 
@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("--facts", type=Path, default=PACKAGE / "data/nano_facts")
     args = parser.parse_args()
     book = FactBook.read(args.facts)
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
     shares: dict[str, list[float]] = defaultdict(list)
     by_relation: dict[str, list[bool]] = defaultdict(list)

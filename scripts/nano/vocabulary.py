@@ -22,7 +22,6 @@ def train_tokenizer(lines: Iterable[str], size: int, max_length: int) -> PreTrai
         A fast tokenizer with offsets.
     """
     tokenizer = Tokenizer(models.BPE())
-    # trim_offsets=False would let a token's span swallow the space before the word.
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator(
@@ -36,6 +35,7 @@ def train_tokenizer(lines: Iterable[str], size: int, max_length: int) -> PreTrai
     )
     tokenizer.post_processor = processors.Sequence(
         [
+            # Trimmed, so that a token's span leaves out the space before the word.
             processors.ByteLevel(trim_offsets=True, add_prefix_space=False),
             processors.TemplateProcessing(
                 single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)]
