@@ -186,18 +186,25 @@ def test_killed_at_three_random_moments(
     mode: Any, tmp_path: Path, unbroken: Callable[[str], dict[str, Any]]
 ) -> None:
     folder = tmp_path / "run"
-    chance = random.Random(f"{mode}/2")
-    tests = str(Path(__file__).parent)
+    chance = random.Random(mode)
+    environment = {**os.environ, "KEDIT_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+
+    def progress() -> int:
+        lines = folder / "results.jsonl"
+        edits = len(list(folder.glob("edits/*.safetensors")))
+        return edits + (lines.read_bytes().count(b"\n") if lines.exists() else 0)
+
     for attempt in range(3):
-        resume = (folder / "run.json").is_file()
-        code = SCRIPT.format(tests=tests, folder=str(folder), mode=mode, resume=resume)
-        environment = {**os.environ, "KEDIT_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+        code = SCRIPT.format(
+            tests=str(Path(__file__).parent), folder=str(folder), mode=mode, resume=bool(attempt)
+        )
+        goal = progress() + chance.randint(1, 3)
         process = subprocess.Popen([sys.executable, "-c", code], env=environment)
-        # From the first sign of work on: what comes before is not worth a kill.
-        while process.poll() is None and not (folder / "run.json").is_file():
-            time.sleep(0.01)
-        time.sleep(chance.random() * 2.0 + (8.0 if attempt and resume else 0.0))
+        while process.poll() is None and progress() < goal:
+            time.sleep(0.001)
+        time.sleep(chance.random() * 0.02)
         process.send_signal(signal.SIGKILL)
-        process.wait()
-    run(folder, mode, resume=(folder / "run.json").is_file())
+        assert process.wait() == -signal.SIGKILL  # it was not over
+    assert not (folder / "results.json").exists()
+    run(folder, mode, resume=True)
     assert_equal(content(folder), unbroken(mode))
