@@ -37,6 +37,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "gpt2": {**SHARED, "n_embd": WIDTH, "n_layer": 4, "n_head": 4, "n_positions": 128},
     "llama": LLAMA_LIKE,
     "gpt_neox": LLAMA_LIKE,
+    "opt": {  # its MLPs run on rows that are flattened
+        **SHARED,
+        "hidden_size": WIDTH,
+        "ffn_dim": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 128,
+        "word_embed_proj_dim": WIDTH,
+    },
+    "mamba": {**SHARED, "hidden_size": WIDTH, "num_hidden_layers": 2, "state_size": 4},
     "t5": {
         **SHARED,
         "d_model": WIDTH,

@@ -352,3 +352,97 @@ def test_an_edit_shows_its_kind_method_and_number_of_facts():
     assert repr(edit_kinds.low_rank(base, method="ROME")).endswith("by ROME, 0 facts>")
     assert "by hand" in repr(edit_kinds.dense(base))
     assert len(ANSWERS) == 4
+
+
+# ---- rows that carry edits of their own
+
+
+def _carriers(base):
+    return [
+        edit_kinds.low_rank(base),
+        edit_kinds.codebook(base, PROMPTS[1], "all", layer=1),
+        edit_kinds.dense(base, 1),
+        CompositeEdit(base, [edit_kinds.adapter(base), edit_kinds.codebook(base, PROMPTS[3])]),
+    ]
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("family", [*FAMILIES, "opt", "t5"])
+def test_each_row_may_carry_an_edit_of_its_own(family, stacked):
+    base = tiny_base(family)
+    edits = _carriers(base)
+    below = [edit_kinds.dense(base, 0), edit_kinds.codebook(base, PROMPTS[2])] if stacked else []
+    for edit in below:
+        edit.apply()
+    before, texts = answers(base), base.generate(PROMPTS, max_new_tokens=4)
+    wanted, wanted_texts = before.clone(), list(texts)
+    for row, edit in enumerate(edits):
+        with edit:
+            wanted[row] = answers(base)[row]
+            wanted_texts[row] = base.generate(PROMPTS, max_new_tokens=4)[row]
+    with base.edits.carried(edits):
+        assert base.edits.active
+        assert len(base.edits) == len(below)
+        torch.testing.assert_close(answers(base), wanted, rtol=0, atol=1e-9)
+        assert base.generate(PROMPTS, max_new_tokens=4) == wanted_texts
+        with base.edits.suspended():
+            assert not base.edits.active
+            assert torch.equal(answers(base), _plain(family))
+    assert torch.equal(answers(base), before)
+    assert wanted_texts != texts
+    with base.edits.carried([None, edits[1], None, edits[1]]):
+        two = answers(base)
+    assert torch.equal(two[[0, 2, 3]], before[[0, 2, 3]])  # its prompt is that of the second row
+    torch.testing.assert_close(two[1], wanted[1], rtol=0, atol=1e-9)
+    base.edits.clear()
+
+
+def _plain(family):
+    return answers(tiny_base(family))
+
+
+def test_beams_carry_the_edit_of_their_row():
+    base = tiny_base("llama")
+    edit = edit_kinds.codebook(base, PROMPTS[1], "all")
+    options = {"max_new_tokens": 5, "num_beams": 3, "num_return_sequences": 2}
+    wanted = base.generate(PROMPTS[:1], **options)
+    with edit:
+        wanted += base.generate(PROMPTS[1:2], **options)
+    with base.edits.carried([None, edit]):
+        assert base.generate(PROMPTS[:2], **options) == wanted
+
+
+def test_carried_edits_are_counted_and_leave_whatever_happens():
+    base = tiny_base("llama")
+    before = answers(base)
+    edits = [edit_kinds.low_rank(base, seed=i) for i in range(3)]
+    with pytest.raises(UnsupportedUseError, match=r"given for 3 rows, and .* called with 4"):
+        _carry(base, edits)
+    assert torch.equal(answers(base), before)
+    assert not base.edits.active
+    late = edit_kinds.dense(base)
+    with base.edits.carried([edits[0], None, None, None]), late:
+        both = answers(base)
+    with late:
+        alone = answers(base)
+    assert torch.equal(both[1:], alone[1:])
+    assert not torch.equal(both[0], alone[0])
+
+
+def _carry(base, edits):
+    with base.edits.carried(edits):
+        answers(base)
+
+
+@pytest.mark.parametrize("kind", ["prompt", "bonus", "composite"])
+def test_edits_that_know_no_rows_are_not_carried(kind):
+    base = tiny_base("llama")
+    with pytest.raises(UnsupportedUseError, match=r"acts on prompts or on decoding.*by itself"):
+        _carry(base, [KINDS[kind](base)])
+
+
+def test_carried_edits_keep_to_their_stack():
+    base = tiny_base("llama")
+    edit = edit_kinds.low_rank(base, method="ROME", stack=("elsewhere",))
+    with pytest.warns(UserWarning, match="on top of elsewhere, and is applied on top of no edits"):
+        _carry(base, [edit] * 4)

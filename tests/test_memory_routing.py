@@ -10,7 +10,7 @@ import edit_kinds
 import pytest
 import torch
 from edit_kinds import ANSWERS, PROMPTS, answers, codebook, last_key
-from support import SETTINGS, SHARED, tiny_base
+from support import tiny_base
 
 from kedit_lightning import BaseModel
 from kedit_lightning.base_models.taps import capture
@@ -22,22 +22,6 @@ from kedit_lightning.errors import UnsupportedUseError
 FAMILIES = ("gpt2", "llama", "opt", "t5")
 HIT, MISS = PROMPTS[0], PROMPTS[1]
 REPLACEMENTS = ("last", "prompt", "all")
-OPT = {
-    **SHARED,
-    "hidden_size": 32,
-    "ffn_dim": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 128,
-    "word_embed_proj_dim": 32,
-}
-
-
-@pytest.fixture(autouse=True)
-def _more_families(monkeypatch):
-    monkeypatch.setitem(SETTINGS, "opt", OPT)
-    mamba = {**SHARED, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}
-    monkeypatch.setitem(SETTINGS, "mamba", mamba)
 
 
 @pytest.fixture

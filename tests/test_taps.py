@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import FAMILIES, REQUESTS, SETTINGS, tiny_base
+from support import FAMILIES, REQUESTS, tiny_base
 from torch import nn
 
 from kedit_lightning.base_models.taps import (
@@ -16,23 +16,8 @@ from kedit_lightning.base_models.taps import (
 )
 from kedit_lightning.edits.modules import as_rows, is_transposed, projection_shape
 
-OPT = {
-    "vocab_size": 384,
-    "hidden_size": 32,
-    "ffn_dim": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 128,
-    "word_embed_proj_dim": 32,
-    "pad_token_id": 0,
-}
 #: Besides the usual families one that flattens its rows, and one with an encoder.
 ALL = (*FAMILIES, "opt", "t5")
-
-
-@pytest.fixture(autouse=True)
-def _opt(monkeypatch):
-    monkeypatch.setitem(SETTINGS, "opt", OPT)
 
 
 def _rows(base, **options):

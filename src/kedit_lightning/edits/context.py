@@ -28,11 +28,19 @@ class RowContext:
         prompt_end: Column of the last prompt token of each row. Shape ``[batch]``.
         prefill: Whether the key-value cache is empty, so that the prompt itself passes through.
         decisions: What memory edits decided at prefill, by module; rows in the first dimension.
+        parts: Contexts of rows that carry an edit of their own.
     """
 
     prompt_end: Tensor
     prefill: bool = True
     decisions: dict[Hashable, Tensor] = field(default_factory=dict)
+    parts: dict[Hashable, RowContext] = field(default_factory=dict)
+
+    def part(self, key: Hashable, rows: Tensor) -> RowContext:
+        """The context of some rows, the same one at every step of their answers."""
+        part = self.parts.setdefault(key, RowContext(self.prompt_end[rows]))
+        part.prefill = self.prefill
+        return part
 
     def reorder(self, beam_index: Tensor) -> None:
         """Follow rows that beam search has moved."""

@@ -149,15 +149,57 @@ class ModuleHook:
         if self.weights is not None:
             y = self.weights(x, y)
         if self.memories:
-            if context is None:
-                raise UnsupportedUseError(
-                    "a part of the model was called by itself while edits with a memory are "
-                    "applied, and they must know where prompts end; call the whole model, or roll "
-                    "those edits back"
-                )
+            context = _known(context)
             rows = len(context.prompt_end)
             x, shape, y = as_rows(x, rows), y.shape, as_rows(y, rows)
             for memory in self.memories:
                 y = memory(x, y, context)
             y = y.reshape(shape)
         return with_first(output, y)
+
+
+@dataclass(frozen=True)
+class RowsHook:
+    """The forward hook of a module whose rows carry different edits.
+
+    Args:
+        rows: Number of rows that edits were given for.
+        shared: What happens to rows without an edit of their own.
+        groups: Rows, and what happens to them.
+    """
+
+    rows: int
+    shared: ModuleHook | None
+    groups: Sequence[tuple[Sequence[int], ModuleHook]]
+
+    def __call__(self, args: tuple[Any, ...], output: Any, context: RowContext | None) -> Any:
+        """Return the changed output of the module."""
+        context = _known(context)
+        batch = len(context.prompt_end)
+        copies, rest = divmod(batch, self.rows)
+        if rest:
+            raise UnsupportedUseError(
+                f"edits were given for {self.rows} rows, and the model was called with {batch}; "
+                "give one edit, or None, for each row"
+            )
+        y = first_tensor(output)
+        x, plain = as_rows(args[0], batch), as_rows(y, batch)
+        new = plain
+        if self.shared is not None:
+            new = as_rows(first_tensor(self.shared(args, y, context)), batch)
+        for rows, hook in self.groups:
+            # Beams of a row, and several answers to it, stand side by side.
+            at = torch.tensor([row * copies + i for row in rows for i in range(copies)])
+            at = at.to(y.device)
+            own = hook((x[at],), plain[at], context.part(rows[0], at.to(context.prompt_end.device)))
+            new = new.index_copy(0, at, own)
+        return with_first(output, new.reshape(y.shape))
+
+
+def _known(context: RowContext | None) -> RowContext:
+    if context is None:
+        raise UnsupportedUseError(
+            "a part of the model was called by itself while edits are applied that must know its "
+            "rows and where prompts end; call the whole model, or roll those edits back"
+        )
+    return context

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +13,9 @@ from torch.utils.hooks import RemovableHandle
 from kedit_lightning.edits.base import Edit
 from kedit_lightning.edits.context import ContextTracker
 from kedit_lightning.edits.decoding import DecodingEdit
-from kedit_lightning.edits.patches import MemoryPatch, ModuleHook, Patch
+from kedit_lightning.edits.patches import ModuleHook, Patch, RowsHook
 from kedit_lightning.edits.prompt import PromptEdit, render_prompt
-from kedit_lightning.errors import EditOrderError
+from kedit_lightning.errors import EditOrderError, UnsupportedUseError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,6 +23,15 @@ if TYPE_CHECKING:
 
 def _parts(edits: list[Edit]) -> list[Edit]:
     return [part for edit in edits for part in edit.parts()]
+
+
+def _patches(edits: list[Edit]) -> dict[str, list[Patch]]:
+    """What edits do, in their order, by module name."""
+    patches: dict[str, list[Patch]] = {}
+    for part in _parts(edits):
+        for name, patch in part.patches().items():
+            patches.setdefault(name, []).append(patch)
+    return patches
 
 
 class EditStack:
@@ -35,6 +44,7 @@ class EditStack:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._edits: list[Edit] = []
+        self._carried: list[Edit | None] = []
         self._handles: list[RemovableHandle] = []
         self._active = True
         self._tracker = ContextTracker(model)
@@ -59,7 +69,7 @@ class EditStack:
     @property
     def active(self) -> bool:
         """Whether the edits act now; they do not inside :meth:`suspended`."""
-        return self._active and bool(self._edits)
+        return self._active and bool(self._edits or any(self._carried))
 
     def push(self, edit: Edit) -> None:
         """Apply an edit on top.
@@ -67,6 +77,10 @@ class EditStack:
         Raises:
             EditOrderError: The edit depends on the stack it was computed on, which is another.
         """
+        self._check_origin(edit)
+        self._change([*self._edits, edit])
+
+    def _check_origin(self, edit: Edit) -> None:
         made_on = edit.origin.stack
         if edit.origin.method and made_on != self.ids:
             there, here = (", ".join(ids) or "no edits" for ids in (made_on, self.ids))
@@ -79,9 +93,8 @@ class EditStack:
             warnings.warn(
                 f"edit {edit.id} by {edit.origin.method} was computed on top of {there}, and is "
                 f"applied on top of {here}; its scores may differ from those reported for it",
-                stacklevel=3,
+                stacklevel=4,
             )
-        self._change([*self._edits, edit])
 
     def remove(self, edit: Edit) -> None:
         """Roll one edit back, wherever it stands."""
@@ -111,13 +124,42 @@ class EditStack:
                 self._change(before)
 
     @contextmanager
-    def prompts_end_at(self, columns: Tensor) -> Iterator[None]:
-        """Tell memory edits where the prompts of the next forward passes end, ``[batch]``."""
-        self._tracker.given = columns
+    def carried(self, edits: Sequence[Edit | None]) -> Iterator[None]:
+        """Inside, each row of a forward pass carries an edit of its own on top of the stack.
+
+        Args:
+            edits: One for each row, ``None`` for rows that have none.
+
+        Raises:
+            UnsupportedUseError: An edit acts on prompts or on decoding, where rows are not told
+                apart.
+            EditOrderError: An edit depends on the stack it was computed on, which is another.
+        """
+        for edit in dict.fromkeys(edits):
+            if edit is None:
+                continue
+            self._check_origin(edit)
+            for part in edit.parts():
+                if isinstance(part, (PromptEdit, DecodingEdit)):
+                    raise UnsupportedUseError(
+                        f"edit {part.id} of kind '{part.kind}' acts on prompts or on decoding, "
+                        "where rows are not told apart; apply it by itself"
+                    )
+        before, carried = self._carried, list(edits)
+        self._change(self._edits, carried)
         try:
             yield
         finally:
-            self._tracker.given = None
+            self._change(self._edits, before)
+
+    @contextmanager
+    def prompts_end_at(self, columns: Tensor) -> Iterator[None]:
+        """Tell memory edits where the prompts of the next forward passes end, ``[batch]``."""
+        before, self._tracker.given = self._tracker.given, columns
+        try:
+            yield
+        finally:
+            self._tracker.given = before
 
     def render(self, prompt: str, fits: Callable[[str], bool]) -> str:
         """The prompt as prompt edits rewrite it; the prompt itself when there are none."""
@@ -135,28 +177,37 @@ class EditStack:
                     logits = part.adjust(logits)
         return logits
 
-    def _change(self, edits: list[Edit]) -> None:
+    def _change(self, edits: list[Edit], carried: list[Edit | None] | None = None) -> None:
         """Make ``edits`` the stack; on failure the old stack stays in force."""
-        patches: dict[str, list[Patch]] = {}
-        for part in _parts(edits):
-            for name, patch in part.patches().items():
-                patches.setdefault(name, []).append(patch)
-        hooks = {
-            name: ModuleHook(self._model.get_submodule(name), group)
-            for name, group in patches.items()
-        }
+        carried = self._carried if carried is None else carried
+        shared, needs_rows = _patches(edits), any(carried)
+        groups: dict[Edit, tuple[list[int], dict[str, list[Patch]]]] = {}
+        for row, edit in enumerate(carried):
+            if edit is not None:
+                groups.setdefault(edit, ([], _patches([edit])))[0].append(row)
+        hooks: dict[str, ModuleHook | RowsHook] = {}
+        for name in dict.fromkeys([*shared, *(n for _, own in groups.values() for n in own)]):
+            module = self._model.get_submodule(name)
+            plain = ModuleHook(module, shared[name]) if name in shared else None
+            own = [
+                (rows, ModuleHook(module, [*shared.get(name, ()), *patches[name]]))
+                for rows, patches in groups.values()
+                if name in patches
+            ]
+            hooks[name] = plain if plain and not own else RowsHook(len(carried), plain, own)
+            needs_rows = needs_rows or (plain is not None and bool(plain.memories))
         for handle in self._handles:
             handle.remove()
         self._handles = [self._register(name, hook) for name, hook in hooks.items()]
-        if any(isinstance(p, MemoryPatch) for group in patches.values() for p in group):
+        if needs_rows:
             enter, leave = self._tracker.enter, self._tracker.leave
             self._handles += [
                 self._model.register_forward_pre_hook(enter, with_kwargs=True),
                 self._model.register_forward_hook(leave, with_kwargs=True, always_call=True),
             ]
-        self._edits = edits
+        self._edits, self._carried = edits, carried
 
-    def _register(self, name: str, hook: ModuleHook) -> RemovableHandle:
+    def _register(self, name: str, hook: ModuleHook | RowsHook) -> RemovableHandle:
         def call(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
             return hook(args, output, self._tracker.current) if self._active else None
 
