@@ -11,8 +11,9 @@ import edit_kinds
 import pytest
 import torch
 from edit_kinds import ANSWERS, PROMPTS, answers, raw_logits
-from support import FAMILIES, tiny_base, tiny_model, tiny_tokenizer
+from support import FAMILIES, LLAMA_LIKE, tiny_base, tiny_model, tiny_tokenizer
 from torch import nn
+from transformers import AutoConfig
 
 from kedit_lightning import BaseModel, BaseModelSpec
 from kedit_lightning.base_models.decoding import sentence_ended
@@ -175,6 +176,11 @@ def test_the_longest_row_is_that_of_the_configuration():
     assert tiny_base("gpt2", n_positions=77).max_tokens == 77
     assert tiny_base("llama", max_position_embeddings=99).max_tokens == 99
     assert tiny_base("bloom", n_layer=2, n_head=4).max_tokens >= 128
+    assert tiny_base("t5", n_positions=66).max_tokens == 66
+    nested = tiny_base("llama")  # models that see images keep the settings of their text apart
+    text = {**LLAMA_LIKE, "max_position_embeddings": 55}
+    nested.model.config = AutoConfig.for_model("gemma3", text_config=text)
+    assert nested.max_tokens == 55
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -124,7 +124,7 @@ class BaseModel:
     @property
     def max_tokens(self) -> int:
         """Longest row it can take."""
-        config = self.model.config
+        config = self.model.config.get_text_config(decoder=True)
         for field in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
             if getattr(config, field, None):
                 return int(getattr(config, field))
