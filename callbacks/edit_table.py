@@ -10,6 +10,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from kedit_lightning.metrics.functional import answer_text
+
 #: Characters of an answer that are shown.
 _SHOWN = 60
 
@@ -105,9 +107,8 @@ def row(probe: dict[str, Any]) -> tuple[Text, ...]:
 def _shown(reading: dict[str, Any]) -> str:
     text = reading.get("text")
     if text is not None:
-        # What follows the first line is seldom about the question.
-        line = str(text).strip().split("\n")[0]
-        return line if len(line) <= _SHOWN else f"{line[:_SHOWN]}…"
+        answer = answer_text(str(text))
+        return answer if len(answer) <= _SHOWN else f"{answer[:_SHOWN]}…"
     # Without a free answer the probability of the wanted one is what there is.
     log_prob = reading.get("log_prob")
     return "" if log_prob is None else f"log p = {log_prob:.2f}"

@@ -77,16 +77,22 @@ def test_edit_then_predict_in_a_new_process(
 ) -> None:
     main(["edit", *toy, *DATASET, "--data.limit=1", "--output=run"])
     shown = capsys.readouterr().out
-    assert "1 edits saved in run" in shown
+    assert "1 edit saved in run" in shown
     assert "Norway" in shown
     config = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
     assert config["model"]["class_path"] == "toys.Toy"
     assert {p.name for p in tmp_path.iterdir()} <= {"run", "cache"}  # nothing else is written
-    code = f"import toys; from kedit_lightning.cli import main; main({['predict', *toy]!r} + "
-    code += "['--edits=run', '--prompt=Amber Falls lies in'])"
+    code = "import sys; from kedit_lightning.cli import main; sys.exit(main())"
+    question = [
+        "predict",
+        "--model=toys.Toy",
+        *toy[1:],
+        "--edits=run",
+        "--prompt=Amber Falls lies in",
+    ]
     paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     done = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", code, *question],
         capture_output=True,
         text=True,
         check=False,
@@ -95,6 +101,7 @@ def test_edit_then_predict_in_a_new_process(
     assert done.returncode == 0, done.stderr
     assert "Norway" in done.stdout
     assert "1 edit applied" in done.stdout
+    assert done.stderr == ""
 
 
 @pytest.mark.parametrize("mode", ["single", "sequential"])

@@ -6,6 +6,7 @@ Help and version answer at once: what parses options is imported when there is s
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
 from importlib import import_module
@@ -67,7 +68,8 @@ def main(args: Any = None, run: bool = True) -> Any:
         run: Run the subcommand; without, there is none, and objects are only built.
 
     Returns:
-        The command line object, with ``model``, ``datamodule`` and ``trainer``.
+        The command line object, with ``model``, ``datamodule`` and ``trainer``, if arguments were
+        given; ``None`` for the process, whose exit code it becomes.
     """
     given = sys.argv[1:] if args is None else args
     if run and given in ([], ["-h"], ["--help"]):
@@ -80,11 +82,14 @@ def main(args: Any = None, run: bool = True) -> Any:
         warnings.filterwarnings("ignore", message=message)
     for name in _CHATTY:
         logging.getLogger(name).setLevel(logging.WARNING)
+    if args is None and not sys.stderr.isatty():
+        # Bars of loading weights, which a log would hold line by line.
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     command = import_module("kedit_lightning.command")
     if args is None:  # a process of our own; importing Lightning has set its own form
         warnings.formatwarning = _warning
     try:
-        return command.run_command_line(args, run)
+        done = command.run_command_line(args, run)
     except Exception as error:
         found: KEditError | None = command.kedit_error(error)
         if found is None:
@@ -92,6 +97,7 @@ def main(args: Any = None, run: bool = True) -> Any:
         said = [str(found), *getattr(found, "__notes__", ())]
         sys.stderr.write(f"error: {' '.join('; '.join(said).split())}\n")
         raise SystemExit(2) from error
+    return None if args is None else done
 
 
 def _warning(message: Warning | str, *_: Any, **__: Any) -> str:

@@ -233,7 +233,8 @@ class EditTrainer(Trainer):
         if folder is None or not self.is_global_zero:
             return self._edits
         edits = load_stack(folder.path, base)
-        Console().print(f"{len(edits)} edits saved in {folder.path}", highlight=False)
+        count = f"{len(edits)} edit{'s' * (len(edits) != 1)}"
+        Console().print(f"{count} saved in {folder.path}", highlight=False)
         if export is not None:
             target = export_edits(base, edits, folder.path, export)
             Console().print(f"exported to {target}", highlight=False)

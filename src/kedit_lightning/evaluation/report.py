@@ -15,6 +15,7 @@ from rich.table import Table
 from kedit_lightning.evaluation.protocol import Protocol
 from kedit_lightning.evaluation.steps import new_metrics, run_seed
 from kedit_lightning.metrics import ExampleRecord, SummaryRow
+from kedit_lightning.metrics.functional import answer_text
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -192,7 +193,7 @@ def summary_table(rows: Sequence[SummaryRow], title: str) -> Table:
 
 
 def predictions_table(answers: Iterable[Mapping[str, str]], edits: int) -> Table:
-    """Answers with and without edits, for the terminal.
+    """Answers with and without edits, for the terminal: of each the first sentence.
 
     Args:
         answers: Prompt, answer of the base model and edited answer.
@@ -202,6 +203,6 @@ def predictions_table(answers: Iterable[Mapping[str, str]], edits: int) -> Table
     for name in ("prompt", "base", "edited"):
         table.add_column(name, overflow="fold")
     for answer in answers:
-        texts = [answer[name].strip() for name in ("prompt", "base", "edited")]
+        texts = [answer["prompt"], *(answer_text(answer[name]) for name in ("base", "edited"))]
         table.add_row(*texts, style=None if answer["base"] == answer["edited"] else "bold")
     return table
