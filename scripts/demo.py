@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -184,7 +185,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("outputs/demo"), help="result folder")
     folder: Path = parser.parse_args().output
-    console = Console()
+    # Where there is no terminal, as in a log, the table is not squeezed to 80 columns.
+    console = Console() if sys.stdout.isatty() else Console(width=150)
     started = time.perf_counter()
     base = BaseModel.load("nano")
     examples = NanoFacts(limit=FACTS, seed=SEED).examples("test")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -76,6 +78,21 @@ def _quantization(spec: BaseModelSpec) -> dict[str, Any]:
     return {"quantization_config": config}
 
 
+@contextmanager
+def _bar_for(name: str) -> Iterator[None]:
+    """Show transformers' progress bar, except for packaged models: they load at once."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    if name in PACKAGED:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 def load_pretrained(spec: BaseModelSpec) -> tuple[Any, Any]:
     """Load model and tokenizer.
 
@@ -107,7 +124,8 @@ def load_pretrained(spec: BaseModelSpec) -> tuple[Any, Any]:
         tokenizer = AutoTokenizer.from_pretrained(where, **source)
         sequence_to_sequence = getattr(config, "is_encoder_decoder", False)
         loader = AutoModelForSeq2SeqLM if sequence_to_sequence else AutoModelForCausalLM
-        model = loader.from_pretrained(where, dtype=dtype, **options)
+        with _bar_for(spec.name):
+            model = loader.from_pretrained(where, dtype=dtype, **options)
     except (OSError, ValueError, SafetensorError) as error:
         if "trust_remote_code" in str(error) and not spec.trust_remote_code:
             raise UnsupportedUseError(
