@@ -263,6 +263,7 @@ def test_a_config_cannot_run_code_of_its_choice(
 
 
 def test_unknown_names_are_named(toy: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    Path("bad.yaml").write_text("model: {class_path: Toy\ndata: [\n")
     for args, words in (
         (["test", "--model=Rome", *DATASET], ("'Rome' for --model", "ROME")),
         (["test", *toy, "--data=CounterFacts"], ("'CounterFacts' for --data", "CounterFact ")),
@@ -277,7 +278,12 @@ def test_unknown_names_are_named(toy: list[str], capsys: pytest.CaptureFixture[s
         (["test", *toy], ("test was given no data",)),
         (["predict", *toy], ("predict was given no prompt",)),
         (["tset", *toy], ("'tset'", "'test'")),
+        (["test", *toy, *DATASET, "--data.limit=few"], ("limit must be int or null, got 'few'",)),
+        (["test", *toy, *DATASET, "--trainer.callbacks=EditTabel"], ("EditTabel", "was EditTable")),
+        (["test", "-c", "bad.yaml"], ("'bad.yaml' is no YAML", "line 2")),
         (["test", *toy, *DATASET, "--ckpt_path=x.ckpt"], ("no checkpoint at x.ckpt",)),
+        (["test", *toy, *DATASET, f"--ckpt_path={FACTS}"], ("facts.json is no checkpoint",)),
+        (["test", *toy, "--data=Texts", "--data.path=x"], ("Texts holds nothing for test",)),
         (["test", *toy, *DATASET, "--resume=nowhere"], ("nowhere holds no run",)),
         (["fit", *toy, *DATASET], ("Toy learns nothing",)),
     ):

@@ -239,6 +239,15 @@ def test_a_line_that_a_crash_cut_off_is_passed_over(tmp_path: Path) -> None:
     assert AnswersCache({"model": "n"}, tmp_path).known == {}
 
 
+def test_a_cache_that_cannot_be_written_is_no_reason_to_stop(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    cache = AnswersCache({"model": "m"}, tmp_path / "file" / "answers")
+    with pytest.warns(UserWarning, match="point KEDIT_CACHE at a folder"):
+        cache.add({"a": {"tf_tok": 1.0}})
+    cache.add({"b": {"tf_tok": 0.0}})  # said once
+    assert set(cache.known) == {"a", "b"}
+
+
 # ---- modes
 
 

@@ -14,7 +14,9 @@ from importlib.metadata import entry_points
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NoReturn
+from zipfile import is_zipfile
 
+import yaml
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import (
@@ -25,7 +27,7 @@ from lightning.pytorch.cli import (
 )
 
 from kedit_lightning import __version__
-from kedit_lightning.errors import DataFileNotFoundError, KEditError, article_list
+from kedit_lightning.errors import DataFileError, DataFileNotFoundError, KEditError, article_list
 from kedit_lightning.methods import METHODS, EditMethod
 from kedit_lightning.trainer import EditTrainer
 
@@ -97,7 +99,7 @@ def explain(message: str, options: Sequence[str] = ()) -> str:
             f"configs may not name '{found[1]}': they name what lies below {', '.join(_ALLOWED)}; "
             f"the environment variable {_ALLOW_MORE} adds modules, separated by commas"
         )
-    if found := re.search(r'Parser key "(\w+)".*Expected a dot import path string: (\S+)', text):
+    if found := re.search(r'Parser key "([\w.]+)".*Expected a dot import path string: (\S+)', text):
         kind = {"model": EditMethod, "data": LightningDataModule}.get(found[1], Callback)
         known = sorted(name for name in known_classes(kind) if not name.startswith("_"))
         return f"there is no '{found[2]}' for --{found[1]}{meant(found[2], known)}"
@@ -110,6 +112,9 @@ def explain(message: str, options: Sequence[str] = ()) -> str:
         return f"option {found[1]} must be one of {found[2]}, got '{found[3]}'"
     if re.search(r"required: (\w+\.)?model", text):
         return _NO_METHOD
+    text = re.sub(r"<class '(?:[\w.]+\.)?(\w+)'>", r"\1", text).replace("NoneType", "null")
+    if found := re.search(r'key "([\w.]+)": .*Subtypes: \[(.*)\] Errors: .*value: (.*)', text):
+        return f"option {found[1]} must be {found[2].replace(', ', ' or ')}, got {found[3]!r}"
     return re.sub(r'Parser key "([\w.]+)": ', r"option \1: ", text)
 
 
@@ -209,6 +214,8 @@ class KEditCLI(LightningCLI):
         known = path is None or str(path).split(":")[0] in _CHECKPOINT_WORDS
         if not known and not Path(path).expanduser().is_file():
             raise DataFileNotFoundError(f"there is no checkpoint at {path}; correct --ckpt_path")
+        if not known and not is_zipfile(Path(path).expanduser()):
+            raise UsageError(f"{path} is no checkpoint that `kedit fit` wrote; correct --ckpt_path")
 
     def before_instantiate_classes(self) -> None:
         """Say which settings a checkpoint overrules."""
@@ -248,8 +255,15 @@ def config_file(name: str) -> str:
 
     Raises:
         DataFileNotFoundError: There is neither.
+        DataFileError: The file is no YAML.
     """
-    if Path(name).is_file() or any(mark in name for mark in "{\n"):  # a file, or YAML itself
+    if any(mark in name for mark in "{\n"):  # YAML itself
+        return name
+    if Path(name).is_file():
+        try:
+            yaml.safe_load(Path(name).read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise DataFileError(f"config file '{name}' is no YAML: {error}") from error
         return name
     plain = name.removeprefix("configs/").removesuffix(".yaml").removesuffix(".yml")
     known = packaged_configs()

@@ -366,4 +366,10 @@ def _data(
             f"{command} was given no data; name a dataset, such as --data Requests "
             "--data.path facts.json, or `-c data/counterfact`"
         )
+    loader = {"fit": "train", "validate": "val"}.get(command, "test") + "_dataloader"
+    kind = type(datamodule)
+    if datamodule is not None and getattr(kind, loader) is getattr(LightningDataModule, loader):
+        raise UnsupportedUseError(
+            f"{kind.__name__} holds nothing for {command}; name another dataset with --data"
+        )
     return dataloaders, datamodule

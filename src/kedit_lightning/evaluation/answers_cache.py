@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ class AnswersCache:
     def __init__(self, settings: Mapping[str, Any], folder: Path | None = None) -> None:
         self.path = (folder or cache_dir() / "answers") / f"{key_of(dict(settings))}.jsonl"
         self._known: dict[str, ProbeReading] | None = None
+        self._warned = False
 
     @property
     def known(self) -> dict[str, ProbeReading]:
@@ -61,6 +63,18 @@ class AnswersCache:
         # What was just computed and what a later run reads back are the same values.
         line = json.dumps(readings)
         self.known.update(json.loads(line))
+        try:
+            self._append(line)
+        except OSError as error:
+            if not self._warned:
+                warnings.warn(
+                    f"answers of the base model are not kept for later runs ({error}); point "
+                    "KEDIT_CACHE at a folder that can be written to",
+                    stacklevel=2,
+                )
+            self._warned = True
+
+    def _append(self, line: str) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         # One write of one line, after a line break that shuts a line a crash has cut off: several
         # processes may add to the file at once.
