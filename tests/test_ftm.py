@@ -325,7 +325,7 @@ def test_the_seed_orders_mini_batches():
 
 def test_the_order_of_requests_does_not_matter_in_a_whole_batch():
     base = tiny_base("gpt2")
-    ftm = FTM(base_model=base, lr=1e-2, steps=5)
+    ftm = FTM(base_model=base, lr=1e-2, steps=5, batch_size=len(REQUESTS))
     one, other = ftm.edit(REQUESTS).deltas(), ftm.edit(REQUESTS[::-1]).deltas()
     for name, delta in one.items():
         torch.testing.assert_close(delta, other[name], rtol=0, atol=1e-9)

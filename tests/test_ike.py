@@ -170,7 +170,10 @@ def test_choice_depends_on_the_seed_and_the_fact_alone():
 
     def texts(requests, **settings):
         ike = IKE(base_model=base, pool=POOL, demonstrations=8, **settings)
-        return [entry.demonstrations for entry in ike.edit(requests).entries]
+        edit = ike.edit(requests)
+        forms = [tuple(f for _, f in shown) for shown in edit.origin.notes["demonstrations"]]
+        assert len(requests) == 1 or len(set(forms)) > 1  # each fact has an order of its own
+        return [entry.demonstrations for entry in edit.entries]
 
     together = texts(REQUESTS)
     assert together == [texts([request])[0] for request in REQUESTS]
@@ -218,10 +221,15 @@ def test_own_record_is_never_shown():
     same_subject = EditExample.from_request(
         EditRequest("The Eiffel Tower was built by", "Gustave", "Eiffel Tower"), "builder"
     )
-    ike = IKE(base_model=base, pool=[own, same_subject, *POOL], demonstrations=42)
-    shown = [name for name, _ in ike.edit([REQUEST]).origin.notes["demonstrations"][0]]
-    assert len(shown) == 40
-    assert not {own.id, same_subject.id} & set(shown)
+    nameless = EditExample.from_request(
+        EditRequest("the Eiffel Tower  is in the city of", "Paris"), "nameless"
+    )
+    for count, found in ((42, 40), (3, 3)):  # those left out leave no gap
+        pool = [own, same_subject, nameless, *POOL]
+        edit = IKE(base_model=base, pool=pool, demonstrations=count).edit([REQUEST])
+        shown = [name for name, _ in edit.origin.notes["demonstrations"][0]]
+        assert len(shown) == found
+        assert not {own.id, same_subject.id, nameless.id} & set(shown)
 
 
 def test_a_small_pool_gives_what_it_has():

@@ -109,7 +109,8 @@ class RowEncoder:
                 break
 
     def _ids(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        # Whoever asks compares the length with the model's own; transformers need not remark on it.
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def _offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]] | None:
         if not getattr(self.tokenizer, "is_fast", False):

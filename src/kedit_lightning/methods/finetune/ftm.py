@@ -41,7 +41,9 @@ class FTM(EditMethod):
             the published ones of a known model, or else block 0.66 n of n.
         lr: Step size of Adam.
         steps: Most passes over the requests; 25 when absent, unless published otherwise.
-        batch_size: Requests that a step looks at, where there are several.
+        batch_size: Requests that a step looks at, where there are several. EasyEdit takes 1 to 3;
+            LocFT-BF takes about 64 for thousands of facts. Few facts in large batches get too few
+            steps.
         norm_constraint: Largest change of any entry of the weights (FT-L). When absent the
             published one of a known model, or else none; ``inf`` switches it off.
         objective: ``target_new`` predicts each token of the answer from what stands before it;
@@ -62,7 +64,7 @@ class FTM(EditMethod):
         layers: list[int] | None = None,
         lr: float = 5e-4,
         steps: int | None = None,
-        batch_size: int = 64,
+        batch_size: int = 4,
         norm_constraint: float | None = None,
         objective: Literal["target_new", "prompt_last"] = "target_new",
         weight_decay: float = 0.0,

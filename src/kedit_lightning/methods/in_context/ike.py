@@ -85,7 +85,6 @@ class IKE(EditMethod):
         if self.count and source is not None:
             self.pool = load_pool(source, self.retriever)
         elif self.count:
-            self.count = 0
             warnings.warn(
                 "IKE has no pool of demonstrations, so the fact is stated without any, which "
                 "small models often do not follow; name one with model.pool (a dataset with a "
@@ -109,7 +108,7 @@ class IKE(EditMethod):
             for request, found in zip(requests, chosen, strict=True)
         ]
         notes: dict[str, Any] = {
-            "pool": self.pool.describe() if self.pool else None,
+            "pool": self.pool.description if self.pool else None,
             "demonstrations": [[(d.record, d.form) for d in found] for found in chosen],
         }
         return PromptEdit(self.base, entries, self.origin(requests, **notes))

@@ -57,7 +57,8 @@ class Pool:
             for other in example.requests
         )
 
-    def describe(self) -> dict[str, Any]:
+    @cached_property
+    def description(self) -> dict[str, Any]:
         """What an edit records about the pool."""
         digest = hashlib.sha256()
         for example in self.examples:
