@@ -119,6 +119,11 @@ def test_one_fact_on_the_command_line(toy: list[str]) -> None:
     assert cli.trainer.lightning_module.summary[0].n == 1
 
 
+def test_parts_of_a_base_model_may_stand_beside_its_name(toy: list[str]) -> None:
+    cli = main(["test", *toy, *DATASET, "--model.base_model.dtype=bfloat16"])
+    assert cli.model.base.dtype == torch.bfloat16
+
+
 def test_validate_and_a_checkpoint_that_overrules(toy: list[str], tmp_path: Path) -> None:
     learner = ["--model=Learner", *toy[1:]]
     data = [*DATASET, f"--data.train_path={FACTS}", f"--data.val_path={FACTS}"]
@@ -267,7 +272,10 @@ def test_unknown_names_are_named(toy: list[str], capsys: pytest.CaptureFixture[s
     for args, words in (
         (["test", "--model=Rome", *DATASET], ("'Rome' for --model", "ROME")),
         (["test", *toy, "--data=CounterFacts"], ("'CounterFacts' for --data", "CounterFact ")),
-        (["test", *toy, *DATASET, "--model.strenght=3"], ("'strenght'", "was strength meant")),
+        (
+            ["test", *toy, *DATASET, "--model.strenght=3"],
+            ("--model.strenght (was strength meant?)",),
+        ),
         (["test", *toy, *DATASET, "--outptu=x"], ("--outptu", "was --output meant")),
         (["test", *toy, *DATASET, "--outp=x"], ("--outp", "was --output meant")),
         (["test", *toy, *DATASET, "--trainer.protocol.mode=all"], ("protocol.mode", "'single'")),
@@ -276,9 +284,16 @@ def test_unknown_names_are_named(toy: list[str], capsys: pytest.CaptureFixture[s
         (["test", *DATASET], ("no editing method was named", "--model ROME")),
         (["edit", *toy[1:], *DATASET], ("no editing method was named",)),
         (["test", *toy], ("test was given no data",)),
+        (
+            ["test", *toy, "--model.base_model.dtype=int9"],
+            ("--model.base_model.dtype", "'float32'"),
+        ),
         (["predict", *toy], ("predict was given no prompt",)),
         (["tset", *toy], ("'tset'", "'test'")),
-        (["test", *toy, *DATASET, "--data.limit=few"], ("limit must be int or null, got 'few'",)),
+        (
+            ["test", *toy, *DATASET, "--data.limit=few"],
+            ("--data.limit must be int or null, got 'few'",),
+        ),
         (["test", *toy, *DATASET, "--trainer.callbacks=EditTabel"], ("EditTabel", "was EditTable")),
         (["test", "-c", "bad.yaml"], ("'bad.yaml' is no YAML", "line 2")),
         (["test", *toy, *DATASET, "--ckpt_path=x.ckpt"], ("no checkpoint at x.ckpt",)),

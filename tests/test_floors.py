@@ -20,6 +20,7 @@ FLOORS = [
     ["methods"],
     ["callbacks"],
     ["trainer"],
+    ["usage"],
     ["command"],
     ["cli"],
     ["__main__"],

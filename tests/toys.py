@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from kedit_lightning import Edit, EditRequest
+from kedit_lightning import BaseModel, BaseModelSpec, Edit, EditRequest
 from kedit_lightning.edits import LowRankEdit
 from kedit_lightning.methods.base import Capabilities, EditMethod
 
@@ -31,7 +31,7 @@ class Toy(EditMethod):
         strength: float = 30.0,
         noise: float = 0.0,
         fail_on: str | None = None,
-        base_model: Any = "nano",
+        base_model: BaseModel | BaseModelSpec | str = "nano",
         seed: int = 0,
     ) -> None:
         super().__init__(base_model, seed)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
-import inspect
 import os
 import re
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from importlib import import_module
 from importlib.metadata import entry_points
 from importlib.resources import files
@@ -18,7 +16,7 @@ from zipfile import is_zipfile
 
 import yaml
 from jsonargparse import Namespace, set_parsing_settings
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import (
     ArgsType,
     LightningArgumentParser,
@@ -27,16 +25,20 @@ from lightning.pytorch.cli import (
 )
 
 from kedit_lightning import __version__
-from kedit_lightning.errors import DataFileError, DataFileNotFoundError, KEditError, article_list
+from kedit_lightning.errors import DataFileError, DataFileNotFoundError
 from kedit_lightning.methods import METHODS, EditMethod
 from kedit_lightning.trainer import EditTrainer
+from kedit_lightning.usage import (
+    ALLOW_MORE,
+    ALLOWED,
+    NO_METHOD,
+    UsageError,
+    explain,
+    kedit_error,
+    meant,
+)
 
-#: What a config may name. A config file then cannot run code of its own choice.
-_ALLOWED = ("kedit_lightning", "lightning.pytorch", "torch.optim", "torch.nn", "transformers")
 _PLUGINS = "kedit_lightning.plugins"
-_ALLOW_MORE = "KEDIT_ALLOW_IMPORTS"
-_CLASSES = (EditMethod, LightningDataModule, Callback)
-_NO_METHOD = "no editing method was named; add one with --model ROME, or -c methods/rome"
 #: A cross-reference of a documentation tool, perhaps broken over two lines.
 _ROLE = r":\s*(?:class|meth|func|attr|mod|ref|doc|paramref):`~?([^`]*?)\s*`"
 #: Words that stand for checkpoints which Lightning finds by itself.
@@ -58,91 +60,12 @@ class KEditParser(LightningArgumentParser):
         found = kedit_error(ex)
         if found is not None:
             raise found
+        if not self.exit_on_error:  # a parser inside another one, which tries several types
+            super().error(message, ex)
         parser = getattr(ex, "subcommand_parser", None) or self
         program = str(parser.prog).replace(" [options]", "")
         options = [name for name in parser._option_string_actions if name.startswith("--")]
         raise UsageError(f"{explain(message, options)}; `{program} --help` lists what is known")
-
-
-class UsageError(KEditError, ValueError):
-    """The command line or a config holds something that is not known."""
-
-
-def kedit_error(error: BaseException | None) -> KEditError | None:
-    """The error for the user in a chain of causes, if there is one.
-
-    Args:
-        error: What was raised.
-    """
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        if isinstance(error, KEditError):
-            return error
-        seen.add(id(error))
-        error = error.__cause__
-    return None
-
-
-def explain(message: str, options: Sequence[str] = ()) -> str:
-    """A parser's message as a sentence a user can act on.
-
-    Args:
-        message: The message, perhaps over several lines.
-        options: Options that are known.
-
-    >>> explain("Unrecognized arguments: --outptu x", ["--output", "--resume"])
-    'there is no option --outptu (was --output meant?)'
-    """
-    text = " ".join(message.split())
-    if found := re.search(r"Importing '(\S+)' is not allowed", text):
-        return (
-            f"configs may not name '{found[1]}': they name what lies below {', '.join(_ALLOWED)}; "
-            f"the environment variable {_ALLOW_MORE} adds modules, separated by commas"
-        )
-    if found := re.search(r'Parser key "([\w.]+)".*Expected a dot import path string: (\S+)', text):
-        kind = {"model": EditMethod, "data": LightningDataModule}.get(found[1], Callback)
-        known = sorted(name for name in known_classes(kind) if not name.startswith("_"))
-        return f"there is no '{found[2]}' for --{found[1]}{meant(found[2], known)}"
-    if found := re.search(r"Option '(\w+)' is not accepted", text):
-        fields = [name for kind in _CLASSES for name in known_fields(kind)]
-        return f"there is no option '{found[1]}'{meant(found[1], fields, limit=0)}"
-    if found := re.search(r"[Uu]nrecognized arguments: (--[\w.]+)", text):
-        return f"there is no option {found[1]}{meant(found[1], options, limit=0)}"
-    if found := re.search(r'Parser key "([\w.]+)": .*Literal\[(.*?)\].*Got value: (\S+)', text):
-        return f"option {found[1]} must be one of {found[2]}, got '{found[3]}'"
-    if re.search(r"required: (\w+\.)?model", text):
-        return _NO_METHOD
-    text = re.sub(r"<class '(?:[\w.]+\.)?(\w+)'>", r"\1", text).replace("NoneType", "null")
-    if found := re.search(r'key "([\w.]+)": .*Subtypes: \[(.*)\] Errors: .*value: (.*)', text):
-        return f"option {found[1]} must be {found[2].replace(', ', ' or ')}, got {found[3]!r}"
-    return re.sub(r'Parser key "([\w.]+)": ', r"option \1: ", text)
-
-
-def meant(name: str, known: Iterable[str], limit: int = 30) -> str:
-    """What an unknown name is close to, or else the first of what is known, in parentheses."""
-    known = sorted(set(known))
-    close = difflib.get_close_matches(name, known, 3, 0.6)
-    close += [other for other in known if other.lower() == name.lower() and other not in close]
-    if close:
-        return f" (was {' or '.join(close)} meant?)"
-    return f" (known are {article_list(known, limit)})" if limit else ""
-
-
-def known_classes(kind: type[Any]) -> dict[str, type[Any]]:
-    """Classes that a config may name by class name alone, below a class."""
-    found: dict[str, type[Any]] = {}
-    child: type[Any]
-    for child in kind.__subclasses__():
-        if not child.__module__.startswith("lightning") and not inspect.isabstract(child):
-            found[child.__name__] = child
-        found |= known_classes(child)
-    return found
-
-
-def known_fields(kind: type[Any]) -> Iterator[str]:
-    """Names of the settings of all classes below a class."""
-    for child in known_classes(kind).values():
-        yield from inspect.signature(child).parameters
 
 
 class SaveConfig(SaveConfigCallback):
@@ -193,6 +116,7 @@ class KEditCLI(LightningCLI):
             sys.argv[1:] = []  # Lightning warns when both are given
         if isinstance(args, list):
             args = with_saved_config(with_config_files([str(arg) for arg in args]))
+            args = with_named_model(args)
         super().parse_arguments(parser, args)
         self._as_given: Namespace = self.config.clone()
         self._check_method()
@@ -207,7 +131,7 @@ class KEditCLI(LightningCLI):
         # Given settings but no class, a parser takes the class that all methods derive from.
         model = self._own(self.config).get("model") or {}
         if model.get("class_path", "").rpartition(".")[2] == EditMethod.__name__:
-            raise UsageError(_NO_METHOD)
+            raise UsageError(NO_METHOD)
 
     def _check_checkpoint(self) -> None:
         path = self._own(self.config).get("ckpt_path")
@@ -305,6 +229,23 @@ def with_saved_config(args: list[str]) -> list[str]:
     return [args[0], f"--config={saved}", "--output=null", *args[1:]]
 
 
+def with_named_model(args: list[str]) -> list[str]:
+    """Arguments with the base model named inside its specification, if they hold parts of one.
+
+    Otherwise ``--model.base_model.dtype`` would replace the name given before it.
+
+    >>> with_named_model(["--model.base_model", "gpt2", "--model.base_model.dtype=bfloat16"])
+    ['--model.base_model.name', 'gpt2', '--model.base_model.dtype=bfloat16']
+    """
+    plain = "--model.base_model"
+    if not any(arg.startswith(f"{plain}.") for arg in args):
+        return args
+    return [
+        f"{plain}.name{arg.removeprefix(plain)}" if arg.split("=")[0] == plain else arg
+        for arg in args
+    ]
+
+
 # ---- what configs may name
 
 
@@ -347,8 +288,8 @@ def run_command_line(args: ArgsType, run: bool) -> KEditCLI:
         args: Arguments; those of the process when ``None``.
         run: Run the subcommand.
     """
-    more = [part.strip() for part in os.environ.get(_ALLOW_MORE, "").split(",") if part.strip()]
-    allow_imports([*_ALLOWED, *more, *load_plugins()])
+    more = [part.strip() for part in os.environ.get(ALLOW_MORE, "").split(",") if part.strip()]
+    allow_imports([*ALLOWED, *more, *load_plugins()])
     import_classes()
     return KEditCLI(
         EditMethod,
