@@ -419,3 +419,12 @@ def test_module_form() -> None:
     )
     assert done.returncode == 2
     assert done.stdout == HELP
+
+
+@pytest.mark.parametrize("prompt", ["Question: who wrote Hamlet", "- Amber Falls", "# 7 lies in"])
+def test_a_prompt_that_yaml_would_read_otherwise_stays_text(
+    toy: list[str], capsys: pytest.CaptureFixture[str], prompt: str
+) -> None:
+    fact = [f"--data.prompt={prompt}", "--data.target_new=Bacon"]
+    cli = main(["edit", *toy, "--data=Requests", *fact])
+    assert cli.datamodule.examples("test")[0].requests[0].prompt == prompt

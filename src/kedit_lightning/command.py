@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 from zipfile import is_zipfile
 
 import yaml
-from jsonargparse import Namespace, set_parsing_settings
+from jsonargparse import Namespace, get_loader, set_loader, set_parsing_settings
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import (
     ArgsType,
@@ -43,6 +43,10 @@ _PLUGINS = "kedit_lightning.plugins"
 _ROLE = r":\s*(?:class|meth|func|attr|mod|ref|doc|paramref):`~?([^`]*?)\s*`"
 #: Words that stand for checkpoints which Lightning finds by itself.
 _CHECKPOINT_WORDS = ("best", "last", "hpc", "registry")
+
+
+#: How jsonargparse reads values before we add to it.
+_YAML_LOADER = get_loader("yaml")
 
 
 class KEditParser(LightningArgumentParser):
@@ -281,6 +285,22 @@ def import_classes() -> None:
     import_module("kedit_lightning.callbacks")
 
 
+def read_text_as_it_stands() -> None:
+    """Keep prompts such as ``Question: who`` text, which YAML would take for a mapping."""
+    read = _YAML_LOADER
+
+    def load(text: str) -> Any:
+        value = read(text)
+        one_line = "\n" not in text.strip()
+        structure = text.lstrip().startswith(("{", "["))
+        commented = value is None and text.lstrip().startswith("#")
+        if one_line and not structure and (isinstance(value, (dict, list)) or commented):
+            return text
+        return value
+
+    set_loader("yaml", load)
+
+
 def run_command_line(args: ArgsType, run: bool) -> KEditCLI:
     """Build the command line and run it.
 
@@ -291,6 +311,7 @@ def run_command_line(args: ArgsType, run: bool) -> KEditCLI:
     more = [part.strip() for part in os.environ.get(ALLOW_MORE, "").split(",") if part.strip()]
     allow_imports([*ALLOWED, *more, *load_plugins()])
     import_classes()
+    read_text_as_it_stands()
     return KEditCLI(
         EditMethod,
         None,  # any data module; predict needs none
