@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from support import FAMILIES, REQUESTS, TEXT, tiny_base
 
 from kedit_lightning import Edit, EditRequest
@@ -223,6 +224,32 @@ def test_gradient_of_the_value_is_that_of_the_output_it_replaces():
         with torch.no_grad():
             slope = grace.value_loss(rows, value + step) - grace.value_loss(rows, value - step)
         assert float(slope / 2e-5) == pytest.approx(float(gradient[i]), abs=1e-8)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_value_is_that_of_a_plain_training_loop(kind):
+    base = tiny_base(kind)
+    settings = {"base_model": base, "lr": 0.3, "radius": 1e-3}
+    grace = GRACE(**settings, steps=5)
+    (found,) = grace.edit([REQUEST]).entries
+    value = GRACE(**settings, steps=0).edit([REQUEST]).entries[0].value.requires_grad_()
+    rows = base.rows([REQUEST.prompt], [REQUEST.target_new])
+    end, answer = int(rows.prompt_end[0]), rows.answer_ids[0]
+
+    def put(module, args, output):
+        changed = output.clone()
+        changed[0, end] = value
+        return changed
+
+    handle = base.module(grace.target).register_forward_hook(put)
+    optimizer = torch.optim.Adam([value], lr=0.3)
+    for _ in range(5):
+        logits = base.model(**rows.inputs).logits[0, end : end + len(answer)]
+        optimizer.zero_grad()
+        F.cross_entropy(logits, answer).backward()
+        optimizer.step()
+    handle.remove()
+    torch.testing.assert_close(found.value, value.detach(), rtol=0, atol=1e-9)
 
 
 def test_cold_values_start_from_the_seed_and_warm_ones_from_the_layer():

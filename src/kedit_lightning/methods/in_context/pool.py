@@ -53,7 +53,11 @@ class Pool:
         # of the subject are left out too, since a probe may ask for them.
         return any(
             same_text(other.prompt, request.prompt)
-            or same_text(other.subject or "", request.subject or " ")
+            or (
+                other.subject is not None
+                and request.subject is not None
+                and same_text(other.subject, request.subject)
+            )
             for other in example.requests
         )
 
