@@ -270,6 +270,9 @@ def test_each_epoch_asks_the_next_probes():
     pair, last = make_episodes(EXAMPLES[:3], size=2, rephrases=2, locality=9)
     assert pair.requests == tuple(REQUESTS[:2])
     assert (len(pair.asked), len(pair.kept), len(last.asked)) == (4, 4, 2)
+    (both,) = make_episodes(EXAMPLES[:1], own_wording=True)
+    assert [probe.kind for probe in both.asked] == ["rephrase", "rewrite"]
+    assert both.asked[1].prompt == REQUESTS[0].prompt
 
 
 def test_an_example_without_locality_probes_borrows_some():
@@ -486,7 +489,7 @@ def test_fit_learns_the_networks_alone_and_logs_how(tmp_path):
     assert any(name.endswith("U") for name in moved)
     assert {"hypernetwork.rates", "hypernetwork.networks.32x128.normaliser.count"} <= moved
     metrics = method.trainer.callback_metrics
-    names = ("loss", "loss_edit", "loss_locality", "rephrase_exact", "gradient_norm")
+    names = ("loss", "loss_edit", "loss_locality", "edit_success", "gradient_norm")
     assert all(f"train/{name}" in metrics for name in names)
     assert f"train/edit_lr/{method.hypernetwork.plan.modules[0]}" in metrics
 
@@ -524,6 +527,17 @@ def test_a_loaded_checkpoint_gives_the_same_edit(tmp_path, how):
     assert edits[1].origin.notes["updates"] == 2
 
 
+def test_learning_rates_fall_to_the_share_asked_for(tmp_path):
+    method = MEND(tiny_base("llama"), **{**SMALL, "lr_end": 0.25})
+    trainer = fit(method, tmp_path, max_epochs=2)
+    groups = trainer.optimizers[0].param_groups
+    # the fourth and last step begins when three quarters of the way are done
+    expected = (1 - 0.75 * 0.75) * 1e-4
+    assert [group["lr"] for group in groups] == pytest.approx([expected, expected])
+    with pytest.raises(UnsupportedUseError, match="max_epochs"):
+        fit(MEND(tiny_base("llama"), lr_end=0.5), tmp_path, max_epochs=-1, max_steps=-1)
+
+
 class SaveEachStep(pl.Callback):
     def __init__(self, folder):
         self.folder = folder
@@ -534,12 +548,13 @@ class SaveEachStep(pl.Callback):
 
 def test_a_resumed_fit_equals_an_unbroken_one_step_for_step(tmp_path):
     base = tiny_base("gpt2")
-    whole = MEND(base, **SMALL)
+    settings = {**SMALL, "lr_end": 0.2}
+    whole = MEND(base, **settings)
     fit(whole, tmp_path, max_epochs=2, callbacks=[SaveEachStep(tmp_path)])
     assert whole.hypernetwork.updates == 4
     wanted, loss = state(whole), whole.learn(EditBatch(EXAMPLES)).loss
     for stop in (1, 2, 3):
-        rest = MEND(base, **SMALL)
+        rest = MEND(base, **settings)
         fit(rest, tmp_path, ckpt_path=tmp_path / f"{stop}.ckpt", max_epochs=2)
         for name, tensor in state(rest).items():
             assert torch.equal(tensor, wanted[name]), (stop, name)
@@ -590,6 +605,8 @@ def test_half_precision_plugins_leave_networks_and_statistics_whole(tmp_path):
 
 def test_a_precision_that_needs_scaled_losses_is_refused(tmp_path):
     method = mend(tiny_base("llama"))
-    method._trainer = type("Trainer", (), {"precision": "16-mixed"})()
+    method._trainer = type(
+        "Trainer", (), {"precision": "16-mixed", "max_steps": -1, "max_epochs": 1}
+    )()
     with pytest.raises(UnsupportedUseError, match="bf16-mixed"):
         method.on_fit_start()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -24,7 +24,7 @@ class Episode:
 
     Args:
         requests: The facts to write.
-        asked: Other wordings, whose answers must follow the edit.
+        asked: Questions whose answers must follow the edit.
         kept: Unrelated questions, whose answers must not.
     """
 
@@ -49,6 +49,41 @@ def probes_of(examples: Sequence[EditExample], kind: ProbeKind) -> list[Probe]:
     return [probe for example in examples for probe in example.probes if probe.kind == kind]
 
 
+def alternatives(examples: Sequence[EditExample]) -> dict[str, list[str]]:
+    """For each old answer, the new answers that some request gives instead of it."""
+    found: dict[str, set[str]] = {}
+    for request in (request for example in examples for request in example.requests):
+        if request.target_old is not None:
+            found.setdefault(request.target_old, set()).add(request.target_new)
+    return {old: sorted(new) for old, new in found.items()}
+
+
+def with_another_target(
+    example: EditExample, known: Mapping[str, Sequence[str]], turn: int, seed: int
+) -> EditExample:
+    """The example with the next of the answers that are known in place of its old one.
+
+    Only examples of one request are changed; those of several stay as they are.
+
+    Args:
+        example: The example.
+        known: New answers by old answer, from :func:`alternatives`.
+        turn: Number of the pass over the data.
+        seed: Fixes the answer an example starts with.
+    """
+    request = example.requests[0]
+    targets = known.get(request.target_old or "", ())
+    if len(example.requests) > 1 or not targets:
+        return example
+    (target,) = rotate(targets, 1, turn, seed, "target", example.id)
+    probes = [
+        replace(probe, answers=(target,)) if probe.kind in ("rewrite", "rephrase") else probe
+        for probe in example.probes
+        if probe.kind != "portability"  # what follows from another answer is not known
+    ]
+    return EditExample((replace(request, target_new=target),), tuple(probes), example.id)
+
+
 def make_episodes(
     examples: Sequence[EditExample],
     size: int = 1,
@@ -56,6 +91,7 @@ def make_episodes(
     seed: int = 0,
     rephrases: int = 1,
     locality: int = 1,
+    own_wording: bool = False,
 ) -> list[Episode]:
     """Draw episodes that write the requests of ``size`` examples together.
 
@@ -68,6 +104,7 @@ def make_episodes(
         seed: Fixes the probe that an example starts with.
         rephrases: Rephrases asked an example.
         locality: Locality probes asked an example.
+        own_wording: Ask the requests' own prompts too.
     """
     lent = probes_of(examples, "locality")
     episodes = []
@@ -80,6 +117,8 @@ def make_episodes(
             asked += rotate(probes_of([example], "rephrase"), rephrases, turn, seed, example.id)
             kept += rotate(own, locality, turn, seed, example.id)
         requests = [request for example in members for request in example.requests]
+        if own_wording:
+            asked += [Probe("rewrite", r.prompt, (r.target_new,)) for r in requests]
         episodes.append(Episode(tuple(requests), tuple(asked), tuple(kept)))
     return episodes
 
@@ -96,9 +135,9 @@ class Losses:
     """What episodes cost. Shape ``[episodes]`` each.
 
     Args:
-        edit: Negative log-likelihood of the new answers on other wordings, a token.
+        edit: Negative log-likelihood of the new answers, a token.
         locality: KL divergence of the unrelated answers from the base model's, a token.
-        right: Share of other wordings whose answer tokens are all arg-max.
+        right: Share of new answers whose tokens are all arg-max.
     """
 
     edit: Tensor

@@ -20,7 +20,7 @@ class Outcome:
 
     Args:
         gradients: Sum of the gradients, one tensor a parameter.
-        sums: Loss, edit loss, locality loss and share of right rephrases, summed. Shape ``[4]``.
+        sums: Loss, edit loss, locality loss and share of right answers, summed. Shape ``[4]``.
         episodes: Number of episodes summed.
         skipped: Number of episodes left out.
     """
@@ -50,7 +50,7 @@ class Outcome:
 
     @property
     def edit(self) -> Tensor:
-        """Mean loss on other wordings, without its weight."""
+        """Mean loss of the new answers, without its weight."""
         return self.sums[1] / self.episodes
 
     @property
@@ -60,7 +60,7 @@ class Outcome:
 
     @property
     def right(self) -> Tensor:
-        """Share of other wordings that are answered as the edit asks."""
+        """Share of questions that are answered as the edit asks."""
         return self.sums[3] / self.episodes
 
 

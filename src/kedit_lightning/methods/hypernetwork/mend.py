@@ -17,7 +17,13 @@ from kedit_lightning.errors import BaseModelMismatchError, UnsupportedUseError
 from kedit_lightning.methods.base import Capabilities, EditMethod, Need
 from kedit_lightning.methods.hypernetwork.capture import capture_factors
 from kedit_lightning.methods.hypernetwork.checkpoints import packaged_checkpoint, read_checkpoint
-from kedit_lightning.methods.hypernetwork.episodes import Episode, make_episodes, probes_of
+from kedit_lightning.methods.hypernetwork.episodes import (
+    Episode,
+    alternatives,
+    make_episodes,
+    probes_of,
+    with_another_target,
+)
 from kedit_lightning.methods.hypernetwork.learning import Outcome, learn
 from kedit_lightning.methods.hypernetwork.transform import MAX_RANK, Hypernetwork, Plan
 from kedit_lightning.requests import EditBatch, EditExample, EditRequest
@@ -48,18 +54,24 @@ class MEND(EditMethod):
         rank: Largest rank of a network's matrices. The checkpoint's, or else 1920.
         blocks: Residual blocks of a network.
         shared: One network for all projections of a shape, rather than one for each projection.
+            The checkpoint's, or else true.
         normalise: Normalise the factors with running statistics. Without it, untrained networks
             give a plain step of gradient descent.
         lr: Learning rate of the networks.
         lr_lr: Learning rate of the edits' own learning rates.
+        lr_end: Share of both learning rates that is left at the end of a fit, reached in a
+            straight line; it needs a fit of known length.
         edit_lr: Start of the edits' learning rates.
-        c_edit: Weight of the loss on rephrases.
+        c_edit: Weight of the loss of the new answers.
         c_loc: Weight of the divergence on locality probes.
         n_edits: Examples edited together in one episode.
         accumulate: Episodes a training step.
         at_once: Episodes of a step that run through the model together; all of them if absent.
             Fewer take less memory and give the same step.
         n_rephrases: Rephrases asked an example and episode; the next ones in each epoch.
+        own_wording: Ask the request's own prompt in each episode, beside the rephrases.
+        vary_targets: Write another answer in each epoch, one that some record gives instead of the
+            same old answer. It makes more of few records; they need ``target_old``.
         n_locality: Locality probes asked an example and episode; the next ones in each epoch.
         clip: Largest norm of the gradient of a training step.
         checkpoint: What to start from: a file that ``fit`` wrote, or ``none`` for untrained
@@ -83,10 +95,11 @@ class MEND(EditMethod):
         modules: list[str] | None = None,
         rank: int | None = None,
         blocks: int = 2,
-        shared: bool = True,
+        shared: bool | None = None,
         normalise: bool = True,
         lr: float = 1e-6,
         lr_lr: float = 1e-4,
+        lr_end: float = 1.0,
         edit_lr: float = 1e-4,
         c_edit: float = 0.1,
         c_loc: float = 1.0,
@@ -94,6 +107,8 @@ class MEND(EditMethod):
         accumulate: int = 10,
         at_once: int | None = None,
         n_rephrases: int = 1,
+        own_wording: bool = False,
+        vary_targets: bool = False,
         n_locality: int = 1,
         clip: float = 100.0,
         checkpoint: str | None = None,
@@ -105,6 +120,7 @@ class MEND(EditMethod):
         self.fit_batch_size = n_edits * accumulate
         self.hypernetwork = None
         self._learned_from = "nothing"
+        self._alternatives: dict[str, list[str]] = {}
 
     # ---- building
 
@@ -145,7 +161,7 @@ class MEND(EditMethod):
             modules=tuple(dict.fromkeys(modules)),
             rank=MAX_RANK if settings["rank"] is None else settings["rank"],
             blocks=settings["blocks"],
-            shared=settings["shared"],
+            shared=True if settings["shared"] is None else settings["shared"],
             normalise=settings["normalise"],
             ascend=settings["legacy_sign"],
         )
@@ -153,7 +169,7 @@ class MEND(EditMethod):
     def _disagreements(self, checkpoint: dict[str, Any]) -> list[str]:
         """Settings that were given and that a checkpoint was not fitted with."""
         made, own = Plan.from_json(checkpoint["hypernetwork"]).to_json(), self._plan().to_json()
-        free = {"rank"} if self.hparams["rank"] is None else set()
+        free = {name for name in ("rank", "shared") if self.hparams[name] is None}
         if self.hparams["layers"] is None and self.hparams["modules"] is None:
             free |= {"modules"}
         return [
@@ -223,16 +239,25 @@ class MEND(EditMethod):
         super().check_examples(examples, fitting)
 
     def on_fit_start(self) -> None:
-        """Refuse a precision whose loss scaling this training does not do.
+        """Refuse what this training does not do.
 
         Raises:
-            UnsupportedUseError: The precision is ``16-mixed``.
+            UnsupportedUseError: The precision is ``16-mixed``, whose losses must be scaled, or the
+                learning rates are to fall in a fit of unknown length.
         """
+        endless = self.trainer.max_steps < 0 and (self.trainer.max_epochs or -1) < 0
+        if self.hparams["lr_end"] != 1.0 and endless:
+            raise UnsupportedUseError(
+                "lr_end needs a fit of known length; set trainer.max_epochs or trainer.max_steps"
+            )
         if self.trainer.precision == "16-mixed":
             raise UnsupportedUseError(
                 "MEND does not scale losses, which precision 16-mixed needs; set trainer.precision "
                 "to bf16-mixed or 32-true"
             )
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if self.hparams["vary_targets"] and datamodule is not None:
+            self._alternatives = alternatives(datamodule.examples("train"))
         # It advises to save weights from before the step, which a resumed fit must not start from.
         warnings.filterwarnings("ignore", "Using ModelCheckpoint with manual optimization")
 
@@ -246,12 +271,38 @@ class MEND(EditMethod):
             ]
         )
 
+    def _lower_learning_rates(self, groups: list[dict[str, Any]]) -> None:
+        """Set the learning rates of the present step.
+
+        From the step's number alone, so that a resumed fit needs no further state.  (Asking the
+        trainer for the length before the fit would keep its loader from being resumed.)
+        """
+        end = self.hparams["lr_end"]
+        if end == 1.0:
+            return
+        steps: float = self.trainer.max_steps
+        if steps < 0:
+            steps = (self.trainer.max_epochs or -1) * self.trainer.num_training_batches
+        left = 1 - (1 - end) * min(1.0, self.trainer.global_step / steps)
+        for group, name in zip(groups, ("lr", "lr_lr"), strict=True):
+            group["lr"] = left * self.hparams[name]
+
     def episodes(self, batch: EditBatch) -> list[Episode]:
         """The episodes of a batch: ``n_edits`` examples each."""
         settings = self.hparams
         turn = self.current_epoch if self._trainer is not None else 0
-        counts = settings["n_rephrases"], settings["n_locality"]
-        return make_episodes(batch.examples, settings["n_edits"], turn, settings["seed"], *counts)
+        examples, seed = batch.examples, settings["seed"]
+        if self._alternatives:
+            examples = [with_another_target(e, self._alternatives, turn, seed) for e in examples]
+        return make_episodes(
+            examples,
+            settings["n_edits"],
+            turn,
+            seed,
+            settings["n_rephrases"],
+            settings["n_locality"],
+            settings["own_wording"],
+        )
 
     def learn(self, batch: EditBatch) -> Outcome:
         """Losses and gradient of a batch, over the episodes of all ranks.
@@ -292,6 +343,7 @@ class MEND(EditMethod):
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.hparams["clip"])
         optimizer = self.optimizers()
         assert not isinstance(optimizer, list)
+        self._lower_learning_rates(optimizer.param_groups)
         optimizer.step()
         optimizer.zero_grad()
         network.updates += 1
@@ -299,7 +351,7 @@ class MEND(EditMethod):
         return {
             "train/loss_edit": outcome.edit,
             "train/loss_locality": outcome.locality,
-            "train/rephrase_exact": outcome.right,
+            "train/edit_success": outcome.right,
             "train/gradient_norm": norm,
             **{f"train/edit_lr/{name}": rate for name, rate in rates.items()},
         }
