@@ -54,7 +54,7 @@ def dense_reference(base, module, requests, lr, steps, box=float("inf"), weight_
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_equals_fine_tuning_of_the_weights(kind):
     base = tiny_base(kind)
-    ftm = FTM(base_model=base, lr=1e-2, steps=6, stop_loss=0.0)
+    ftm = FTM(base_model=base, lr=1e-2, steps=6, batch_size=4, stop_loss=0.0)
     edit = ftm.edit(REQUESTS)
     (module,) = ftm.modules_trained
     expected = dense_reference(base, module, REQUESTS, 1e-2, 6)
@@ -96,7 +96,7 @@ def test_every_step_stays_in_the_box():
 
 def test_box_holds_for_an_edit_and_equals_clamped_weights():
     base = tiny_base("gpt2")
-    ftm = FTM(base_model=base, lr=1e-2, steps=6, norm_constraint=2e-2, stop_loss=0.0)
+    ftm = FTM(base_model=base, lr=1e-2, steps=6, batch_size=4, norm_constraint=2e-2, stop_loss=0.0)
     deltas = ftm.edit(REQUESTS).deltas()
     for name, delta in dense_reference(
         base, ftm.modules_trained[0], REQUESTS, 1e-2, 6, box=2e-2

@@ -41,8 +41,8 @@ class FTM(EditMethod):
             the published ones of a known model, or else block 0.66 n of n.
         lr: Step size of Adam.
         steps: Most passes over the requests; 25 when absent, unless published otherwise.
-        batch_size: Requests that a step looks at, where there are several. EasyEdit takes 1 to 3;
-            LocFT-BF takes about 64 for thousands of facts. Few facts in large batches get too few
+        batch_size: Requests that a step looks at, where there are several: 1 as in EasyEdit, about
+            64 in LocFT-BF, for thousands of requests. Few requests in large batches get too few
             steps.
         norm_constraint: Largest change of any entry of the weights (FT-L). When absent the
             published one of a known model, or else none; ``inf`` switches it off.
@@ -64,7 +64,7 @@ class FTM(EditMethod):
         layers: list[int] | None = None,
         lr: float = 5e-4,
         steps: int | None = None,
-        batch_size: int = 4,
+        batch_size: int = 1,
         norm_constraint: float | None = None,
         objective: Literal["target_new", "prompt_last"] = "target_new",
         weight_decay: float = 0.0,
