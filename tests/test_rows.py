@@ -95,8 +95,8 @@ class SlowTokenizer:
     def __init__(self, fast: Any) -> None:
         self._fast = fast
 
-    def __call__(self, text: str, add_special_tokens: bool = True) -> Any:
-        return self._fast(text, add_special_tokens=add_special_tokens)
+    def __call__(self, text: str, add_special_tokens: bool = True, verbose: bool = True) -> Any:
+        return self._fast(text, add_special_tokens=add_special_tokens, verbose=verbose)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._fast, name)

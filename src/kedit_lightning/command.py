@@ -47,6 +47,8 @@ _CHECKPOINT_WORDS = ("best", "last", "hpc", "registry")
 
 #: How jsonargparse reads values before we add to it.
 _YAML_LOADER = get_loader("yaml")
+#: What a config of one line may begin with.
+_CONFIG_KEYS = {"model", "data", "trainer", "seed_everything", "class_path", "init_args"}
 
 
 class KEditParser(LightningArgumentParser):
@@ -291,12 +293,13 @@ def read_text_as_it_stands() -> None:
 
     def load(text: str) -> Any:
         value = read(text)
-        one_line = "\n" not in text.strip()
-        structure = text.lstrip().startswith(("{", "["))
+        if "\n" in text.strip() or text.lstrip().startswith(("{", "[")):
+            return value
         commented = value is None and text.lstrip().startswith("#")
-        if one_line and not structure and (isinstance(value, (dict, list)) or commented):
-            return text
-        return value
+        sentence = isinstance(value, list) or (
+            isinstance(value, dict) and not value.keys() <= _CONFIG_KEYS
+        )
+        return text if commented or sentence else value
 
     set_loader("yaml", load)
 
