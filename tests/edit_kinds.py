@@ -124,7 +124,7 @@ def codebook(
 ) -> CodebookEdit:
     """A codebook that recognises one prompt."""
     module = base.layout.block(layer).down
-    value = 8 * random(projection_shape(base.module(module))[1], like=base.dtype, seed=seed)
+    value = 50 * random(projection_shape(base.module(module))[1], like=base.dtype, seed=seed)
     key = last_key(base, prompt, module).to(value.dtype)
     entry = CodebookEntry(key, value, (seed,), radius)
     return CodebookEdit(base, module, [entry], replacement, origin_of(base))

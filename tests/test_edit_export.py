@@ -190,6 +190,20 @@ def test_many_low_rank_edits_fold_into_the_same_change(dtype, family, monkeypatc
         edit.rollback()
 
 
+def test_dense_and_folded_edits_of_a_module_add_up():
+    base = tiny_base("llama")
+    name = base.layout.block(1).down
+    edits = [edit_kinds.dense(base)]
+    edits += [LowRankEdit(base, {name: edit_kinds.factors(base, name, 12, i)}) for i in (1, 2)]
+    assert ModuleHook(base.module(name), [e.patches()[name] for e in edits]).weights.a is None
+    for edit in edits:
+        edit.apply()
+    hooks = raw_logits(base.model)
+    base.edits.clear()
+    weights = raw_logits(materialise(base, edits))
+    torch.testing.assert_close(hooks, weights, rtol=0, atol=1e-10 * float(hooks.abs().max()))
+
+
 def test_half_precision_factors_fold_without_losing_digits():
     base = tiny_base("llama", torch.float32)
     name = base.layout.block(1).down

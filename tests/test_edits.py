@@ -10,6 +10,7 @@ import torch
 from edit_kinds import ANSWERS, KINDS, PROMPTS, answers, origin_of, raw_logits
 from support import FAMILIES, tiny_base
 
+from kedit_lightning.base_models.taps import capture
 from kedit_lightning.edits import (
     AdapterEdit,
     CodebookEdit,
@@ -95,6 +96,22 @@ def test_acts_on_direct_calls_and_leaves_weights_alone(kind):
         assert torch.equal(raw_logits(base.model), raw) != acts
         for name, tensor in base.model.state_dict().items():
             assert torch.equal(tensor, weights[name])
+
+
+def test_half_precision_outputs_are_added_to_in_float32():
+    base = tiny_base("llama", torch.bfloat16)
+    name = base.layout.block(1).down
+    a, b = edit_kinds.factors(base, name)
+    rows = base.rows(PROMPTS)
+    with torch.no_grad(), capture(base.model, [name]) as plain:
+        base.forward(rows)
+    edit = LowRankEdit(base, {name: (a, b)})
+    with edit, torch.no_grad(), capture(base.model, [name]) as seen:
+        base.forward(rows)
+    change = plain.inputs[name].float() @ a.T @ b.T
+    wanted = (plain.outputs[name].float() + change).bfloat16()
+    assert torch.equal(seen.outputs[name], wanted)
+    assert not torch.equal(seen.outputs[name], plain.outputs[name] + change.bfloat16())
 
 
 def test_edits_add_up_and_leave_in_any_order():

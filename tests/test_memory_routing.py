@@ -9,18 +9,19 @@ import weakref
 import edit_kinds
 import pytest
 import torch
-from edit_kinds import ANSWERS, PROMPTS, answers, codebook, last_key
+from edit_kinds import ANSWERS, PROMPTS, answers, last_key
 from support import tiny_base
 
 from kedit_lightning import BaseModel
 from kedit_lightning.base_models.taps import capture
 from kedit_lightning.edits import CodebookEdit
-from kedit_lightning.edits.memory import Codebook, CodebookEntry
+from kedit_lightning.edits.memory import Codebook, CodebookEntry, Replacement
 from kedit_lightning.errors import UnsupportedUseError
 
 #: Absolute positions; rotary and BOS; MLPs on flattened rows; encoder-decoder.
 FAMILIES = ("gpt2", "llama", "opt", "t5")
-HIT, MISS = PROMPTS[0], PROMPTS[1]
+#: Neither the longest nor the shortest of those below, so that it is padded on either side.
+HIT, MISS = PROMPTS[1], PROMPTS[0]
 REPLACEMENTS = ("last", "prompt", "all")
 
 
@@ -38,10 +39,13 @@ def lookups(monkeypatch):
     return seen
 
 
-def _prompt_rows(family: str) -> list[str]:
-    """A prompt that is recognised, and some that are not, of other lengths."""
-    # In an encoder-decoder the decoder's prompt is its start token, so keys depend on the encoder.
-    return [PROMPTS[1], HIT, PROMPTS[2], "x"]
+#: A prompt that is recognised, and some that are not, of other lengths.
+ROWS = [MISS, HIT, PROMPTS[2], "x"]
+
+
+def codebook(base: BaseModel, prompt: str = HIT, replacement: Replacement = "last", layer: int = 1):
+    """An edit that recognises one prompt."""
+    return edit_kinds.codebook(base, prompt, replacement, layer=layer)
 
 
 def _next_logits(base: BaseModel, prompts, padding_side="right"):
@@ -73,7 +77,7 @@ def _ids(base: BaseModel, prompts, **options):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_recognised_row_gets_the_value_and_the_others_keep_every_bit(family):
     base = tiny_base(family)
-    prompts = _prompt_rows(family)
+    prompts = ROWS
     before = _next_logits(base, prompts)
     edit = codebook(base)
     (entry,) = edit.entries
@@ -103,13 +107,24 @@ def test_which_tokens_of_a_recognised_row_get_the_value(replacement):
     assert changed.nonzero()[:, 0].tolist() == list(wanted)
 
 
+def test_the_prompt_of_a_decoder_with_an_encoder_is_its_start_token():
+    base = tiny_base("t5")
+    rows = base.rows([HIT, MISS], ["Rome, Italy", "Berlin"])
+    before = base.model(**rows.inputs).logits
+    with codebook(base):
+        after = base.model(**rows.inputs).logits
+        torch.testing.assert_close(after, base.forward(rows).logits)
+    assert torch.equal(after[1], before[1])
+    assert not torch.equal(after[0], before[0])
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_moves_no_decision(family, side):
     base = tiny_base(family)
     with codebook(base, replacement="prompt"):
-        alone = torch.cat([_next_logits(base, [prompt]) for prompt in _prompt_rows(family)])
-        together = _next_logits(base, _prompt_rows(family), side)
+        alone = torch.cat([_next_logits(base, [prompt]) for prompt in ROWS])
+        together = _next_logits(base, ROWS, side)
         torch.testing.assert_close(together, alone, rtol=0, atol=1e-9)
 
 
@@ -117,10 +132,11 @@ def test_radii_and_stack_order_decide_between_edits():
     base = tiny_base("llama")
     module = base.layout.block(1).down
     key = last_key(base, HIT, module)
-    near = key + 0.6 * torch.nn.functional.normalize(torch.ones_like(key), dim=0)
+    step = torch.nn.functional.normalize(torch.ones_like(key), dim=0)
     values = [torch.full((32,), float(v), dtype=torch.float64) for v in (1, 2)]
-    first = CodebookEdit(base, module, [CodebookEntry(near, values[0], (1,), 1.0)])
+    first = CodebookEdit(base, module, [CodebookEntry(key + 0.6 * step, values[0], (1,), 1.0)])
     second = CodebookEdit(base, module, [CodebookEntry(key, values[1], (2,), 1.0)])
+    beyond = CodebookEdit(base, module, [CodebookEntry(key + 1.6 * step, values[1], (2,), 1.0)])
 
     def output():
         rows = base.rows([HIT])
@@ -133,6 +149,9 @@ def test_radii_and_stack_order_decide_between_edits():
         assert torch.equal(output(), values[0])
         with second:  # splits the first one's ball
             assert torch.equal(output(), values[1])
+        assert torch.equal(output(), values[0])
+        with beyond:  # halves the first one's ball, from the other side
+            assert torch.equal(output(), plain)
         assert torch.equal(output(), values[0]), "the neighbour has not got its radius back"
     with second:
         assert torch.equal(output(), values[1])
@@ -146,7 +165,7 @@ def test_radii_and_stack_order_decide_between_edits():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_decision_is_taken_once_and_kept_for_the_answer(family, replacement, lookups):
     base = tiny_base(family)
-    prompts = _prompt_rows(family)
+    prompts = ROWS
     before = _texts(base, prompts)
     with codebook(base, replacement=replacement):
         lookups.clear()
@@ -161,7 +180,7 @@ def test_the_decision_is_taken_once_and_kept_for_the_answer(family, replacement,
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_models_own_generate_decides_alike(family):
     base = tiny_base(family)
-    prompts = _prompt_rows(family)
+    prompts = ROWS
     with codebook(base, replacement="all"):
         assert _ids(base, prompts) == _texts(base, prompts)
         assert _ids(base, [HIT]) == _texts(base, [HIT])
@@ -413,11 +432,11 @@ def test_memories_in_several_layers_decide_each_for_itself():
     before = answers(base)
     with first:
         alone = answers(base)
-    assert torch.equal(alone[1:], before[1:])
+    assert torch.equal(alone[[0, 2, 3]], before[[0, 2, 3]])
     with second:
         other = answers(base)
     with first, second:
         both = answers(base)
-    assert torch.equal(both[0], alone[0])
-    assert torch.equal(both[1], other[1])
+    assert torch.equal(both[1], alone[1])
+    assert torch.equal(both[0], other[0])
     assert torch.equal(both[2:], before[2:])

@@ -30,14 +30,14 @@ TEMPLATE = (
 )
 
 
-def llama_like_tokenizer() -> PreTrainedTokenizerFast:
+def llama_like_tokenizer(text: tuple[str, ...] = tuple(TEXT)) -> PreTrainedTokenizerFast:
     """SentencePiece as Llama-2 has it: a space is put before every text, bytes as a last resort."""
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.Metaspace()
     trainer = trainers.BpeTrainer(
         vocab_size=128, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False
     )
-    trained.train_from_iterator(TEXT, trainer)
+    trained.train_from_iterator(text, trainer)
     learned = json.loads(trained.to_str())["model"]
     pieces = [*learned["vocab"], *(f"<0x{byte:02X}>" for byte in range(256))]
     tokenizer = Tokenizer(
@@ -209,6 +209,13 @@ def test_a_token_across_the_border_gives_the_answer_its_own_ids():
         row = RowEncoder(one).encode("首都是", "罗马")
         assert _text(fast, row.prompt) == "首都是"
         assert _text(fast, row.answer) == "罗马"
+    # One that puts a space before every text must not put one before the answer.
+    merging = llama_like_tokenizer(("首都是罗马",) * 9)
+    assert len(merging("首都是罗马", add_special_tokens=False)["input_ids"]) == 1
+    for one in (merging, SlowTokenizer(merging)):
+        row = RowEncoder(one).encode("首都是", "罗马")
+        assert merging.convert_ids_to_tokens(list(row.answer))[0] != "▁"
+        assert _text(merging, row.answer) == "罗马"
 
 
 def test_the_beginning_token_stands_once_and_the_end_token_nowhere():
@@ -251,6 +258,8 @@ def test_empty_texts_are_refused(text):
         ("In Łódź (Lodz) live", "Łódź (Lodz)", "In Łódź (Lodz)"),
         ("I live in Lyon ", "Lyon ", "I live in Lyon"),
         ("C++ was made by", "C++", "C++"),
+        ("People in Lyon are", "Lyo", "People in Lyo"),  # ends inside a token of some
+        ("The Eiffel Towering is", "Eiffel Tow", "The Eiffel Tow"),
     ],
 )
 def test_the_last_token_of_a_subject(tokenizer, prompt, subject, before):

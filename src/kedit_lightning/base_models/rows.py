@@ -172,9 +172,7 @@ class RowEncoder:
             all_ids, offsets = found
             beyond = (i for i, (_, end) in enumerate(offsets) if end > len(text))
             cut = next(beyond, len(offsets))
-            if cut < len(offsets) and offsets[cut][0] < len(text):
-                cut = 0  # a token lies across the border
-        if cut and all_ids[:cut] == ids and all_ids[cut:]:
+        if all_ids[:cut] == ids and all_ids[cut:]:
             return all_ids[cut:]
         # The tokenizer merges across the border: take the answer's ids behind a neutral word.
         anchor = "x"
