@@ -36,6 +36,7 @@ def test_the_two_commands_are_targets_of_the_makefile():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.filterwarnings("default")
 def test_python_lines_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -48,6 +49,7 @@ def test_python_lines_run(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.filterwarnings("default")
 def test_shell_lines_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
