@@ -285,6 +285,8 @@ def test_the_decoder_of_an_encoder_decoder_is_described():
     assert [block.down for block in layout.blocks] == [
         f"model.decoder.layers.{i}.fc2" for i in range(2)
     ]
+    layout = Layout(_model("bart", encoder_layers=2, encoder_ffn_dim=512))  # the larger half
+    assert layout.block(0).down == "model.decoder.layers.0.fc2"
 
 
 # ---- numbers of layers

@@ -114,6 +114,8 @@ def test_the_prompt_of_a_decoder_with_an_encoder_is_its_start_token():
     with codebook(base):
         after = base.model(**rows.inputs).logits
         torch.testing.assert_close(after, base.forward(rows).logits)
+        alone = base.rows([HIT], ["Rome, Italy"])
+        torch.testing.assert_close(base.model(**alone.inputs).logits, base.forward(alone).logits)
     assert torch.equal(after[1], before[1])
     assert not torch.equal(after[0], before[0])
 

@@ -258,8 +258,8 @@ def test_empty_texts_are_refused(text):
         ("In Łódź (Lodz) live", "Łódź (Lodz)", "In Łódź (Lodz)"),
         ("I live in Lyon ", "Lyon ", "I live in Lyon"),
         ("C++ was made by", "C++", "C++"),
-        ("People in Lyon are", "Lyo", "People in Lyo"),  # ends inside a token of some
         ("The Eiffel Towering is", "Eiffel Tow", "The Eiffel Tow"),
+        ("Founded in Berlin by", "Berli", "Founded in Berli"),  # ends inside a token of most
     ],
 )
 def test_the_last_token_of_a_subject(tokenizer, prompt, subject, before):
