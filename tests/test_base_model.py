@@ -212,6 +212,12 @@ def test_a_fingerprint_tells_weights_dtype_and_configuration_apart():
     others["weights"] = BaseModel(trained, base.tokenizer)
     prints = {name: other.fingerprint for name, other in others.items()}
     assert len({base.fingerprint, *prints.values()}) == 6, prints
+    # Zeros of two 16-bit types are the same bytes.
+    empty = [tiny_model("llama", dtype) for dtype in (torch.float16, torch.bfloat16)]
+    for model in empty:
+        for parameter in model.parameters():
+            parameter.data.zero_()
+    assert len({BaseModel(model, base.tokenizer).fingerprint for model in empty}) == 2
 
 
 def test_a_fingerprint_ignores_where_a_model_comes_from_and_how_it_runs(tmp_path):
