@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.trainer.states import TrainerFn, TrainerState
 from support import FAMILIES, REQUESTS, tiny_base
 from torch.func import functional_call
 
-from kedit_lightning import Edit, EditBatch, EditExample, EditRequest, Probe
-from kedit_lightning.data import Requests
+from kedit_lightning import BaseModel, Edit, EditBatch, EditExample, EditRequest, Probe
+from kedit_lightning.data import NanoFacts, Requests
 from kedit_lightning.errors import (
     BaseModelMismatchError,
     CheckpointError,
@@ -26,11 +30,16 @@ from kedit_lightning.methods import MEND
 from kedit_lightning.methods.hypernetwork import learning
 from kedit_lightning.methods.hypernetwork.capture import Factors, answer_loss, capture_factors
 from kedit_lightning.methods.hypernetwork.checkpoints import slim
-from kedit_lightning.methods.hypernetwork.episodes import episode_losses, make_episodes, rotate
+from kedit_lightning.methods.hypernetwork.episodes import (
+    alternatives,
+    episode_losses,
+    make_episodes,
+    rotate,
+    with_another_target,
+)
 from kedit_lightning.methods.hypernetwork.normaliser import RunningNormaliser
 from kedit_lightning.methods.hypernetwork.transform import Hypernetwork, Plan
 
-pytestmark = pytest.mark.filterwarnings("ignore:You passed in a `val_dataloader`")
 SMALL = {"rank": 8, "lr": 1e-4, "edit_lr": 1e-3, "accumulate": 2}
 
 
@@ -275,10 +284,39 @@ def test_each_epoch_asks_the_next_probes():
     assert both.asked[1].prompt == REQUESTS[0].prompt
 
 
+def test_each_epoch_can_write_another_of_the_known_answers():
+    facts = [
+        EditRequest("The Louvre is in", "Rome", target_old="Paris", id="louvre"),
+        EditRequest("The Pantheon is in", "Oslo", target_old="Paris", id="pantheon"),
+        EditRequest("Bolt was founded by", "Marie Curie", target_old="Anna Weiss", id="bolt"),
+    ]
+    examples = [example(request) for request in facts]
+    known = alternatives(examples)
+    assert known == {"Paris": ["Oslo", "Rome"], "Anna Weiss": ["Marie Curie"]}
+    drawn = [with_another_target(examples[0], known, turn, 0) for turn in range(2)]
+    assert {e.requests[0].target_new for e in drawn} == {"Rome", "Oslo"}
+    for changed in drawn:
+        target = changed.requests[0].target_new
+        assert {p.answers for p in changed.probes if p.kind != "locality"} == {(target,)}
+        kept = [p for p in changed.probes if p.kind == "locality"]
+        assert kept == [p for p in examples[0].probes if p.kind == "locality"]
+    assert with_another_target(EXAMPLES[0], {}, 0, 0) is EXAMPLES[0]
+
+
+def test_varied_targets_come_from_the_training_data(tmp_path):
+    method = MEND(tiny_base("llama"), **SMALL, vary_targets=True)
+    seen = []
+    method.learn = lambda batch: seen.extend(method.episodes(batch)) or MEND.learn(method, batch)
+    fit(method, tmp_path, max_epochs=2)
+    targets = {episode.requests[0].target_new for episode in seen if "Lyon" in str(episode)}
+    assert targets == {"Norway", "Rome"}
+
+
 def test_an_example_without_locality_probes_borrows_some():
     bare = replace(EXAMPLES[0], probes=EXAMPLES[0].probes[:3])
     first, second = make_episodes([bare, EXAMPLES[1]])
     assert {*first.kept, *second.kept} <= set(EXAMPLES[1].probes)
+    assert len(first.kept) == len(second.kept) == 1
     base = tiny_base("llama")
     assert mend(base).learn(EditBatch([bare, EXAMPLES[1]])).locality > 0
     assert mend(base).learn(EditBatch([bare])).locality == 0
@@ -307,7 +345,6 @@ def test_an_episode_that_is_not_finite_is_left_out_and_counted(tmp_path, monkeyp
                 losses.edit[number] = losses.edit[number] * math.nan
         return losses
 
-    clean = mend(base).learn(EditBatch([e for e in EXAMPLES if e is not EXAMPLES[1]]))
     monkeypatch.setattr(learning, "episode_losses", spoil)
     method = MEND(base, accumulate=4, rank=8)
     fit(method, tmp_path)
@@ -316,9 +353,12 @@ def test_an_episode_that_is_not_finite_is_left_out_and_counted(tmp_path, monkeyp
     assert method.hypernetwork.updates == 1
     assert all(bool(torch.isfinite(p).all()) for p in method.parameters())
 
-    found = mend(base).learn(EditBatch(EXAMPLES))
-    assert (found.episodes, found.skipped, clean.episodes) == (3, 1, 3)
-    assert bool(torch.isfinite(found.sums).all())
+    together, apart = (mend(base, at_once=n).learn(EditBatch(EXAMPLES)) for n in (4, 1))
+    for found in (together, apart):
+        assert (found.episodes, found.skipped) == (3, 1)
+        assert bool(torch.isfinite(found.sums).all())
+    for a, b in zip(together.gradients, apart.gradients, strict=True):
+        assert torch.allclose(a, b, rtol=1e-9, atol=1e-12)
 
 
 def test_a_step_with_no_finite_episode_changes_no_parameter(tmp_path, monkeypatch):
@@ -433,6 +473,38 @@ def test_editing_with_untrained_networks_warns_and_says_how_to_fit():
         MEND(base, rank=4, checkpoint="none").edit(REQUESTS)
 
 
+def test_the_packaged_checkpoint_is_used_where_it_fits_and_settings_agree():
+    base = BaseModel.load("nano")
+    method = MEND(base)
+    edit = method.edit([EditRequest("The capital of France is", "Lyon")])
+    assert edit.origin.notes["updates"] > 100
+    assert edit.origin.notes["learned_from"] == "the checkpoint packaged with the base model"
+    with pytest.warns(UserWarning, match="has not been fitted"):
+        other = MEND(base, rank=7, layers=[0]).edit(REQUESTS[:1])
+    assert other.origin.notes == {"learned_from": "nothing", "updates": 0}
+    untrained = MEND(base, checkpoint="none")
+    untrained.configure_model()
+    assert untrained.hypernetwork.updates == 0
+    fitting = MEND(base)
+    fitting._trainer = type("Trainer", (), {"state": TrainerState(fn=TrainerFn.FITTING)})()
+    fitting.configure_model()
+    assert fitting.hypernetwork.updates == 0
+
+
+def test_the_packaged_checkpoint_edits_facts_it_was_not_fitted_on():
+    base = BaseModel.load("nano")
+    method = MEND(base)
+    examples = NanoFacts(limit=20).examples("validation")
+    right = []
+    for item in examples:
+        (probe,) = [probe for probe in item.probes if probe.kind == "rewrite"]
+        rows = base.rows([probe.prompt], [probe.answers[0]])
+        with method.edit(item.requests):
+            right.append(torch.equal(base.answer_logits(rows).argmax(-1), rows.answer_ids))
+        assert not torch.equal(base.answer_logits(rows).argmax(-1), rows.answer_ids)
+    assert sum(right) >= 0.5 * len(examples)
+
+
 # ---- fit, checkpoints, resume
 
 
@@ -442,6 +514,7 @@ def data(tmp_path):
         {
             "prompt": e.requests[0].prompt,
             "target_new": e.requests[0].target_new,
+            "target_old": e.requests[0].target_old.replace("Paris", "France"),
             "id": e.id,
             "rephrases": [p.prompt for p in e.probes if p.kind == "rephrase"],
             "locality": {
@@ -504,9 +577,10 @@ def test_a_long_enough_fit_lowers_the_loss(tmp_path):
     base = tiny_base("llama", torch.float32)
     method = MEND(base, rank=16, lr=1e-3, lr_lr=1e-2, edit_lr=1e-3, c_edit=1.0, accumulate=4)
     fit(method, tmp_path, max_epochs=1)
-    first = float(method.trainer.callback_metrics["train/loss"])
+    first = dict(method.trainer.callback_metrics)
     fit(method, tmp_path, max_epochs=15)
-    assert float(method.trainer.callback_metrics["train/loss"]) < 0.8 * first
+    for name in ("train/loss", "train/loss_edit"):
+        assert float(method.trainer.callback_metrics[name]) < 0.8 * float(first[name])
 
 
 @pytest.mark.parametrize("how", ["load_from_checkpoint", "setting", "slim"])
@@ -610,3 +684,38 @@ def test_a_precision_that_needs_scaled_losses_is_refused(tmp_path):
     )()
     with pytest.raises(UnsupportedUseError, match="bf16-mixed"):
         method.on_fit_start()
+
+
+RANK_SCRIPT = """
+import sys
+from pathlib import Path
+import lightning.pytorch as pl, torch
+sys.path.insert(0, {tests!r})
+from test_mend import MEND, SMALL, data, tiny_base
+
+torch.set_num_threads(1)
+ranks, accumulate, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+method = MEND(tiny_base("gpt2"), **(SMALL | dict(accumulate=accumulate)))
+trainer = pl.Trainer(
+    max_epochs=2, accelerator="cpu", devices=ranks, strategy="ddp" if ranks > 1 else "auto",
+    logger=False, enable_progress_bar=False, enable_model_summary=False,
+    enable_checkpointing=False, default_root_dir=folder,
+)
+trainer.fit(method, data(folder))
+torch.save(method.state_dict(), folder / f"{{ranks}}-{{trainer.global_rank}}.pt")
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_end_equal_to_each_other_and_to_one_rank_on_all_the_data(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(RANK_SCRIPT.format(tests=str(Path(__file__).parent)))
+    for ranks, accumulate in ((1, 4), (2, 2)):
+        command = [sys.executable, str(script), str(ranks), str(accumulate), str(tmp_path)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=250)
+        assert done.returncode == 0, done.stderr
+    one, first, second = (torch.load(tmp_path / f"{n}.pt") for n in ("1-0", "2-0", "2-1"))
+    assert first["hypernetwork.updates"] == 2
+    for name, tensor in one.items():
+        assert torch.equal(first[name], second[name]), name
+        assert torch.allclose(first[name], tensor, rtol=1e-9, atol=1e-12), name
