@@ -322,9 +322,10 @@ def test_an_example_without_locality_probes_borrows_some():
     assert mend(base).learn(EditBatch([bare])).locality == 0
 
 
+@pytest.mark.parametrize("family", ["gpt2", "opt"])  # opt flattens the rows of its MLPs
 @pytest.mark.parametrize("settings", [{}, {"n_edits": 2}, {"n_locality": 2, "n_rephrases": 2}])
-def test_episodes_together_equal_episodes_one_at_a_time(settings):
-    base = tiny_base("gpt2")
+def test_episodes_together_equal_episodes_one_at_a_time(family, settings):
+    base = tiny_base(family)
     together = mend(base, **settings).learn(EditBatch(EXAMPLES))
     alone = mend(base, at_once=1, **settings).learn(EditBatch(EXAMPLES))
     assert together.episodes == alone.episodes == (2 if "n_edits" in settings else 4)

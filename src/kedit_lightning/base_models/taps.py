@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from kedit_lightning.edits.modules import as_rows, batch_size, first_tensor, with_first
 
 #: Takes the input and the output of a module; returns its new output, or ``None`` to leave it.
-_Visit: TypeAlias = Callable[[Tensor, Tensor], Tensor | None]
+Visit: TypeAlias = Callable[[Tensor, Tensor], Tensor | None]
 
 
 @dataclass
@@ -38,15 +38,18 @@ class _Stopped(Exception):  # noqa: N818 - no error: it ends a forward pass that
 
 
 @contextmanager
-def _visiting(model: nn.Module, visits: Mapping[str, _Visit]) -> Iterator[None]:
-    """Call functions with what flows through modules, while the model runs inside the block."""
+def visiting(model: nn.Module, visits: Mapping[str, Visit]) -> Iterator[None]:
+    """Call functions with what flows through modules, while the model runs inside the block.
+
+    They see ``[batch, tokens, width]`` and act on top of whatever edits are applied.
+    """
     batch = 1
 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal batch
         batch = batch_size(args, kwargs)
 
-    def hook(visit: _Visit) -> Callable[..., Any]:
+    def hook(visit: Visit) -> Callable[..., Any]:
         def call(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
             y = first_tensor(output)
             new = visit(as_rows(args[0], batch), as_rows(y, batch))
@@ -73,13 +76,13 @@ def capture(model: nn.Module, names: Sequence[str]) -> Iterator[Capture]:
     """
     seen = Capture()
 
-    def visit(name: str) -> _Visit:
+    def visit(name: str) -> Visit:
         def record(x: Tensor, y: Tensor) -> None:
             seen.inputs[name], seen.outputs[name] = x, y
 
         return record
 
-    with _visiting(model, {name: visit(name) for name in names}):
+    with visiting(model, {name: visit(name) for name in names}):
         yield seen
 
 
@@ -94,7 +97,7 @@ def stop_after(model: nn.Module, name: str) -> Iterator[None]:
     def halt(x: Tensor, y: Tensor) -> None:
         raise _Stopped
 
-    with suppress(_Stopped), _visiting(model, {name: halt}):
+    with suppress(_Stopped), visiting(model, {name: halt}):
         yield
 
 
@@ -103,7 +106,7 @@ def change_output(
     model: nn.Module, name: str, change: Callable[[Tensor], Tensor]
 ) -> Iterator[None]:
     """Pass the output of a module, ``[batch, tokens, d_out]``, through a function."""
-    with _visiting(model, {name: lambda x, y: change(y)}):
+    with visiting(model, {name: lambda x, y: change(y)}):
         yield
 
 
@@ -133,7 +136,7 @@ def zero_leaves(
     leaves: dict[str, Tensor] = {}
     seen = Capture()
 
-    def visit(name: str) -> _Visit:
+    def visit(name: str) -> Visit:
         def add(x: Tensor, y: Tensor) -> Tensor:
             leaf = leaves.get(name)
             # Gradient checkpointing runs a block again on the way back: the zero of the first run
@@ -145,5 +148,5 @@ def zero_leaves(
 
         return add
 
-    with _visiting(model, {name: visit(name) for name in names}):
+    with visiting(model, {name: visit(name) for name in names}):
         yield seen, leaves

@@ -12,12 +12,8 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
-from kedit_lightning.edits.modules import (
-    compute_dtype,
-    first_tensor,
-    projection_shape,
-    with_first,
-)
+from kedit_lightning.base_models.taps import visiting
+from kedit_lightning.edits.modules import compute_dtype, projection_shape
 from kedit_lightning.edits.patches import WeightSum
 
 #: Updates from which on a progress bar is shown.
@@ -72,22 +68,8 @@ def tensors_of(changes: Mapping[str, WeightSum]) -> list[Tensor]:
 @contextmanager
 def attached(model: nn.Module, changes: Mapping[str, WeightSum]) -> Iterator[None]:
     """Inside, the model runs with the changes on top of whatever edits are applied."""
-
-    def hook(change: WeightSum) -> Callable[..., Any]:
-        def add(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            return with_first(output, change(args[0], first_tensor(output)))
-
-        return add
-
-    handles = [
-        model.get_submodule(name).register_forward_hook(hook(change))
-        for name, change in changes.items()
-    ]
-    try:
+    with visiting(model, changes):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def descend(

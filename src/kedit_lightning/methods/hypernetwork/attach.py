@@ -6,15 +6,15 @@ the edit must reach the network, so the change is attached here for the length o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kedit_lightning.edits.modules import compute_dtype, first_tensor, with_first
+from kedit_lightning.base_models.taps import Visit, visiting
+from kedit_lightning.edits.modules import compute_dtype
 
 
 @dataclass(frozen=True)
@@ -46,28 +46,20 @@ def attached(
         edit_of_row: Number of the edit that each row carries. Shape ``[batch]``.
     """
 
-    def hook(change: LowRankChange) -> Callable[..., Any]:
+    def visit(change: LowRankChange) -> Visit:
         own = edit_of_row[:, None].to(change.edits.device) == change.edits[None]
         mask = None if bool(own.all()) else own[:, None]  # [batch, 1, rank]
 
-        def add(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            y = first_tensor(output)
+        def add(x: Tensor, y: Tensor) -> Tensor:
             dtype = compute_dtype(y.dtype)
             with torch.autocast(y.device.type, enabled=False):
                 a, b = (factor.to(y.device, dtype) for factor in (change.a, change.b))
-                weights = args[0].to(dtype) @ a.T
+                weights = x.to(dtype) @ a.T
                 if mask is not None:
                     weights = weights * mask.to(weights)
-                return with_first(output, (y.to(dtype) + weights @ b).to(y.dtype))
+                return (y.to(dtype) + weights @ b).to(y.dtype)
 
         return add
 
-    handles = [
-        model.get_submodule(name).register_forward_hook(hook(change))
-        for name, change in changes.items()
-    ]
-    try:
+    with visiting(model, {name: visit(change) for name, change in changes.items()}):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
