@@ -40,10 +40,6 @@ class LowRankPatch:
     a: Tensor
     b: Tensor
 
-    def dense(self) -> Tensor:
-        """``[d_out, d_in]``."""
-        return self.b @ self.a
-
 
 @dataclass(frozen=True)
 class DensePatch:

@@ -21,4 +21,17 @@ def answer_nll(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
     log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
     log_probs = log_probs.expand(-1, ids.shape[1], -1)
     chosen = log_probs.gather(-1, ids[..., None])[..., 0]
-    return -(chosen * mask).sum(-1) / mask.sum(-1).clamp(min=1)
+    return mean_nll(chosen, mask)
+
+
+def mean_nll(log_probs: Tensor, mask: Tensor) -> Tensor:
+    """Mean negative log-likelihood of each row's answer, 0 for rows without one.
+
+    Args:
+        log_probs: Those of the answer tokens. Shape ``[batch, width]``.
+        mask: Where they are no padding. Shape ``[batch, width]``.
+
+    Returns:
+        Shape ``[batch]``.
+    """
+    return -(log_probs * mask).sum(-1) / mask.sum(-1).clamp(min=1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Self
 
 import torch
 
@@ -72,27 +71,6 @@ class EditMetrics(KeyedMetrics):
         super().__init__(level, resamples, seed, sync)
         self._seen: set[tuple[str, str]] = set()
         self._costs_seen: set[tuple[str, str]] = set()
-
-    @classmethod
-    def from_records(
-        cls,
-        records: Iterable[ExampleRecord],
-        level: float = 0.95,
-        resamples: int = 10_000,
-        seed: int = 0,
-    ) -> Self:
-        """Score records that were written earlier, in this process alone.
-
-        Args:
-            records: One record an example and stage.
-            level: Coverage of the intervals.
-            resamples: Draws of the bootstrap.
-            seed: Seed of the draws.
-        """
-        metrics = cls(level, resamples, seed, sync=False)
-        for record in records:
-            metrics.update(record)
-        return metrics
 
     def update(self, record: ExampleRecord) -> None:
         """Add one scored example.

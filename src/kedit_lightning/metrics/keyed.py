@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from abc import abstractmethod
+from collections.abc import Iterable
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,7 @@ from kedit_lightning.metrics.functional.bootstrap import (
     resampled_means,
     wilson_interval,
 )
+from kedit_lightning.metrics.records import ExampleRecord
 from kedit_lightning.metrics.scores import CaseMean, Cases
 
 
@@ -50,6 +53,31 @@ class KeyedMetrics(nn.Module):
         self.metrics = nn.ModuleDict()
         # Metrics made later go where this has been moved; nothing else does.
         self.register_buffer("_place", torch.zeros(1), persistent=False)
+
+    @classmethod
+    def from_records(
+        cls,
+        records: Iterable[ExampleRecord],
+        level: float = 0.95,
+        resamples: int = 10_000,
+        seed: int = 0,
+    ) -> Self:
+        """Score records that were written earlier, in this process alone.
+
+        Args:
+            records: One record an example and stage.
+            level: Coverage of the intervals.
+            resamples: Draws of the bootstrap.
+            seed: Seed of the draws.
+        """
+        metrics = cls(level, resamples, seed, sync=False)
+        for record in records:
+            metrics.update(record)
+        return metrics
+
+    @abstractmethod
+    def update(self, record: ExampleRecord) -> None:
+        """Add one scored example, as a line of ``results.jsonl`` holds it."""
 
     def metric(self, key: str, kind: type[CaseMean]) -> CaseMean:
         """The metric of a key, made when it is first asked for.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Self
 
 import torch
 
@@ -67,27 +66,6 @@ class LegacyEasyEdit(KeyedMetrics):
         seed: Seed of the draws.
         sync: Whether reading gathers the cases of all processes of a distributed run.
     """
-
-    @classmethod
-    def from_records(
-        cls,
-        records: Iterable[ExampleRecord],
-        level: float = 0.95,
-        resamples: int = 10_000,
-        seed: int = 0,
-    ) -> Self:
-        """Score records that were written earlier, in this process alone.
-
-        Args:
-            records: One record an example and stage.
-            level: Coverage of the intervals.
-            resamples: Draws of the bootstrap.
-            seed: Seed of the draws.
-        """
-        metrics = cls(level, resamples, seed, sync=False)
-        for record in records:
-            metrics.update(record)
-        return metrics
 
     def update(self, record: ExampleRecord) -> None:
         """Add one scored example.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -229,6 +229,14 @@ class ProbabilityPreference(ProbeMean):
         return None if new is None or old is None else float(new > old)
 
 
+def _judge(probe: ProbeRecord, judge: Callable[[str, Sequence[str]], bool]) -> float | None:
+    """What a judge says of the free answer after the edit; ``None`` where there is none."""
+    text = probe["after"].get("text")
+    if text is None or not probe["answers"]:
+        return None
+    return float(judge(text, probe["answers"]))
+
+
 class GenerationExact(ProbeMean):
     """Share of probes whose free generation is an accepted answer and then stops."""
 
@@ -238,10 +246,7 @@ class GenerationExact(ProbeMean):
     @staticmethod
     def read(probe: ProbeRecord) -> float | None:
         """1 or 0, after the edit."""
-        text = probe["after"].get("text")
-        if text is None or not probe["answers"]:
-            return None
-        return float(generation_exact(text, probe["answers"]))
+        return _judge(probe, generation_exact)
 
 
 class GenerationContains(ProbeMean):
@@ -253,10 +258,7 @@ class GenerationContains(ProbeMean):
     @staticmethod
     def read(probe: ProbeRecord) -> float | None:
         """1 or 0, after the edit."""
-        text = probe["after"].get("text")
-        if text is None or not probe["answers"]:
-            return None
-        return float(generation_contains(text, probe["answers"]))
+        return _judge(probe, generation_contains)
 
 
 class Inflation(ProbeMean):

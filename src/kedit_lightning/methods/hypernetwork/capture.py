@@ -16,6 +16,7 @@ from torch import Tensor
 from kedit_lightning.base_models import BaseModel, TokenRows
 from kedit_lightning.base_models.taps import zero_leaves
 from kedit_lightning.edits.modules import compute_dtype
+from kedit_lightning.methods.losses import mean_nll
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,7 @@ class Factors:
 
 def answer_loss(base: BaseModel, rows: TokenRows) -> Tensor:
     """Negative log-likelihood of each row's answer, averaged over its tokens. Shape ``[batch]``."""
-    tokens = rows.answer_mask.sum(-1).clamp(min=1)
-    return -base.answer_log_probs(rows).sum(-1) / tokens
+    return mean_nll(base.answer_log_probs(rows), rows.answer_mask)
 
 
 def capture_factors(base: BaseModel, rows: TokenRows, names: Sequence[str]) -> dict[str, Factors]:

@@ -13,6 +13,7 @@ from kedit_lightning.base_models.rows import EncodedRow
 from kedit_lightning.base_models.taps import add_at, capture, change_output, stop_after
 from kedit_lightning.edits.base import check_finite
 from kedit_lightning.edits.modules import compute_dtype
+from kedit_lightning.methods.losses import mean_nll
 from kedit_lightning.requests import EditRequest
 
 
@@ -65,11 +66,6 @@ def read_keys(
     keys = seen.inputs[module][at].split(len(prefixes))
     outputs = seen.outputs[module][at].split(len(prefixes))
     return [KeyReading(k, y) for k, y in zip(keys, outputs, strict=True)]
-
-
-def answer_loss(log_probs: Tensor, mask: Tensor) -> Tensor:
-    """Mean negative log-likelihood of each row's answer. ``[rows]`` from ``[rows, width]``."""
-    return -(log_probs * mask).sum(1) / mask.sum(1)
 
 
 def divergence(current: Tensor, initial: Tensor) -> Tensor:
@@ -211,7 +207,7 @@ class TargetOptimizer:
         answers = rows.answer_mask.any(1)
         ids = rows.answer_ids[..., None]
         chosen = logs[:, :-1].gather(-1, ids)[..., 0]
-        nll = answer_loss(chosen[answers], rows.answer_mask[answers])
+        nll = mean_nll(chosen[answers], rows.answer_mask[answers])
         count = len(delta)
         loss = self._per_request(nll, owner[answers], count) / len(self.prefixes)
         kept = owner[~answers]
