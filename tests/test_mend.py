@@ -503,7 +503,7 @@ def test_the_packaged_checkpoint_edits_facts_it_was_not_fitted_on():
         with method.edit(item.requests):
             right.append(torch.equal(base.answer_logits(rows).argmax(-1), rows.answer_ids))
         assert not torch.equal(base.answer_logits(rows).argmax(-1), rows.answer_ids)
-    assert sum(right) >= 0.5 * len(examples)
+    assert sum(right) >= 0.8 * len(examples)
 
 
 # ---- fit, checkpoints, resume
