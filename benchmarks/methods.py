@@ -3,17 +3,16 @@
     python benchmarks/methods.py        all methods on a 100-million-parameter Llama
     python benchmarks/methods.py --methods ROME --device cuda --shape llama-2-7b --dtype bfloat16
 
-The model has random weights: time and memory do not depend on what it knows.  On the CPU, memory is
-the high-water resident size minus that after loading; on CUDA, what was allocated at most, weights
-included.  Every method runs with its defaults.
+The model has random weights: time and memory do not depend on what it knows.  On the CPU, memory
+is the highest resident size while editing minus the size after loading (the high-water mark is
+reset in between, which needs Linux); on CUDA, what was allocated at most, weights included.  Every
+method runs with its defaults.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
-import resource
 import subprocess
 import sys
 import time
@@ -29,10 +28,16 @@ METHODS = ("FTM", "ROME", "RROME", "MEND", "GRACE", "IKE")
 WARM_UP, TIMED = 1, 3
 
 
-def resident_high_water() -> float:
-    """Largest resident size of this process so far, in MB."""
-    scale = 1024 if platform.system() == "Linux" else 1024 * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale
+def resident(field: str) -> float:
+    """Resident size of this process in MB: ``VmRSS`` now, ``VmHWM`` at most since a reset."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    (found,) = [line for line in lines if line.startswith(f"{field}:")]
+    return int(found.split()[1]) / 1024
+
+
+def reset_high_water() -> None:
+    """Let ``VmHWM`` start again from the present size (proc_pid_clear_refs, value 5)."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def build(shape: str, device: str, dtype: str):  # noqa: ANN201 - torch is imported in the child only
@@ -79,7 +84,8 @@ def measure(name: str, shape: str, device: str, dtype: str) -> dict[str, float |
     options = {"statistics": "identity"} if "ROME" in name else {}
     method = getattr(methods, name)(base_model=base, **options)
     method.configure_model()
-    loaded = resident_high_water()
+    reset_high_water()
+    loaded = resident("VmRSS")
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     seconds = []
@@ -92,7 +98,7 @@ def measure(name: str, shape: str, device: str, dtype: str) -> dict[str, float |
     peak = (
         torch.cuda.max_memory_allocated() / 2**20
         if device == "cuda"
-        else resident_high_water() - loaded
+        else resident("VmHWM") - loaded
     )
     timed = sorted(seconds[WARM_UP:])
     return {

@@ -104,6 +104,20 @@ def test_edit_then_predict_in_a_new_process(
     assert done.stderr == ""
 
 
+def test_predict_takes_the_method_of_the_run_that_made_the_edits(
+    toy: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["edit", *toy, *DATASET, "--data.limit=1", "--output=run"])
+    capsys.readouterr()
+    main(["predict", "--edits=run", "--prompt=Amber Falls lies in"])
+    shown = capsys.readouterr().out
+    assert "Norway" in shown
+    assert "1 edit applied" in shown
+    given = ["predict", *toy, "--edits=run"]
+    assert with_saved_method(given) == given
+    assert with_saved_method(["test", "--edits=run"]) == ["test", "--edits=run"]
+
+
 @pytest.mark.parametrize("mode", ["single", "sequential"])
 def test_test_writes_results(mode: str, toy: list[str], tmp_path: Path) -> None:
     protocol = [f"--trainer.protocol.mode={mode}", "--trainer.protocol.evaluate=final,immediate"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
@@ -122,7 +123,7 @@ class KEditCLI(LightningCLI):
             sys.argv[1:] = []  # Lightning warns when both are given
         if isinstance(args, list):
             args = with_saved_config(with_config_files([str(arg) for arg in args]))
-            args = with_named_model(args)
+            args = with_named_model(with_saved_method(args))
         super().parse_arguments(parser, args)
         self._as_given: Namespace = self.config.clone()
         self._check_method()
@@ -223,16 +224,34 @@ def with_config_files(args: list[str]) -> list[str]:
 
 def with_saved_config(args: list[str]) -> list[str]:
     """Arguments with the config of the run that ``--resume`` names, if no other is given."""
-    names = [arg.split("=")[0] for arg in args]
-    if "--resume" not in names or {"-c", "--config", "--model"} & set(names):
-        return args
-    at = names.index("--resume")
-    folder = args[at].partition("=")[2] or (args[at + 1] if at + 1 < len(args) else "")
-    saved = Path(folder) / "config.yaml"
-    if not saved.is_file():
+    saved = _config_of_run("--resume", args)
+    if saved is None:
         return args
     # The saved config names the folder as it was called then.
     return [args[0], f"--config={saved}", "--output=null", *args[1:]]
+
+
+def with_saved_method(args: list[str]) -> list[str]:
+    """Arguments of ``predict`` with the method of the run that ``--edits`` names, if none is given.
+
+    The method brings the base model; the data and the trainer of that run are no part of it.
+    """
+    saved = _config_of_run("--edits", args) if args[:1] == ["predict"] else None
+    if saved is None:
+        return args
+    model = (yaml.safe_load(saved.read_text(encoding="utf-8")) or {}).get("model")
+    return [args[0], f"--model={json.dumps(model)}", *args[1:]] if model else args
+
+
+def _config_of_run(option: str, args: list[str]) -> Path | None:
+    """The config that a run left in the folder an option names, unless another config is given."""
+    names = [arg.split("=")[0] for arg in args]
+    if option not in names or {"-c", "--config", "--model"} & set(names):
+        return None
+    at = names.index(option)
+    folder = args[at].partition("=")[2] or (args[at + 1] if at + 1 < len(args) else "")
+    saved = Path(folder) / "config.yaml"
+    return saved if saved.is_file() else None
 
 
 def with_named_model(args: list[str]) -> list[str]:
