@@ -16,7 +16,12 @@ from support import tiny_model, tiny_tokenizer
 
 from kedit_lightning import __version__, command
 from kedit_lightning.cli import HELP, KEditCLI, main
-from kedit_lightning.command import config_file, packaged_configs, with_saved_config
+from kedit_lightning.command import (
+    config_file,
+    packaged_configs,
+    with_saved_config,
+    with_saved_method,
+)
 
 DATA = Path(__file__).parent / "data"
 FACTS = str(DATA / "facts.json")
