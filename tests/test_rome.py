@@ -14,8 +14,9 @@ from kedit_lightning.errors import (
     StatisticsNotFoundError,
 )
 from kedit_lightning.methods import ROME, RROME
-from kedit_lightning.methods.locate.solve import rank_one_update, ridge_update
-from kedit_lightning.methods.locate.target import TargetOptimizer, TargetSettings, read_keys
+from kedit_lightning.methods.locate.reading import read
+from kedit_lightning.methods.locate.solve import covariance_prior, rank_one_update, ridge_update
+from kedit_lightning.methods.locate.target import Site, TargetOptimizer, TargetSettings
 
 pytestmark = pytest.mark.filterwarnings("ignore:key statistics of .* are estimated")
 QUICK = {"contexts": 4, "steps": 6, "kl_factor": 0.1, "weight_decay": 0.01}
@@ -51,17 +52,19 @@ def test_live_module_maps_the_key_to_the_target(family, method, monkeypatch):
     rome = method(base, **QUICK)
     deltas = spy(rome, monkeypatch)
     edit = rome.edit(REQUESTS[:1])
-    (reading,) = read_keys(base, rome.module, REQUESTS[:1], rome.context_texts)
-    key = reading.keys.mean(0) if method is RROME else reading.keys[0]
-    target = reading.outputs[0] + deltas[0][0]
+    (module,) = rome.modules
+    reading = read(base, [module], REQUESTS[:1], rome.context_texts)
+    keys, outputs = reading.inputs[module][0], reading.outputs[module][0]
+    key = keys.mean(0) if method is RROME else keys[0]
+    target = outputs[0] + deltas[0][0, 0]
     assert deltas[0].norm() > 0.1
     with edit:
-        torch.testing.assert_close(module_map(base, rome.module, key), target, rtol=0, atol=1e-10)
+        torch.testing.assert_close(module_map(base, module, key), target, rtol=0, atol=1e-10)
         if method is ROME:  # and read at the subject's position of a real forward pass
             rows = base.rows([REQUESTS[0].prompt], subjects=[REQUESTS[0].subject])
-            with capture(base.model, [rome.module]) as seen:
+            with capture(base.model, [module]) as seen:
                 base.forward(rows)
-            at = seen.outputs[rome.module][0, rows.subject_end[0]]
+            at = seen.outputs[module][0, rows.subject_end[0]]
             torch.testing.assert_close(at, target, rtol=0, atol=1e-10)
 
 
@@ -72,8 +75,9 @@ def test_update_has_rank_one_along_the_whitened_mean_key(family):
     ((name, delta),) = rome.edit(REQUESTS[1:2]).deltas().items()
     assert delta.shape == base.model.get_parameter(name).shape
     assert torch.linalg.matrix_rank(delta) == 1
-    (reading,) = read_keys(base, rome.module, REQUESTS[1:2], rome.context_texts)
-    whitened = torch.cholesky_solve(reading.keys.mean(0)[:, None], rome.factor(rome.module))[:, 0]
+    (module,) = rome.modules
+    keys = read(base, [module], REQUESTS[1:2], rome.context_texts).inputs[module][0]
+    whitened = torch.cholesky_solve(keys.mean(0)[:, None], rome.factor(module))[:, 0]
     rows = delta.T if family == "gpt2" else delta
     elsewhere = torch.randn(len(whitened), 3, dtype=torch.float64)
     elsewhere -= whitened[:, None] * (whitened @ elsewhere) / whitened.square().sum()
@@ -87,11 +91,11 @@ def test_solver_agrees_with_the_normal_equations():
         torch.randn(7, 4, dtype=torch.float64),
         spd(12),
     )
-    factor = torch.linalg.cholesky(prior)
-    a, b = ridge_update(keys, residuals, factor, eps=1.0)
+    typical = covariance_prior(torch.linalg.cholesky(prior))
+    a, b = ridge_update(keys, residuals, typical, eps=1.0)
     primal = torch.linalg.solve(prior + keys @ keys.T, keys @ residuals.T).T
     torch.testing.assert_close(b @ a, primal)
-    a, b = ridge_update(keys, residuals, factor, eps=0.0)
+    a, b = ridge_update(keys, residuals, typical, eps=0.0)
     torch.testing.assert_close(b @ a @ keys, residuals)
 
 
@@ -99,25 +103,26 @@ def test_rank_one_is_the_ridge_update_of_one_key():
     torch.manual_seed(0)
     key, residual = torch.randn(12, dtype=torch.float64), torch.randn(7, dtype=torch.float64)
     factor = torch.linalg.cholesky(spd(12))
-    a, b = rank_one_update(key, residual, key, factor, "layer")
-    c, d = ridge_update(key[:, None], residual[:, None], factor, eps=0.0)
+    prior = covariance_prior(factor)
+    a, b = rank_one_update(key, residual, key, prior, "layer")
+    c, d = ridge_update(key[:, None], residual[:, None], prior, eps=0.0)
     torch.testing.assert_close(b @ a, d @ c)
     # The scale of the prior and of the direction do not matter.
-    e, f = rank_one_update(key, residual, 3 * key, 2 * factor, "layer")
+    e, f = rank_one_update(key, residual, 3 * key, covariance_prior(factor, 4.0), "layer")
     torch.testing.assert_close(f @ e, b @ a)
 
 
 def test_an_exploding_update_is_refused_and_the_symmetric_one_is_bounded():
     torch.manual_seed(0)
     prior = spd(12)
-    factor = torch.linalg.cholesky(prior)
+    typical = covariance_prior(torch.linalg.cholesky(prior))
     mean, residual = torch.randn(12, dtype=torch.float64), torch.randn(7, dtype=torch.float64)
     left = torch.linalg.solve(prior, mean)
     key = torch.randn(12, dtype=torch.float64)
     key = key - left * (key @ left) / left.square().sum() + 1e-4 * left / left.norm()
     with pytest.raises(NonFiniteError, match=r"mlp\.down.*use RROME"):
-        rank_one_update(key, residual, mean, factor, "mlp.down")
-    a, b = rank_one_update(mean, residual, mean, factor, "mlp.down")
+        rank_one_update(key, residual, mean, typical, "mlp.down")
+    a, b = rank_one_update(mean, residual, mean, typical, "mlp.down")
     condition = torch.linalg.cond(prior)
     bound = residual.norm() / mean.norm() * (condition + 1) / (2 * condition.sqrt())
     assert (b @ a).norm() <= bound
@@ -127,7 +132,7 @@ def test_identity_statistics_are_a_prior_of_ones():
     base = tiny_base("llama")
     rome = ROME(base, statistics="identity", **QUICK)
     rome.configure_model()
-    assert torch.equal(rome.factor(rome.module), torch.eye(48, dtype=torch.float64))
+    assert torch.equal(rome.factor(rome.modules[0]), torch.eye(48, dtype=torch.float64))
 
 
 def test_without_contexts_all_key_modes_agree():
@@ -156,27 +161,27 @@ def test_rome_and_rrome_differ_where_contexts_do():
 def test_targets_together_equal_one_at_a_time(family, side):
     base = tiny_base(family)
     base.padding_side = side
-    module = base.layout.block(1).down
+    site = Site((base.layout.block(1).down,), 1)
     contexts = ("He said. ", "It is a long way from there. ")
     settings = TargetSettings(steps=9, stop_loss=5.6, kl_factor=0.1)
-    initial = torch.stack([r.outputs[0] for r in read_keys(base, module, REQUESTS, ())])
-    optimizer = TargetOptimizer(base, module, contexts, settings)
+    initial = read(base, site.modules, REQUESTS).outputs[site.modules[0]]
+    optimizer = TargetOptimizer(base, site, contexts, settings)
     with torch.enable_grad():
         together = optimizer.run(REQUESTS, initial)
         single = [optimizer.run([r], initial[i : i + 1])[0] for i, r in enumerate(REQUESTS)]
     torch.testing.assert_close(together, torch.stack(single), rtol=1e-9, atol=1e-9)
-    norms = together.norm(dim=1)
+    norms = together.norm(dim=2)
     assert norms.min() != norms.max()
 
 
 def test_change_of_the_value_stays_in_its_ball():
     base = tiny_base("llama")
-    module = base.layout.block(1).down
-    initial = torch.stack([r.outputs[0] for r in read_keys(base, module, REQUESTS, ())])
+    site = Site((base.layout.block(1).down,), 1)
+    initial = read(base, site.modules, REQUESTS).outputs[site.modules[0]]
     settings = TargetSettings(lr=5.0, steps=8, clamp=0.5, stop_loss=0.0)
     with torch.enable_grad():
-        delta = TargetOptimizer(base, module, (), settings).run(REQUESTS, initial)
-    ratio = delta.norm(dim=1) / initial.norm(dim=1)
+        delta = TargetOptimizer(base, site, (), settings).run(REQUESTS, initial)
+    ratio = delta.norm(dim=2) / initial.norm(dim=2)
     torch.testing.assert_close(ratio, torch.full_like(ratio, 0.5))
 
 
@@ -236,13 +241,13 @@ def test_few_sample_statistics_warn_and_are_recorded():
 def test_settings_follow_the_model():
     tiny = ROME(tiny_base("llama"))
     tiny.configure_model()
-    assert tiny.module == "model.layers.1.mlp.down_proj"
+    assert tiny.modules[0] == "model.layers.1.mlp.down_proj"
     deep = ROME(tiny_base("gpt2", n_layer=12))
     deep.configure_model()
-    assert deep.module == "transformer.h.4.mlp.c_proj"
+    assert deep.modules[0] == "transformer.h.4.mlp.c_proj"
     chosen = ROME(tiny_base("gpt2"), layer=3, steps=7)
     chosen.configure_model()
-    assert chosen.module == "transformer.h.3.mlp.c_proj"
+    assert chosen.modules[0] == "transformer.h.3.mlp.c_proj"
     assert chosen.target_settings.steps == 7
 
 

@@ -59,7 +59,8 @@ class BaseModel:
         self.encoder = RowEncoder(tokenizer, chat)
         self.layout = Layout(model)
         parameters = inspect.signature(model.forward).parameters
-        self._takes_positions = "position_ids" in parameters
+        #: Whether its ``forward`` takes ``position_ids``.
+        self.takes_positions = "position_ids" in parameters
 
     @classmethod
     def load(cls, source: str | PathLike[str] | BaseModelSpec, **options: Any) -> BaseModel:
@@ -122,6 +123,12 @@ class BaseModel:
         return tokenizer_fingerprint(self.tokenizer)
 
     @property
+    def pad_id(self) -> int:
+        """Id put where there is no token; masked, so any valid id serves."""
+        pad_id = self.tokenizer.pad_token_id
+        return int(self.tokenizer.eos_token_id or 0) if pad_id is None else int(pad_id)
+
+    @property
     def max_tokens(self) -> int:
         """Longest row it can take."""
         config = self.model.config.get_text_config(decoder=True)
@@ -175,15 +182,13 @@ class BaseModel:
         self, encoded: Sequence[EncodedRow], padding_side: PaddingSide | None = None
     ) -> TokenRows:
         """Align and pad rows that are tokens already."""
-        pad_id = self.tokenizer.pad_token_id
-        if pad_id is None:
-            pad_id = self.tokenizer.eos_token_id or 0
+        pad_id = self.pad_id
         if self.is_encoder_decoder:
             start = self.model.config.decoder_start_token_id
             suffix = self.encoder.suffix
             return pad_encoder_decoder_rows(encoded, pad_id, start, suffix, self.device)
         side = padding_side or self.padding_side
-        return pad_rows(encoded, pad_id, side, self._takes_positions, self.device)
+        return pad_rows(encoded, pad_id, side, self.takes_positions, self.device)
 
     def encode(
         self, prompt: str, answer: str | None = None, subject: str | None = None
@@ -211,7 +216,7 @@ class BaseModel:
     def forward(self, rows: TokenRows, **options: Any) -> Any:
         """Run the model on rows, with memory edits told where the prompts end."""
         with self.edits.prompts_end_at(rows.prompt_end):
-            return self.model(**rows.inputs, use_cache=False, **options)
+            return self.model(**{**rows.inputs, "use_cache": False, **options})
 
     def answer_logits(self, rows: TokenRows) -> Tensor:
         """Logits that predict the answer tokens. Shape ``[batch, width, vocab]``.
@@ -230,23 +235,37 @@ class BaseModel:
         Returns:
             Shape ``[batch, width, vocab]``.
         """
+        at = torch.arange(len(columns), device=columns.device)[:, None].expand_as(columns)
+        flat = self.logits_of(rows, (at.flatten(), columns.flatten()))
+        return flat.reshape(*columns.shape, -1)
+
+    def logits_of(self, rows: TokenRows, places: tuple[Tensor, Tensor], **options: Any) -> Tensor:
+        """Logits at single places; the vocabulary projection runs on these only.
+
+        Args:
+            rows: The rows.
+            places: Row and column of each place. Shape ``[n]`` each.
+            **options: Passed to the model.
+
+        Returns:
+            Shape ``[n, vocab]``.
+        """
         head = self.model.get_output_embeddings()
         if head is None:
-            logits = self.forward(rows).logits
-            at = columns[..., None].expand(-1, -1, logits.shape[-1])
-            return self.edits.adjust_logits(logits.gather(1, at))
+            logits = self.forward(rows, **options).logits[places][None]
+            return self.edits.adjust_logits(logits)[0]
 
         def gather(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             hidden = first_tensor(args)
-            at = columns.to(hidden.device)[..., None].expand(-1, -1, hidden.shape[-1])
-            return (hidden.gather(1, at), *args[1:])
+            at = tuple(index.to(hidden.device) for index in places)
+            return (hidden[at][None], *args[1:])
 
         handle = head.register_forward_pre_hook(gather)
         try:
-            logits = self.forward(rows).logits
+            logits = self.forward(rows, **options).logits
         finally:
             handle.remove()
-        return self.edits.adjust_logits(logits)
+        return self.edits.adjust_logits(logits)[0]
 
     def answer_log_probs(self, rows: TokenRows) -> Tensor:
         """Log-probability of each answer token, 0 on padding. Shape ``[batch, width]``.

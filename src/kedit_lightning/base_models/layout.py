@@ -153,6 +153,10 @@ class Layout:
     def __len__(self) -> int:
         return len(self._found[1])
 
+    def block_name(self, index: int) -> str:
+        """Name of the block with a number, whatever it consists of."""
+        return f"{self._found[0]}.{index}"
+
     def block(self, index: int) -> Block:
         """The block with a number; negative numbers count from the end.
 
@@ -199,6 +203,34 @@ class Layout:
         gain = (moved * added).sum() / added.expand_as(moved).square().sum()
         rest = (moved - gain * added).norm() / moved.norm()
         return WritePath(float(gain), float(rest))
+
+    def attention(self, index: int) -> str:
+        """The projection that writes the result of a block's attention.
+
+        It is the last matrix outside the MLP that writes ``hidden`` values and that mixes tokens: a
+        change of the others at one token changes its input at later ones.
+
+        Raises:
+            ModuleNotLocatedError: The block has none.
+        """
+        block = self.block(index)
+        owner = self.model.get_submodule(block.name)
+        inside = len(block.name) + 1
+        mlp = {name[inside:] for name in block.projections}
+        matrices = {k: m for k, m in owner.named_modules() if is_projection(m) and k not in mlp}
+        plain = self._inputs_of(matrices)
+        for key in reversed(plain):
+            if projection_shape(matrices[key])[1] != self.hidden_size:
+                continue
+            before = list(plain)[: list(plain).index(key)]
+            moved = self._inputs_of(matrices, change=before)[key]
+            change = (moved - plain[key]).float().norm(dim=1)
+            if before and bool(change[-1] > _MOVES * plain[key].float().norm(dim=1)[-1]):
+                return f"{block.name}.{key}"
+        raise ModuleNotLocatedError(
+            f"block '{block.name}' has no projection that writes what attention has read; use "
+            "MEMIT, which needs none"
+        )
 
     # ---- how it is done
 

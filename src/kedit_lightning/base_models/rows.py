@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -229,6 +229,11 @@ class TokenRows:
         """Where tokens are no padding. Shape ``[batch, tokens]``."""
         return self.inputs["attention_mask"]
 
+    def select(self, index: Tensor) -> TokenRows:
+        """Some of the rows, by number. Shape of ``index``: ``[n]``."""
+        rest = {f.name: getattr(self, f.name)[index] for f in fields(self) if f.name != "inputs"}
+        return TokenRows({name: tensor[index] for name, tensor in self.inputs.items()}, **rest)
+
 
 def _pad(
     rows: Sequence[Sequence[int]], fill: int, side: PaddingSide
@@ -285,6 +290,44 @@ def pad_rows(
         answer_mask,
         columns.clamp(max=ids.shape[1] - 1),
     )
+
+
+def pad_tails(
+    rows: Sequence[EncodedRow],
+    cuts: Sequence[int],
+    pad_id: int,
+    takes_positions: bool,
+    device: torch.device,
+) -> tuple[dict[str, Tensor], TokenRows]:
+    """Cut rows of a decoder in two: what a first pass reads, and what passes on top of it read.
+
+    Heads are padded on the left and tails on the right, so all tails start in the same column.
+
+    Args:
+        rows: The rows.
+        cuts: Number of tokens in each head; less than the length of the prompt.
+        pad_id: Id put where there is no token.
+        takes_positions: Whether the model's ``forward`` takes ``position_ids``.
+        device: Where the tensors go.
+
+    Returns:
+        Inputs of the heads, and the tails.  The attention mask of the tails covers heads too; their
+        columns count from the start of the tail.
+    """
+    pairs = list(zip(rows, cuts, strict=True))
+    head, head_mask, _ = _pad([row.prompt[:at] for row, at in pairs], pad_id, "left")
+    tails = [
+        EncodedRow(row.prompt[at:], row.answer, max(-1, row.subject_end - at)) for row, at in pairs
+    ]
+    padded = pad_rows(tails, pad_id, "right", False, device)
+    mask = torch.cat([head_mask.to(device), padded.attention_mask], dim=1)
+    inputs = {"input_ids": padded.inputs["input_ids"], "attention_mask": mask}
+    first = {"input_ids": head.to(device), "attention_mask": head_mask.to(device)}
+    if takes_positions:
+        first["position_ids"], inputs["position_ids"] = positions(mask).split(
+            [head.shape[1], mask.shape[1] - head.shape[1]], dim=1
+        )
+    return first, replace(padded, inputs=inputs)
 
 
 def pad_encoder_decoder_rows(

@@ -50,9 +50,11 @@ def visiting(model: nn.Module, visits: Mapping[str, Visit]) -> Iterator[None]:
         batch = batch_size(args, kwargs)
 
     def hook(visit: Visit) -> Callable[..., Any]:
-        def call(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            y = first_tensor(output)
-            new = visit(as_rows(args[0], batch), as_rows(y, batch))
+        def call(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+        ) -> Any:
+            x, y = args[0] if args else kwargs["hidden_states"], first_tensor(output)
+            new = visit(as_rows(x, batch), as_rows(y, batch))
             return None if new is None else with_first(output, new.reshape(y.shape))
 
         return call
@@ -60,7 +62,8 @@ def visiting(model: nn.Module, visits: Mapping[str, Visit]) -> Iterator[None]:
     handles = [model.register_forward_pre_hook(enter, with_kwargs=True)]
     try:
         for name, visit in visits.items():
-            handles.append(model.get_submodule(name).register_forward_hook(hook(visit)))
+            module = model.get_submodule(name)
+            handles.append(module.register_forward_hook(hook(visit), with_kwargs=True))
         yield
     finally:
         for handle in handles:
@@ -99,6 +102,28 @@ def stop_after(model: nn.Module, name: str) -> Iterator[None]:
 
     with suppress(_Stopped), visiting(model, {name: halt}):
         yield
+
+
+@contextmanager
+def skipping(model: nn.Module, outputs: Mapping[str, Any]) -> Iterator[None]:
+    """Let modules return what they are given instead of running.
+
+    Args:
+        model: The model.
+        outputs: What each returns, by module name; in the module's own form.
+    """
+    modules = {name: model.get_submodule(name) for name in outputs}
+    before = {name: vars(module).get("forward") for name, module in modules.items()}
+    try:
+        for name, module in modules.items():
+            setattr(module, "forward", lambda *args, _out=outputs[name], **kwargs: _out)  # noqa: B010
+        yield
+    finally:
+        for name, module in modules.items():
+            if before[name] is None:
+                vars(module).pop("forward", None)
+            else:
+                setattr(module, "forward", before[name])  # noqa: B010
 
 
 @contextmanager

@@ -47,6 +47,7 @@ class EditStack:
         self._carried: list[Edit | None] = []
         self._handles: list[RemovableHandle] = []
         self._active = True
+        self._reads_rows = False
         self._tracker = ContextTracker(model)
 
     def __iter__(self) -> Iterator[Edit]:
@@ -70,6 +71,11 @@ class EditStack:
     def active(self) -> bool:
         """Whether the edits act now; they do not inside :meth:`suspended`."""
         return self._active and bool(self._edits or any(self._carried))
+
+    @property
+    def reads_rows(self) -> bool:
+        """Whether an edit that acts now looks at the rows, and so must see whole prompts."""
+        return self._active and self._reads_rows
 
     def push(self, edit: Edit) -> None:
         """Apply an edit on top.
@@ -205,7 +211,7 @@ class EditStack:
                 self._model.register_forward_pre_hook(enter, with_kwargs=True),
                 self._model.register_forward_hook(leave, with_kwargs=True, always_call=True),
             ]
-        self._edits, self._carried = edits, carried
+        self._edits, self._carried, self._reads_rows = edits, carried, needs_rows
 
     def _register(self, name: str, hook: ModuleHook | RowsHook) -> RemovableHandle:
         def call(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:

@@ -10,10 +10,16 @@ if TYPE_CHECKING:
     from kedit_lightning.methods.finetune.ftm import FTM
     from kedit_lightning.methods.hypernetwork.mend import MEND
     from kedit_lightning.methods.in_context.ike import IKE
+    from kedit_lightning.methods.locate.alphaedit import AlphaEdit
+    from kedit_lightning.methods.locate.memit import EMMET, MEMIT, PMET
     from kedit_lightning.methods.locate.rome import ROME, RROME
     from kedit_lightning.methods.memory.grace import GRACE
 
 _HOMES = {
+    "AlphaEdit": "locate.alphaedit",
+    "EMMET": "locate.memit",
+    "MEMIT": "locate.memit",
+    "PMET": "locate.memit",
     "Capabilities": "base",
     "EditMethod": "base",
     "FTM": "finetune.ftm",
@@ -24,16 +30,31 @@ _HOMES = {
     "RROME": "locate.rome",
 }
 #: Every editing method of this package.
-METHODS = ("FTM", "GRACE", "IKE", "MEND", "ROME", "RROME")
-
-__all__ = [
+METHODS = (
+    "AlphaEdit",
+    "EMMET",
     "FTM",
     "GRACE",
     "IKE",
+    "MEMIT",
     "MEND",
-    "METHODS",
+    "PMET",
     "ROME",
     "RROME",
+)
+
+__all__ = [
+    "EMMET",
+    "FTM",
+    "GRACE",
+    "IKE",
+    "MEMIT",
+    "MEND",
+    "METHODS",
+    "PMET",
+    "ROME",
+    "RROME",
+    "AlphaEdit",
     "Capabilities",
     "EditMethod",
 ]

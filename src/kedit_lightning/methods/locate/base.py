@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -28,6 +28,10 @@ from kedit_lightning.statistics import (
 StatisticsMode: TypeAlias = Literal["auto", "required", "identity"]
 
 
+#: Factors up to this many bytes are kept together.
+_KEPT_FACTORS = 32 << 20
+
+
 class LocateMethod(EditMethod):
     """Base of methods that solve for the weights of a located layer.
 
@@ -39,6 +43,8 @@ class LocateMethod(EditMethod):
         seed: Start of all random choices.
     """
 
+    #: Lengths in tokens of the texts put before prompts; each makes an equal part of them.
+    context_lengths: ClassVar[tuple[int, ...]] = (10,)
     learns = "second moments of the keys of every layer, from plain text"
 
     def __init__(
@@ -53,7 +59,7 @@ class LocateMethod(EditMethod):
         # Statistics are a pass over text without an optimizer.
         self.automatic_optimization = False
         self._context_texts: tuple[str, ...] | None = None
-        self._factors: dict[str, Tensor] = {}
+        self._factors: dict[tuple[str, float], Tensor] = {}
         self._statistics_note = ""
         self._collector: KeyCollector | None = None
 
@@ -64,23 +70,30 @@ class LocateMethod(EditMethod):
         """Texts the base model wrote once for this method object."""
         if self._context_texts is None:
             self._context_texts = sample_contexts(
-                self.base, self.hparams["contexts"], self.hparams["seed"]
+                self.base, self.hparams["contexts"], self.hparams["seed"], self.context_lengths
             )
         return self._context_texts
 
     # ---- statistics
 
-    def factor(self, module: str) -> Tensor:
-        """Lower Cholesky factor of the second moment of a layer's keys, computed once.
+    def factor(self, module: str, ridge: float = 0.0) -> Tensor:
+        """Lower Cholesky factor of the second moment of a layer's keys, ``C + ridge · I``.
 
-        Shape ``[d_in, d_in]``, float64, on the CPU.
+        Shape ``[d_in, d_in]``, float64, on the CPU.  Small factors are kept; of large ones only the
+        last, so that a walk over layers never holds two.
 
         Raises:
             StatisticsNotFoundError: None were collected and ``statistics`` is ``required``.
         """
-        if module not in self._factors:
-            self._factors[module] = factorise(self._second_moment(module), module)
-        return self._factors[module]
+        key = (module, ridge)
+        if key not in self._factors:
+            if sum(factor.nbytes for factor in self._factors.values()) > _KEPT_FACTORS:
+                self._factors.clear()
+            moment = self._second_moment(module)
+            if ridge:
+                moment = moment + ridge * torch.eye(len(moment)).to(moment)
+            self._factors[key] = factorise(moment, module)
+        return self._factors[key]
 
     @property
     def statistics_note(self) -> str:

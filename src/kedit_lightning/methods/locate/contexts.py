@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from kedit_lightning.base_models import BaseModel
 
 #: Words that start the texts.
 STARTERS = ("The", "Therefore", "Because", "I", "You")
-#: Lengths of the texts in tokens; half of them are short.
-LENGTHS = (5, 10)
 
 
-def sample_contexts(base: BaseModel, count: int, seed: int) -> tuple[str, ...]:
+def sample_contexts(
+    base: BaseModel, count: int, seed: int, lengths: Sequence[int]
+) -> tuple[str, ...]:
     """Short texts that the unedited base model writes, each ready to stand before a prompt.
 
-    Half of them have 5 tokens and half 10, sampled from the 5 likeliest next tokens, as in the code
-    of the ROME paper.  The same model, count and seed give the same texts.
+    They are sampled from the 5 likeliest next tokens, as in the code of the ROME paper.  The same
+    model, count, seed and lengths give the same texts.
+
+    Args:
+        base: The base model.
+        count: Number of texts.
+        seed: Start of the random choices.
+        lengths: Lengths in tokens; each makes an equal part of the texts.
 
     Returns:
         ``count`` texts that end in a full stop and a space.
@@ -25,8 +33,8 @@ def sample_contexts(base: BaseModel, count: int, seed: int) -> tuple[str, ...]:
     devices = [base.device] if base.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), base.edits.suspended():
         torch.manual_seed(seed)
-        for length in LENGTHS:
-            wanted = count // 2 if length == LENGTHS[0] else count - count // 2
+        for number, length in enumerate(lengths, start=1):
+            wanted = count * number // len(lengths) - count * (number - 1) // len(lengths)
             starters = [STARTERS[i % len(STARTERS)] for i in range(wanted)]
             if not starters:
                 continue

@@ -1,6 +1,14 @@
-"""The update that makes a linear layer map keys to wanted values."""
+"""The update that makes a linear layer map keys to wanted values.
+
+All methods of this family solve ``Δ = R (εI + Kᵀ G⁻¹ K)⁻¹ Kᵀ G⁻¹`` and differ in the prior ``G``,
+what a change may cost.  A prior is a function that gives ``G⁻¹ K`` for keys ``K``, so that priors
+compose and no ``d × d`` system is solved for a batch.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -10,31 +18,102 @@ from kedit_lightning.errors import NonFiniteError
 #: Below this cosine between a key and its whitened counterpart an update would blow up.
 MIN_ALIGNMENT = 1e-3
 
+#: ``G⁻¹ K`` from ``K``; both of shape ``[d_in, n]``, float64.
+Prior: TypeAlias = Callable[[Tensor], Tensor]
+
+
+def covariance_prior(factor: Tensor, weight: float = 1.0) -> Prior:
+    """``G = weight · C``: a change must leave the outputs of typical keys alone (MEMIT, eq. 14).
+
+    Args:
+        factor: Lower Cholesky factor of ``C``. Shape ``[d_in, d_in]``, float64.
+        weight: ``λ``, how many typical keys count against one of the batch.
+    """
+    return lambda keys: torch.cholesky_solve(keys.to(factor), factor).to(keys) / weight
+
+
+def null_space_prior(basis: Tensor, weight: float) -> Prior:
+    """``G⁻¹ = P / weight``: a change must lie in the null space of typical keys (AlphaEdit, eq. 8).
+
+    Args:
+        basis: Orthonormal basis of what the change must avoid. Shape ``[d_in, r]``, float64.
+        weight: ``L2``, the cost of the size of the change.
+    """
+
+    def whiten(keys: Tensor) -> Tensor:
+        moved = keys.to(basis)
+        return ((moved - basis @ (basis.T @ moved)) / weight).to(keys)
+
+    return whiten
+
+
+def with_history(prior: Prior, keys: Tensor) -> Prior:
+    """``G + H Hᵀ``: the outputs of keys of earlier edits must stay too (Woodbury's identity).
+
+    With a null-space prior this is the recursive least-squares state of AlphaEdit.
+
+    Args:
+        prior: The prior ``G``.
+        keys: ``H``. Shape ``[d_in, N]``.
+    """
+    if keys.shape[1] > keys.shape[0]:
+        # Any H with the same H Hᵀ will do: this one has no more columns than rows.
+        keys = torch.linalg.qr(keys.T, mode="r").R.T
+    whitened = prior(keys)
+    inner = torch.eye(keys.shape[1]).to(keys) + symmetric(keys.T @ whitened)
+    factor = torch.linalg.cholesky(inner)
+
+    def whiten(new: Tensor) -> Tensor:
+        plain = prior(new)
+        return plain - whitened @ torch.cholesky_solve(keys.T @ plain, factor)
+
+    return whiten
+
+
+def symmetric(matrix: Tensor) -> Tensor:
+    """The symmetric part of a matrix that is symmetric but for rounding."""
+    return (matrix + matrix.T) / 2
+
 
 def ridge_update(
-    keys: Tensor, residuals: Tensor, factor: Tensor, eps: float
+    keys: Tensor, residuals: Tensor, prior: Prior, eps: float, relative: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Low-rank solution of ``Δ = R (εI + Kᵀ G⁻¹ K)⁻¹ Kᵀ G⁻¹``.
 
-    It minimises ``tr(Δ G Δᵀ) + ‖ΔK − R‖² / ε``; with ``ε = 0`` it meets ``ΔK = R`` exactly.
+    It minimises ``tr(Δ G Δᵀ) + ‖ΔK − R‖² / ε``; with ``ε = 0`` it meets ``ΔK = R`` exactly, as long
+    as no key is a combination of others.
 
     Args:
         keys: ``K``. Shape ``[d_in, n]``.
         residuals: ``R``, wanted minus present output. Shape ``[d_out, n]``.
-        factor: Lower Cholesky factor of ``G``. Shape ``[d_in, d_in]``, float64.
+        prior: Gives ``G⁻¹ K``.
         eps: Weight of keeping other keys against meeting the residuals.
+        relative: Whether ``eps`` is in units of the mean of ``kᵀ G⁻¹ k``.
 
     Returns:
         ``A`` of shape ``[n, d_in]`` and ``B`` of shape ``[d_out, n]`` with ``Δ = B A``, float64.
+
+    Raises:
+        NonFiniteError: Keys are combinations of each other and ``ε`` is 0.
     """
-    keys, residuals = keys.to(factor), residuals.to(factor)
-    whitened = torch.cholesky_solve(keys, factor)
-    gram = keys.T @ whitened + eps * torch.eye(keys.shape[1]).to(factor)
-    return whitened.T, torch.linalg.solve(gram, residuals.T).T
+    keys, residuals = keys.double(), residuals.double()
+    whitened = prior(keys)
+    gram = symmetric(keys.T @ whitened)
+    if relative:
+        eps = eps * float(gram.diagonal().mean())
+    gram = gram + eps * torch.eye(len(gram)).to(gram)
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    if bool(failed) or not bool(torch.isfinite(factor).all()):
+        raise NonFiniteError(
+            "the update has no bounded solution: keys of the batch are combinations of each other, "
+            "as those of two requests about one subject are, and eps is 0; set eps above 0, or "
+            "leave one of them out"
+        )
+    return whitened.T, torch.cholesky_solve(residuals.T, factor).T
 
 
 def rank_one_update(
-    key: Tensor, residual: Tensor, direction: Tensor, factor: Tensor, layer: str
+    key: Tensor, residual: Tensor, direction: Tensor, prior: Prior, layer: str
 ) -> tuple[Tensor, Tensor]:
     """ROME's update: adds ``residual`` where the layer sees ``key``, along a whitened direction.
 
@@ -45,7 +124,7 @@ def rank_one_update(
         key: Key ``k`` that is to get the new value. Shape ``[d_in]``.
         residual: Wanted minus present output at ``key``. Shape ``[d_out]``.
         direction: ``d``, the key or a mean of keys over contexts. Shape ``[d_in]``.
-        factor: Lower Cholesky factor of ``C``. Shape ``[d_in, d_in]``, float64.
+        prior: Gives ``C⁻¹ d``.
         layer: Name for the error.
 
     Returns:
@@ -54,8 +133,8 @@ def rank_one_update(
     Raises:
         NonFiniteError: ``k`` is nearly orthogonal to ``C⁻¹ d``, so the update would explode.
     """
-    key, residual, direction = key.to(factor), residual.to(factor), direction.to(factor)
-    left = torch.cholesky_solve(direction[:, None], factor)[:, 0]
+    key, residual, direction = key.double(), residual.double(), direction.double()
+    left = prior(direction[:, None])[:, 0]
     overlap = key @ left
     alignment = overlap.abs() / (key.norm() * left.norm())
     if not bool(alignment >= MIN_ALIGNMENT):

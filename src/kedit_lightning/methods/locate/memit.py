@@ -1,0 +1,97 @@
+"""Editors of many facts at once: MEMIT (Meng et al. 2023), PMET (Li et al. 2024) and EMMET."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from kedit_lightning.base_models import BaseModel, BaseModelSpec
+from kedit_lightning.methods.locate.closed_form import ClosedForm
+from kedit_lightning.methods.locate.presets import (
+    EMMET_PUBLISHED,
+    MEMIT_PUBLISHED,
+    PMET_PUBLISHED,
+    LocateSettings,
+    one_layer,
+)
+from kedit_lightning.methods.locate.reading import Reading
+from kedit_lightning.methods.locate.solve import Prior, ridge_update
+
+
+class MEMIT(ClosedForm):
+    """Mass-editing memory: spreads many facts over the MLPs of a few layers, by ridge regression.
+
+    ``history`` makes it MEMIT_seq; with ``ridge`` and ``patience`` besides it is ENCORE.
+
+    Args:
+        base_model: The model to edit: an object, a specification, or a name.
+        layers: Blocks whose MLPs are edited.
+        **settings: Those of all closed-form methods.
+    """
+
+    published = MEMIT_PUBLISHED
+
+    def __init__(
+        self,
+        base_model: BaseModel | BaseModelSpec | str = "nano",
+        layers: list[int] | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__(base_model, **settings)
+
+
+class PMET(MEMIT):
+    """MEMIT whose values are outputs of the MLP, optimised together with those of attention.
+
+    What attention would have to say is found but not written.
+
+    Args:
+        base_model: The model to edit: an object, a specification, or a name.
+        layers: Blocks whose MLPs are edited.
+        **settings: Those of all closed-form methods.
+    """
+
+    published = PMET_PUBLISHED
+    otherwise = LocateSettings(clamp=1.0)
+    site_of_values = "attention and mlp"
+    spread = "square_root"
+    relaxed = True
+
+
+class EMMET(ClosedForm):
+    """MEMIT with equality constraints, at one layer (Gupta et al. 2024, arXiv 2403.14236).
+
+    Args:
+        base_model: The model to edit: an object, a specification, or a name.
+        layer: Block whose MLP is edited.
+        eps: How far facts may be missed to keep other keys, relative to the mean of their
+            ``kᵀ G⁻¹ k``; 0 demands equality, which facts about one subject cannot meet.
+        legacy_absolute_eps: Take ``eps`` as it stands, as the published code does with 0.1; with 1
+            it is MEMIT.
+        **settings: Those of all closed-form methods.
+    """
+
+    published = EMMET_PUBLISHED
+
+    def __init__(
+        self,
+        base_model: BaseModel | BaseModelSpec | str = "nano",
+        layer: int | None = None,
+        eps: float = 1e-3,
+        legacy_absolute_eps: bool = False,
+        **settings: Any,
+    ) -> None:
+        super().__init__(base_model, **settings)
+
+    def default_layers(self) -> tuple[int, ...]:
+        """The block where ROME edits."""
+        return one_layer(self.base)
+
+    def update(
+        self, module: str, reading: Reading, residuals: Tensor, prior: Prior
+    ) -> tuple[Tensor, Tensor]:
+        """The change that meets all residuals, or nearly."""
+        keys = self.mean_keys(reading.inputs[module])
+        relative = not self.hparams["legacy_absolute_eps"]
+        return ridge_update(keys.T, residuals.T, prior, self.hparams["eps"], relative)
