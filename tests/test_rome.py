@@ -52,7 +52,7 @@ def test_live_module_maps_the_key_to_the_target(family, method, monkeypatch):
     rome = method(base, **QUICK)
     deltas = spy(rome, monkeypatch)
     edit = rome.edit(REQUESTS[:1])
-    (module,) = rome.modules
+    (module,) = rome.edited
     reading = read(base, [module], REQUESTS[:1], rome.context_texts)
     keys, outputs = reading.inputs[module][0], reading.outputs[module][0]
     key = keys.mean(0) if method is RROME else keys[0]
@@ -75,7 +75,7 @@ def test_update_has_rank_one_along_the_whitened_mean_key(family):
     ((name, delta),) = rome.edit(REQUESTS[1:2]).deltas().items()
     assert delta.shape == base.model.get_parameter(name).shape
     assert torch.linalg.matrix_rank(delta) == 1
-    (module,) = rome.modules
+    (module,) = rome.edited
     keys = read(base, [module], REQUESTS[1:2], rome.context_texts).inputs[module][0]
     whitened = torch.cholesky_solve(keys.mean(0)[:, None], rome.factor(module))[:, 0]
     rows = delta.T if family == "gpt2" else delta
@@ -132,7 +132,7 @@ def test_identity_statistics_are_a_prior_of_ones():
     base = tiny_base("llama")
     rome = ROME(base, statistics="identity", **QUICK)
     rome.configure_model()
-    assert torch.equal(rome.factor(rome.modules[0]), torch.eye(48, dtype=torch.float64))
+    assert torch.equal(rome.factor(rome.edited[0]), torch.eye(48, dtype=torch.float64))
 
 
 def test_without_contexts_all_key_modes_agree():
@@ -241,13 +241,13 @@ def test_few_sample_statistics_warn_and_are_recorded():
 def test_settings_follow_the_model():
     tiny = ROME(tiny_base("llama"))
     tiny.configure_model()
-    assert tiny.modules[0] == "model.layers.1.mlp.down_proj"
+    assert tiny.edited[0] == "model.layers.1.mlp.down_proj"
     deep = ROME(tiny_base("gpt2", n_layer=12))
     deep.configure_model()
-    assert deep.modules[0] == "transformer.h.4.mlp.c_proj"
+    assert deep.edited[0] == "transformer.h.4.mlp.c_proj"
     chosen = ROME(tiny_base("gpt2"), layer=3, steps=7)
     chosen.configure_model()
-    assert chosen.modules[0] == "transformer.h.3.mlp.c_proj"
+    assert chosen.edited[0] == "transformer.h.3.mlp.c_proj"
     assert chosen.target_settings.steps == 7
 
 

@@ -142,7 +142,7 @@ class ClosedForm(LocateMethod):
         chosen = given.get("layers") or ([given["layer"]] if given.get("layer") is not None else [])
         self.layers = tuple(chosen) or known.layers or self.default_layers()
         blocks = [self.base.layout.block(layer) for layer in self.layers]
-        self.modules = tuple(block.down for block in blocks)
+        self.edited = tuple(block.down for block in blocks)
         self.preserve: float | None = derived["preserve"]
         self.remember = self.remembers if given["history"] is None else bool(given["history"])
         names = ("lr", "steps", "weight_decay", "clamp", "kl_factor", "stop_loss")
@@ -213,14 +213,14 @@ class ClosedForm(LocateMethod):
                     wanted, norms = self._wanted(layer, requests, carried)
                 site, values = wanted[layer]
                 missing = values - self._present(site, requests, carried)
-                reading = self._read_keys([self.modules[number]], requests, carried)
+                reading = self._read_keys([self.edited[number]], requests, carried)
             missing = missing * self._share(number) / self._gain(layer, site)
             prior = self._whole_prior(layer)
             start = 0
             for group, own in zip(groups, changes, strict=True):
                 part = slice(start, start := start + len(group))
                 own.append(
-                    self._change(self.modules[number], reading.part(part), missing[part], prior)
+                    self._change(self.edited[number], reading.part(part), missing[part], prior)
                 )
         memory = self._memory(groups, changes, norms)
         return [
@@ -344,8 +344,8 @@ class ClosedForm(LocateMethod):
         if self.remember:
             requests = [request for group in groups for request in group]
             with self._acting(groups, changes) as carried:
-                reading = self._read_keys(self.modules, requests, carried)
-            for module in self.modules:
+                reading = self._read_keys(self.edited, requests, carried)
+            for module in self.edited:
                 keys = self.mean_keys(reading.inputs[module]).split(sizes)
                 for held, own in zip(memory, keys, strict=True):
                     held[f"{module}.keys"] = own.T.to(compute_dtype(self.base.dtype)).contiguous()
@@ -359,7 +359,7 @@ class ClosedForm(LocateMethod):
         self, requests: Sequence[EditRequest], changes: Sequence[Edit], memory: dict[str, Tensor]
     ) -> Edit:
         """The changes of all layers as one edit."""
-        origin = self.origin(requests, statistics=self.statistics_note, layers=list(self.modules))
+        origin = self.origin(requests, statistics=self.statistics_note, layers=list(self.edited))
         factors, dense = {}, {}
         for change in changes:
             if isinstance(change, LowRankEdit):
