@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "model_support.md"
 
 if TYPE_CHECKING:
-    from decoders import Finding
+    from tiny_decoders import Finding
 
 HEAD = """# Which models can be edited
 
@@ -71,7 +71,7 @@ def _row(finding: Finding) -> str:
 
 
 def page(findings: Sequence[Finding]) -> str:
-    """The Markdown page about the findings of ``decoders.survey``."""
+    """The Markdown page about the findings of ``tiny_decoders.survey``."""
     of = {
         verdict: [finding for finding in findings if finding.verdict == verdict]
         for verdict in ("located", "in part", "refused", "not built")
@@ -102,10 +102,14 @@ def main() -> None:
     """Survey all types and write the page."""
     warnings.simplefilter("ignore")  # what models of other libraries say about tiny settings
     sys.path.insert(0, str(ROOT / "tests"))
-    import decoders
+    import tiny_decoders
     from rich.progress import track
+    from transformers.utils import logging
 
-    findings = [decoders.survey(kind) for kind in track(decoders.KINDS, "Surveying model types")]
+    logging.set_verbosity_error()
+    findings = [
+        tiny_decoders.survey(kind) for kind in track(tiny_decoders.KINDS, "Surveying model types")
+    ]
     failed = {finding.kind: finding.reason for finding in findings if finding.verdict == "failed"}
     if failed:
         raise SystemExit(f"the page is not written, since location failed: {failed}")

@@ -7,19 +7,22 @@ from collections import Counter
 from functools import cache
 from pathlib import Path
 
-import decoders
 import pytest
+import tiny_decoders
 import torch
 import transformers
-from decoders import NORMALISING, Finding, survey
+from support import REQUESTS, tiny_tokenizer
+from tiny_decoders import NORMALISING, Finding, survey
 
+from kedit_lightning import BaseModel
 from kedit_lightning.base_models.layout import Block, Layout, WritePath
+from kedit_lightning.methods import ROME
 
 # tiny settings make some models of transformers complain
 pytestmark = pytest.mark.filterwarnings("ignore")
 ROOT = Path(__file__).parents[1]
 #: Families that add it scaled by what their configuration says.
-GAINS = {"granite": 0.22, "minicpm3": 1.4 / decoders.LAYERS**0.5}
+GAINS = {"granite": 0.22, "minicpm3": 1.4 / tiny_decoders.LAYERS**0.5}
 FAMILIES = [
     "gpt2",
     "gptj",
@@ -69,7 +72,7 @@ FUSED = [
 
 @cache
 def everything() -> dict[str, Finding]:
-    return {kind: survey(kind) for kind in decoders.KINDS}
+    return {kind: survey(kind) for kind in tiny_decoders.KINDS}
 
 
 def check_path(kind: str, path: WritePath) -> None:
@@ -116,9 +119,42 @@ def test_a_wrong_location_is_noticed(inside, says, monkeypatch):
 
 
 def test_a_change_of_earlier_tokens_is_noticed():
-    model = decoders.tiny_decoder("llama")
+    model = tiny_decoders.tiny_decoder("llama")
     model.model.layers[0].register_forward_hook(lambda module, args, output: output.roll(-1, 1))
-    assert "moved other tokens" in decoders.what_is_wrong(model, Layout(model), 0)
+    assert "moved other tokens" in tiny_decoders.what_is_wrong(model, Layout(model), 0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "layer"),
+    [
+        ("gpt2", 1),  # Conv1D
+        ("gptj", 1),  # attention and MLP in parallel, blocks that return tuples
+        ("bloom", 0),  # alibi, and the residual is added inside the MLP
+        ("mpt", 1),
+        ("opt", 1),  # rows are flattened before the MLP
+        ("falcon", 1),
+        ("phi3", 1),  # gate and value in one projection
+        ("granite", 1),  # a gain
+        ("gemma2", 1),  # these four normalise what the MLP says
+        ("olmo2", 1),
+        ("glm4", 1),
+        ("bert", 1),
+        ("gemma3", 1),  # a tower of vision beside the decoder
+        ("jamba", 0),  # a dense layer of a mixture
+        ("deepseek_v4", 1),  # four residual streams, and the expert that all tokens share
+    ],
+)
+def test_rome_edits_what_is_located(kind, layer):
+    base = BaseModel(tiny_decoders.tiny_decoder(kind), tiny_tokenizer(kind != "gpt2"))
+    rows = base.rows(["The Eiffel Tower is in the city of"], ["Rome"])
+    before = base.answer_logits(rows)
+    edit = ROME(base, layer=layer, statistics="identity", contexts=2, steps=3).edit(REQUESTS[:1])
+    assert torch.equal(base.answer_logits(rows), before)
+    with edit:
+        during = base.answer_logits(rows)
+    assert torch.equal(base.answer_logits(rows), before)
+    assert during.isfinite().all()
+    assert (during - before).abs().max() > 1e-3
 
 
 # ---- the sweep
@@ -169,5 +205,5 @@ def test_the_page_of_supported_models_is_up_to_date():
 
 
 def test_weights_are_the_same_at_every_call():
-    one, two = (decoders.tiny_decoder("gpt2").state_dict() for _ in range(2))
+    one, two = (tiny_decoders.tiny_decoder("gpt2").state_dict() for _ in range(2))
     assert all(torch.equal(one[name], two[name]) for name in one)

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from decoders import LAYERS, NORMALISING, tiny_decoder
 from support import LLAMA_LIKE, SETTINGS, SHARED, tiny_base
+from tiny_decoders import LAYERS, NORMALISING, tiny_decoder
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.pytorch_utils import Conv1D
 

@@ -120,6 +120,7 @@ EXTRA: dict[str, dict[str, Any]] = {
     "granite": {"residual_multiplier": 0.22},
     "hunyuan_v1_dense": {"head_dim": 8},
     "hunyuan_v1_moe": {"head_dim": 8},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2": {"block_auto_adjust_ff_dim": False},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
     "longcat_flash": {"qk_head_dim": 16},
