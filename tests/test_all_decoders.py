@@ -17,6 +17,7 @@ from tiny_decoders import NORMALISING, Finding, survey
 from kedit_lightning import BaseModel
 from kedit_lightning.base_models.layout import Block, Layout, WritePath
 from kedit_lightning.methods import ROME
+from kedit_lightning.statistics.store import estimate_from_few_samples, find_statistics
 
 # tiny settings make some models of transformers complain
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -155,6 +156,12 @@ def test_rome_edits_what_is_located(kind, layer):
     assert torch.equal(base.answer_logits(rows), before)
     assert during.isfinite().all()
     assert (during - before).abs().max() > 1e-3
+
+
+def test_statistics_of_a_mixture_are_those_of_its_dense_layers():
+    base = BaseModel(tiny_decoders.tiny_decoder("mimo_v2_flash"), tiny_tokenizer(bos=True))
+    estimate_from_few_samples(base)
+    assert find_statistics(base, "model.layers.0.mlp.down_proj") is not None
 
 
 # ---- the sweep

@@ -323,6 +323,24 @@ def test_what_mixes_or_repeats_tokens_is_refused(family):
         Layout(tiny_decoder(family)).block(0)
 
 
+def test_one_token_further_is_far_enough_to_be_a_mixer():
+    model = _model("llama")
+    for layer in model.model.layers:
+        layer.mlp.act_fn.register_forward_hook(
+            lambda module, args, output: output + torch.nn.functional.pad(output, (0, 0, 1, -1))
+        )
+    with pytest.raises(ModuleNotLocatedError, match="no dense MLP"):
+        Layout(model).block(1)
+
+
+def test_an_mlp_that_runs_twice_is_refused():
+    model = _model("llama")
+    for layer in model.model.layers:
+        layer.mlp.register_forward_hook(lambda module, args, output: module.forward(output))
+    with pytest.raises(ModuleNotLocatedError, match="that reads each token once"):
+        Layout(model).block(1)
+
+
 @pytest.mark.parametrize("family", ["deepseek_v4", "gemma3n_text", "qwen4_exp_text"])
 @pytest.mark.filterwarnings("ignore")
 def test_a_block_with_several_residual_streams_has_no_single_gain(family):

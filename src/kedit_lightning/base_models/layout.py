@@ -295,7 +295,7 @@ class Layout:
             width = shapes[down][0]
             beside = _beside(down, list(seen))
             inner = [k for k in beside if shapes[k] in ((hidden, width), (hidden, 2 * width))]
-            if inner and self._fed_by_token(down, beside, matrices, seen[down]):
+            if self._fed_by_token(down, beside, matrices, seen[down]):
                 return down, tuple(inner)
         raise ModuleNotLocatedError(
             f"block '{name}' of model type '{_text_config(self.model).model_type}' has no dense "
