@@ -74,7 +74,11 @@ SMALL = {
             "swa_num_key_value_heads linear_num_key_heads linear_num_value_heads moe_topk moe_k "
             "moe_top_k index_topk n_groups",
         ),
-        (1, "n_group num_expert_group topk_group n_shared_experts num_shared_experts"),
+        (
+            1,
+            "n_group num_expert_group topk_group n_shared_experts num_shared_experts "
+            "first_k_dense_replace",
+        ),
         (
             8,
             "head_dim qk_rope_head_dim qk_nope_head_dim v_head_dim qk_head_dim swa_head_dim "
@@ -98,9 +102,11 @@ ZAMBA = {
     "attention_hidden_size": 2 * WIDTH,
     "attention_head_dim": 2 * WIDTH // HEADS,
 }
+HYBRID = ["linear_attention", "linear_attention", "full_attention"]
 #: What single types need beyond that, most often since their defaults do not fit each other.
 EXTRA: dict[str, dict[str, Any]] = {
     "aria_text": {"moe_num_shared_experts": 1},
+    "beam": {"mlp_layer_types": ["dense", "sparse", "sparse"]},
     "blt": {"encoder_hash_byte_group_vocab": 64},
     "cohere_compass_text": {
         "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}
@@ -127,6 +133,8 @@ EXTRA: dict[str, dict[str, Any]] = {
     "mamba2": {"head_dim": 16},
     "ministral": {"head_dim": 8},
     "nemotron": {"num_key_value_heads": 2},
+    "qwen3_5": {"text_config": {"layer_types": HYBRID}},
+    "qwen3_5_text": {"layer_types": HYBRID},
     "reformer": {
         "attn_layers": ["local", "lsh", "local"],
         "axial_pos_embds_dim": [16, 16],
