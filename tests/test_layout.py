@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from support import LLAMA_LIKE, SETTINGS, SHARED, tiny_base
+from tiny_decoders import LAYERS, NORMALISING, tiny_decoder
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.pytorch_utils import Conv1D
 
@@ -61,6 +62,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "falcon": {**GPT, "num_hidden_layers": 3, "ffn_hidden_size": 48},
     "mpt": {**SHARED, "d_model": 32, "n_layers": 3, "n_heads": 4, "max_seq_len": 64},
     "granite": {**SMALL, "residual_multiplier": 0.22},
+    "glm": {**SMALL, "head_dim": 8},
     "glm4": {**SMALL, "head_dim": 8},
     "qwen3": {**SMALL, "head_dim": 16},
     "gemma": {**SMALL, "head_dim": 16},
@@ -91,14 +93,14 @@ PLACES = {
     "smollm3": "model.layers.1.mlp.down_proj: gate_proj up_proj",
     "exaone4": "model.layers.1.mlp.down_proj: gate_proj up_proj",
     "nemotron": "model.layers.1.mlp.down_proj: up_proj",
+    "internlm3": "model.layers.1.mlp.down_proj: gate_proj up_proj",
+    "glm": "model.layers.1.mlp.down_proj: gate_up_proj",
     "granite": "model.layers.1.mlp.down_proj: gate_proj up_proj",
     "glm4": "model.layers.1.mlp.down_proj: gate_up_proj",
     "gemma": "model.layers.1.mlp.down_proj: gate_proj up_proj",
     "gemma2": "model.layers.1.mlp.down_proj: gate_proj up_proj",
     "gemma3_text": "model.layers.1.mlp.down_proj: gate_proj up_proj",
 }
-#: Families whose blocks normalise the MLP's output before they add it.
-NORMALISING = ("olmo2", "exaone4", "glm4", "gemma2", "gemma3_text")
 GATED = {name for name, place in PLACES.items() if "gate" in place}
 
 
@@ -268,6 +270,81 @@ def test_a_mixer_of_tokens_is_no_mlp():
     model = _model("mamba")
     with pytest.raises(ModuleNotLocatedError, match="'mamba' has no dense MLP"):
         Layout(model).block(0)
+
+
+def test_dense_blocks_of_a_mixture_say_what_the_model_is_like():
+    layout = Layout(tiny_decoder("jamba"))
+    assert [block.name[-1] for block in layout.dense_blocks] == ["0", "2"]
+    assert layout.is_gated
+    with pytest.raises(ModuleNotLocatedError, match=r"layers\.0"):
+        _ = Layout(tiny_decoder("mixtral")).dense_blocks
+
+
+@pytest.mark.parametrize(
+    ("family", "down", "inner", "has_mlp"),
+    [
+        # Each projection has an owner of its own, and there is no module of both.
+        (
+            "bert",
+            "bert.encoder.layer.1.output.dense",
+            "bert.encoder.layer.1.intermediate.dense",
+            False,
+        ),
+        # The vision tower has as many blocks, and more parameters.
+        (
+            "git",
+            "git.encoder.layer.1.output.dense",
+            "git.encoder.layer.1.intermediate.dense",
+            False,
+        ),
+        # Per-layer embeddings are projected after the MLP.
+        ("gemma4_text", "model.layers.1.mlp.down_proj", "model.layers.1.mlp.up_proj", True),
+        # The configuration states the encoder's number of layers, which is another one.
+        ("blenderbot", "model.decoder.layers.1.fc2", "model.decoder.layers.1.fc1", False),
+        # The configuration states twice the number of blocks, as each has two MLPs.
+        ("longcat_flash", "model.layers.1.mlps.1.down_proj", "model.layers.1.mlps.1.up_proj", True),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")  # what transformers says about tiny settings
+def test_unusual_blocks(family, down, inner, has_mlp):
+    layout = Layout(tiny_decoder(family))
+    block = layout.block(1)
+    assert len(layout) == LAYERS
+    assert block.down == down
+    assert block.projections[-2:] == (inner, down)
+    assert block.mlp == (down.rpartition(".")[0] if has_mlp else down)
+
+
+@pytest.mark.parametrize("family", ["mamba2", "nemotron_h", "hrm_text", "xlnet", "cpmant"])
+@pytest.mark.filterwarnings("ignore")
+def test_what_mixes_or_repeats_tokens_is_refused(family):
+    """State-space mixers, blocks that run several times, tokens that come before rows."""
+    with pytest.raises(ModuleNotLocatedError, match="that reads each token once"):
+        Layout(tiny_decoder(family)).block(0)
+
+
+def test_one_token_further_is_far_enough_to_be_a_mixer():
+    model = _model("llama")
+    for layer in model.model.layers:
+        layer.mlp.act_fn.register_forward_hook(
+            lambda module, args, output: output + torch.nn.functional.pad(output, (0, 0, 1, -1))
+        )
+    with pytest.raises(ModuleNotLocatedError, match="no dense MLP"):
+        Layout(model).block(1)
+
+
+def test_an_mlp_that_runs_twice_is_refused():
+    model = _model("llama")
+    for layer in model.model.layers:
+        layer.mlp.register_forward_hook(lambda module, args, output: module.forward(output))
+    with pytest.raises(ModuleNotLocatedError, match="that reads each token once"):
+        Layout(model).block(1)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v4", "gemma3n_text", "qwen4_exp_text"])
+@pytest.mark.filterwarnings("ignore")
+def test_a_block_with_several_residual_streams_has_no_single_gain(family):
+    assert not Layout(tiny_decoder(family)).write_path(1).is_linear
 
 
 def test_the_decoder_of_an_encoder_decoder_is_described():

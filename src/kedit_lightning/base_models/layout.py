@@ -1,11 +1,13 @@
 """Finding a decoder's parts by structure, not by name.
 
-Rules (tried on tiny models of every decoder family of transformers that the tests build):
+Rules (tried on tiny models of every type that transformers registers as a causal language model):
 
-* blocks: the list of as many modules as the model has layers that holds most parameters;
-* down projection: of the matrices in a block that write ``hidden`` values, the last one that other
-  matrices beside it feed token by token (those of attention feed theirs across tokens, and the
-  experts of a mixture see some tokens only);
+* blocks: of the lists of as many modules as the model has layers that text runs through, the one
+  with most parameters;
+* down projection: of the matrices in a block that write ``hidden`` values, the widest one that
+  other matrices beside it feed token by token (those of attention and of state-space mixers feed
+  theirs across tokens, the experts of a mixture see some tokens only, and what stands beside an
+  MLP, such as adapters and per-layer embeddings, is narrower);
 * MLP projections: the matrices beside it that read ``hidden`` values and feed its width.
 """
 
@@ -15,6 +17,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -77,13 +80,20 @@ def _text_config(model: nn.Module) -> Any:
     return config.get_text_config(decoder=True)
 
 
-def _layer_count(config: Any) -> int:
-    for field in ("num_decoder_layers", "num_hidden_layers"):
-        if getattr(config, field, None):
-            return int(getattr(config, field))
-    raise ModuleNotLocatedError(
-        f"the configuration of model type '{config.model_type}' does not say how many layers it has"
-    )
+def _layer_counts(config: Any) -> tuple[int, ...]:
+    """What the configuration may mean by its number of layers, the likeliest first.
+
+    ``num_hidden_layers`` is the encoder's number in decoders taken from a Blenderbot, and twice the
+    number of blocks in a LongCat.
+    """
+    fields = ("num_decoder_layers", "num_hidden_layers", "decoder_layers", "num_layers")
+    counts = tuple(int(getattr(config, field, None) or 0) for field in fields)
+    if not any(counts):
+        raise ModuleNotLocatedError(
+            f"the configuration of model type '{config.model_type}' does not say how many layers "
+            "it has; use IKE, which needs none, or report the model type"
+        )
+    return tuple(filter(None, counts))
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -93,21 +103,57 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
         ModuleNotLocatedError: No list of modules has the length the configuration states.
     """
     config = _text_config(model)
-    count = _layer_count(config)
-    lists = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == count
-    ]
+    counts = _layer_counts(config)
+    lists = [(k, m) for k, m in model.named_modules() if isinstance(m, nn.ModuleList)]
+    fitting = ([pair for pair in lists if len(pair[1]) == count] for count in counts)
+    lists = next(filter(None, fitting), [])
+    if not lists:
+        raise ModuleNotLocatedError(
+            f"no list of {counts[0]} blocks in a model of type '{config.model_type}'; use IKE, "
+            "which needs none, or report the model type"
+        )
     if getattr(config, "is_encoder_decoder", False):
         # Encoder and decoder have equal blocks; the decoder's also attend to the encoder.
         lists = [pair for pair in lists if "decoder" in pair[0]] or lists
-    if not lists:
-        raise ModuleNotLocatedError(
-            f"no list of {count} blocks in a model of type '{config.model_type}'; use IKE, which "
-            "needs none, or report the model type"
-        )
+    if len(lists) > 1:  # towers of vision and audio may have as many blocks as the decoder
+        lists = _that_run(model, lists) or lists
     return max(lists, key=lambda pair: sum(p.numel() for p in pair[1].parameters()))
+
+
+def _that_run(
+    model: nn.Module, lists: list[tuple[str, nn.ModuleList]]
+) -> list[tuple[str, nn.ModuleList]]:
+    """Those of the lists whose modules are called when the model reads text."""
+    ran: set[int] = set()
+    handles = [
+        modules[0].register_forward_pre_hook(lambda m, a: ran.add(id(m))) for _, modules in lists
+    ]
+    with _removing(handles):
+        _run(model)
+    return [pair for pair in lists if id(pair[1][0]) in ran]
+
+
+@torch.no_grad()
+def _run(model: Any) -> None:
+    """Read a few tokens."""
+    device = next(model.parameters()).device
+    vocabulary = int(_text_config(model).vocab_size)
+    ids = torch.arange(1, _PROBE_TOKENS + 1, device=device)[None] % vocabulary
+    inputs = {"input_ids": ids}
+    if getattr(model.config, "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = ids
+    model(**inputs, use_cache=False)
+
+
+def _beside(down: str, order: list[str]) -> list[str]:
+    """The projections that run before one and have the same owner.
+
+    Where each has an owner of its own, as in BERT, those that have the owner of the one before.
+    """
+    ran = order[: order.index(down)]
+    owners = {key.rpartition(".")[0]: None for key in (*ran[-1:], down)}
+    shared = [[key for key in ran if key.rpartition(".")[0] == owner] for owner in owners]
+    return shared[-1] or shared[0]
 
 
 @contextmanager
@@ -150,6 +196,23 @@ class Layout:
         """
         return tuple(self.block(index) for index in range(len(self)))
 
+    @cached_property
+    def dense_blocks(self) -> tuple[Block, ...]:
+        """The blocks with a dense MLP: in a mixture of experts some of them, elsewhere all.
+
+        Raises:
+            ModuleNotLocatedError: No block has one.
+        """
+        found, refused = [], []
+        for index in range(len(self)):
+            try:
+                found.append(self.block(index))
+            except ModuleNotLocatedError as error:
+                refused.append(error)
+        if not found:
+            raise refused[0]
+        return tuple(found)
+
     def __len__(self) -> int:
         return len(self._found[1])
 
@@ -177,11 +240,11 @@ class Layout:
     @cached_property
     def is_gated(self) -> bool:
         """Whether the MLPs have more than one projection before the one that writes."""
-        return len(self.blocks[0].projections) > 2 or self._fused_gate
+        return len(self.dense_blocks[0].projections) > 2 or self._fused_gate
 
     @property
     def _fused_gate(self) -> bool:
-        names = self.blocks[0].projections
+        names = self.dense_blocks[0].projections
         if len(names) != 2:
             return False
         up, down = (self.model.get_submodule(name) for name in names)
@@ -194,12 +257,14 @@ class Layout:
         owner = self.model.get_submodule(block.name)
         plain = self._block_output(owner, down, None)
         generator = torch.Generator().manual_seed(0)
-        noise = torch.randn(plain.shape[-1], generator=generator) * plain.std().cpu()
+        noise = torch.randn(self.hidden_size, generator=generator) * plain.std().cpu()
         # Rounded as the model will round it, so that rounding does not look like a nonlinearity.
         noise = noise.to(plain.device, next(down.parameters()).dtype).double()
         # Of two sizes, since a norm passes on the direction of what outweighs its other input.
-        added = torch.stack([noise, 4 * noise])[:, None, None]  # [2, 1, 1, hidden]
-        moved = torch.stack([self._block_output(owner, down, x) - plain for x in added])
+        added = torch.stack([noise, 4 * noise])[:, None]  # [2, 1, hidden]
+        moved = torch.stack([self._block_output(owner, down, x[0]) - plain for x in added])
+        # [2, tokens, hidden]; a block with several residual streams gives each token several rows
+        moved = moved.reshape(2, -1, self.hidden_size)
         gain = (moved * added).sum() / added.expand_as(moved).square().sum()
         rest = (moved - gain * added).norm() / moved.norm()
         return WritePath(float(gain), float(rest))
@@ -234,30 +299,19 @@ class Layout:
 
     # ---- how it is done
 
-    def _inputs(self) -> dict[str, Tensor]:
-        device = next(self.model.parameters()).device
-        vocabulary = int(_text_config(self.model).vocab_size)
-        ids = torch.arange(1, _PROBE_TOKENS + 1, device=device)[None] % vocabulary
-        config: Any = self.model.config
-        if getattr(config, "is_encoder_decoder", False):
-            return {"input_ids": ids, "decoder_input_ids": ids}
-        return {"input_ids": ids}
-
-    @torch.no_grad()
-    def _run(self) -> None:
-        self.model(**self._inputs(), use_cache=False)
-
     def _describe(self, name: str, block: nn.Module) -> Block:
         matrices = {key: m for key, m in block.named_modules() if is_projection(m)}
         structure = tuple((key, type(m), projection_shape(m)) for key, m in matrices.items())
         if structure not in self._structures:
             self._structures[structure] = self._locate(name, block, matrices)
         down, inner = self._structures[structure]
-        owner = down.rpartition(".")[0]
+        # What all of the MLP lies in: in OPT and BERT that is only the block itself.
+        nested = zip(*(key.split(".")[:-1] for key in (*inner, down)), strict=False)
+        owner = ".".join(part for part, *_ in takewhile(lambda p: len({*p}) == 1, nested))
         return Block(
             name=name,
             down=f"{name}.{down}",
-            mlp=f"{name}.{owner}" if owner else f"{name}.{down}",
+            mlp=f"{name}.{owner or down}",
             projections=tuple(f"{name}.{key}" for key in (*inner, down)),
         )
 
@@ -266,20 +320,20 @@ class Layout:
     ) -> tuple[str, tuple[str, ...]]:
         """Names, inside the block, of its down projection and of the matrices before it."""
         seen = self._inputs_of(matrices)
+        shapes = {key: projection_shape(matrices[key]) for key in seen}
         hidden = self.hidden_size
-        for down in reversed(seen):
-            width, written = projection_shape(matrices[down])
-            ran = list(seen)[: list(seen).index(down)]
-            beside = [key for key in ran if key.rpartition(".")[0] == down.rpartition(".")[0]]
-            if written != hidden or not self._fed_by_token(down, beside, matrices, seen[down]):
-                continue
-            shapes = {key: projection_shape(matrices[key]) for key in beside}
+        writing = [key for key in reversed(seen) if shapes[key][1] == hidden]
+        for down in sorted(writing, key=lambda key: -shapes[key][0]):  # of equals the last to run
+            width = shapes[down][0]
+            beside = _beside(down, list(seen))
             inner = [k for k in beside if shapes[k] in ((hidden, width), (hidden, 2 * width))]
-            return down, tuple(inner)
+            if self._fed_by_token(down, beside, matrices, seen[down]):
+                return down, tuple(inner)
         raise ModuleNotLocatedError(
             f"block '{name}' of model type '{_text_config(self.model).model_type}' has no dense "
-            "MLP projection (a mixture of experts with fused weights has none), so methods that "
-            "edit one cannot be used on it; use a dense model, or IKE, which edits no weights"
+            "MLP projection that reads each token once (a mixture of experts with fused weights "
+            "and a state-space mixer have none), so methods that edit one cannot be used on it; "
+            "use a dense model, or IKE, which edits no weights"
         )
 
     def _inputs_of(
@@ -295,7 +349,8 @@ class Layout:
 
         def note(key: str) -> Any:
             def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-                seen[key] = args[0].detach().reshape(-1, args[0].shape[-1])
+                rows = args[0].detach().reshape(-1, args[0].shape[-1])
+                seen[key] = torch.cat([seen[key], rows]) if key in seen else rows
 
             return hook
 
@@ -309,18 +364,18 @@ class Layout:
         handles = [m.register_forward_pre_hook(note(key)) for key, m in matrices.items()]
         handles += [matrices[key].register_forward_hook(disturb) for key in change]
         with _removing(handles):
-            self._run()
+            _run(self.model)
         return seen
 
     def _fed_by_token(
         self, key: str, beside: list[str], matrices: dict[str, nn.Module], plain: Tensor
     ) -> bool:
         """Whether the matrices beside a projection feed it, each token from that token alone."""
-        if len(plain) != _PROBE_TOKENS or not beside:
+        if len(plain) != _PROBE_TOKENS:
             return False
         moved = self._inputs_of({k: matrices[k] for k in (*beside, key)}, change=beside)[key]
         moves = (moved - plain).float().norm(dim=1) > _MOVES * plain.float().norm(dim=1)
-        return bool(moves[0]) and not bool(moves[-1])
+        return bool(moves[0]) and not bool(moves[1:].any())
 
     def _block_output(self, block: nn.Module, down: nn.Module, add: Tensor | None) -> Tensor:
         seen: list[Tensor] = []
@@ -335,5 +390,5 @@ class Layout:
 
             handles.append(down.register_forward_hook(hook))
         with _removing(handles):
-            self._run()
+            _run(self.model)
         return seen[-1].double()

@@ -103,7 +103,7 @@ def estimate_from_few_samples(base: BaseModel, batch_size: int = 8) -> Path:
     """Collect statistics of all layers from the small packaged text and keep them."""
     from rich.progress import track
 
-    modules = [block.down for block in base.layout.blocks]
+    modules = [block.down for block in base.layout.dense_blocks]
     collector = KeyCollector(base, modules)
     texts = few_sample_texts()
     starts = range(0, len(texts), batch_size)

@@ -130,7 +130,7 @@ class LocateMethod(EditMethod):
 
     def on_fit_start(self) -> None:
         """Start collecting."""
-        modules = [block.down for block in self.base.layout.blocks]
+        modules = [block.down for block in self.base.layout.dense_blocks]
         self._collector = KeyCollector(self.base, modules, self.hparams["statistics_tokens"])
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
