@@ -125,6 +125,7 @@ class Texts(LightningDataModule):
             "data": str(source["sha256"] or source.get("hub")),
             "batch size": self.batch_size,
             "max_chars": self.max_chars,
+            "text_column": self.text_column,
             "limit": str(self.limit),
             "processes": world_size,
         }

@@ -39,7 +39,10 @@ class ROME(LocateMethod):
         stop_loss: The optimisation ends once the loss is below this.
         statistics: Where the statistics of keys come from: ``auto``, ``required`` or ``identity``.
         contexts: Number of texts put before the prompt while the value is optimised.
-        statistics_tokens: Longest text in tokens when ``fit`` collects statistics.
+        fit_length: Tokens after which ``fit`` cuts a text.
+        fit_tokens: Tokens after which ``fit`` stops; it reads all text if not given.
+        fit_error: Relative standard error of the statistics at which ``fit`` stops, once it has
+            read 10 tokens a dimension; it reads all text if not given.
         seed: Start of all random choices.
     """
 
@@ -60,10 +63,20 @@ class ROME(LocateMethod):
         stop_loss: float = 0.05,
         statistics: StatisticsMode = "auto",
         contexts: int = 20,
-        statistics_tokens: int = 512,
+        fit_length: int = 512,
+        fit_tokens: int | None = None,
+        fit_error: float | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(base_model, statistics, contexts, statistics_tokens, seed)
+        super().__init__(
+            base_model,
+            statistics,
+            contexts,
+            fit_length=fit_length,
+            fit_tokens=fit_tokens,
+            fit_error=fit_error,
+            seed=seed,
+        )
 
     def build(self) -> None:
         """Derive settings that follow the base model, and find the layer."""
