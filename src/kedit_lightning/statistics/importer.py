@@ -46,11 +46,16 @@ def import_second_moment(path: str | Path, base: BaseModel, module: str | None =
 
     Raises:
         DataFileError: The file is no such file, or does not fit the module.
-        UnsupportedUseError: It is not known which module it belongs to.
+        UnsupportedUseError: It is not known which module it belongs to, or it is another one.
     """
     path = Path(path).expanduser()
     named = _NAME.fullmatch(path.name)
-    module = module or (named["module"] if named else None)
+    if named and module not in (None, named["module"]):
+        raise UnsupportedUseError(
+            f"the name of '{path.name}' says that its keys belong to '{named['module']}', and "
+            f"'{module}' was asked for; leave the layer out, or rename the file"
+        )
+    module = named["module"] if named else module
     if module is None:
         raise UnsupportedUseError(
             f"the name of '{path.name}' does not say which module its keys belong to; name it "
@@ -69,9 +74,8 @@ def import_second_moment(path: str | Path, base: BaseModel, module: str | None =
             f"'{module}' of base model '{base.name}' have width {width}; name the model and layer "
             "it was made with"
         )
-    if count < 1 or not torch.allclose(
-        total, total.T, rtol=1e-3, atol=1e-3 * float(total.abs().max())
-    ):
+    finite = bool(torch.isfinite(total).all())
+    if not finite or count < 1 or not _is_symmetric(total):
         raise DataFileError(
             f"'{path}' holds no second moment: it is not symmetric, not finite, or counts no keys "
             f"(count {count}); fetch the file again"
@@ -102,6 +106,11 @@ def _load(path: Path) -> tuple[Tensor, int]:
             f"'{path}' holds no second moment in the format of the ROME code "
             f"({str(error) or type(error).__name__}); give a file with mom2.mom2 and mom2.count"
         ) from error
+
+
+def _is_symmetric(matrix: Tensor) -> bool:
+    """Up to the rounding of float32 sums."""
+    return bool((matrix - matrix.T).abs().max() <= 1e-3 * matrix.abs().max())
 
 
 def _array(arrays: Mapping[str, Any], name: str) -> Any:

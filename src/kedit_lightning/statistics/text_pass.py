@@ -22,9 +22,15 @@ from kedit_lightning.statistics.collect import KeyCollector
 from kedit_lightning.statistics.store import FORMAT_VERSION, Provenance, statistics_dir
 from kedit_lightning.statistics.sums import hash_texts, no_texts
 
-#: Seconds between two writes of a partial file; more where a write takes more than a twentieth.
-SAVE_SECONDS = 60.0
 _HEADER = "kedit_partial_statistics"
+
+
+def pause_after(took: float) -> float:
+    """Seconds from one write of a partial file to the next, after one that took some seconds.
+
+    Writing takes a twentieth of the time at most.
+    """
+    return max(60.0, 20 * took)
 
 
 class TextPass:
@@ -60,7 +66,7 @@ class TextPass:
         self._seen = self._passed = 0
         self._passed_hash = no_texts()
         self._whole = True
-        self._saved_at, self._pause = time.monotonic(), SAVE_SECONDS
+        self._saved_at, self._pause = time.monotonic(), pause_after(0.0)
 
     def read(self, number: int, texts: Sequence[str]) -> None:
         """Take in a batch, or pass it over if an interrupted pass has read it.
@@ -130,7 +136,7 @@ class TextPass:
         header = json.dumps({"key": self._key, "batches": self.batches})
         write_atomically(self.path, save(tensors, metadata={_HEADER: header}))
         self._saved_at = time.monotonic()
-        self._pause = max(SAVE_SECONDS, 20 * (self._saved_at - started))
+        self._pause = pause_after(self._saved_at - started)
 
     def discard(self) -> None:
         """Remove the partial file."""
