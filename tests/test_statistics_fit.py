@@ -225,14 +225,16 @@ trainer = EditTrainer(
     accelerator="cpu", devices=ranks, strategy="ddp" if ranks > 1 else "auto",
     enable_progress_bar=False, enable_model_summary=False, default_root_dir=path.parent,
 )
-trainer.fit(ROME(tiny_base("llama")), Texts(path, batch_size=2))
+trainer.fit(ROME(tiny_base("llama"), fit_tokens={tokens}), Texts(path, batch_size=2))
 """
 
 
-def start(folder: Path, path: Path, cache: Path, ranks: int = 1) -> subprocess.Popen[str]:
+def start(
+    folder: Path, path: Path, cache: Path, ranks: int = 1, tokens: int | None = None
+) -> subprocess.Popen[str]:
     script = folder / f"script-{ranks}.py"
     tests = str(Path(__file__).parent)
-    script.write_text(SCRIPT.format(tests=tests, path=str(path), ranks=ranks))
+    script.write_text(SCRIPT.format(tests=tests, path=str(path), ranks=ranks, tokens=tokens))
     environment = {**os.environ, "KEDIT_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, str(script)], env=environment, stderr=subprocess.PIPE, text=True
@@ -275,10 +277,19 @@ def test_two_processes_collect_what_one_does(tmp_path: Path, unbroken: Any) -> N
     path = corpus(tmp_path, count=13)
     found = []
     for ranks in (1, 2):
-        process = start(tmp_path, path, tmp_path / f"cache-{ranks}", ranks)
-        _, said = process.communicate(timeout=250)
-        assert process.returncode == 0, said
+        finish(start(tmp_path, path, tmp_path / f"cache-{ranks}", ranks))
         found.append(moments(tmp_path / f"cache-{ranks}"))
         assert not list((tmp_path / f"cache-{ranks}/statistics/partial").glob("*.safetensors"))
     assert_same(found[1], found[0])
     assert found[0][2]["counts"] != unbroken[2]["counts"]
+    finish(start(tmp_path, path, tmp_path / "cache-few", 2, tokens=100))
+    few = moments(tmp_path / "cache-few")
+    assert 100 <= min(few[2]["counts"].values()) < min(found[0][2]["counts"].values())
+
+
+def finish(process: subprocess.Popen[str]) -> None:
+    try:
+        _, said = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 0, said

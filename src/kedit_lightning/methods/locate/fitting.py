@@ -45,8 +45,12 @@ class StatisticsFit(EditMethod):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
         """End the pass once it has read enough."""
+        if self.hparams["fit_tokens"] is None and self.hparams["fit_error"] is None:
+            return None
         reading = self._reading
-        return -1 if reading.is_new(batch_idx) and self._is_enough(reading.collector) else None
+        enough = reading.is_new(batch_idx) and self._is_enough(reading.collector)
+        # Together, as Lightning's processes wait for each other at every batch.
+        return -1 if self.trainer.strategy.reduce_boolean_decision(enough) else None
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """Add the keys of a batch of texts."""
