@@ -86,7 +86,7 @@ def test_ranks_share_the_texts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world_size: int
 ) -> None:
     (tmp_path / "c.jsonl").write_text("".join(f'{{"text": "t{i}"}}\n' for i in range(11)))
-    seen = []
+    seen, lengths = [], set()
     for rank in range(world_size):
         monkeypatch.setattr(
             kedit_lightning.data.texts, "process_rank", lambda rank=rank: (rank, world_size)
@@ -94,8 +94,11 @@ def test_ranks_share_the_texts(
         loader = Texts(path=tmp_path, batch_size=2).train_dataloader()
         batches = list(loader)
         assert len(batches) == len(loader)
+        lengths.add(len(batches))
         seen += [text for batch in batches for text in batch.texts]
     assert sorted(seen) == sorted(f"t{i}" for i in range(11))
+    # unequal numbers would leave a process waiting for the others for ever
+    assert lengths == {-(-6 // world_size)}
 
 
 class Hub:

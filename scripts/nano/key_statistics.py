@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from corpus import FactBook, plain_sentences
@@ -63,8 +64,10 @@ def main() -> None:
             found = find_statistics(base, block.down)
             assert found is not None
             moments[block.down] = found.moment
-        prints = [BaseModel.load("nano", dtype=dtype).fingerprint for dtype in DTYPES]
-        write_statistics(target, moments, found.corpus, prints)
+        prints = tuple(BaseModel.load("nano", dtype=dtype).fingerprint for dtype in DTYPES)
+        source = "training text of nano"
+        provenance = replace(found.provenance, fingerprints=prints, source=source)
+        write_statistics(target, moments, provenance)
     print(f"{target}: {target.stat().st_size / 2**20:.1f} MB, {found.moment.count:,} tokens")
 
 

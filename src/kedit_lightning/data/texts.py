@@ -114,29 +114,38 @@ class Texts(LightningDataModule):
         return islice(source, self.limit)
 
     def train_dataloader(self) -> BatchLoader[TextBatch]:
-        """Batches in the order of the source; with several processes each takes its turn."""
+        """Batches in the order of the source; with several processes each takes its turn.
+
+        All get equally many, since Lightning's processes wait for each other at every batch: where
+        the last round does not go round, the rest get a batch without texts.
+        """
         source = self.source
         rank, world_size = process_rank()
         length = None
         if source["records"] is not None:
             batches = -(-source["records"] // self.batch_size)
-            length = len(range(rank, batches, world_size))
+            length = -(-batches // world_size)
         identity: dict[str, int | str] = {
             "data": str(source["sha256"] or source.get("hub")),
             "batch size": self.batch_size,
             "max_chars": self.max_chars,
+            "text_column": self.text_column,
             "limit": str(self.limit),
             "processes": world_size,
         }
         # Lightning's loops fetch one batch ahead where the length is not known.
         ahead = int(length is None and self.trainer is not None)
-        return BatchLoader(
-            lambda epoch: islice(self._batches(), rank, None, world_size), length, identity, ahead
-        )
+        return BatchLoader(lambda epoch: self._share(rank, world_size), length, identity, ahead)
 
     def val_dataloader(self) -> NoLoaders:
         """Nothing: text has no requests to validate with, and Lightning is told so."""
         return NoLoaders()
+
+    def _share(self, rank: int, world_size: int) -> Iterator[TextBatch]:
+        """One batch of each round, for one process."""
+        batches = self._batches()
+        while turn := list(islice(batches, world_size)):
+            yield turn[rank] if rank < len(turn) else TextBatch([])
 
     def _batches(self) -> Iterator[TextBatch]:
         stream = self.texts()

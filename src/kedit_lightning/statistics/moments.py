@@ -15,34 +15,18 @@ _FIRST_RIDGE = 1e-6
 
 @dataclass(frozen=True)
 class SecondMoment:
-    """Sum of ``k kᵀ`` over the keys seen so far.
+    """What is known of ``E[k kᵀ]`` from the keys that were seen.
 
     Args:
-        total: Shape ``[d_in, d_in]``, float64.
+        mean: ``C``, the mean of ``k kᵀ``. Shape ``[d_in, d_in]``, float64.
         count: Number of keys (tokens).
+        error: One standard error of ``C``, relative to it, both in the Frobenius norm; ``None``
+            where it is not known.
     """
 
-    total: Tensor
+    mean: Tensor
     count: int
-
-    @classmethod
-    def empty(cls, width: int, device: torch.device | str = "cpu") -> SecondMoment:
-        """Nothing seen yet."""
-        return cls(torch.zeros(width, width, dtype=torch.float64, device=device), 0)
-
-    def updated(self, keys: Tensor) -> SecondMoment:
-        """Add keys of shape ``[n, d_in]``."""
-        keys = keys.to(self.total)
-        return SecondMoment(self.total + keys.T @ keys, self.count + len(keys))
-
-    def merged(self, other: SecondMoment) -> SecondMoment:
-        """Add what another pass has seen."""
-        return SecondMoment(self.total + other.total.to(self.total), self.count + other.count)
-
-    @property
-    def mean(self) -> Tensor:
-        """``C = E[k kᵀ]``. Shape ``[d_in, d_in]``, float64."""
-        return self.total / max(1, self.count)
+    error: float | None = None
 
 
 def shrunk(moment: SecondMoment) -> Tensor:

@@ -77,6 +77,11 @@ class AlphaEdit(ClosedForm):
             cost = self.hparams["size_cost"] * scale
         return null_space_prior(basis.to(self.base.device), cost)
 
+    def forget_statistics(self) -> None:
+        """Drop what comes from statistics that are replaced now."""
+        super().forget_statistics()
+        self._avoided.clear()
+
     def _null_space(self, module: str) -> tuple[Tensor, float]:
         """What a change must avoid, and the mean squared norm of typical keys outside of it."""
         if module not in self._avoided:

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from kedit_lightning.base_models import BaseModel, BaseModelSpec
-from kedit_lightning.data.texts import TextBatch
 from kedit_lightning.edits.modules import projection_shape
-from kedit_lightning.errors import StatisticsNotFoundError, UnsupportedUseError
-from kedit_lightning.methods.base import EditMethod
+from kedit_lightning.errors import StatisticsNotFoundError
 from kedit_lightning.methods.locate.contexts import sample_contexts
+from kedit_lightning.methods.locate.fitting import StatisticsFit
 from kedit_lightning.statistics import (
-    KeyCollector,
     estimate_from_few_samples,
     factorise,
     find_statistics,
-    save_to_cache,
     shrunk,
 )
 
@@ -32,27 +29,32 @@ StatisticsMode: TypeAlias = Literal["auto", "required", "identity"]
 _KEPT_FACTORS = 32 << 20
 
 
-class LocateMethod(EditMethod):
+class LocateMethod(StatisticsFit):
     """Base of methods that solve for the weights of a located layer.
 
     Args:
         base_model: The model to edit: an object, a specification, or a name.
         statistics: Where the statistics of keys come from: ``auto``, ``required`` or ``identity``.
         contexts: Number of texts put before each prompt while its value is optimised.
-        statistics_tokens: Longest text in tokens when ``fit`` collects statistics.
+        fit_length: Tokens after which ``fit`` cuts a text.
+        fit_tokens: Tokens after which ``fit`` stops; it reads all text if not given.
+        fit_error: Relative standard error of the statistics at which ``fit`` stops, once it has
+            read 10 tokens a dimension; it reads all text if not given.
         seed: Start of all random choices.
     """
 
     #: Lengths in tokens of the texts put before prompts; each makes an equal part of them.
     context_lengths: ClassVar[tuple[int, ...]] = (10,)
-    learns = "second moments of the keys of every layer, from plain text"
 
     def __init__(
         self,
         base_model: BaseModel | BaseModelSpec | str = "nano",
         statistics: StatisticsMode = "auto",
         contexts: int = 20,
-        statistics_tokens: int = 512,
+        *,
+        fit_length: int = 512,
+        fit_tokens: int | None = None,
+        fit_error: float | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__(base_model, seed)
@@ -61,7 +63,6 @@ class LocateMethod(EditMethod):
         self._context_texts: tuple[str, ...] | None = None
         self._factors: dict[tuple[str, float], Tensor] = {}
         self._statistics_note = ""
-        self._collector: KeyCollector | None = None
 
     # ---- contexts
 
@@ -116,51 +117,16 @@ class LocateMethod(EditMethod):
             estimate_from_few_samples(self.base)
             found = find_statistics(self.base, module)
             assert found is not None
+        self._statistics_note = found.note
         if found.is_few_sample:
             warnings.warn(
-                f"key statistics of '{self.base.name}' are estimated from {found.moment.count} "
-                "tokens of a small packaged text; collect better ones once with `kedit fit "
-                f"--model {type(self).__name__} --data Texts --data.path FOLDER`",
+                f"key statistics of '{self.base.name}' are estimated from a small packaged text: "
+                f"{found.note}; collect better ones once with `kedit fit --model "
+                f"{type(self).__name__} --data Texts --data.path FOLDER`",
                 stacklevel=4,
             )
-        self._statistics_note = f"{found.corpus} ({found.moment.count} tokens)"
         return shrunk(found.moment) if found.is_few_sample else found.moment.mean
 
-    # ---- fit: one pass over text, for all layers
-
-    def on_fit_start(self) -> None:
-        """Start collecting."""
-        modules = [block.down for block in self.base.layout.dense_blocks]
-        self._collector = KeyCollector(self.base, modules, self.hparams["statistics_tokens"])
-
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        """Add the keys of a batch of texts."""
-        if not isinstance(batch, TextBatch):
-            raise UnsupportedUseError(
-                f"{type(self).__name__} is fitted on plain text; use --data Texts "
-                "--data.path FOLDER"
-            )
-        assert self._collector is not None
-        self._collector.read(batch.texts)
-
-    def on_train_epoch_end(self) -> None:
-        """Keep what was collected; one pass is all there is to do."""
-        assert self._collector is not None
-        self._merge_ranks(self._collector)
-        if self.trainer.is_global_zero:
-            source = getattr(self.trainer, "datamodule").source  # noqa: B009
-            corpus = source.get("sha256") or source.get("hub") or "text"
-            path = save_to_cache(self.base, self._collector, str(corpus))
-            self.print(f"key statistics of {self._collector.tokens} tokens are in {path}")
+    def forget_statistics(self) -> None:
+        """Drop the factors: they come from statistics that are replaced now."""
         self._factors.clear()
-        self.trainer.should_stop = True
-
-    def _merge_ranks(self, collector: KeyCollector) -> None:
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return
-        for name, moment in collector.moments.items():
-            count = torch.tensor(float(moment.count), dtype=torch.float64)
-            total = moment.total.clone()
-            torch.distributed.all_reduce(total)
-            torch.distributed.all_reduce(count)
-            collector.moments[name] = type(moment)(total, int(count))

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from types import MappingProxyType
-from typing import ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from kedit_lightning.edits.modules import compute_dtype
 from kedit_lightning.methods.base import Capabilities
 from kedit_lightning.methods.locate import post
 from kedit_lightning.methods.locate.alignment import Alignment
-from kedit_lightning.methods.locate.base import LocateMethod, StatisticsMode
+from kedit_lightning.methods.locate.base import LocateMethod
 from kedit_lightning.methods.locate.presets import (
     LocateSettings,
     ModelKey,
@@ -81,10 +81,8 @@ class ClosedForm(LocateMethod):
         keep_share: Keep this share of the entries, those that change most (RECT).
         restrain: Compress singular values above the largest of the weight (PRUNE).
         off_main: Take the change off the main directions of the weight, 1 for wholly (SPHERE).
-        statistics: Where the statistics of keys come from: ``auto``, ``required`` or ``identity``.
         contexts: Number of texts put before each prompt.
-        statistics_tokens: Longest text in tokens when ``fit`` collects statistics.
-        seed: Start of all random choices.
+        **settings: Those of the statistics of keys, and the seed.
     """
 
     needs = frozenset({"subject"})
@@ -119,12 +117,10 @@ class ClosedForm(LocateMethod):
         keep_share: float | None = None,
         restrain: bool = False,
         off_main: float = 0.0,
-        statistics: StatisticsMode = "auto",
         contexts: int = 5,
-        statistics_tokens: int = 512,
-        seed: int = 0,
+        **settings: Any,
     ) -> None:
-        super().__init__(base_model, statistics, contexts, statistics_tokens, seed)
+        super().__init__(base_model, contexts=contexts, **settings)
 
     # ---- settings
 

@@ -1,0 +1,157 @@
+"""A pass over text that survives being interrupted.
+
+What was summed lies in a partial file of the cache, with how far it got.  A later pass over the
+same text, with the same base model and settings, starts from there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from kedit_lightning.edits.files import write_atomically
+from kedit_lightning.errors import ResumeError
+from kedit_lightning.statistics.collect import KeyCollector
+from kedit_lightning.statistics.store import FORMAT_VERSION, Provenance, statistics_dir
+from kedit_lightning.statistics.sums import hash_texts, no_texts
+
+_HEADER = "kedit_partial_statistics"
+
+
+def pause_after(took: float) -> float:
+    """Seconds from one write of a partial file to the next, after one that took some seconds.
+
+    Writing takes a twentieth of the time at most.
+    """
+    return max(60.0, 20 * took)
+
+
+class TextPass:
+    """Reads batches of text once each, those of an interrupted pass included.
+
+    Args:
+        collector: What collects; it is filled from the partial file, if there is one.
+        identity: What fixes text and order of the batches (file hash, batch size, processes, ...).
+        rank: Number of this process.
+    """
+
+    def __init__(self, collector: KeyCollector, identity: Mapping[str, Any], rank: int = 0) -> None:
+        self.collector = collector
+        made = Provenance.of(collector.base, "", "", collector.max_tokens)
+        key = {
+            "format_version": FORMAT_VERSION,
+            "fingerprint": made.fingerprints[0],
+            "tokenizer": made.tokenizer,
+            "dtype": made.dtype,
+            "max_tokens": made.max_tokens,
+            "modules": list(collector.modules),
+            "identity": {name: str(value) for name, value in sorted(identity.items())},
+            "rank": rank,
+        }
+        self._key = json.dumps(key, sort_keys=True)
+        name = hashlib.sha256(self._key.encode()).hexdigest()[:24]
+        self.path = statistics_dir() / "partial" / f"{name}.safetensors"
+        #: Batches whose keys are in the sums.
+        self.batches = 0
+        self._load()
+        self._done_before = self.batches
+        #: Batches seen, and those passed over from the first one on, with the hash of their texts.
+        self._seen = self._passed = 0
+        self._passed_hash = no_texts()
+        self._whole = True
+        self._saved_at, self._pause = time.monotonic(), pause_after(0.0)
+
+    def read(self, number: int, texts: Sequence[str]) -> None:
+        """Take in a batch, or pass it over if an interrupted pass has read it.
+
+        Args:
+            number: Its number in the pass, from 0 on.
+            texts: Its texts.
+
+        Raises:
+            ResumeError: Batches between are missing, or the texts passed over are not those that
+                the interrupted pass has read.
+        """
+        self._seen = number + 1
+        if number < self._done_before:
+            self._pass_over(number, texts)
+            return
+        if number != self.batches:
+            raise ResumeError(
+                f"the checkpoint goes on with batch {number} of the text, and the cache holds the "
+                f"sums of the first {self.batches} only (looked for {self.path}); run the same "
+                "command without --ckpt_path, which continues from what the cache holds"
+            )
+        self._whole = False
+        self.collector.read(texts)
+        self.batches, self._whole = number + 1, True
+        if time.monotonic() - self._saved_at >= self._pause:
+            self.save()
+
+    def _pass_over(self, number: int, texts: Sequence[str]) -> None:
+        if number != self._passed:
+            return  # a checkpoint has put us in the middle: there is nothing to compare
+        self._passed_hash += hash_texts([text for text in texts if text.strip()])
+        self._passed += 1
+        same = torch.equal(self._passed_hash, self.collector.state()["hash"])
+        if self._passed == self._done_before and not same:
+            self._refuse_changed_text()
+
+    def is_new(self, number: int) -> bool:
+        """Whether a batch is one that no interrupted pass has read."""
+        return number >= self._done_before
+
+    def check_complete(self) -> None:
+        """Make sure that the text was not shorter than what an interrupted pass has read of it.
+
+        Raises:
+            ResumeError: It was.
+        """
+        if self._seen < self._done_before:
+            self._refuse_changed_text()
+
+    def _refuse_changed_text(self) -> None:
+        self.discard()
+        raise ResumeError(
+            f"the text has changed since an interrupted fit read its first {self._done_before} "
+            "batches; what that fit had summed is removed now, so run the command again"
+        )
+
+    # ---- the partial file
+
+    def save(self) -> None:
+        """Write the sums and how far they go; does nothing in the middle of a batch."""
+        if not (self._whole and self.batches):
+            return
+        started = time.monotonic()
+        # Cloned, since safetensors refuses tensors that share memory.
+        tensors = {name: tensor.cpu().clone() for name, tensor in self.collector.state().items()}
+        header = json.dumps({"key": self._key, "batches": self.batches})
+        write_atomically(self.path, save(tensors, metadata={_HEADER: header}))
+        self._saved_at = time.monotonic()
+        self._pause = pause_after(self._saved_at - started)
+
+    def discard(self) -> None:
+        """Remove the partial file."""
+        self.path.unlink(missing_ok=True)
+
+    def _load(self) -> None:
+        if not self.path.is_file():
+            return
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                header = json.loads((file.metadata() or {})[_HEADER])
+                if header["key"] != self._key:
+                    return
+                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, KeyError, ValueError):
+            return  # no whole file of ours: start over, and overwrite it
+        self.collector.load_state(state)
+        self.batches = int(header["batches"])
