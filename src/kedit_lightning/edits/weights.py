@@ -138,8 +138,7 @@ class DenseEdit(Edit):
     ) -> None:
         super().__init__(base, origin)
         self.changes = {
-            name: tuple(None if part is None else part.detach() for part in change)
-            for name, change in changes.items()
+            name: (_detached(delta), _detached(bias)) for name, (delta, bias) in changes.items()
         }
         for name, change in self.changes.items():
             module = check_editable(base.model, name)
@@ -196,3 +195,7 @@ class DenseEdit(Edit):
         names = sorted({name.rpartition(".")[0] for name in tensors})
         changes = {n: (tensors.get(f"{n}.delta"), tensors.get(f"{n}.bias")) for n in names}
         return cls(base, changes, origin)
+
+
+def _detached(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach()

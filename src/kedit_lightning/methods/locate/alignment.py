@@ -47,11 +47,13 @@ class Alignment:
     def start(self, initial: Tensor) -> Tensor:
         """First changes, ``[n, sites, d_out]``: the direction of ``z``, as long as the key."""
         size = self._own(len(initial)).to(initial).norm(dim=1)
-        return initial * (size[:, None] / initial.norm(dim=2).clamp(min=1e-30))[..., None]
+        started: Tensor = initial * (size[:, None] / initial.norm(dim=2).clamp(min=1e-30))[..., None]
+        return started
 
     def radius(self, size: Tensor) -> Tensor:
         """Largest norms, ``[n, sites]``."""
-        return self.clamp * self._own(len(size)).to(size).norm(dim=1)[:, None].expand_as(size)
+        norms: Tensor = self._own(len(size)).to(size).norm(dim=1)
+        return self.clamp * norms[:, None].expand_as(size)
 
     def penalty(self, delta: Tensor) -> Tensor:
         """Loss of each request, ``[n]`` from ``[n, d_out]``; the other requests' part is fixed."""

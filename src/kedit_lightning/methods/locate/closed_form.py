@@ -7,7 +7,7 @@ is spread over layers, and which keys count.  One walk over the layers does the 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from types import MappingProxyType
@@ -45,7 +45,7 @@ from kedit_lightning.requests import EditRequest
 Targets: TypeAlias = Literal["last", "own", "forward"]
 
 #: Share of what is still missing that a layer takes, given how many layers are left.
-SPREADS = {
+SPREADS: Mapping[str, Callable[[int], float]] = {
     "linear": lambda left: 1 / left,
     "square_root": lambda left: 1 / math.sqrt(left),
 }
@@ -256,7 +256,7 @@ class ClosedForm(LocateMethod):
     def _share(self, number: int) -> float:
         if self.hparams["targets"] != "last":
             return 1.0
-        return float(SPREADS[self.spread](len(self.layers) - number))
+        return SPREADS[self.spread](len(self.layers) - number)
 
     def _whole_prior(self, layer: int) -> Prior:
         prior, module = self.prior(layer), self.base.layout.block(layer).down
@@ -356,7 +356,8 @@ class ClosedForm(LocateMethod):
     ) -> Edit:
         """The changes of all layers as one edit."""
         origin = self.origin(requests, statistics=self.statistics_note, layers=list(self.edited))
-        factors, dense = {}, {}
+        factors: dict[str, tuple[Tensor, Tensor]] = {}
+        dense: dict[str, tuple[Tensor | None, Tensor | None]] = {}
         for change in changes:
             if isinstance(change, LowRankEdit):
                 factors |= change.factors

@@ -67,7 +67,8 @@ def off_main_directions(a: Tensor, weight: Tensor, strength: float, energy: floa
     values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
     count = int((values.cumsum(0) < energy * values.sum()).sum()) + 1
     basis = rows.T @ vectors[:, :count] / values[:count].sqrt()
-    return a - strength * (a @ basis.to(a)) @ basis.to(a).T
+    left: Tensor = a - strength * (a @ basis.to(a)) @ basis.to(a).T
+    return left
 
 
 def weight_of(base: BaseModel, module: str, edited: bool) -> Tensor:
