@@ -87,6 +87,13 @@ def low_rank(base: BaseModel, layer: int = 1, seed: int = 0, **origin: Any) -> L
     return LowRankEdit(base, pairs, origin_of(base, **origin))
 
 
+def remembering(base: BaseModel, layer: int = 1, seed: int = 0, **origin: Any) -> LowRankEdit:
+    """A low-rank edit with a memory for later edits; one name ends as those of factors do."""
+    edit = low_rank(base, layer, seed, **origin)
+    memory = {"keys.A": random(5, 3, like=base.dtype, seed=seed), "count": torch.tensor([7 + seed])}
+    return LowRankEdit(base, edit.factors, edit.origin, memory)
+
+
 def adapter(base: BaseModel) -> AdapterEdit:
     """An adapter of all matrices of one MLP."""
     names = base.layout.block(0).projections
@@ -143,12 +150,13 @@ def bonus(base: BaseModel) -> BonusEdit:
 
 def composite(base: BaseModel) -> CompositeEdit:
     """Edits of four kinds in one."""
-    members = [low_rank(base), dense(base, 0), prompt_edit(base), bonus(base)]
+    members = [remembering(base), dense(base, 0), prompt_edit(base), bonus(base)]
     return CompositeEdit(base, members, origin_of(base))
 
 
 KINDS: dict[str, Callable[[BaseModel], Edit]] = {
     "low_rank": low_rank,
+    "remembering": remembering,
     "dense": dense,
     "adapter": adapter,
     "codebook": codebook,
@@ -157,7 +165,7 @@ KINDS: dict[str, Callable[[BaseModel], Edit]] = {
     "composite": composite,
 }
 #: Kinds that change weights, and so have deltas.
-WEIGHT_KINDS = ("low_rank", "dense", "adapter")
+WEIGHT_KINDS = ("low_rank", "remembering", "dense", "adapter")
 
 
 @torch.no_grad()

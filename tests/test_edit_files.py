@@ -39,6 +39,16 @@ def test_a_saved_edit_comes_back_with_its_id_and_its_logits(kind, dtype, tmp_pat
         assert torch.equal(answers(fresh), edited)
 
 
+def test_a_memory_survives_also_inside_a_composite(tmp_path):
+    base = tiny_base("llama")
+    for edit in (edit_kinds.remembering(base), edit_kinds.composite(base)):
+        loaded = Edit.load(edit.save(tmp_path / edit.kind), base).parts()[0]
+        memory = edit.parts()[0].memory
+        assert loaded.memory.keys() == memory.keys() == {"keys.A", "count"}
+        assert all(torch.equal(loaded.memory[name], held) for name, held in memory.items())
+        assert loaded.requires_its_stack
+
+
 def test_the_origin_survives(tmp_path):
     base = tiny_base("llama")
     requests = (*REQUESTS, EditRequest("Wo liegt Łódź? In", "Polen", id="ł"))

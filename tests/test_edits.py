@@ -7,7 +7,7 @@ import warnings
 import edit_kinds
 import pytest
 import torch
-from edit_kinds import ANSWERS, KINDS, PROMPTS, answers, origin_of, raw_logits
+from edit_kinds import ANSWERS, KINDS, PROMPTS, WEIGHT_KINDS, answers, raw_logits
 from support import FAMILIES, tiny_base
 
 from kedit_lightning.base_models.taps import capture
@@ -19,6 +19,7 @@ from kedit_lightning.edits import (
     LowRankEdit,
     PromptEdit,
     PromptEntry,
+    memories,
 )
 from kedit_lightning.edits.memory import CodebookEntry
 from kedit_lightning.edits.modules import projection_shape
@@ -30,13 +31,6 @@ from kedit_lightning.errors import (
 )
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
-
-
-class ChainEdit(LowRankEdit):
-    """An edit that only makes sense on the edits it was computed on."""
-
-    kind = "chain"
-    requires_its_stack = True
 
 
 # ---- apply and roll back
@@ -92,7 +86,7 @@ def test_acts_on_direct_calls_and_leaves_weights_alone(kind):
     raw = raw_logits(base.model)
     with KINDS[kind](base):
         # Prompt and decoding edits act where the base model builds rows and decodes.
-        acts = kind in ("low_rank", "dense", "adapter", "composite")
+        acts = kind in (*WEIGHT_KINDS, "composite")
         assert torch.equal(raw_logits(base.model), raw) != acts
         for name, tensor in base.model.state_dict().items():
             assert torch.equal(tensor, weights[name])
@@ -247,17 +241,67 @@ def test_edits_made_by_hand_belong_to_no_stack():
 def test_an_edit_that_depends_on_its_stack_refuses_another_and_says_what_to_replay(inside):
     base = tiny_base("llama")
     below = edit_kinds.dense(base)
-    name = base.layout.block(1).down
-    origin = origin_of(base, method="AlphaEdit", stack=(below.id,))
-    edit = ChainEdit(base, {name: edit_kinds.factors(base, name)}, origin)
+    edit = edit_kinds.remembering(base, method="AlphaEdit", stack=(below.id,))
     if inside:
-        edit = CompositeEdit(base, [edit], origin)
+        edit = CompositeEdit(base, [edit], edit.origin)
     before = answers(base)
     with pytest.raises(EditOrderError, match=rf"AlphaEdit depends on .*{below.id}.*holds no edits"):
         edit.apply()
     assert torch.equal(answers(base), before)
     with below, edit:
         assert base.edits.ids == (below.id, edit.id)
+
+
+# ---- what edits remember for later ones
+
+
+def test_a_memory_changes_nothing_but_the_name_and_the_size():
+    base = tiny_base("llama")
+    plain, edit = edit_kinds.low_rank(base), edit_kinds.remembering(base)
+    with plain:
+        edited = answers(base)
+    with edit:
+        assert torch.equal(answers(base), edited)
+    assert edit.nbytes == plain.nbytes + 15 * 8 + 8
+    other = LowRankEdit(base, edit.factors, edit.origin, {**edit.memory, "count": torch.ones(1)})
+    assert len({plain.id, edit.id, other.id}) == 3
+    assert edit.deltas().keys() == plain.deltas().keys()
+
+
+def test_memories_are_those_of_the_methods_edits_on_the_stack_in_order():
+    base = tiny_base("llama")
+
+    def counts():
+        return [int(held["count"]) for held in memories(base, "AlphaEdit")]
+
+    def put(seed, method="AlphaEdit", make=edit_kinds.remembering):
+        return make(base, seed=seed, method=method, stack=base.edits.ids)
+
+    assert counts() == []
+    with base.edits.restored():
+        put(0, "UltraEdit").apply()
+        put(2).apply()
+        put(3, make=edit_kinds.low_rank).apply()
+        member = put(0)
+        inside = CompositeEdit(base, [member, edit_kinds.dense(base)], member.origin).apply()
+        put(1).apply()
+        assert counts() == [9, 7, 8]
+        inside.rollback()
+        assert counts() == [9, 8]
+
+
+def test_an_earlier_edit_may_leave_and_the_later_one_then_stands_alone():
+    base = tiny_base("llama")
+    first = edit_kinds.remembering(base, method="AlphaEdit")
+    second = edit_kinds.remembering(base, seed=1, method="AlphaEdit", stack=(first.id,))
+    with pytest.raises(EditOrderError, match=f"{first.id}.*holds no edits"):
+        second.apply()
+    with first.apply(), second:
+        first.rollback()
+        assert [int(m["count"]) for m in memories(base, "AlphaEdit")] == [8]
+        second.rollback()
+        with pytest.raises(EditOrderError, match="or compute the edit again"):
+            second.apply()
 
 
 # ---- what is refused
@@ -301,6 +345,8 @@ def test_numbers_that_are_not_finite_are_refused_with_layer_and_quantity(value):
     bad[0, 3] = value
     with pytest.raises(NonFiniteError, match=f"low-rank update of layer '{name}' has 1 of"):
         LowRankEdit(base, {name: (bad, b)})
+    with pytest.raises(NonFiniteError, match="memory of layer 'keys'"):
+        LowRankEdit(base, {name: (a, b)}, memory={"keys": bad})
     delta, bias = torch.zeros(d_out, d_in), torch.zeros(d_out)
     delta[0, 0], bias[1] = value, value
     with pytest.raises(NonFiniteError, match=f"dense update of layer '{name}'"):

@@ -6,7 +6,7 @@ from kedit_lightning.edits.decoding import DecodingEdit
 from kedit_lightning.edits.memory import CodebookEdit, MemoryEdit
 from kedit_lightning.edits.prompt import PromptEdit, PromptEntry
 from kedit_lightning.edits.stack import EditStack
-from kedit_lightning.edits.weights import AdapterEdit, DenseEdit, LowRankEdit
+from kedit_lightning.edits.weights import AdapterEdit, DenseEdit, LowRankEdit, memories
 
 __all__ = [
     "AdapterEdit",
@@ -21,4 +21,5 @@ __all__ = [
     "MemoryEdit",
     "PromptEdit",
     "PromptEntry",
+    "memories",
 ]

@@ -99,8 +99,6 @@ class Edit(ABC):
     """
 
     kind: ClassVar[str]
-    #: Whether the edit only makes sense on the stack it was computed on.
-    requires_its_stack: ClassVar[bool] = False
     _kinds: ClassVar[dict[str, type[Edit]]] = {}
 
     def __init__(self, base: EditableModel, origin: EditOrigin | None = None) -> None:
@@ -137,6 +135,11 @@ class Edit(ABC):
     def parts(self) -> tuple[Edit, ...]:
         """The simple edits this one consists of: itself, unless it is composed."""
         return (self,)
+
+    @property
+    def requires_its_stack(self) -> bool:
+        """Whether the edit only makes sense on the stack it was computed on."""
+        return False
 
     def deltas(self) -> dict[str, Tensor]:
         """Change of each parameter, dense and in the parameter's own orientation.

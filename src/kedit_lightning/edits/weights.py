@@ -12,6 +12,9 @@ from kedit_lightning.edits.modules import check_editable, oriented, projection_s
 from kedit_lightning.edits.patches import DensePatch, LowRankPatch, Patch
 from kedit_lightning.errors import EditFileError, UnsupportedUseError
 
+#: Start of the names of memory tensors; the names of modules hold no slash.
+_MEMORY = "memory/"
+
 
 class LowRankEdit(Edit):
     """Adds a product of two thin matrices to some projections.
@@ -21,10 +24,13 @@ class LowRankEdit(Edit):
         factors: ``(A, B)`` by module name, with ``A`` of shape ``[rank, d_in]`` and ``B`` of shape
             ``[d_out, rank]``; the module's output becomes ``y + (x Aᵀ) Bᵀ``.
         origin: Where the edit comes from.
+        memory: What later edits of the same method read: keys already written, running statistics.
+            It has no effect on the model.  An edit with a memory was computed from those of the
+            edits below it, so it is refused on any other stack.
 
     Raises:
         UnsupportedUseError: A module cannot be changed by a weight edit.
-        NonFiniteError: A factor holds NaN or infinity.
+        NonFiniteError: A factor or a memory holds NaN or infinity.
     """
 
     kind: ClassVar[str] = "low_rank"
@@ -34,8 +40,12 @@ class LowRankEdit(Edit):
         base: EditableModel,
         factors: Mapping[str, tuple[Tensor, Tensor]],
         origin: EditOrigin | None = None,
+        memory: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__(base, origin)
+        self.memory = {name: tensor.detach() for name, tensor in (memory or {}).items()}
+        for name, tensor in self.memory.items():
+            check_finite("memory", name, tensor)
         self.factors = {name: (a.detach(), b.detach()) for name, (a, b) in factors.items()}
         for name, (a, b) in self.factors.items():
             module = check_editable(base.model, name)
@@ -47,6 +57,11 @@ class LowRankEdit(Edit):
                 )
             check_finite("low-rank update", name, a)
             check_finite("low-rank update", name, b)
+
+    @property
+    def requires_its_stack(self) -> bool:
+        """Whether the edit was computed from the memories of the edits below it."""
+        return bool(self.memory)
 
     def patches(self) -> dict[str, Patch]:
         """One low-rank patch a module."""
@@ -60,9 +75,10 @@ class LowRankEdit(Edit):
         }
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The factors."""
+        """The factors and the memory."""
         tensors = {f"{name}.A": a for name, (a, _) in self.factors.items()}
-        return tensors | {f"{name}.B": b for name, (_, b) in self.factors.items()}, {}
+        tensors |= {f"{name}.B": b for name, (_, b) in self.factors.items()}
+        return tensors | {f"{_MEMORY}{name}": held for name, held in self.memory.items()}, {}
 
     @classmethod
     def from_state(
@@ -72,9 +88,21 @@ class LowRankEdit(Edit):
         tensors: dict[str, Tensor],
         values: dict[str, Any],
     ) -> LowRankEdit:
-        """Rebuild from the factors."""
-        names = sorted(name.removesuffix(".A") for name in tensors if name.endswith(".A"))
-        return cls(base, {n: (tensors[f"{n}.A"], tensors[f"{n}.B"]) for n in names}, origin)
+        """Rebuild from the factors and the memory."""
+        memory = {n.removeprefix(_MEMORY): t for n, t in tensors.items() if n.startswith(_MEMORY)}
+        own = tensors.keys() - {f"{_MEMORY}{name}" for name in memory}
+        names = sorted(name.removesuffix(".A") for name in own if name.endswith(".A"))
+        factors = {n: (tensors[f"{n}.A"], tensors[f"{n}.B"]) for n in names}
+        return cls(base, factors, origin, memory)
+
+
+def memories(base: EditableModel, method: str) -> list[dict[str, Tensor]]:
+    """What the applied edits of a method remember, oldest first.
+
+    It follows from the stack alone: an edit that is rolled back is remembered no longer.
+    """
+    parts = [part for edit in base.edits for part in edit.parts() if isinstance(part, LowRankEdit)]
+    return [part.memory for part in parts if part.memory and part.origin.method == method]
 
 
 class AdapterEdit(LowRankEdit):
