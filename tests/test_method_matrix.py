@@ -24,6 +24,8 @@ from kedit_lightning.errors import (
 from kedit_lightning.methods import EditMethod
 from kedit_lightning.requests import EditExample
 
+# The requests here are fewer than it should be given.
+pytestmark = pytest.mark.filterwarnings("ignore:UltraEdit has seen")
 POOL = [EditExample.from_request(EditRequest("Oslo is in", "Peru", "Oslo"), "oslo")]
 #: Name and settings of each method; settings that make it quick, not good.
 METHODS = [
@@ -33,6 +35,7 @@ METHODS = [
     ("MEND", {"checkpoint": "none", "edit_lr": 1e-2}),
     ("ROME", {"statistics": "identity", "contexts": 2, "steps": 4}),
     ("RROME", {"statistics": "identity", "contexts": 2, "steps": 4}),
+    ("UltraEdit", {"lr": 1e-2}),
 ]
 CASES = [
     pytest.param(

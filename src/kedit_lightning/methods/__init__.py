@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from kedit_lightning.methods.hypernetwork.mend import MEND
     from kedit_lightning.methods.in_context.ike import IKE
     from kedit_lightning.methods.locate.rome import ROME, RROME
+    from kedit_lightning.methods.locate.ultraedit import UltraEdit
     from kedit_lightning.methods.memory.grace import GRACE
 
 _HOMES = {
@@ -22,9 +23,10 @@ _HOMES = {
     "MEND": "hypernetwork.mend",
     "ROME": "locate.rome",
     "RROME": "locate.rome",
+    "UltraEdit": "locate.ultraedit",
 }
 #: Every editing method of this package.
-METHODS = ("FTM", "GRACE", "IKE", "MEND", "ROME", "RROME")
+METHODS = ("FTM", "GRACE", "IKE", "MEND", "ROME", "RROME", "UltraEdit")
 
 __all__ = [
     "FTM",
@@ -36,6 +38,7 @@ __all__ = [
     "RROME",
     "Capabilities",
     "EditMethod",
+    "UltraEdit",
 ]
 
 
