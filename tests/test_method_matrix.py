@@ -32,6 +32,7 @@ METHODS = [
     ("FTM", {"lr": 1e-2, "steps": 3}),
     ("GRACE", {"radius": 1e-2, "steps": 3}),
     ("IKE", {"pool": POOL, "demonstrations": 1}),
+    ("KN", {"steps": 3}),
     ("MEND", {"checkpoint": "none", "edit_lr": 1e-2}),
     ("ROME", {"statistics": "identity", "contexts": 2, "steps": 4}),
     ("RROME", {"statistics": "identity", "contexts": 2, "steps": 4}),

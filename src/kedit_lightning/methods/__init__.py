@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from kedit_lightning.methods.finetune.ftm import FTM
     from kedit_lightning.methods.hypernetwork.mend import MEND
     from kedit_lightning.methods.in_context.ike import IKE
+    from kedit_lightning.methods.locate.kn import KN
     from kedit_lightning.methods.locate.rome import ROME, RROME
     from kedit_lightning.methods.locate.ultraedit import UltraEdit
     from kedit_lightning.methods.memory.grace import GRACE
@@ -20,18 +21,20 @@ _HOMES = {
     "FTM": "finetune.ftm",
     "GRACE": "memory.grace",
     "IKE": "in_context.ike",
+    "KN": "locate.kn",
     "MEND": "hypernetwork.mend",
     "ROME": "locate.rome",
     "RROME": "locate.rome",
     "UltraEdit": "locate.ultraedit",
 }
 #: Every editing method of this package.
-METHODS = ("FTM", "GRACE", "IKE", "MEND", "ROME", "RROME", "UltraEdit")
+METHODS = ("FTM", "GRACE", "IKE", "KN", "MEND", "ROME", "RROME", "UltraEdit")
 
 __all__ = [
     "FTM",
     "GRACE",
     "IKE",
+    "KN",
     "MEND",
     "METHODS",
     "ROME",

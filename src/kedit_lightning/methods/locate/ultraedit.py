@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kedit_lightning.base_models import BaseModel, BaseModelSpec, TokenRows
 from kedit_lightning.edits import Edit, LowRankEdit, memories
+from kedit_lightning.edits.base import check_finite
 from kedit_lightning.edits.modules import check_editable, compute_dtype, projection_shape
 from kedit_lightning.methods.base import Capabilities, EditMethod
 from kedit_lightning.methods.hypernetwork.capture import Factors, capture_factors
@@ -73,13 +74,19 @@ class UltraEdit(EditMethod):
             check_editable(self.base.model, name)
 
     def compute_edit(self, requests: Sequence[EditRequest]) -> Edit:
-        """Regress the normalised gradients of the requests' answers into the weights."""
+        """Regress the normalised gradients of the requests' answers into the weights.
+
+        Raises:
+            NonFiniteError: An input or a gradient of a projection is NaN or infinite.
+        """
         captured = self._capture(requests)
         batch = {n: moments(torch.cat([h, v], 1).double()) for n, (h, v) in captured.items()}
         statistics = self._statistics(batch)
         self._warn_if_few(statistics)
         dtype, factors = compute_dtype(self.base.dtype), {}
         for name, (inputs, gradients) in captured.items():
+            check_finite("inputs", name, inputs)
+            check_finite("output gradients", name, gradients)
             a, b = regress_normalised(inputs, gradients, statistics[name], self.lr)
             factors[name] = (a.to(dtype), b.to(dtype))
         origin = self.origin(requests, modules=list(captured), lr=self.lr)
