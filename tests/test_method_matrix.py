@@ -24,15 +24,19 @@ from kedit_lightning.errors import (
 from kedit_lightning.methods import EditMethod
 from kedit_lightning.requests import EditExample
 
+# The requests here are fewer than it should be given.
+pytestmark = pytest.mark.filterwarnings("ignore:UltraEdit has seen")
 POOL = [EditExample.from_request(EditRequest("Oslo is in", "Peru", "Oslo"), "oslo")]
 #: Name and settings of each method; settings that make it quick, not good.
 METHODS = [
     ("FTM", {"lr": 1e-2, "steps": 3}),
     ("GRACE", {"radius": 1e-2, "steps": 3}),
     ("IKE", {"pool": POOL, "demonstrations": 1}),
+    ("KN", {"steps": 3}),
     ("MEND", {"checkpoint": "none", "edit_lr": 1e-2}),
     ("ROME", {"statistics": "identity", "contexts": 2, "steps": 4}),
     ("RROME", {"statistics": "identity", "contexts": 2, "steps": 4}),
+    ("UltraEdit", {"lr": 1e-2}),
 ]
 CASES = [
     pytest.param(

@@ -10,10 +10,12 @@ from torch import nn
 from kedit_lightning.base_models.taps import (
     add_at,
     capture,
+    change_inputs,
     change_output,
     stop_after,
     zero_leaves,
 )
+from kedit_lightning.edits import LowRankEdit
 from kedit_lightning.edits.modules import as_rows, is_transposed, projection_shape
 
 #: Besides the usual families one that flattens its rows, and one with an encoder.
@@ -181,6 +183,23 @@ def test_changes_an_output_in_the_columns_asked_for(family):
     assert not _hooks(base.model)
 
 
+@pytest.mark.parametrize("family", ALL)
+def test_changed_inputs_are_what_the_module_and_the_edits_on_it_receive(family):
+    base = tiny_base(family)
+    rows = _rows(base)
+    name = base.layout.block(1).down
+    d_in, d_out = projection_shape(base.module(name))
+    factors = (torch.ones(1, d_in).double(), torch.ones(d_out, 1).double())
+    with torch.no_grad(), LowRankEdit(base, {name: factors}), capture(base.model, [name]) as seen:
+        base.forward(rows)
+        received = 2 * seen.inputs[name] + 1
+        with change_inputs(base.model, {name: lambda x: 2 * x + 1}):
+            base.forward(rows)
+        wanted = base.module(name)(received)  # with the edit
+    assert torch.equal(seen.inputs[name], received)
+    torch.testing.assert_close(seen.outputs[name], wanted)
+
+
 def test_a_tuple_keeps_what_stands_behind_its_first_tensor():
     class Pair(nn.Module):
         def forward(self, x):
@@ -305,7 +324,9 @@ def test_each_backward_pass_has_zeros_of_its_own():
 # ---- what stays
 
 
-@pytest.mark.parametrize("tap", ["capture", "stop_after", "change_output", "zero_leaves"])
+@pytest.mark.parametrize(
+    "tap", ["capture", "stop_after", "change_output", "change_inputs", "zero_leaves"]
+)
 def test_hooks_go_whatever_happens(tap):
     base = tiny_base("llama")
     name = base.layout.block(0).down
@@ -313,6 +334,7 @@ def test_hooks_go_whatever_happens(tap):
         "capture": lambda: capture(base.model, [name]),
         "stop_after": lambda: stop_after(base.model, name),
         "change_output": lambda: change_output(base.model, name, lambda y: y),
+        "change_inputs": lambda: change_inputs(base.model, {name: lambda x: x}),
         "zero_leaves": lambda: zero_leaves(base.model, [name]),
     }[tap]
     with pytest.raises(KeyError), open_tap():

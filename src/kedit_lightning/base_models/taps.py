@@ -7,7 +7,7 @@ a tuple that starts with one, or rows that the block has flattened.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -38,36 +38,63 @@ class _Stopped(Exception):  # noqa: N818 - no error: it ends a forward pass that
 
 
 @contextmanager
-def visiting(model: nn.Module, visits: Mapping[str, Visit]) -> Iterator[None]:
-    """Call functions with what flows through modules, while the model runs inside the block.
-
-    They see ``[batch, tokens, width]`` and act on top of whatever edits are applied.
-    """
+def _called(model: nn.Module) -> Iterator[Callable[[], int]]:
+    """Inside, gives the number of rows of the model's present call."""
     batch = 1
 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal batch
         batch = batch_size(args, kwargs)
 
-    def hook(visit: Visit) -> Callable[..., Any]:
+    handle = model.register_forward_pre_hook(enter, with_kwargs=True)
+    try:
+        yield lambda: batch
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def visiting(model: nn.Module, visits: Mapping[str, Visit]) -> Iterator[None]:
+    """Call functions with what flows through modules, while the model runs inside the block.
+
+    They see ``[batch, tokens, width]`` and act on top of whatever edits are applied.
+    """
+
+    def hook(visit: Visit, batch: Callable[[], int]) -> Callable[..., Any]:
         def call(
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
         ) -> Any:
             x, y = args[0] if args else kwargs["hidden_states"], first_tensor(output)
-            new = visit(as_rows(x, batch), as_rows(y, batch))
+            new = visit(as_rows(x, batch()), as_rows(y, batch()))
             return None if new is None else with_first(output, new.reshape(y.shape))
 
         return call
 
-    handles = [model.register_forward_pre_hook(enter, with_kwargs=True)]
-    try:
+    with _called(model) as batch, ExitStack() as hooks:
         for name, visit in visits.items():
             module = model.get_submodule(name)
-            handles.append(module.register_forward_hook(hook(visit), with_kwargs=True))
+            handle = module.register_forward_hook(hook(visit, batch), with_kwargs=True)
+            hooks.callback(handle.remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
+
+
+@contextmanager
+def change_inputs(
+    model: nn.Module, changes: Mapping[str, Callable[[Tensor], Tensor]]
+) -> Iterator[None]:
+    """Pass the inputs of modules, ``[batch, tokens, d_in]`` each, through functions."""
+
+    def hook(change: Callable[[Tensor], Tensor], batch: Callable[[], int]) -> Callable[..., Any]:
+        def call(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            return (change(as_rows(args[0], batch())).reshape(args[0].shape), *args[1:])
+
+        return call
+
+    with _called(model) as batch, ExitStack() as hooks:
+        for name, change in changes.items():
+            handle = model.get_submodule(name).register_forward_pre_hook(hook(change, batch))
+            hooks.callback(handle.remove)
+        yield
 
 
 @contextmanager

@@ -11,8 +11,10 @@ if TYPE_CHECKING:
     from kedit_lightning.methods.hypernetwork.mend import MEND
     from kedit_lightning.methods.in_context.ike import IKE
     from kedit_lightning.methods.locate.alphaedit import AlphaEdit
+    from kedit_lightning.methods.locate.kn import KN
     from kedit_lightning.methods.locate.memit import EMMET, MEMIT, PMET
     from kedit_lightning.methods.locate.rome import ROME, RROME
+    from kedit_lightning.methods.locate.ultraedit import UltraEdit
     from kedit_lightning.methods.memory.grace import GRACE
 
 _HOMES = {
@@ -25,9 +27,11 @@ _HOMES = {
     "FTM": "finetune.ftm",
     "GRACE": "memory.grace",
     "IKE": "in_context.ike",
+    "KN": "locate.kn",
     "MEND": "hypernetwork.mend",
     "ROME": "locate.rome",
     "RROME": "locate.rome",
+    "UltraEdit": "locate.ultraedit",
 }
 #: Every editing method of this package.
 METHODS = (
@@ -36,11 +40,13 @@ METHODS = (
     "FTM",
     "GRACE",
     "IKE",
+    "KN",
     "MEMIT",
     "MEND",
     "PMET",
     "ROME",
     "RROME",
+    "UltraEdit",
 )
 
 __all__ = [
@@ -48,6 +54,7 @@ __all__ = [
     "FTM",
     "GRACE",
     "IKE",
+    "KN",
     "MEMIT",
     "MEND",
     "METHODS",
@@ -57,6 +64,7 @@ __all__ = [
     "AlphaEdit",
     "Capabilities",
     "EditMethod",
+    "UltraEdit",
 ]
 
 

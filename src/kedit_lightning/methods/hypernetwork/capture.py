@@ -44,16 +44,20 @@ def answer_loss(base: BaseModel, rows: TokenRows) -> Tensor:
     return mean_nll(base.answer_log_probs(rows), rows.answer_mask)
 
 
-def capture_factors(base: BaseModel, rows: TokenRows, names: Sequence[str]) -> dict[str, Factors]:
+def capture_factors(
+    base: BaseModel, rows: TokenRows, names: Sequence[str], at: Tensor | None = None
+) -> dict[str, Factors]:
     """Factors of the gradient of the rows' answer losses, by projection.
 
     The losses of the rows are added up, so what one row gives does not depend on the others.
-    Tokens that add nothing to the gradient, padding among them, are left out.
+    Unless tokens are chosen, those that add nothing to the gradient, padding among them, are left
+    out.
 
     Args:
         base: The base model, with the edits on its stack in force.
         rows: Prompts with the answers to be written.
         names: The projections.
+        at: The tokens to read. Shape ``[batch, tokens]``, boolean.
 
     Returns:
         Factors in at least float32, without autograd history.
@@ -63,13 +67,15 @@ def capture_factors(base: BaseModel, rows: TokenRows, names: Sequence[str]) -> d
         inputs = {name: seen.inputs[name] for name in names}
         gradients = torch.autograd.grad(loss, [leaves[name] for name in names])
     return {
-        name: _flatten(inputs[name], gradient)
+        name: _flatten(inputs[name], gradient, at)
         for name, gradient in zip(names, gradients, strict=True)
     }
 
 
-def _flatten(inputs: Tensor, gradients: Tensor) -> Factors:
-    reached = (gradients != 0).any(-1) & (inputs != 0).any(-1)
+def _flatten(inputs: Tensor, gradients: Tensor, at: Tensor | None) -> Factors:
+    if at is None:
+        at = (gradients != 0).any(-1) & (inputs != 0).any(-1)
+    at = at.to(gradients.device)  # a device map may have put the projection elsewhere
     dtype = compute_dtype(gradients.dtype)
-    rows = reached.nonzero()[:, 0]
-    return Factors(inputs[reached].to(dtype), gradients[reached].to(dtype), rows)
+    rows = at.nonzero()[:, 0]
+    return Factors(inputs[at].to(dtype), gradients[at].to(dtype), rows)

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-#: Mean, sum of squared deviations, and number of rows.
-Moments = tuple[Tensor, Tensor, Tensor]
+from kedit_lightning.methods.moments import Moments, merge, moments
 
 
 class FullPrecision(nn.Module):
@@ -24,26 +23,6 @@ class FullPrecision(nn.Module):
             return tensor.to(fn(tensor.detach().new_empty(0)).device)
 
         return super()._apply(move, recurse)  # type: ignore[no-untyped-call]
-
-
-def moments(rows: Tensor) -> Moments:
-    """Mean, sum of squared deviations and count of rows ``[n, width]``; zeros without rows."""
-    count = torch.tensor(len(rows), dtype=torch.int64, device=rows.device)
-    mean = rows.sum(0) / count.clamp(min=1)
-    return mean, (rows - mean).square().sum(0), count
-
-
-def merge(first: Moments, second: Moments) -> Moments:
-    """Moments of the union of two sets of rows.
-
-    Source: Chan, Golub and LeVeque 1979, "Updating formulae and a pairwise algorithm".
-    """
-    (mean_a, squares_a, count_a), (mean_b, squares_b, count_b) = first, second
-    count = count_a + count_b
-    share = count_b.to(mean_a) / count.clamp(min=1)
-    apart = mean_b - mean_a
-    squares = squares_a + squares_b + apart.square() * count_a * share
-    return mean_a + apart * share, squares, count
 
 
 class RunningNormaliser(FullPrecision):

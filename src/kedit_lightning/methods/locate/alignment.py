@@ -47,7 +47,9 @@ class Alignment:
     def start(self, initial: Tensor) -> Tensor:
         """First changes, ``[n, sites, d_out]``: the direction of ``z``, as long as the key."""
         size = self._own(len(initial)).to(initial).norm(dim=1)
-        started: Tensor = initial * (size[:, None] / initial.norm(dim=2).clamp(min=1e-30))[..., None]
+        started: Tensor = (
+            initial * (size[:, None] / initial.norm(dim=2).clamp(min=1e-30))[..., None]
+        )
         return started
 
     def radius(self, size: Tensor) -> Tensor:
