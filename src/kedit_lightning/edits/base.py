@@ -101,6 +101,8 @@ class Edit(ABC):
     kind: ClassVar[str]
     #: Whether the edit only makes sense on the stack it was computed on.
     requires_its_stack: ClassVar[bool] = False
+    #: Whether rows of one forward pass can carry different edits of this kind.
+    rows_apart: ClassVar[bool] = True
     _kinds: ClassVar[dict[str, type[Edit]]] = {}
 
     def __init__(self, base: EditableModel, origin: EditOrigin | None = None) -> None:
@@ -137,6 +139,11 @@ class Edit(ABC):
     def parts(self) -> tuple[Edit, ...]:
         """The simple edits this one consists of: itself, unless it is composed."""
         return (self,)
+
+    @property
+    def can_be_carried(self) -> bool:
+        """Whether rows of one forward pass can carry this edit beside others."""
+        return all(part.rows_apart for part in self.parts())
 
     def deltas(self) -> dict[str, Tensor]:
         """Change of each parameter, dense and in the parameter's own orientation.
