@@ -16,6 +16,7 @@ from toys import Toy
 from kedit_lightning import BaseModel, Edit, EditExample, EditRequest, Probe, methods
 from kedit_lightning.edits import CodebookEdit, CompositeEdit, DenseEdit, LowRankEdit
 from kedit_lightning.edits.patches import FactorStack, LowRankPatch, sum_weights
+from kedit_lightning.errors import NonFiniteError
 from kedit_lightning.evaluation import Protocol, ProtocolRunner, Reader, runner
 
 SHORT = Protocol(max_new_tokens=6)
@@ -223,6 +224,20 @@ def test_no_more_edits_are_held_than_the_budget_allows(monkeypatch: pytest.Monke
     monkeypatch.setattr(runner, "CARRIED_BYTES", 2 * toy.edit(REQUESTS[:1]).nbytes)
     run(base, edit, replace(SHORT, chunk_size=4, generate=False))
     assert happened == ["read", *["edit", "edit", "read"] * 2]  # the first one is before the edits
+
+
+def test_what_was_made_before_an_edit_failed_is_scored() -> None:
+    base = tiny_base("llama")
+    toy = Toy(base_model=base, fail_on="Lyon")
+    done: list[str] = []
+    runs = ProtocolRunner(base, toy.edit, replace(SHORT, chunk_size=4))
+
+    def go() -> None:
+        done.extend(scored.record["id"] for scored in runs.chunk(EXAMPLES, 0))
+
+    with pytest.raises(NonFiniteError, match="lyon"):
+        go()
+    assert done == ["e0", "e1"]
 
 
 def test_edits_of_a_chunk_are_asked_for_together() -> None:

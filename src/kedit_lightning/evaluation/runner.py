@@ -11,6 +11,7 @@ from typing import Any, TypeAlias, cast
 
 from kedit_lightning.base_models import BaseModel
 from kedit_lightning.edits import Edit
+from kedit_lightning.errors import KEditError
 from kedit_lightning.evaluation import protocol as protocols
 from kedit_lightning.evaluation.costs import Clock, peak_bytes, reset_peak
 from kedit_lightning.evaluation.making import (
@@ -307,21 +308,27 @@ def _carried_together(edits: Iterator[Made]) -> Iterator[list[Made]]:
     """Cut edits into groups whose rows share passes: as many as may be held at once.
 
     An edit of a kind that rows cannot carry makes a group of its own.  A group is emptied when the
-    next is asked for, so that both are never held.
+    next is asked for, so that both are never held.  When an edit fails, those made before it are
+    given out first.
     """
     group: list[Made] = []
     held = 0
-    for made in edits:
-        alone = not made.edit.can_be_carried
-        if group and alone:
+    try:
+        for made in edits:
+            alone = not made.edit.can_be_carried
+            if group and alone:
+                yield group
+                group.clear()
+            group.append(made)
+            held += made.edit.nbytes
+            if held >= CARRIED_BYTES or alone:
+                yield group
+                group.clear()
+                held = 0
+    except KEditError:
+        if group:
             yield group
-            group.clear()
-        group.append(made)
-        held += made.edit.nbytes
-        if held >= CARRIED_BYTES or alone:
-            yield group
-            group.clear()
-            held = 0
+        raise
     if group:
         yield group
 
