@@ -185,6 +185,29 @@ def test_edits_that_depend_on_their_stack_are_carried_on_it(
     assert passes
 
 
+def test_a_memory_that_a_row_carries_acts_together_with_the_memories_below_it() -> None:
+    base = tiny_base("llama")
+    prompts = edit_kinds.PROMPTS
+    # The first row is known to the codebook below; the second to both, and they share its ball.
+    below = edit_kinds.codebook(base, prompts[0]), edit_kinds.codebook(base, prompts[1], seed=41)
+    edits = [
+        edit_kinds.codebook(base, prompts[2], seed=42),
+        edit_kinds.codebook(base, prompts[1], seed=43, radius=1.0),
+        edit_kinds.codebook(base, prompts[2], seed=44),
+        None,
+    ]
+    for edit in below:
+        edit.apply()
+    wanted = edit_kinds.answers(base)
+    for row, own in enumerate(edits):
+        if own is not None:
+            with own:
+                wanted[row] = edit_kinds.answers(base)[row]
+    with base.edits.carried(edits):
+        torch.testing.assert_close(edit_kinds.answers(base), wanted, rtol=0, atol=1e-9)
+    base.edits.clear()
+
+
 # ---- low-rank edits in one product
 
 
