@@ -99,6 +99,8 @@ class Edit(ABC):
     """
 
     kind: ClassVar[str]
+    #: Whether rows of one forward pass can carry different edits of this kind.
+    rows_apart: ClassVar[bool] = True
     _kinds: ClassVar[dict[str, type[Edit]]] = {}
 
     def __init__(self, base: EditableModel, origin: EditOrigin | None = None) -> None:
@@ -140,6 +142,11 @@ class Edit(ABC):
     def requires_its_stack(self) -> bool:
         """Whether the edit only makes sense on the stack it was computed on."""
         return False
+
+    @property
+    def can_be_carried(self) -> bool:
+        """Whether rows of one forward pass can carry this edit beside others."""
+        return all(part.rows_apart for part in self.parts())
 
     def deltas(self) -> dict[str, Tensor]:
         """Change of each parameter, dense and in the parameter's own orientation.

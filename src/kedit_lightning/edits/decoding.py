@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -14,6 +15,8 @@ class DecodingEdit(Edit):
 
     It acts where the base model scores answers and decodes, never by patching ``forward``.
     """
+
+    rows_apart: ClassVar[bool] = False
 
     @abstractmethod
     def adjust(self, logits: Tensor) -> Tensor:

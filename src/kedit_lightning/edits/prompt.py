@@ -40,6 +40,7 @@ class PromptEdit(Edit):
     """
 
     kind: ClassVar[str] = "prompt"
+    rows_apart: ClassVar[bool] = False
 
     def __init__(
         self,

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from kedit_lightning.edits.base import Edit
 from kedit_lightning.edits.context import ContextTracker
 from kedit_lightning.edits.decoding import DecodingEdit
-from kedit_lightning.edits.patches import ModuleHook, Patch, RowsHook
+from kedit_lightning.edits.patches import MemoryPatch, ModuleHook, Patch, RowsHook
 from kedit_lightning.edits.prompt import PromptEdit, render_prompt
 from kedit_lightning.errors import EditOrderError, UnsupportedUseError
 
@@ -146,7 +146,7 @@ class EditStack:
                 continue
             self._check_origin(edit)
             for part in edit.parts():
-                if isinstance(part, (PromptEdit, DecodingEdit)):
+                if not part.rows_apart:
                     raise UnsupportedUseError(
                         f"edit {part.id} of kind '{part.kind}' acts on prompts or on decoding, "
                         "where rows are not told apart; apply it by itself"
@@ -190,18 +190,17 @@ class EditStack:
         groups: dict[Edit, tuple[list[int], dict[str, list[Patch]]]] = {}
         for row, edit in enumerate(carried):
             if edit is not None:
-                groups.setdefault(edit, ([], _patches([edit])))[0].append(row)
+                if edit not in groups:
+                    groups[edit] = [], _patches([edit])
+                groups[edit][0].append(row)
         hooks: dict[str, ModuleHook | RowsHook] = {}
         for name in dict.fromkeys([*shared, *(n for _, own in groups.values() for n in own)]):
-            module = self._model.get_submodule(name)
-            plain = ModuleHook(module, shared[name]) if name in shared else None
-            own = [
-                (rows, ModuleHook(module, [*shared.get(name, ()), *patches[name]]))
-                for rows, patches in groups.values()
-                if name in patches
-            ]
-            hooks[name] = plain if plain and not own else RowsHook(len(carried), plain, own)
-            needs_rows = needs_rows or (plain is not None and bool(plain.memories))
+            module, patches = self._model.get_submodule(name), shared.get(name, [])
+            own = [(rows, mine[name]) for rows, mine in groups.values() if name in mine]
+            hooks[name] = (
+                RowsHook(module, len(carried), patches, own) if own else ModuleHook(module, patches)
+            )
+            needs_rows = needs_rows or any(isinstance(patch, MemoryPatch) for patch in patches)
         for handle in self._handles:
             handle.remove()
         self._handles = [self._register(name, hook) for name, hook in hooks.items()]

@@ -143,12 +143,15 @@ class OutputFolder:
         edit.save(self.edit_path(name))
         self._edits[name] = self._described(name)
 
+    def has_edit(self, name: str) -> bool:
+        """Whether an interrupted run has saved an edit."""
+        return self.resumed and self.edit_path(name).is_file()
+
     def edit(self, name: str, base: BaseModel) -> Edit | None:
         """An edit that an interrupted run has saved."""
-        path = self.edit_path(name)
-        if not self.resumed or not path.is_file():
+        if not self.has_edit(name):
             return None
-        edit = Edit.load(path, base)
+        edit = Edit.load(self.edit_path(name), base)
         self._edits[name] = self._described(name)
         return edit
 

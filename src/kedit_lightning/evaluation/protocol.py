@@ -22,9 +22,12 @@ class Protocol:
     """How edits are applied and scored.
 
     Args:
-        mode: ``single`` edits, scores and rolls back one example at a time; ``batch`` does so with
-            ``chunk_size`` examples at once; ``sequential`` keeps all edits in force.
-        chunk_size: Examples read together, and edited together in ``batch`` and ``sequential``.
+        mode: ``single`` scores each example under an edit of its own; ``batch`` edits
+            ``chunk_size`` examples at once, scores them and rolls back; ``sequential`` keeps all
+            edits in force.
+        chunk_size: Examples read together.  In ``batch`` and ``sequential`` one edit writes them
+            all; in ``single`` each has its own, which its rows carry in passes they share, and the
+            size changes no score.
         evaluate: When sequential edits are scored: ``immediate`` (right after their own chunk),
             ``final`` (after the last one), or both as ``immediate,final``.
         every: In ``sequential``, score all examples edited so far whenever this many more are.

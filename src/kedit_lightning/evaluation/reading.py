@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
 from kedit_lightning.base_models import BaseModel, EncodedRow
+from kedit_lightning.data.loader import chunks
+from kedit_lightning.edits import Edit
 from kedit_lightning.evaluation.answers_cache import AnswersCache, key_of
 from kedit_lightning.evaluation.protocol import READING_VERSION, Protocol
 from kedit_lightning.metrics import ProbeReading
@@ -22,6 +25,8 @@ from kedit_lightning.metrics.functional import (
 from kedit_lightning.requests import Probe
 
 Row = TypeVar("Row")
+#: The edit that a row carries on top of the stack, or none.
+Carried: TypeAlias = Edit | None
 
 #: Logits held at a time (numbers); rows are cut finer where the vocabulary is large.
 _LOGITS = 1 << 26
@@ -48,8 +53,8 @@ class PathScore:
 class Reader:
     """Asks a base model, as it stands, what probes want to know.
 
-    Rows are told apart by their content, sorted by length and cut into passes, so a reading does
-    not depend on how probes are ordered or grouped.
+    Rows are told apart by their content and the edit they carry, sorted by length and cut into
+    passes, so a reading does not depend on how probes are ordered or grouped.
 
     Args:
         base: The base model.
@@ -87,61 +92,74 @@ class Reader:
         }
         if missing:
             with self.base.edits.suspended():
-                fresh = self._read(list(missing.values()), None)
+                fresh = self._read(list(missing.values()), None, [None] * len(missing))
             self.cache.add(dict(zip(missing, fresh, strict=True)))
         return [self.cache.known[key] for key in keys]
 
     def readings(
-        self, probes: Sequence[Probe], base_readings: Sequence[ProbeReading]
+        self,
+        probes: Sequence[Probe],
+        base_readings: Sequence[ProbeReading],
+        carried: Sequence[Carried] | None = None,
     ) -> list[ProbeReading]:
         """What the model says under the edits that are applied now.
 
         Args:
             probes: The probes.
             base_readings: What :meth:`base_readings` gave for them.
+            carried: An edit for each probe, or ``None``, under which it alone is read beside.
+
+        Raises:
+            UnsupportedUseError: An edit is of a kind that rows cannot carry.
         """
-        if not self.base.edits.active:
+        carried = carried or [None] * len(probes)
+        if not self.base.edits.active and not any(carried):
             return list(base_readings)
-        return self._read(probes, base_readings)
+        return self._read(probes, base_readings, carried)
 
     # ---- putting readings together
 
     @torch.no_grad()
     def _read(
-        self, probes: Sequence[Probe], against: Sequence[ProbeReading] | None
+        self,
+        probes: Sequence[Probe],
+        against: Sequence[ProbeReading] | None,
+        carried: Sequence[Carried],
     ) -> list[ProbeReading]:
         """Readings of the model as it stands; ``against`` is ``None`` on the base model itself."""
-        texts = self._texts([probe.prompt for probe in probes])
+        asked = list(zip(carried, probes, strict=True))
+        prompts = [(edit, probe.prompt) for edit, probe in asked]
+        texts = self._texts(prompts)
         answers = self._answers(
             [
-                (probe.prompt, answer)
-                for probe in probes
+                (edit, probe.prompt, answer)
+                for edit, probe in asked
                 for answer in (*probe.answers, *([probe.contrast] if probe.contrast else []))
             ]
         )
         local = [i for i, p in enumerate(probes) if p.kind == "locality"]
         default = self.protocol.scoring == "default"
-        along = {
-            i: (against[i].get("text") if against is not None else texts.get(probes[i].prompt))
-            for i in (local if default else [])
-        }
-        paths = self._paths([(probes[i], text) for i, text in along.items()], against is not None)
+        # What is followed is what the base model said: under edits it has been read before.
+        said = against or [ProbeReading(text=texts.get(own)) for own in prompts]
+        along = {i: said[i].get("text") for i in (local if default else [])}
+        paths = self._paths([(*asked[i], text) for i, text in along.items()], against is not None)
         seen = dict(zip(along, paths, strict=True))
         return [
-            self._reading(probe, texts.get(probe.prompt), answers, seen.get(i))
-            for i, probe in enumerate(probes)
+            self._reading(edit, probe, texts.get(prompts[i]), answers, seen.get(i))
+            for i, (edit, probe) in enumerate(asked)
         ]
 
     def _reading(
         self,
+        edit: Carried,
         probe: Probe,
         text: str | None,
-        answers: dict[tuple[str, str], AnswerScore],
+        answers: dict[tuple[Carried, str, str], AnswerScore],
         path: PathScore | None,
     ) -> ProbeReading:
-        scores = [answers[probe.prompt, answer] for answer in probe.answers]
+        scores = [answers[edit, probe.prompt, answer] for answer in probe.answers]
         first = scores[0] if scores else None
-        contrast = answers[probe.prompt, probe.contrast] if probe.contrast else None
+        contrast = answers[edit, probe.prompt, probe.contrast] if probe.contrast else None
         reading = ProbeReading(
             tf_tok=first.token_match if first else None,
             tf_all=any(score.exact for score in scores) if scores else None,
@@ -158,26 +176,41 @@ class Reader:
 
     # ---- asking
 
-    def _texts(self, prompts: Sequence[str]) -> dict[str, str]:
-        """Free answers by prompt."""
+    def _carrying(self, edits: Sequence[Carried]) -> AbstractContextManager[None]:
+        """Inside, each row of a pass carries its edit."""
+        return self.base.edits.carried(edits) if any(edits) else nullcontext()
+
+    def _texts(self, asked: Sequence[tuple[Carried, str]]) -> dict[tuple[Carried, str], str]:
+        """Free answers by edit and prompt."""
         if not self.protocol.generates:
             return {}
-        unique = sorted(set(prompts), key=lambda text: (self.base.encoder.count(text), text))
-        texts = self.base.generate(
-            unique,
-            max_new_tokens=self.protocol.max_new_tokens,
-            batch_size=self.protocol.score_batch_size,
-            stop_at_sentence=True,
+        unique = sorted(
+            dict.fromkeys(asked), key=lambda own: (self.base.encoder.count(own[1]), own[1])
         )
-        return dict(zip(unique, texts, strict=True))
+        size = self.protocol.score_batch_size
+        texts: dict[tuple[Carried, str], str] = {}
+        for batch in chunks(unique, size):
+            with self._carrying([edit for edit, _ in batch]):
+                answers = self.base.generate(
+                    [prompt for _, prompt in batch],
+                    max_new_tokens=self.protocol.max_new_tokens,
+                    batch_size=size,
+                    stop_at_sentence=True,
+                )
+            texts |= zip(batch, answers, strict=True)
+        return texts
 
-    def _answers(self, pairs: Sequence[tuple[str, str]]) -> dict[tuple[str, str], AnswerScore]:
-        """Scores of teacher-forced answers by prompt and answer."""
-        rows = {pair: self.base.encode(*pair) for pair in dict.fromkeys(pairs)}
-        scores: dict[EncodedRow, AnswerScore] = {}
-        for batch in self._batches(list(dict.fromkeys(rows.values())), lambda row: row):
-            scores |= zip(batch, self._score_answers(batch), strict=True)
-        return {pair: scores[row] for pair, row in rows.items()}
+    def _answers(
+        self, asked: Sequence[tuple[Carried, str, str]]
+    ) -> dict[tuple[Carried, str, str], AnswerScore]:
+        """Scores of teacher-forced answers by edit, prompt and answer."""
+        rows = {own: (own[0], self.base.encode(*own[1:])) for own in dict.fromkeys(asked)}
+        scores: dict[tuple[Carried, EncodedRow], AnswerScore] = {}
+        for batch in self._batches(list(dict.fromkeys(rows.values())), lambda row: row[1]):
+            with self._carrying([edit for edit, _ in batch]):
+                found = self._score_answers([row for _, row in batch])
+            scores |= zip(batch, found, strict=True)
+        return {own: scores[row] for own, row in rows.items()}
 
     def _score_answers(self, batch: Sequence[EncodedRow]) -> list[AnswerScore]:
         rows = self.base.pad(batch)
@@ -190,16 +223,20 @@ class Reader:
         ids = [own[at].tolist() for own, at in zip(top1, mask, strict=True)]
         return [AnswerScore(*score) for score in zip(shares, exact, log_probs, ids, strict=True)]
 
-    def _paths(self, probes: Sequence[tuple[Probe, str | None]], compare: bool) -> list[PathScore]:
+    def _paths(
+        self, asked: Sequence[tuple[Carried, Probe, str | None]], compare: bool
+    ) -> list[PathScore]:
         """What is seen along the base model's continuation of each prompt.
 
         Without free answers it is the probe's own answer that is followed, or else the position
         behind the prompt.
         """
-        rows = [self._path_rows(probe, text, compare) for probe, text in probes]
-        scores: dict[tuple[EncodedRow, EncodedRow], PathScore] = {}
-        for batch in self._batches(list(dict.fromkeys(rows)), lambda pair: pair[0]):
-            scores |= zip(batch, self._score_paths(batch, compare), strict=True)
+        rows = [(edit, *self._path_rows(probe, text, compare)) for edit, probe, text in asked]
+        scores: dict[tuple[Carried, EncodedRow, EncodedRow], PathScore] = {}
+        for batch in self._batches(list(dict.fromkeys(rows)), lambda row: row[1]):
+            with self._carrying([edit for edit, *_ in batch]):
+                found = self._score_paths([(row, plain) for _, row, plain in batch], compare)
+            scores |= zip(batch, found, strict=True)
         return [scores[row] for row in rows]
 
     def _path_rows(

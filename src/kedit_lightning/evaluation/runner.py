@@ -6,27 +6,28 @@ import hashlib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias, cast
+from itertools import islice
+from typing import Any, TypeAlias, cast
 
 from kedit_lightning.base_models import BaseModel
 from kedit_lightning.edits import Edit
+from kedit_lightning.errors import KEditError
 from kedit_lightning.evaluation import protocol as protocols
-from kedit_lightning.evaluation.costs import Clock, fixed_randomness, peak_bytes, reset_peak
+from kedit_lightning.evaluation.costs import Clock, peak_bytes, reset_peak
+from kedit_lightning.evaluation.making import (
+    EditEachFunction,
+    EditFunction,
+    EditMaker,
+    Made,
+    SavedRun,
+)
 from kedit_lightning.evaluation.reading import Reader
 from kedit_lightning.metrics import ExampleRecord, ProbeReading, ProbeRecord
-from kedit_lightning.requests import EditExample, EditRequest, Probe
+from kedit_lightning.requests import EditExample, Probe
 
-EditFunction: TypeAlias = Callable[[Sequence[EditRequest]], Edit]
-
-
-class SavedRun(Protocol):
-    """What an interrupted run has left behind."""
-
-    def record(self, id: str, stage: str) -> ExampleRecord | None:
-        """The record of an example at a stage, if it was written."""
-
-    def edit(self, name: str, base: BaseModel) -> Edit | None:
-        """An edit by its name, if it was saved."""
+#: Bytes of edits that rows carry at once.  A dense edit of one matrix of a model of 7 billion
+#: weights takes 180 MB in float32: eleven of them are held, and low-rank edits are never cut.
+CARRIED_BYTES = 1 << 31
 
 
 @dataclass(frozen=True)
@@ -44,14 +45,8 @@ class Scored:
     replayed: bool = False
 
 
-@dataclass
-class _Made:
-    """An edit, how long it took to compute, and over how many examples its costs are shared."""
-
-    name: str
-    edit: Edit
-    seconds: float | None
-    examples: int
+#: Readings of an example on the base model, and as the model stands before its edit.
+_States: TypeAlias = tuple[list[ProbeReading], list[ProbeReading]]
 
 
 class ProtocolRunner:
@@ -66,6 +61,8 @@ class ProtocolRunner:
             computes the same edits as an unbroken one.
         saved: What an interrupted run has left behind.
         on_edit: Called with the name and the edit as soon as it has been computed.
+        edit_each: Computes the edits of several examples apart from each other; one by one with
+            ``edit`` if not given.
     """
 
     def __init__(
@@ -77,14 +74,13 @@ class ProtocolRunner:
         seed: int = 0,
         saved: SavedRun | None = None,
         on_edit: Callable[[str, Edit], None] | None = None,
+        edit_each: EditEachFunction | None = None,
     ) -> None:
         self.base = base
         self.protocol = protocol
         self.reader = Reader(base, protocol, dataset)
-        self._compute = edit
-        self._seed = seed
+        self._maker = EditMaker(base, edit, edit_each, seed, saved, on_edit)
         self._saved = saved
-        self._on_edit = on_edit
         self._before = list(base.edits)
         self._stream: list[list[EditExample]] = []
         self._count = 0
@@ -102,7 +98,7 @@ class ProtocolRunner:
             last: Whether it is the last one.
         """
         if self.protocol.mode == "single":
-            yield from self._single(examples, index)
+            yield from self._single(examples)
         elif self.protocol.mode == "batch":
             with self.base.edits.restored():
                 yield from self._together(examples, index, stay=False)
@@ -127,25 +123,49 @@ class ProtocolRunner:
 
     # ---- modes
 
-    def _single(self, examples: Sequence[EditExample], index: int) -> Iterator[Scored]:
+    def _single(self, examples: Sequence[EditExample]) -> Iterator[Scored]:
+        """Each example under its own edit, which its rows carry beside those of other examples."""
         done = [self._old(example, "immediate") for example in examples]
-        if all(done):
-            yield from (Scored(record, replayed=True) for record in done if record)
-            return
+        missing = [e for e, old in zip(examples, done, strict=True) if old is None]
+        fresh = self._apart(missing) if missing else iter(())
+        for old in done:
+            yield next(fresh) if old is None else Scored(old, replayed=True)
+
+    def _apart(self, examples: Sequence[EditExample]) -> Iterator[Scored]:
         clock = Clock(self.base)
-        states = self._states(examples)
-        shared = clock.lap() / len(examples)
-        for example, old, (base, before) in zip(examples, done, states, strict=True):
-            if old is not None:
-                yield Scored(old, replayed=True)
-                continue
-            reset_peak(self.base)
-            with self.base.edits.restored():
-                made = self._make(_name(example.id), example.requests, 1)
-                clock.lap()
-                after = self.reader.readings(example.probes, base)
-                seconds = shared + clock.lap()
-            record = self._record(example, "immediate", base, before, after)
+        rest = zip(examples, self._states(examples), strict=True)
+        seconds = clock.lap() / len(examples)
+        reset_peak(self.base)
+        wanted = [(_name(example.id), example.requests) for example in examples]
+        for group in _carried_together(self._maker.each(wanted)):
+            yield from self._carried(group, list(islice(rest, len(group))), seconds)
+
+    def _carried(
+        self, group: Sequence[Made], stated: Sequence[tuple[EditExample, _States]], seconds: float
+    ) -> Iterator[Scored]:
+        """Score examples in the same passes.
+
+        Args:
+            group: The edit of each example.
+            stated: The examples, with what was read before.
+            seconds: What reading before took, an example.
+        """
+        clock = Clock(self.base)
+        examples = [example for example, _ in stated]
+        base = [readings for _, (readings, _) in stated]
+        if len(group) == 1:
+            with group[0].edit:
+                after = self._by_example(examples, base)
+        else:
+            edits = [
+                made.edit
+                for made, example in zip(group, examples, strict=True)
+                for _ in example.probes
+            ]
+            after = self._by_example(examples, base, edits)
+        seconds += clock.lap() / len(group)
+        for made, (example, states), own in zip(group, stated, after, strict=True):
+            record = self._record(example, "immediate", *states, own)
             yield Scored(self._with_costs(record, made, seconds), made.edit)
 
     def _together(
@@ -163,7 +183,8 @@ class ProtocolRunner:
         seconds = clock.lap()
         reset_peak(self.base)
         requests = [request for example in examples for request in example.requests]
-        made = self._make(f"chunk-{index:05d}", requests, len(examples))
+        made = self._maker.one(f"chunk-{index:05d}", requests)
+        made.edit.apply()
         if replayed or not scored:
             yield from (Scored(record, replayed=True) for record in done if record)
             return
@@ -175,7 +196,8 @@ class ProtocolRunner:
                 yield Scored(old, replayed=True)
                 continue
             record = self._record(example, "immediate", base, before, own)
-            yield Scored(self._with_costs(record, made, seconds), made.edit)
+            record = self._with_costs(record, made, seconds, len(examples))
+            yield Scored(record, made.edit)
 
     def _sequential(
         self, examples: Sequence[EditExample], index: int, last: bool
@@ -208,37 +230,23 @@ class ProtocolRunner:
                         self._record(example, stage, readings[0], readings[0], readings[1])
                     )
 
-    # ---- edits
-
-    def _make(self, name: str, requests: Sequence[EditRequest], examples: int) -> _Made:
-        """Compute an edit, or take the saved one, and apply it."""
-        saved = None if self._saved is None else self._saved.edit(name, self.base)
-        if saved is not None:
-            return _Made(name, saved.apply(), None, examples)
-        clock = Clock(self.base)
-        with fixed_randomness(self._seed, name):
-            edit = self._compute(requests)
-        seconds = clock.lap()
-        if self._on_edit is not None:
-            self._on_edit(name, edit)
-        return _Made(name, edit.apply(), seconds, examples)
-
     # ---- readings and records
 
-    def _states(
-        self, examples: Sequence[EditExample]
-    ) -> list[tuple[list[ProbeReading], list[ProbeReading]]]:
+    def _states(self, examples: Sequence[EditExample]) -> list[_States]:
         """Readings of each example on the base model, and as the model stands before the edit."""
         base = self.reader.base_readings(_probes(examples))
         before = self.reader.readings(_probes(examples), base)
         return list(zip(self._split(examples, base), self._split(examples, before), strict=True))
 
     def _by_example(
-        self, examples: Sequence[EditExample], base: Sequence[list[ProbeReading]]
+        self,
+        examples: Sequence[EditExample],
+        base: Sequence[list[ProbeReading]],
+        carried: Sequence[Edit] | None = None,
     ) -> list[list[ProbeReading]]:
-        """Readings as the model stands, all examples together."""
+        """Readings as the model stands, all examples together; each probe under its own edit."""
         flat = [reading for own in base for reading in own]
-        return self._split(examples, self.reader.readings(_probes(examples), flat))
+        return self._split(examples, self.reader.readings(_probes(examples), flat, carried))
 
     @staticmethod
     def _split(
@@ -276,17 +284,53 @@ class ProtocolRunner:
         subject = example.requests[0].subject
         return ExampleRecord(id=example.id, stage=stage, subject=subject, probes=probes)
 
-    def _with_costs(self, record: ExampleRecord, made: _Made, seconds: float) -> ExampleRecord:
-        """Costs of an edit, shared out evenly among the examples it was made for."""
-        own = None if made.seconds is None else made.seconds / made.examples
+    def _with_costs(
+        self, record: ExampleRecord, made: Made, seconds: float, examples: int = 1
+    ) -> ExampleRecord:
+        """Costs of an edit, shared out evenly among the examples it was made for.
+
+        ``eval_seconds`` is the example's share of the passes it was read in with others.
+        ``peak_bytes`` is the highest so far since the first edit of its chunk was begun: it covers
+        all edits that rows carried by then.
+        """
+        own = None if made.seconds is None else made.seconds / examples
         costs: dict[str, Any] = {
             "edit_name": made.name,
             "edit_id": made.edit.id,
-            "edit": {"bytes": made.edit.nbytes / made.examples},
+            "edit": {"bytes": made.edit.nbytes / examples},
             "timing": {"edit_seconds": own, "eval_seconds": seconds},
             "memory": {"peak_bytes": peak_bytes(self.base)},
         }
         return cast(ExampleRecord, {**record, **costs})
+
+
+def _carried_together(edits: Iterator[Made]) -> Iterator[list[Made]]:
+    """Cut edits into groups whose rows share passes: as many as may be held at once.
+
+    An edit of a kind that rows cannot carry makes a group of its own.  A group is emptied when the
+    next is asked for, so that both are never held.  When an edit fails, those made before it are
+    given out first.
+    """
+    group: list[Made] = []
+    held = 0
+    try:
+        for made in edits:
+            alone = not made.edit.can_be_carried
+            if group and alone:
+                yield group
+                group.clear()
+            group.append(made)
+            held += made.edit.nbytes
+            if held >= CARRIED_BYTES or alone:
+                yield group
+                group.clear()
+                held = 0
+    except KEditError:
+        if group:
+            yield group
+        raise
+    if group:
+        yield group
 
 
 def _probes(examples: Sequence[EditExample]) -> list[Probe]:

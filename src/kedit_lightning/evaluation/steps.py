@@ -67,6 +67,9 @@ class EvaluationSteps(_Module):
         def edit(self, requests: Sequence[EditRequest]) -> Edit:
             """Compute an edit."""
 
+        def edit_each(self, requests: Sequence[Sequence[EditRequest]]) -> Iterable[Edit]:
+            """Compute the edits of several examples apart from each other."""
+
     # ---- test and validate
 
     def on_test_epoch_start(self) -> None:
@@ -115,6 +118,7 @@ class EvaluationSteps(_Module):
             seed=run_seed(),
             saved=getattr(self.trainer, "saved_run", None),
             on_edit=getattr(self.trainer, "record_edit", None),
+            edit_each=self.edit_each,
         )
 
     def _evaluation_chunk(self, batch: EditBatch, batch_idx: int, total: float) -> None:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import warnings
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeAlias
 
@@ -154,6 +154,20 @@ class EditMethod(EvaluationSteps, pl.LightningModule):
             if self.can.batch or len(requests) == 1:
                 return self.compute_edit(requests)
             return self._one_by_one(requests)
+
+    def edit_each(self, requests_of_examples: Sequence[Sequence[EditRequest]]) -> Iterable[Edit]:
+        """Edits of several examples, apart from each other: none is applied.
+
+        Each is what :meth:`edit` gives for its requests on top of the stack as it stands.  Here
+        each is computed when it is asked for, so that large edits need not be held together.  A
+        method that computes independent edits faster together returns them in a list; it draws
+        random numbers from :meth:`generator` alone, since global ones would depend on which edits
+        are computed together, and reports of time share its own out evenly among them.
+
+        Args:
+            requests_of_examples: The requests of each example.
+        """
+        return map(self.edit, requests_of_examples)
 
     def _one_by_one(self, requests: list[EditRequest]) -> Edit:
         origin = self.origin(requests)
