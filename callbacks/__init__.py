@@ -3,16 +3,20 @@
 if __name__ == "callbacks":  # a second copy of every class, unknown to the command line
     raise ImportError("import kedit_lightning.callbacks, not callbacks")
 
+from .causal_tracing import CausalTracing
 from .edit_saver import EditSaver
 from .edit_table import EditTable
+from .layer_sweep import LayerSweep
 from .place_base_model import PlaceBaseModel
 from .results_writer import ResultsWriter
 from .rollback_guard import RollbackGuard
 from .wandb_table import WandbTable
 
 __all__ = [
+    "CausalTracing",
     "EditSaver",
     "EditTable",
+    "LayerSweep",
     "PlaceBaseModel",
     "ResultsWriter",
     "RollbackGuard",

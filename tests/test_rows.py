@@ -274,10 +274,44 @@ def test_the_last_token_of_a_subject(tokenizer, prompt, subject, before):
     assert not _text(tokenizer, row.prompt[: row.subject_end]).strip().startswith(before)
 
 
+@pytest.mark.parametrize(
+    ("prompt", "subject", "before"),
+    [
+        ("Eiffel Tower is in the city of", "Eiffel Tower", ""),  # behind a beginning token
+        ("The Eiffel Tower is in", "Eiffel Tower", "The"),
+        ("What is the capital of Italy", "Italy", "What is the capital of"),
+        ("Rome, Rome and again Rome are", "Rome", "Rome, Rome and again"),
+        ("In (Lyon) live", "Lyon", "In ("),
+        ("Unfounded in Berlin by", "founded", "Un"),  # begins inside a token of some
+    ],
+)
+def test_the_first_token_of_a_subject(tokenizer, prompt, subject, before):
+    row = RowEncoder(tokenizer).encode(prompt, "Rome", subject)
+    assert len(RowEncoder(tokenizer).prefix) <= row.subject_start <= row.subject_end
+    if "<unk>" in tokenizer.convert_ids_to_tokens(list(row.prompt)):  # cannot be read back
+        encoded = tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)
+        start, stop = encoded["offset_mapping"][row.subject_start]
+        assert start <= prompt.rfind(subject) < stop
+        return
+    ahead = _text(tokenizer, row.prompt[: row.subject_start]).strip()
+    through = _text(tokenizer, row.prompt[: row.subject_start + 1]).strip()
+    # The token holds the subject's first character, and none before it does.
+    assert before.startswith(ahead)
+    # A space that a tokenizer puts before a text has the offsets of the first letter.
+    assert not through or through.startswith((before + subject[0], f"{before} {subject[0]}"))
+
+
 def test_a_subject_in_a_script_without_spaces_is_its_last_occurrence():
     tokenizer = tiny_tokenizer(False)
     row = RowEncoder(tokenizer).encode("东京塔在东京的", "罗马", "东京")
+    assert _text(tokenizer, row.prompt[: row.subject_start]) == "东京塔在"
     assert _text(tokenizer, row.prompt[: row.subject_end + 1]) == "东京塔在东京"
+
+
+@pytest.mark.parametrize("subject", ["", "  "])
+def test_a_blank_subject_is_refused(subject):
+    with pytest.raises(InvalidRequestError, match="does not occur"):
+        RowEncoder(tiny_tokenizer(True)).encode("The Eiffel Tower is in", None, subject)
 
 
 def test_a_subject_that_is_absent_is_refused_with_both_texts():

@@ -57,6 +57,12 @@ def _last_place(text: str, part: str) -> int:
     return (whole or places or [-1])[-1]
 
 
+def _shared(left: Sequence[int], right: Sequence[int]) -> int:
+    """How many ids two texts begin with together."""
+    pairs = enumerate(zip(left, right, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(left), len(right)))
+
+
 def join_text(prompt: str, answer: str) -> str:
     """Put an answer behind a prompt with one space between, none in scripts without spaces.
 
@@ -78,11 +84,13 @@ class EncodedRow:
         prompt: Ids of the prompt, beginning-of-sequence token included.
         answer: Ids of the answer; empty when there is none.
         subject_end: Index in ``prompt`` of the subject's last token; ``-1`` without a subject.
+        subject_start: Index of its first token; ``-1`` without a subject.
     """
 
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
     subject_end: int = -1
+    subject_start: int = -1
 
 
 class RowEncoder:
@@ -155,13 +163,13 @@ class RowEncoder:
             prefix = ()  # the template has put it already
         if not (prefix or ids):
             raise InvalidRequestError("a prompt is empty; give at least one word")
-        subject_end = -1
+        start = end = -1
         if subject is not None:
-            subject_end = len(prefix) + self._subject_end(prompt, text, subject)
+            start, end = (len(prefix) + i for i in self._subject_span(prompt, text, subject))
         answer_ids = () if answer is None else tuple(self._answer(text, ids, answer))
         if answer is not None and not (answer.strip() and answer_ids):
             raise InvalidRequestError(f"the answer {answer!r} has no token; give at least one word")
-        return EncodedRow((*prefix, *ids), answer_ids, subject_end)
+        return EncodedRow((*prefix, *ids), answer_ids, end, start)
 
     def _answer(self, text: str, ids: list[int], answer: str) -> list[int]:
         joined = text + answer.lstrip() if self.chat else join_text(text, answer)
@@ -181,23 +189,26 @@ class RowEncoder:
         rest = behind[len(alone) :] if behind[: len(alone)] == alone else []
         return rest or self._ids(answer)
 
-    def _subject_end(self, prompt: str, text: str, subject: str) -> int:
+    def _subject_span(self, prompt: str, text: str, subject: str) -> tuple[int, int]:
+        """First and last token that hold a part of the subject, counted without the prefix."""
         # Outside the prompt stands what a chat template adds, which may hold the subject too.
         prompt, subject = prompt.strip(), subject.strip()
-        at = _last_place(prompt, subject)
+        at = _last_place(prompt, subject) if subject else -1
         if at < 0 or prompt not in text:
             raise InvalidRequestError(
                 f"the subject {subject!r} does not occur in prompt {prompt!r}"
             )
-        end = text.rfind(prompt) + at + len(subject)
+        begin = text.rfind(prompt) + at
+        end = begin + len(subject)
         found = self._offsets(text)
         if found is None:
-            whole, part = self._ids(text), self._ids(text[:end])
-            pairs = enumerate(zip(whole, part, strict=False))
-            # Where a token goes on past the subject, the cut text has other tokens from there on.
-            return next((i for i, (a, b) in pairs if a != b), len(part) - 1)
-        _, offsets = found
-        return max(i for i, (start, stop) in enumerate(offsets) if start < end and stop > start)
+            whole, before, part = (self._ids(cut) for cut in (text, text[:begin], text[:end]))
+            # Where a token goes on past a cut, the cut text has other tokens from there on.
+            last = min(_shared(whole, part), len(part) - 1)
+            return min(_shared(whole, before), last), last
+        tokens = [(i, *pair) for i, pair in enumerate(found[1]) if pair[0] < pair[1]]
+        last = max(i for i, start, _ in tokens if start < end)
+        return next((i for i, _, stop in tokens if stop > begin), last), last
 
 
 @dataclass(frozen=True)
