@@ -141,12 +141,19 @@ def test_edits_computed_together_equal_edits_computed_alone(name):
     settings = QUICK if name in ("EMMET", "ROME", "RROME") else LAYERS
     method = getattr(methods, name)(base, **settings)
     alone = [method.edit([request]) for request in REQUESTS]
-    with torch.enable_grad():
-        together = method.solve([[request] for request in REQUESTS])
+    together = list(method.edit_each([[request] for request in REQUESTS]))
     assert len(base.edits) == 0
     for one, other in zip(alone, together, strict=True):
         assert close(one, other, 1e-8)
         assert one.origin == other.origin
+
+
+@pytest.mark.parametrize("switch", [{"targets": "own"}, {"keep_share": 0.5}])
+def test_what_cannot_be_computed_together_is_computed_alone(switch):
+    base = tiny_base("llama")
+    method = MEMIT(base, **LAYERS, **switch)
+    together = method.edit_each([[request] for request in REQUESTS[:2]])
+    assert [edit.id for edit in together] == [method.edit([r]).id for r in REQUESTS[:2]]
 
 
 # ---- relations between methods

@@ -6,7 +6,8 @@ import hashlib
 import json
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeAlias
 
@@ -141,19 +142,29 @@ class EditMethod(EvaluationSteps, pl.LightningModule):
             NonFiniteError: The computation gave NaN or infinity.
         """
         requests = list(requests)
+        with self.computing(requests):
+            if self.can.batch or len(requests) == 1:
+                return self.compute_edit(requests)
+            return self._one_by_one(requests)
+
+    @contextmanager
+    def computing(self, requests: Sequence[EditRequest]) -> Iterator[None]:
+        """Check requests and build what is needed; inside, gradients are enabled.
+
+        Raises:
+            InvalidRequestError: There is no request.
+            MissingNeedsError: A request lacks something the method needs.
+        """
         if not requests:
             raise InvalidRequestError("edit() got no requests; give at least one EditRequest")
         self.check_requests(requests)
         self.configure_model()
-        device = self.base.device.type
         with (
             torch.inference_mode(False),
             torch.enable_grad(),
-            torch.autocast(device, enabled=False),
+            torch.autocast(self.base.device.type, enabled=False),
         ):
-            if self.can.batch or len(requests) == 1:
-                return self.compute_edit(requests)
-            return self._one_by_one(requests)
+            yield
 
     def edit_each(self, requests_of_examples: Sequence[Sequence[EditRequest]]) -> Iterable[Edit]:
         """Edits of several examples, apart from each other: none is applied.

@@ -7,7 +7,7 @@ is spread over layers, and which keys count.  One walk over the layers does the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from types import MappingProxyType
@@ -196,6 +196,16 @@ class ClosedForm(LocateMethod):
     def compute_edit(self, requests: Sequence[EditRequest]) -> Edit:
         """Write all requests in one change."""
         return self.solve([requests])[0]
+
+    def edit_each(self, requests_of_examples: Sequence[Sequence[EditRequest]]) -> Iterable[Edit]:
+        """Edits of several examples, apart from each other; their values are found together."""
+        groups = list(requests_of_examples)
+        large = self.hparams["keep_share"] is not None  # dense changes, of which few can be held
+        apart = self.hparams["targets"] == "own" or large
+        if apart or not (self.can.batch or all(len(group) == 1 for group in groups)):
+            return super().edit_each(groups)
+        with self.computing([request for group in groups for request in group]):
+            return self.solve(groups)
 
     def solve(self, groups: Sequence[Sequence[EditRequest]]) -> list[Edit]:
         """One edit for each group of requests, none of which knows of the others."""
