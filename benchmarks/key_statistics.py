@@ -46,12 +46,12 @@ class Figures(NamedTuple):
     error: float
 
 
-def build(kind: str) -> BaseModel:
-    """A model with random weights and the tokenizer of ``nano``."""
+def build(kind: str, entries: int = VOCABULARY) -> BaseModel:
+    """A model with random weights, a vocabulary of so many entries, and the tokenizer of ``nano``."""
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(resolve("nano"))
     ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    vocabulary = max(VOCABULARY, len(tokenizer))
+    vocabulary = max(entries, len(tokenizer))
     config = AutoConfig.for_model(kind, vocab_size=vocabulary, **SHAPES[kind], **ids)
     return BaseModel(AutoModelForCausalLM.from_config(config), tokenizer, name=kind)
 

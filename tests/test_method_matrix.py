@@ -28,14 +28,19 @@ from kedit_lightning.requests import EditExample
 pytestmark = pytest.mark.filterwarnings("ignore:UltraEdit has seen")
 POOL = [EditExample.from_request(EditRequest("Oslo is in", "Peru", "Oslo"), "oslo")]
 #: Name and settings of each method; settings that make it quick, not good.
+LOCATE = {"statistics": "identity", "contexts": 2, "steps": 4}
 METHODS = [
+    ("AlphaEdit", LOCATE),
+    ("EMMET", LOCATE),
     ("FTM", {"lr": 1e-2, "steps": 3}),
     ("GRACE", {"radius": 1e-2, "steps": 3}),
     ("IKE", {"pool": POOL, "demonstrations": 1}),
     ("KN", {"steps": 3}),
+    ("MEMIT", {**LOCATE, "preserve": 1.0}),
     ("MEND", {"checkpoint": "none", "edit_lr": 1e-2}),
-    ("ROME", {"statistics": "identity", "contexts": 2, "steps": 4}),
-    ("RROME", {"statistics": "identity", "contexts": 2, "steps": 4}),
+    ("PMET", {**LOCATE, "preserve": 1.0}),
+    ("ROME", LOCATE),
+    ("RROME", LOCATE),
     ("UltraEdit", {"lr": 1e-2}),
 ]
 CASES = [

@@ -60,9 +60,9 @@ class AlphaEdit(ClosedForm):
         self,
         base_model: BaseModel | BaseModelSpec | str = "nano",
         layers: list[int] | None = None,
-        energy: float = 0.02,
+        energy: float = 0.2,
         threshold: float | None = None,
-        size_cost: float = 1.0,
+        size_cost: float = 0.1,
         legacy_size_cost: float | None = None,
         **settings: Any,
     ) -> None:

@@ -136,7 +136,10 @@ class ClosedForm(LocateMethod):
             given["clamp"] = ALIGNED_CLAMP
         derived = {**asdict(known), **{k: v for k, v in given.items() if v is not None}}
         chosen = given.get("layers") or ([given["layer"]] if given.get("layer") is not None else [])
-        self.layers = tuple(chosen) or known.layers or self.default_layers()
+        layers = tuple(chosen) or known.layers or self.default_layers()
+        if given["targets"] == "own" and not chosen:
+            layers = tuple(dict.fromkeys((layers[0], layers[-1])))
+        self.layers = layers
         blocks = [self.base.layout.block(layer) for layer in self.layers]
         self.edited = tuple(block.down for block in blocks)
         self.preserve: float | None = derived["preserve"]

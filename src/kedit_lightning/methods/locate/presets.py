@@ -24,6 +24,8 @@ GPT_J: ModelKey = ("gptj", 28, 4096)
 GPT_NEOX_20B: ModelKey = ("gpt_neox", 44, 6144)
 LLAMA_7B: ModelKey = ("llama", 32, 4096)
 LLAMA_3B: ModelKey = ("llama", 28, 3072)
+#: The packaged model; its settings were chosen on the validation split of NanoFacts.
+NANO: ModelKey = ("llama", 6, 256)
 MISTRAL_7B: ModelKey = ("mistral", 32, 4096)
 QWEN2_7B: ModelKey = ("qwen2", 28, 3584)
 
@@ -77,6 +79,7 @@ ROME_PUBLISHED: Mapping[ModelKey, LocateSettings] = MappingProxyType(
 #: Settings of MEMIT, by model; AlphaEdit takes them too.
 MEMIT_PUBLISHED: Mapping[ModelKey, LocateSettings] = MappingProxyType(
     {
+        NANO: LocateSettings((0, 1), 50),
         GPT2_XL: LocateSettings(_span(13, 17), 20_000, steps=20),
         GPT_J: LocateSettings(_span(3, 8), 15_000),
         GPT_NEOX_20B: LocateSettings(_span(6, 10), 6_000, steps=20, clamp=0.8),
