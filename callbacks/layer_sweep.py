@@ -56,8 +56,7 @@ class LayerSweep(Callback):
         name = type(pl_module).__name__
         if stage not in ("validate", "test"):
             raise UnsupportedUseError(
-                f"LayerSweep measures edits; use it with `kedit validate` or `kedit test`, not "
-                f"{stage}"
+                "LayerSweep measures edits; use it with `kedit validate` or `kedit test` only"
             )
         if not {"layer", "layers"} & set(pl_module.hparams):
             raise UnsupportedUseError(

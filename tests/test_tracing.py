@@ -249,7 +249,7 @@ def drawn(path: Path) -> np.ndarray:
 def test_the_picture_is_the_same_each_time_and_shows_the_effect(tmp_path):
     restored = torch.full((4, 6), 0.1, dtype=torch.double)
     restored[1, 3] = 0.9
-    tokens = ("<s>", "The", " $x$", " y", " \n", " is")
+    tokens = ("<s>", "\x1b", " $x$", " 東京", " \n", " is")
     found = Trace("The $x$ y is", tokens, (2, 3), "z", "block", 1, 0.9, 0.1, restored)
     one = draw_trace(found, tmp_path / "new" / "one.png")
     with mpl.rc_context({"font.size": 30, "image.cmap": "jet"}):
