@@ -15,7 +15,7 @@ from toys import Toy
 
 from kedit_lightning import BaseModel, EditRequest, EditTrainer
 from kedit_lightning.callbacks import CausalTracing, LayerSweep
-from kedit_lightning.callbacks.layer_sweep import at_layer
+from kedit_lightning.callbacks.layer_sweep import at_layer, judged
 from kedit_lightning.cli import main
 from kedit_lightning.data import NanoFacts, Requests
 from kedit_lightning.errors import (
@@ -106,7 +106,8 @@ def rome(base: BaseModel, **settings: Any) -> ROME:
 @pytest.mark.parametrize("mode", ["single", "batch", "sequential"])
 def test_each_layer_scores_as_a_run_of_its_own_does(mode, tmp_path):
     base = tiny_base("llama")
-    protocol = Protocol(mode=mode, chunk_size=2, generate=False)
+    every = 1 if mode == "sequential" else None
+    protocol = Protocol(mode=mode, chunk_size=2, generate=False, every=every)
     data = Requests(path=FACTS, limit=3)
     callback, _ = sweep()
     run = trainer(protocol=protocol, callbacks=callback)
@@ -119,10 +120,30 @@ def test_each_layer_scores_as_a_run_of_its_own_does(mode, tmp_path):
     other = json.loads((tmp_path / "alone/results.json").read_text())["scores"]
     assert callback.found[0]["scores"] == other
     assert own != other, "equal layers prove nothing"
-    prefix = "final/" if mode == "sequential" else ""
-    assert callback.found[2]["rewrite"] == own[f"{prefix}rewrite/tf_all"]["mean"]
+    assert callback.found[2] == {"layer": 2, **judged(own), "scores": own}
     written = json.loads((tmp_path / "run/layer_sweep.json").read_text())
     assert written == {"method": "ROME", "best": callback.best, "layers": callback.found}
+
+
+def test_the_score_is_a_harmonic_mean_of_what_there_is_at_the_end():
+    means = {
+        "rewrite/tf_all": 1.0,
+        "final/rewrite/tf_all": 0.5,
+        "final/rephrase/tf_all": 0.25,
+        "final/locality/keep_top1": 0.9,
+        "after_2/rewrite/tf_all": 0.7,
+    }
+    found = judged({key: {"mean": value} for key, value in means.items()})
+    assert (found["rewrite"], found["rephrase"], found["known"]) == (0.5, 0.25, None)
+    assert found["score"] == pytest.approx(3 / (2 + 4 + 1 / 0.9))
+    found = judged({key: {"mean": means[key]} for key in ("rewrite/tf_all",)})
+    assert (found["rewrite"], found["score"]) == (1.0, 1.0)
+    scores = {"rewrite/tf_all": 1.0, "locality/known": 0.0, "locality/keep_top1": 1.0}
+    assert judged({key: {"mean": value} for key, value in scores.items()})["score"] == 0.0
+    assert judged({})["score"] is None
+    legacy = {"rewrite_acc": 0.5, "pre/rewrite_acc": 0.0, "locality": 1.0, "locality/a_acc": 0.0}
+    found = judged({key: {"mean": value} for key, value in legacy.items()})
+    assert (found["rewrite"], found["kept"], found["score"]) == (0.5, 1.0, pytest.approx(2 / 3))
 
 
 def test_on_nano_the_best_layer_is_found(capsys):
