@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from statistics import harmonic_mean
 from typing import Any
 
@@ -56,8 +57,7 @@ class LayerSweep(Callback):
         name = type(pl_module).__name__
         if stage not in ("validate", "test"):
             raise UnsupportedUseError(
-                f"LayerSweep measures edits; use it with `kedit validate` or `kedit test`, not "
-                f"{stage}"
+                "LayerSweep measures edits; use it with `kedit validate` or `kedit test` only"
             )
         if not {"layer", "layers"} & set(pl_module.hparams):
             raise UnsupportedUseError(
@@ -163,15 +163,28 @@ def measure(trainer: Any, method: Any, split: str) -> dict[str, Any]:
     finally:
         runner.close()
     scores = summary_of(records, protocol)["scores"]
+    return {**judged(scores), "scores": scores}
+
+
+def judged(scores: Mapping[str, Mapping[str, float]]) -> dict[str, float | None]:
+    """The scores that a table shows, and their harmonic mean as ``score``.
+
+    Args:
+        scores: Entries of a summary by key, in either way of scoring.
+
+    >>> found = judged({"rewrite/tf_all": {"mean": 1.0}, "locality/keep_top1": {"mean": 0.5}})
+    >>> round(found["score"], 3)
+    0.667
+    """
     # What counts is what is left once all edits of a stream are in force.
-    stages = ("final/", "") if any(key.startswith("final/") for key in scores) else ("",)
+    stage = "final/" if any(key.startswith("final/") for key in scores) else ""
     shown = {
-        name: next((scores[s + k]["mean"] for s in stages for k in keys if s + k in scores), None)
+        name: next((scores[stage + key]["mean"] for key in keys if stage + key in scores), None)
         for name, keys in _COLUMNS.items()
     }
     kept = shown["kept"] if shown["known"] is None else shown["known"]
-    judged = [value for value in (shown["rewrite"], shown["rephrase"], kept) if value is not None]
-    return {**shown, "score": harmonic_mean(judged) if judged else None, "scores": scores}
+    parts = [value for value in (shown["rewrite"], shown["rephrase"], kept) if value is not None]
+    return {**shown, "score": harmonic_mean(parts) if parts else None}
 
 
 def _shown(entry: dict[str, Any], name: str = "score") -> str:

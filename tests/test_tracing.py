@@ -249,20 +249,21 @@ def drawn(path: Path) -> np.ndarray:
 def test_the_picture_is_the_same_each_time_and_shows_the_effect(tmp_path):
     restored = torch.full((4, 6), 0.1, dtype=torch.double)
     restored[1, 3] = 0.9
-    tokens = ("<s>", "The", " $x$", " y", " \n", " is")
+    tokens = ("<s>", "\x1b", " $x$", " 東京", " \n", " is")
     found = Trace("The $x$ y is", tokens, (2, 3), "z", "block", 1, 0.9, 0.1, restored)
     one = draw_trace(found, tmp_path / "new" / "one.png")
     with mpl.rc_context({"font.size": 30, "image.cmap": "jet"}):
         two = draw_trace(found, tmp_path / "two.png")
     assert one.read_bytes() == two.read_bytes()
     picture = drawn(one)
-    # The darkest purple stands in one cell, the scale's own beside it.
+    # The darkest purple stands in one cell, and in the scale beside the cells.
     r, g, b = picture[..., 0], picture[..., 1], picture[..., 2]
     purple = (r < 0.4) & (g < 0.2) & (b > 0.45)
     height, width = purple.shape
-    cell = purple[:, : int(width * 0.8)]
-    assert cell.any()
-    assert 0.3 * height < np.nonzero(cell)[0].mean() < 0.8 * height
+    rows, columns = np.nonzero(purple[:, : int(width * 0.75)])
+    # Token 3 of 6 from above, layer 1 of 4 from the left.
+    assert 0.5 < rows.mean() / height < 0.65
+    assert 0.25 < columns.mean() / width < 0.45
     blank = replace(found, restored=torch.full((4, 6), 0.1, dtype=torch.double))
     pale = drawn(draw_trace(blank, tmp_path / "blank.png"))
     assert not np.array_equal(picture, pale)

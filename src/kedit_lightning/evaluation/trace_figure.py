@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,7 +40,9 @@ def draw_trace(trace: Trace, path: str | Path) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     depth, tokens = trace.restored.shape
-    with style.context("default"):
+    with style.context("default"), warnings.catch_warnings():
+        # A script the font lacks is drawn as boxes; the texts are in the trace.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         size = (3.2 + min(7.0, max(2.4, 0.34 * depth)), 1.5 + 0.26 * tokens)
         figure = Figure(figsize=size, dpi=150, layout="constrained")
         axes = figure.add_subplot()
@@ -104,5 +107,5 @@ def _shown(token: str) -> str:
 
 
 def _short(text: str, width: int) -> str:
-    text = " ".join(text.split())
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(text.split()))
     return text if len(text) <= width else text[: width - 1] + "…"
