@@ -47,7 +47,7 @@ class Figures(NamedTuple):
 
 
 def build(kind: str, entries: int = VOCABULARY) -> BaseModel:
-    """A model with random weights, a vocabulary of so many entries, and the tokenizer of ``nano``."""
+    """A model with random weights and so many entries, and the tokenizer of ``nano``."""
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(resolve("nano"))
     ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

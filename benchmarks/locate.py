@@ -38,7 +38,7 @@ SETTINGS = TargetSettings(steps=STEPS, stop_loss=0.0)
 
 def contexts() -> list[str]:
     """Texts of 5 and of 10 words to put before prompts; with none before, there is one more."""
-    words = "the city of a river in which she was born and he said that it is".split()
+    words = ["the", "city", "of", "a", "river", "in", "which", "she", "was", "born", "and", "he"]
     return [
         " ".join(words[(i + j) % len(words)] for j in range(5 if i < CONTEXTS // 2 else 10)) + ". "
         for i in range(CONTEXTS)
@@ -68,9 +68,8 @@ def one_at_a_time(base: BaseModel, site: Site, request: EditRequest, initial: Te
             logs = base.model(**rows.inputs, use_cache=False).logits.log_softmax(-1)
         essence = logs[-1, rows.subject_end[-1]]
         reference = essence.detach() if reference is None else reference
-        chosen = logs[at, rows.answer_columns[:-1]].gather(-1, rows.answer_ids[:-1, :, None])[
-            ..., 0
-        ]
+        ids = rows.answer_ids[:-1, :, None]
+        chosen = logs[at, rows.answer_columns[:-1]].gather(-1, ids)[..., 0]
         mask = rows.answer_mask[:-1]
         nll = -((chosen * mask).sum(1) / mask.sum(1)).mean()
         kl = (essence.exp() * (essence - reference)).sum()

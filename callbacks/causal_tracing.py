@@ -25,8 +25,9 @@ class CausalTracing(Callback):
     Args:
         subject: Subject of the prompts; with ``--data`` each request's own if not given.
         answer: Text whose first token is measured; the model's own answer if not given.
-        kind: Which states are put back: outputs of a whole ``block``, or of its ``mlp``.
-        window: Layers put back together; one of blocks, of MLPs a fifth of the depth if not given.
+        kind: Which states are put back: outputs of a whole ``block``, of its ``mlp``, or of its
+            ``attention``.
+        window: Layers put back together; one of blocks, a fifth of the depth else if not given.
         noise: Standard deviation of the noise, as a multiple of that of the subject's embeddings.
         samples: How often noise is drawn.
         seed: Start of the noise.

@@ -72,7 +72,13 @@ def one_at_a_time(base: BaseModel, tracer: Tracer, layers: range, token: int) ->
 
 @pytest.mark.parametrize(
     ("family", "kind", "window"),
-    [("gpt2", "block", 1), ("llama", "block", 3), ("llama", "mlp", 2), ("opt", "mlp", 1)],
+    [
+        ("gpt2", "block", 1),
+        ("llama", "block", 3),
+        ("llama", "mlp", 2),
+        ("opt", "mlp", 1),
+        ("gpt2", "attention", 2),
+    ],
 )
 @torch.no_grad()
 def test_every_cell_is_what_a_pass_of_its_own_gives(family, kind, window):
@@ -112,7 +118,7 @@ def test_what_is_put_back_everywhere_gives_the_clean_answer(family):
     assert tracer.high == pytest.approx(float(logits.softmax(-1).max()), abs=1e-12)
 
 
-@pytest.mark.parametrize("kind", ["block", "mlp"])
+@pytest.mark.parametrize("kind", ["block", "mlp", "attention"])
 def test_without_noise_nothing_is_lost(kind):
     found = trace(tiny_base("llama"), PROMPT, SUBJECT, kind=kind, noise=0.0, samples=2)
     assert found.low == pytest.approx(found.high, abs=1e-12)
@@ -190,7 +196,7 @@ def test_the_model_is_traced_as_it_stands():
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"kind": "attention"}, "kind of a trace must be one of block, mlp, got 'attention'"),
+        ({"kind": "head"}, "kind of a trace must be one of block, mlp, attention, got 'head'"),
         ({"window": 0}, "window of a trace must be at least 1, got 0"),
         ({"samples": 0}, "samples of a trace"),
         ({"batch_size": 0}, "batch_size of a trace"),

@@ -13,8 +13,12 @@ if TYPE_CHECKING:
 
 _INK, _MUTED, _SUBJECT = "#22303c", "#6b7885", "#b3541e"
 #: Colours of the paper's figures: purple for whole blocks, green for MLPs.
-_COLOURS = {"block": "Purples", "mlp": "Greens"}
-_STATES = {"block": "the block's output", "mlp": "the MLP's output"}
+_COLOURS = {"block": "Purples", "mlp": "Greens", "attention": "Reds"}
+_STATES = {
+    "block": "the block's output",
+    "mlp": "the MLP's output",
+    "attention": "what attention adds",
+}
 #: Characters of a token and of a prompt that are shown.
 _TOKEN, _PROMPT = 16, 70
 

@@ -20,11 +20,11 @@ from kedit_lightning.base_models.taps import Visit, capture, visiting
 from kedit_lightning.errors import UnsupportedUseError
 from kedit_lightning.evaluation.reading import wide
 
-#: Which states are put back: outputs of whole blocks, or of their MLPs.
-TraceKind: TypeAlias = Literal["block", "mlp"]
+#: Which states are put back: outputs of whole blocks, of their MLPs, or of their attention.
+TraceKind: TypeAlias = Literal["block", "mlp", "attention"]
 
-#: MLP outputs are put back in ten layers of 48 together: that of one layer alone changes little.
-_MLP_WINDOW = 10 / 48
+#: Parts are put back in ten layers of 48 together: that of one layer alone changes little.
+_PART_WINDOW = 10 / 48
 
 
 @dataclass(frozen=True)
@@ -213,8 +213,9 @@ def trace(
         prompt: The prompt.
         subject: Part of the prompt whose embeddings get the noise.
         answer: Text whose first token is measured; the model's own greedy answer if not given.
-        kind: Which states are put back: outputs of a ``block``, or of its ``mlp``.
-        window: Layers that are put back together. If not given, one of blocks, and of MLPs the
+        kind: Which states are put back: outputs of a ``block``, of its ``mlp``, or of its
+            ``attention``.
+        window: Layers that are put back together. If not given, one of blocks, and of parts the
             share of the depth that the paper takes (10 of 48).
         noise: Standard deviation of the noise, as a multiple of that of the subject's embeddings.
         samples: How often noise is drawn.
@@ -231,7 +232,7 @@ def trace(
     tracer = Tracer(base, prompt, subject, answer, kind, noise, samples, seed, batch_size)
     depth, row = len(tracer.names), tracer.row
     if window is None:
-        window = 1 if kind == "block" else max(1, round(_MLP_WINDOW * depth))
+        window = 1 if kind == "block" else max(1, round(_PART_WINDOW * depth))
     # What stands before the subject never sees it, so there is nothing to put back.
     tokens = range(row.subject_start, len(row.prompt))
     patches = [
@@ -263,6 +264,8 @@ def _states(base: BaseModel, kind: TraceKind) -> list[str]:
     """Names of the modules whose outputs are put back, from the first layer to the last."""
     if kind == "mlp":
         return [block.mlp for block in base.layout.blocks]
+    if kind == "attention":
+        return [base.layout.attention(index) for index in range(len(base.layout))]
     prefix, blocks = find_blocks(base.model)
     return [f"{prefix}.{index}" for index in range(len(blocks))]
 
