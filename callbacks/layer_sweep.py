@@ -79,7 +79,7 @@ class LayerSweep(Callback):
         """Measure layer after layer; on several devices the first process does."""
         if not trainer.is_global_zero:
             return
-        if method.state_dict():
+        if any(tensor.numel() for tensor in method.state_dict().values()):
             raise UnsupportedUseError(
                 f"what {type(method).__name__} has learned belongs to its own layers, so "
                 "LayerSweep cannot move it to others; fit it anew for each choice of layers"

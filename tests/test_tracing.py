@@ -22,7 +22,7 @@ from kedit_lightning.errors import InvalidRequestError, UnsupportedUseError
 from kedit_lightning.evaluation.trace_figure import draw_trace
 from kedit_lightning.evaluation.tracing import Patch, Trace, Tracer, trace
 from kedit_lightning.methods import ROME
-from kedit_lightning.methods.locate.presets import rome_settings
+from kedit_lightning.methods.locate.presets import one_layer
 
 #: Absolute positions without a beginning token, rotary ones with it, and MLPs on flattened rows.
 KINDS = ("gpt2", "llama", "opt")
@@ -228,7 +228,7 @@ def test_on_nano_facts_stand_at_the_last_subject_token_of_early_layers():
     # Measured: 0.45 0.48 0.51 0.47 0.40 0.00 at the subject's last token, and
     # -0.02 0.03 0.04 0.38 0.52 0.60 at the end of the prompt.
     assert int(subject.argmax()) in (1, 2)
-    edited = rome_settings(base).layer
+    (edited,) = one_layer(base)
     assert float(subject[edited]) > 0.4
     assert float(end[edited]) < 0.1
     assert int(end.argmax()) == len(base.layout) - 1
