@@ -1,17 +1,22 @@
-"""What single edits of each method do: a table of scores with 95 % intervals.
+"""What each method does to facts: a table of scores with 95 % intervals.
 
     python benchmarks/scores.py                                  100 facts of NanoFacts' test split
     python benchmarks/scores.py --real ../shared/data --limit 50 CounterFact and zsRE records
+    python benchmarks/scores.py --mode batch --limit 200         200 facts in one edit
+    python benchmarks/scores.py --mode sequential --limit 200 --chunk-size 20 --against MEMIT
 
-Every method runs with its defaults.  ``rewrite`` and ``rephrase`` are the share of cases whose
-answer tokens are all arg-max, ``free`` the share of free answers that are exactly the wanted one,
-``known`` the share of neighbouring facts that were right before and still are, ``kept`` the share
-of arg-max tokens along the base model's own answers to locality prompts that are unchanged.
+Every method runs with its defaults; sequences are scored at their end.  ``rewrite`` and
+``rephrase`` are the share of cases whose answer tokens are all arg-max, ``free`` the share of free
+answers that are exactly the wanted one, ``known`` the share of neighbouring facts that were right
+before and still are, ``kept`` the share of arg-max tokens along the base model's own answers to
+locality prompts that are unchanged.  ``--against`` adds the mean difference of rewrites from those
+of another method on the same facts.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -19,10 +24,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
 
 from kedit_lightning import BaseModel, EditTrainer, methods
 from kedit_lightning.data import CounterFact, EditDataModule, NanoFacts, ZsRE
 from kedit_lightning.evaluation import Protocol
+from kedit_lightning.metrics import ExampleRecord
+from kedit_lightning.metrics.functional import paired_difference
 
 #: Name of a column, and the score it shows.
 COLUMNS = {
@@ -35,6 +43,10 @@ COLUMNS = {
 }
 
 
+#: Each fact under an edit of its own.
+SINGLE = Protocol(mode="single", chunk_size=16)
+
+
 class Line(NamedTuple):
     """One line of the table: scores as ``(mean, low, high)`` by column, and seconds an edit."""
 
@@ -43,6 +55,21 @@ class Line(NamedTuple):
     method: str
     scores: dict[str, tuple[float, float, float]]
     seconds: float
+    written: dict[str, float]
+
+
+class Written(Callback):
+    """Keeps which rewrites are right in the end, by example."""
+
+    def __init__(self) -> None:
+        self.by_id: dict[str, float] = {}
+
+    def on_example_result(
+        self, trainer: Trainer, pl_module: LightningModule, record: ExampleRecord, edit: object
+    ) -> None:
+        """Take the last record of each example."""
+        right = [bool(p["after"]["tf_all"]) for p in record["probes"] if p["kind"] == "rewrite"]
+        self.by_id[record["id"]] = sum(right) / len(right)
 
 
 def real_data(folder: Path, limit: int) -> dict[str, EditDataModule]:
@@ -56,20 +83,27 @@ def real_data(folder: Path, limit: int) -> dict[str, EditDataModule]:
 
 
 def run(
-    models: Sequence[str], data: dict[str, EditDataModule], names: Sequence[str]
+    models: Sequence[str],
+    data: dict[str, EditDataModule],
+    names: Sequence[str],
+    protocol: Protocol = SINGLE,
 ) -> Iterator[Line]:
     """Test every method on every data set and model."""
     for model in models:
         base = BaseModel.load(model)
         for label, datamodule in data.items():
             for name in names:
-                yield score(base, label, datamodule, name)
+                yield score(base, label, datamodule, name, protocol)
 
 
-def score(base: BaseModel, label: str, datamodule: EditDataModule, name: str) -> Line:
+def score(
+    base: BaseModel, label: str, datamodule: EditDataModule, name: str, protocol: Protocol
+) -> Line:
     """Test one method."""
+    written = Written()
     trainer = EditTrainer(
-        protocol=Protocol(mode="single", chunk_size=16),
+        protocol=protocol,
+        callbacks=[written],
         enable_progress_bar=False,
         enable_model_summary=False,
         accelerator="cpu" if not torch.cuda.is_available() else "auto",
@@ -78,13 +112,16 @@ def score(base: BaseModel, label: str, datamodule: EditDataModule, name: str) ->
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer.test(method, datamodule, verbose=False)
-    rows = {row.key: row for row in method.summary}
+    stage = "final/" if protocol.mode == "sequential" else ""
+    rows = {row.key.removeprefix(stage): row for row in method.summary}
     scores = {
         column: (rows[key].mean, rows[key].low, rows[key].high)
         for column, key in COLUMNS.items()
         if key in rows
     }
-    return Line(Path(base.name).name, label, name, scores, rows["timing/edit_seconds"].mean)
+    # Costs belong to an edit, not to a stage.
+    seconds = rows["timing/edit_seconds"].mean if "timing/edit_seconds" in rows else math.nan
+    return Line(Path(base.name).name, label, name, scores, seconds, written.by_id)
 
 
 def markdown(line: Line) -> str:
@@ -96,9 +133,19 @@ def markdown(line: Line) -> str:
             cells.append(f"{mean:.2f} ({low:.2f}–{high:.2f})")
         else:
             cells.append("–")
-    return " | ".join(
-        ["", line.model, line.data, line.method, *cells, f"{line.seconds:.2f}", ""]
-    ).strip()
+    seconds = f"{line.seconds:.2f}" if math.isfinite(line.seconds) else "–"
+    return " | ".join(["", line.model, line.data, line.method, *cells, seconds, ""]).strip()
+
+
+def compared(lines: Sequence[Line], against: str | None) -> Iterator[str]:
+    """Differences of rewrites from those of one method, with their intervals."""
+    for other in (line for line in lines if line.method == against):
+        for line in lines:
+            if line[:2] == other[:2] and line.method != against:
+                pairs = [(line.written[id], other.written[id]) for id in other.written]
+                mean, low, high = paired_difference(*zip(*pairs, strict=True))
+                shown = f"{mean:+.3f} ({low:+.3f} to {high:+.3f})"
+                yield f"\n{line.method} - {against}, rewrite on {line.data}: {shown}"
 
 
 def header() -> str:
@@ -114,6 +161,9 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", help="names or folders; nano if not given")
     parser.add_argument("--real", type=Path, help="folder with the real data sets")
     parser.add_argument("--limit", type=int, default=100, help="records of each data set")
+    parser.add_argument("--mode", default="single", choices=("single", "batch", "sequential"))
+    parser.add_argument("--chunk-size", type=int, help="facts of an edit; all if not given")
+    parser.add_argument("--against", help="method whose rewrites the others' are compared with")
     args = parser.parse_args()
     models, data = args.models or ["nano"], {"NanoFacts": NanoFacts(limit=args.limit, seed=0)}
     if args.real:
@@ -121,8 +171,16 @@ def main() -> None:
         models = args.models or ["nano", str(args.real / "models" / "stories260K")]
     started = time.perf_counter()
     print(header())
-    for line in run(models, data, args.methods):
+    protocol = SINGLE
+    if args.mode != "single":
+        size = args.chunk_size or args.limit
+        protocol = Protocol(mode=args.mode, chunk_size=size, evaluate="final")
+    lines = []
+    for line in run(models, data, args.methods, protocol):
         print(markdown(line), flush=True)
+        lines.append(line)
+    for line in compared(lines, args.against):
+        print(line)
     print(f"\n{time.perf_counter() - started:.0f} s")
 
 

@@ -92,6 +92,7 @@ MEMIT_PUBLISHED: Mapping[ModelKey, LocateSettings] = MappingProxyType(
 #: Settings of PMET, by model.
 PMET_PUBLISHED: Mapping[ModelKey, LocateSettings] = MappingProxyType(
     {
+        NANO: LocateSettings((0, 1), 1, clamp=4.0, weight_decay=0.1),
         GPT2_XL: LocateSettings(_span(13, 17), 20_000, clamp=1.0),
         GPT_J: LocateSettings(_span(3, 8), 6_000, steps=30, lr=0.2, kl_factor=1.0),
         GPT_NEOX_20B: LocateSettings(_span(6, 10), 15_000, steps=30, clamp=0.8, kl_factor=0.8),
