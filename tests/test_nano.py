@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from scores import Written
 
 from kedit_lightning import BaseModel, EditTrainer, methods
 from kedit_lightning.base_models.spec import resolve
 from kedit_lightning.data import NanoFacts
 from kedit_lightning.evaluation import Protocol
+from kedit_lightning.metrics.functional import paired_difference
 from kedit_lightning.statistics import find_statistics
 
 FOLDER = Path(resolve("nano"))
@@ -107,3 +109,38 @@ def test_every_method_writes_it(nano, name):
     before = completed(nano, [r.prompt for r in requests], [r.target_new for r in requests])
     assert before <= 0.05
     assert scores(nano, name)["rewrite/tf_all"][0] >= LEAST.get(name, 0.8)
+
+
+def last_rewrites(base: BaseModel, name: str, protocol: Protocol) -> dict[str, float]:
+    """Whether each of 200 test facts is written in the end, by example."""
+    written = Written()
+    trainer = EditTrainer(
+        protocol=protocol,
+        callbacks=[written],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        accelerator="cpu",
+    )
+    trainer.test(
+        getattr(methods, name)(base_model=base), NanoFacts(limit=200, seed=0), verbose=False
+    )
+    return written.by_id
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+@pytest.mark.parametrize("name", ["MEMIT", "AlphaEdit"])
+def test_many_facts_are_written_in_one_edit(nano, name):
+    written = last_rewrites(nano, name, Protocol(mode="batch", chunk_size=200, generate=False))
+    assert sum(written.values()) >= 0.9 * 200
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+def test_alphaedit_keeps_more_of_a_sequence_than_memit(nano, record_property):
+    protocol = Protocol(mode="sequential", chunk_size=20, evaluate="final", generate=False)
+    alpha, memit = (last_rewrites(nano, name, protocol) for name in ("AlphaEdit", "MEMIT"))
+    pairs = [(alpha[id], memit[id]) for id in memit]
+    mean, low, high = paired_difference(*zip(*pairs, strict=True))
+    record_property("table", f"AlphaEdit - MEMIT: {mean:+.3f} ({low:+.3f} to {high:+.3f})")
+    assert low > 0
