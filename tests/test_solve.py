@@ -9,7 +9,7 @@ import torch
 
 from kedit_lightning.errors import NonFiniteError
 from kedit_lightning.methods.locate import post
-from kedit_lightning.methods.locate.alphaedit import main_directions
+from kedit_lightning.methods.locate.base import Held
 from kedit_lightning.methods.locate.closed_form import SPREADS
 from kedit_lightning.methods.locate.solve import (
     covariance_prior,
@@ -17,6 +17,7 @@ from kedit_lightning.methods.locate.solve import (
     ridge_update,
     with_history,
 )
+from kedit_lightning.statistics import main_directions
 
 D_IN, D_OUT, N, WEIGHT = 24, 10, 5, 7.0
 
@@ -218,6 +219,39 @@ def test_the_null_space_grows_with_the_energy_it_may_hold():
     everything = delta(keys, residuals, null_space_prior(torch.zeros(D_IN, 0), WEIGHT), 1.0)
     plain = covariance_prior(torch.eye(D_IN), WEIGHT)
     close(everything, delta(keys, residuals, plain, 1.0))
+
+
+def test_the_directions_of_a_wide_layer_are_found_once(monkeypatch):
+    moment = spd(D_IN)
+    found = main_directions(moment, 0.1)
+    monkeypatch.setattr("kedit_lightning.statistics.directions.CACHED_WIDTH", 8)
+    first = main_directions(moment, 0.1)
+    monkeypatch.setattr(torch.linalg, "eigh", None)  # it would fail if it were asked again
+    again = main_directions(moment, 0.1)
+    for part in zip(found, first, again, strict=True):
+        assert torch.equal(part[0], part[1])
+        assert torch.equal(part[0], part[2])
+    with pytest.raises(TypeError):
+        main_directions(moment, 0.2)
+
+
+def test_only_the_last_of_wide_layers_is_held():
+    made = []
+
+    def make(name, width):
+        made.append(name)
+        return torch.zeros(width, width, dtype=torch.float64), None
+
+    held = Held()
+    for name in ("a", "b", "a"):
+        held.get(name, lambda name=name: make(name, 8))
+    assert made == ["a", "b"]  # both are small
+    for name in ("c", "d", "c"):  # 32 MB each
+        held.get(name, lambda name=name: make(name, 2049))
+    assert made == ["a", "b", "c", "d", "c"]
+    held.clear()
+    held.get("c", lambda: make("c", 8))
+    assert made[-1] == "c"
 
 
 # ---- spread, and what comes after the solution

@@ -1,6 +1,7 @@
 """Second moments of the keys that edited layers see, collected once and kept in a cache."""
 
 from kedit_lightning.statistics.collect import KeyCollector
+from kedit_lightning.statistics.directions import main_directions
 from kedit_lightning.statistics.importer import import_second_moment
 from kedit_lightning.statistics.moments import SecondMoment, factorise, shrunk
 from kedit_lightning.statistics.store import (
@@ -24,6 +25,7 @@ __all__ = [
     "factorise",
     "find_statistics",
     "import_second_moment",
+    "main_directions",
     "packaged_statistics",
     "save_to_cache",
     "shrunk",

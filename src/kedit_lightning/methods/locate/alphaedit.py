@@ -4,36 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from kedit_lightning.base_models import BaseModel, BaseModelSpec
 from kedit_lightning.errors import UnsupportedUseError
+from kedit_lightning.methods.locate.base import Held
 from kedit_lightning.methods.locate.closed_form import ClosedForm
 from kedit_lightning.methods.locate.presets import MEMIT_PUBLISHED
 from kedit_lightning.methods.locate.solve import Prior, null_space_prior
-
-
-def main_directions(
-    moment: Tensor, energy: float, threshold: float | None = None
-) -> tuple[Tensor, Tensor]:
-    """Directions of keys that a change must avoid, and all eigenvalues.
-
-    Args:
-        moment: Second moment of keys. Shape ``[d, d]``, float64.
-        energy: Share of its trace that may lie outside the directions.
-        threshold: Smallest eigenvalue of the directions, instead of a share.
-
-    Returns:
-        Orthonormal columns, ``[d, r]``, and the eigenvalues in rising order, ``[d]``.
-    """
-    values, vectors = torch.linalg.eigh((moment + moment.T) / 2)
-    values = values.clamp(min=0)
-    if threshold is not None:
-        free = int((values < threshold).sum())
-    else:
-        free = int((values.cumsum(0) <= energy * values.sum()).sum())
-    return vectors[:, free:].contiguous(), values
+from kedit_lightning.statistics import main_directions
 
 
 class AlphaEdit(ClosedForm):
@@ -67,7 +46,7 @@ class AlphaEdit(ClosedForm):
         **settings: Any,
     ) -> None:
         super().__init__(base_model, **settings)
-        self._avoided: dict[str, tuple[Tensor, float]] = {}
+        self._avoided: Held[str] = Held()
 
     def prior(self, layer: int) -> Prior:
         """A change lies in the null space, and costs its size there."""
@@ -84,19 +63,17 @@ class AlphaEdit(ClosedForm):
 
     def _null_space(self, module: str) -> tuple[Tensor, float]:
         """What a change must avoid, and the mean squared norm of typical keys outside of it."""
-        if module not in self._avoided:
-            moment = self._second_moment(module)
-            if self.hparams["statistics"] == "identity":
-                return moment[:, :0], 1.0  # nothing is known of typical keys
-            basis, values = main_directions(
-                moment, self.hparams["energy"], self.hparams["threshold"]
+        if self.hparams["statistics"] == "identity":  # nothing is known of typical keys
+            return self._second_moment(module)[:, :0], 1.0
+        return self._avoided.get(module, lambda: self._split(module))
+
+    def _split(self, module: str) -> tuple[Tensor, float]:
+        energy, threshold = self.hparams["energy"], self.hparams["threshold"]
+        basis, values = main_directions(self._second_moment(module), energy, threshold)
+        free = len(values) - basis.shape[1]
+        if free == 0:
+            raise UnsupportedUseError(
+                f"typical keys of layer '{module}' leave no null space: each of its {len(values)} "
+                "directions is used; raise energy, or use MEMIT"
             )
-            free = len(values) - basis.shape[1]
-            if free == 0:
-                raise UnsupportedUseError(
-                    f"typical keys of layer '{module}' leave no null space: each of its "
-                    f"{len(values)} directions is used; raise energy, or use MEMIT"
-                )
-            inside = float(values[:free].sum())
-            self._avoided[module] = (basis, inside)
-        return self._avoided[module]
+        return basis, float(values[:free].sum())

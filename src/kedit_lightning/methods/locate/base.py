@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from typing import ClassVar, Literal, TypeAlias
+from collections.abc import Callable, Hashable
+from typing import Any, ClassVar, Generic, Literal, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,8 +26,32 @@ from kedit_lightning.statistics import (
 StatisticsMode: TypeAlias = Literal["auto", "required", "identity"]
 
 
-#: Factors up to this many bytes are kept together.
-_KEPT_FACTORS = 32 << 20
+#: Matrices of layers up to this many bytes are held together.
+_HELD = 32 << 20
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+class Held(Generic[Key]):
+    """What was derived from statistics, by layer: all of it while small, else the last layer's.
+
+    So a walk over layers never holds the matrices of two wide ones.
+    """
+
+    def __init__(self) -> None:
+        self._values: dict[Key, tuple[Tensor, Any]] = {}
+
+    def get(self, key: Key, make: Callable[[], tuple[Tensor, Any]]) -> tuple[Tensor, Any]:
+        """The matrix of a key and what belongs to it, made when it is not held."""
+        if key not in self._values:
+            if sum(matrix.nbytes for matrix, _ in self._values.values()) > _HELD:
+                self._values.clear()
+            self._values[key] = make()
+        return self._values[key]
+
+    def clear(self) -> None:
+        """Hold nothing."""
+        self._values.clear()
 
 
 class LocateMethod(StatisticsFit):
@@ -61,7 +86,7 @@ class LocateMethod(StatisticsFit):
         # Statistics are a pass over text without an optimizer.
         self.automatic_optimization = False
         self._context_texts: tuple[str, ...] | None = None
-        self._factors: dict[tuple[str, float], Tensor] = {}
+        self._factors: Held[tuple[str, float]] = Held()
         self._statistics_note = ""
 
     # ---- contexts
@@ -80,21 +105,18 @@ class LocateMethod(StatisticsFit):
     def factor(self, module: str, ridge: float = 0.0) -> Tensor:
         """Lower Cholesky factor of the second moment of a layer's keys, ``C + ridge · I``.
 
-        Shape ``[d_in, d_in]``, float64, on the CPU.  Small factors are kept; of large ones only the
-        last, so that a walk over layers never holds two.
+        Shape ``[d_in, d_in]``, float64, on the CPU.
 
         Raises:
             StatisticsNotFoundError: None were collected and ``statistics`` is ``required``.
         """
-        key = (module, ridge)
-        if key not in self._factors:
-            if sum(factor.nbytes for factor in self._factors.values()) > _KEPT_FACTORS:
-                self._factors.clear()
+
+        def make() -> tuple[Tensor, None]:
             moment = self._second_moment(module)
-            if ridge:
-                moment = moment + ridge * torch.eye(len(moment)).to(moment)
-            self._factors[key] = factorise(moment, module)
-        return self._factors[key]
+            moment.diagonal().add_(ridge)
+            return factorise(moment, module), None
+
+        return self._factors.get((module, ridge), make)[0]
 
     @property
     def statistics_note(self) -> str:
