@@ -148,7 +148,9 @@ def test_edits_computed_together_equal_edits_computed_alone(name):
         assert one.origin == other.origin
 
 
-@pytest.mark.parametrize("switch", [{"targets": "own"}, {"keep_share": 0.5}])
+@pytest.mark.parametrize(
+    "switch", [{"targets": "own"}, {"keep_share": 0.5}, {"norm_anchor": True}, {"aligned": True}]
+)
 def test_what_cannot_be_computed_together_is_computed_alone(switch):
     base = tiny_base("llama")
     method = MEMIT(base, **LAYERS, **switch)

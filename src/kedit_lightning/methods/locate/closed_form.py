@@ -203,11 +203,13 @@ class ClosedForm(LocateMethod):
     def edit_each(self, requests_of_examples: Sequence[Sequence[EditRequest]]) -> Iterable[Edit]:
         """Edits of several examples, apart from each other; their values are found together."""
         groups = list(requests_of_examples)
-        large = self.hparams["keep_share"] is not None  # dense changes, of which few can be held
-        apart = self.hparams["targets"] == "own" or large or len(groups) < 2
+        given = self.hparams
+        # Values that depend on what they are found with, and dense changes, of which few fit.
+        tied = given["targets"] == "own" or given["aligned"] or given["norm_anchor"]
+        alone = tied or given["keep_share"] is not None or len(groups) < 2
         # A subclass that computes its edits in another way is asked for each of them.
-        apart = apart or type(self).compute_edit is not ClosedForm.compute_edit
-        if apart or not (self.can.batch or all(len(group) == 1 for group in groups)):
+        alone = alone or type(self).compute_edit is not ClosedForm.compute_edit
+        if alone or not (self.can.batch or all(len(group) == 1 for group in groups)):
             return super().edit_each(groups)
         with self.computing([request for group in groups for request in group]):
             return self.solve(groups)

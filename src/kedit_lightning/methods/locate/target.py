@@ -293,12 +293,9 @@ class TargetOptimizer:
             loss = loss + settings.consistency * seen.spread
             if tie is not None:
                 loss = loss + tie.penalty(leaf[:, 0])[active]
-            for index, value in zip(active, loss.detach(), strict=True):
-                check_finite(
-                    f"target loss of {requests[index].label}", self.site.modules[-1], value
-                )
+            self._check([requests[index] for index in active], loss.detach())
             done = stopping.finished(loss.detach(), kept.detach(), seen.likeliest, active)
-            left = [i for i in range(len(active)) if not done[i]]
+            left = [i for i, ended in enumerate(done.tolist()) if not ended]
             if step == settings.steps - 1 or not left:
                 break
             (gradient,) = torch.autograd.grad(loss[left].sum(), leaf)
@@ -308,6 +305,12 @@ class TargetOptimizer:
             chosen[active] = True
             delta = shortened(adam.step(delta, gradient, chosen), limit)
         return delta
+
+    def _check(self, requests: Sequence[EditRequest], loss: Tensor) -> None:
+        if bool(torch.isfinite(loss).all()):  # one question to the device
+            return
+        for request, value in zip(requests, loss, strict=True):
+            check_finite(f"target loss of {request.label}", self.site.modules[-1], value)
 
     def _encode(self, request: EditRequest) -> list[EncodedRow]:
         """Rows of a request: its contexts with the answer, then "{subject} is a"."""
