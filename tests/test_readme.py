@@ -55,14 +55,18 @@ def test_shell_lines_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus" / "text.txt").write_text("Paris is the capital of France.\n" * 50)
-    for line in blocks("sh")[1].splitlines():
+    for line in "".join(blocks("sh")[1:]).splitlines():
         if not line.startswith("kedit "):
             subprocess.run(line, shell=True, check=True)
             continue
         code = run(shlex.split(line)[1:])
         assert code in (0, None), f"{line} ended with {code}"
         said = capsys.readouterr().out
-        if "predict" in line:
+        if "--edits" in line:
             assert "Lyon" in said
+        if "CausalTracing" in line:
+            assert list((tmp_path / "traces").glob("*.png"))
+        if "LayerSweep" in line:
+            assert "best" in said
     assert (tmp_path / "run" / "stack.json").is_file()
     assert (tmp_path / "run2").is_dir()
