@@ -84,7 +84,10 @@ class LayerSweep(Callback):
                 f"what {type(method).__name__} has learned belongs to its own layers, so "
                 "LayerSweep cannot move it to others; fit it anew for each choice of layers"
             )
-        every = range(len(method.base.layout)) if self.layers is None else self.layers
+        layout = method.base.layout
+        names = [layout.block_name(index) for index in range(len(layout))]
+        dense = [names.index(block.name) for block in layout.dense_blocks]
+        every = dense if self.layers is None else self.layers
         layers = list(dict.fromkeys(every))
         for layer in layers:
             method.base.layout.block(layer)  # one that does not exist is refused before any work
@@ -151,7 +154,14 @@ def measure(trainer: Any, method: Any, split: str) -> dict[str, Any]:
     protocol = getattr(trainer, "protocol", None) or Protocol()
     parts = chunks(trainer.datamodule.examples(split), protocol.chunk_size)
     data = str(trainer.datamodule.source[split]["sha256"])
-    runner = ProtocolRunner(method.base, method.edit, protocol, dataset=data, seed=run_seed())
+    runner = ProtocolRunner(
+        method.base,
+        method.edit,
+        protocol,
+        dataset=data,
+        seed=run_seed(),
+        edit_each=method.edit_each,
+    )
     records: list[ExampleRecord] = []
     try:
         for index, part in enumerate(parts):

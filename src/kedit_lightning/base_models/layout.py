@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from kedit_lightning.edits.modules import (
     as_rows,
     first_tensor,
+    float_dtype,
     is_projection,
     projection_shape,
     with_first,
@@ -175,6 +176,7 @@ class Layout:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._described: dict[int, Block] = {}
+        self._paths: dict[int, WritePath] = {}
         self._structures: dict[Any, tuple[str, tuple[str, ...]]] = {}
 
     @cached_property
@@ -251,7 +253,13 @@ class Layout:
         return projection_shape(up)[1] == 2 * projection_shape(down)[0]
 
     def write_path(self, index: int) -> WritePath:
-        """Measure how the down projection of a block writes to the block's output."""
+        """How the down projection of a block writes to its output; found once, without edits."""
+        index %= len(self)
+        if index not in self._paths:
+            self._paths[index] = self._measure_path(index)
+        return self._paths[index]
+
+    def _measure_path(self, index: int) -> WritePath:
         block = self.block(index)
         down = self.model.get_submodule(block.down)
         owner = self.model.get_submodule(block.name)
@@ -259,7 +267,7 @@ class Layout:
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(self.hidden_size, generator=generator) * plain.std().cpu()
         # Rounded as the model will round it, so that rounding does not look like a nonlinearity.
-        noise = noise.to(plain.device, next(down.parameters()).dtype).double()
+        noise = noise.to(plain.device, float_dtype(self.model)).double()
         # Of two sizes, since a norm passes on the direction of what outweighs its other input.
         added = torch.stack([noise, 4 * noise])[:, None]  # [2, 1, hidden]
         moved = torch.stack([self._block_output(owner, down, x[0]) - plain for x in added])
@@ -270,10 +278,7 @@ class Layout:
         return WritePath(float(gain), float(rest))
 
     def attention(self, index: int) -> str:
-        """The projection that writes the result of a block's attention.
-
-        It is the last matrix outside the MLP that writes ``hidden`` values and that mixes tokens: a
-        change of the others at one token changes its input at later ones.
+        """The last matrix outside the MLP that writes ``hidden`` values and that mixes tokens.
 
         Raises:
             ModuleNotLocatedError: The block has none.

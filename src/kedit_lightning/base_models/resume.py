@@ -145,15 +145,23 @@ def _tried(base: BaseModel) -> bool:
         EncodedRow(tuple(ids[:7]), tuple(ids[7:9]), subject_end=4),
         EncodedRow(tuple(ids[2:6]), tuple(ids[6:7]), subject_end=1),
     ]
-    block = len(base.layout) // 2
-    try:
-        found = [
-            part.logits_of(
-                (torch.arange(2, device=base.device), part.rows.answer_columns[:, 0])
-            ).double()
-            for part in (Continuation(base, rows, block, resume) for resume in (True, False))
-        ]
-    except _OTHER_FORM:
-        return False
-    tolerance = _SAME[base.dtype.itemsize]
-    return bool((found[0] - found[1]).norm() <= tolerance * found[1].norm())
+    depth, tolerance = len(base.layout), _SAME[base.dtype.itemsize]
+    for block in sorted({0, depth // 2, depth}):
+        try:
+            found, expected = (
+                _answers(Continuation(base, rows, block, resume)) for resume in (True, False)
+            )
+        except _OTHER_FORM:
+            return False
+        if not bool((found - expected).norm() <= tolerance * expected.norm()):
+            return False
+    return True
+
+
+def _answers(passes: Continuation) -> Tensor:
+    """First logits of the answers of two rows, and of one of them by itself."""
+    found = []
+    for part in (passes, passes.select(torch.tensor([1], device=passes.base.device))):
+        at = torch.arange(len(part.rows), device=part.base.device)
+        found.append(part.logits_of((at, part.rows.answer_columns[:, 0])).double())
+    return torch.cat(found)

@@ -101,6 +101,11 @@ def check_editable(model: nn.Module, name: str) -> nn.Module:
     return module
 
 
+def float_dtype(model: nn.Module) -> torch.dtype:
+    """What a model computes in; quantised weights are of another type."""
+    return next(p.dtype for p in model.parameters() if p.is_floating_point())
+
+
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype edits are added in: at least float32, as half precision swallows small deltas."""
     return torch.promote_types(dtype, torch.float32)

@@ -263,7 +263,8 @@ def trace(
 def _states(base: BaseModel, kind: TraceKind) -> list[str]:
     """Names of the modules whose outputs are put back, from the first layer to the last."""
     if kind == "mlp":
-        return [block.mlp for block in base.layout.blocks]
+        # The projection and not the module around it, which in BLOOM and MPT adds the residual.
+        return [block.down for block in base.layout.blocks]
     if kind == "attention":
         return [base.layout.attention(index) for index in range(len(base.layout))]
     prefix, blocks = find_blocks(base.model)

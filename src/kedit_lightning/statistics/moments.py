@@ -59,7 +59,8 @@ def factorise(matrix: Tensor, layer: str) -> Tensor:
     scale = matrix.diagonal().mean()
     ridge = 0.0
     while ridge < 1.0:
-        shifted = matrix + ridge * scale * torch.eye(len(matrix)).to(matrix)
+        shifted = matrix.clone() if ridge else matrix
+        shifted.diagonal().add_(ridge * scale)
         found: tuple[Tensor, Tensor] = torch.linalg.cholesky_ex(shifted)
         if not bool(found[1]):
             return found[0]

@@ -7,12 +7,14 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
+from torch.nn.functional import normalize
 
 #: Temperature of the softmax over similarities.
 TEMPERATURE = 0.07
 #: Weights of the divergence of the similarities, and of their squared differences.
 DIVERGENCE_WEIGHT, DIFFERENCE_WEIGHT = 2.0, 8.0
+#: Requests whose values are found together; later ones follow those before, and do not move them.
+ALIGNED_TOGETHER = 64
 #: The squared differences are those to this many nearest keys.
 NEAREST = 50
 
@@ -38,7 +40,7 @@ class Alignment:
 
     def part(self, first: int, done: Sequence[Tensor]) -> Alignment:
         """The same for the requests from a number on, given the changes of those before."""
-        known = torch.cat([delta[:, 0] for delta in done]) if done else None
+        known = torch.cat([delta[:, -1] for delta in done]) if done else None
         return replace(self, first=first, known=known)
 
     def _own(self, count: int) -> Tensor:
@@ -68,7 +70,7 @@ class Alignment:
         apart[torch.arange(len(delta)), own] = False
 
         def similar(rows: Tensor, to: Tensor) -> Tensor:
-            found = cosine_similarity(rows[:, None], to[None], dim=-1)
+            found = normalize(rows, dim=1) @ normalize(to, dim=1).T
             return found[apart].reshape(len(rows), -1)
 
         wanted, present = similar(keys[own], keys), similar(delta, others)

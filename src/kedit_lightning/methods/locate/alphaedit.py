@@ -10,7 +10,7 @@ from kedit_lightning.base_models import BaseModel, BaseModelSpec
 from kedit_lightning.errors import UnsupportedUseError
 from kedit_lightning.methods.locate.base import Held
 from kedit_lightning.methods.locate.closed_form import ClosedForm
-from kedit_lightning.methods.locate.presets import MEMIT_PUBLISHED
+from kedit_lightning.methods.locate.presets import ALPHAEDIT_PUBLISHED
 from kedit_lightning.methods.locate.solve import Prior, null_space_prior
 from kedit_lightning.statistics import main_directions
 
@@ -18,7 +18,8 @@ from kedit_lightning.statistics import main_directions
 class AlphaEdit(ClosedForm):
     """MEMIT inside the null space of typical keys, which keeps earlier edits as well.
 
-    The keys of earlier edits are a recursive least-squares state that follows from the stack.
+    The keys of earlier edits are a recursive least-squares state that follows from the stack.  The
+    null space stands in for ``preserve`` and ``ridge``, which have no part in it.
 
     Args:
         base_model: The model to edit: an object, a specification, or a name.
@@ -32,7 +33,7 @@ class AlphaEdit(ClosedForm):
         **settings: Those of all closed-form methods.
     """
 
-    published = MEMIT_PUBLISHED
+    published = ALPHAEDIT_PUBLISHED
     remembers = True
 
     def __init__(
@@ -70,10 +71,10 @@ class AlphaEdit(ClosedForm):
     def _split(self, module: str) -> tuple[Tensor, float]:
         energy, threshold = self.hparams["energy"], self.hparams["threshold"]
         basis, values = main_directions(self._second_moment(module), energy, threshold)
-        free = len(values) - basis.shape[1]
-        if free == 0:
+        inside = float(values[: len(values) - basis.shape[1]].sum())
+        if inside <= 0:
             raise UnsupportedUseError(
-                f"typical keys of layer '{module}' leave no null space: each of its {len(values)} "
-                "directions is used; raise energy, or use MEMIT"
+                f"nothing of the typical keys of layer '{module}' lies in the null space, so the "
+                "size of a change there has no scale; raise energy, or use MEMIT"
             )
-        return basis, float(values[:free].sum())
+        return basis, inside

@@ -79,7 +79,8 @@ class ClosedForm(LocateMethod):
         aligned: Give similar keys similar values (EAMET); the clamp then counts in norms of keys.
         norm_anchor: Give all values the norm that those of the first edit have (NAS).
         keep_share: Keep this share of the entries, those that change most (RECT).
-        restrain: Compress singular values above the largest of the weight (PRUNE).
+        restrain: Compress singular values of an edit above the largest of the weight (PRUNE). In a
+            sequence it is each edit that is restrained, and not their sum.
         off_main: Take the change off the main directions of the weight, 1 for wholly (SPHERE).
         contexts: Number of texts put before each prompt.
         **settings: Those of the statistics of keys, and the seed.
@@ -139,9 +140,15 @@ class ClosedForm(LocateMethod):
         layers = tuple(chosen) or known.layers or self.default_layers()
         if given["targets"] == "own" and not chosen:
             layers = tuple(dict.fromkeys((layers[0], layers[-1])))
-        self.layers = layers
-        blocks = [self.base.layout.block(layer) for layer in self.layers]
-        self.edited = tuple(block.down for block in blocks)
+        layout = self.base.layout
+        for layer in layers:
+            layout.block(layer)  # one that does not exist is refused
+        # In the order they run, each once.
+        self.layers = tuple(sorted({layer % len(layout) for layer in layers}))
+        self.edited = tuple(layout.block(layer).down for layer in self.layers)
+        with self.base.edits.suspended():
+            for layer in self.layers:
+                layout.write_path(layer)
         self.preserve: float | None = derived["preserve"]
         self.remember = self.remembers if given["history"] is None else bool(given["history"])
         names = ("lr", "steps", "weight_decay", "clamp", "kl_factor", "stop_loss")
@@ -218,28 +225,37 @@ class ClosedForm(LocateMethod):
         """One edit for each group of requests, none of which knows of the others."""
         requests = [request for group in groups for request in group]
         changes: list[list[Edit]] = [[] for _ in groups]
-        norms: Tensor | None = None
+        norms: dict[str, Tensor] = {}
         wanted: dict[int, tuple[Site, Tensor]] = {}
         for number, layer in enumerate(self.layers):
             with self._acting(groups, changes) as carried:
                 if layer not in wanted:
-                    wanted, norms = self._wanted(layer, requests, carried)
+                    wanted, found = self._wanted(layer, requests, carried)
+                    norms |= found
                 site, values = wanted[layer]
                 missing = values - self._present(site, requests, carried)
                 reading = self._read_keys([self.edited[number]], requests, carried)
             missing = missing * self._share(number) / self._gain(layer, site)
-            prior = self._whole_prior(layer)
-            start = 0
-            for group, own in zip(groups, changes, strict=True):
-                part = slice(start, start := start + len(group))
-                own.append(
-                    self._change(self.edited[number], reading.part(part), missing[part], prior)
-                )
+            solved = self._changes(layer, reading, missing, [len(group) for group in groups])
+            for own, change in zip(changes, solved, strict=True):
+                own.append(change)
         memory = self._memory(groups, changes, norms)
+        notes = {"statistics": self.statistics_note, "layers": list(self.edited)}
         return [
-            self._combined(group, own, held)
+            post.combined(self.base, own, self.origin(group, **notes), held)
             for group, own, held in zip(groups, changes, memory, strict=True)
         ]
+
+    def _changes(
+        self, layer: int, reading: Reading, missing: Tensor, sizes: Sequence[int]
+    ) -> list[Edit]:
+        """The change of one layer for each group of requests; its prior is dropped with it."""
+        prior, start, changes = self._whole_prior(layer), 0, []
+        module = self.base.layout.block(layer).down
+        for size in sizes:
+            part = slice(start, start := start + size)
+            changes.append(self._change(module, reading.part(part), missing[part], prior))
+        return changes
 
     @contextmanager
     def _acting(
@@ -280,7 +296,11 @@ class ClosedForm(LocateMethod):
         if not self.remember:
             return prior
         keys = [held[f"{module}.keys"] for held in self._memories() if f"{module}.keys" in held]
-        return with_history(prior, torch.cat(keys, dim=1).double()) if keys else prior
+        if not keys:
+            return prior
+        # Those of edits that were read from files are on the CPU.
+        moved = [own.to(self.base.device, torch.float64) for own in keys]
+        return with_history(prior, torch.cat(moved, dim=1))
 
     def _memories(self) -> list[dict[str, Tensor]]:
         return memories(self.base, type(self).__name__)
@@ -289,8 +309,11 @@ class ClosedForm(LocateMethod):
 
     def _wanted(
         self, layer: int, requests: Sequence[EditRequest], carried: Sequence[Edit | None] | None
-    ) -> tuple[dict[int, tuple[Site, Tensor]], Tensor]:
-        """Sites and values ``[n, d_out]`` for a layer and those that share its optimisation."""
+    ) -> tuple[dict[int, tuple[Site, Tensor]], dict[str, Tensor]]:
+        """Sites and values ``[n, d_out]`` for a layer and those that share its optimisation.
+
+        Besides, the norms of the values by the module they were found at.
+        """
         targets = self.hparams["targets"]
         site = self.site(self.layers[-1] if targets == "last" else layer)
         found = read(self.base, site.modules, requests)
@@ -299,9 +322,10 @@ class ClosedForm(LocateMethod):
         alignment = self._alignment(site, requests) if self.hparams["aligned"] else None
         delta = optimizer.run(requests, initial, alignment)[:, -1].double()
         values = initial[:, -1].double() + delta
-        norms = values.norm(dim=1)
+        own_norms = values.norm(dim=1)
+        norms = {f"{site.modules[-1]}.norms": own_norms}
         if self.hparams["norm_anchor"]:
-            values = values * (self._anchor(norms) / norms)[:, None]
+            values = values * (self._anchor(norms) / own_norms)[:, None]
         if targets == "own":
             return {layer: (site, values)}, norms
         if targets == "last":
@@ -320,11 +344,12 @@ class ClosedForm(LocateMethod):
         keys = self.mean_keys(self._read_keys([module], requests, None).inputs[module])
         return Alignment(keys, self.target_settings.clamp)
 
-    def _anchor(self, norms: Tensor) -> Tensor:
+    def _anchor(self, norms: Mapping[str, Tensor]) -> Tensor:
         """Mean norm of the values of the first edit of this method on the stack, or of this one."""
-        first = next((m["target_norms"] for m in self._memories() if "target_norms" in m), norms)
+        ((name, own),) = norms.items()
+        first = next((held[name] for held in self._memories() if name in held), own)
         usual = first.double().sort().values[: max(1, round((1 - OUTLIERS) * len(first)))]
-        return usual.mean().to(norms)
+        return usual.mean().to(own)
 
     # ---- changes
 
@@ -349,7 +374,7 @@ class ClosedForm(LocateMethod):
         self,
         groups: Sequence[Sequence[EditRequest]],
         changes: Sequence[Sequence[Edit]],
-        norms: Tensor | None,
+        norms: Mapping[str, Tensor],
     ) -> list[dict[str, Tensor]]:
         """What later edits must know of each: its keys as they are now, and the first norms."""
         memory: list[dict[str, Tensor]] = [{} for _ in groups]
@@ -362,27 +387,8 @@ class ClosedForm(LocateMethod):
                 keys = self.mean_keys(reading.inputs[module]).split(sizes)
                 for held, own in zip(memory, keys, strict=True):
                     held[f"{module}.keys"] = own.T.to(compute_dtype(self.base.dtype)).contiguous()
-        anchored = any("target_norms" in held for held in self._memories())
-        if self.hparams["norm_anchor"] and norms is not None and not anchored:
-            for held, own in zip(memory, norms.split(sizes), strict=True):
-                held["target_norms"] = own
+        known = {name for held in self._memories() for name in held}
+        for name in norms.keys() - known if self.hparams["norm_anchor"] else ():
+            for held, own in zip(memory, norms[name].split(sizes), strict=True):
+                held[name] = own
         return memory
-
-    def _combined(
-        self, requests: Sequence[EditRequest], changes: Sequence[Edit], memory: dict[str, Tensor]
-    ) -> Edit:
-        """The changes of all layers as one edit."""
-        origin = self.origin(requests, statistics=self.statistics_note, layers=list(self.edited))
-        factors: dict[str, tuple[Tensor, Tensor]] = {}
-        dense: dict[str, tuple[Tensor | None, Tensor | None]] = {}
-        for change in changes:
-            if isinstance(change, LowRankEdit):
-                factors |= change.factors
-            elif isinstance(change, DenseEdit):
-                dense |= change.changes
-        if not dense:
-            return LowRankEdit(self.base, factors, origin, memory)
-        whole = DenseEdit(self.base, dense, origin)
-        if not memory:
-            return whole
-        return CompositeEdit(self.base, [LowRankEdit(self.base, {}, origin, memory), whole], origin)

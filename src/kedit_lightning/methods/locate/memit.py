@@ -62,6 +62,8 @@ class PMET(MEMIT):
 class EMMET(ClosedForm):
     """MEMIT with equality constraints, at one layer (Gupta et al. 2024, arXiv 2403.14236).
 
+    ``preserve`` matters with ``legacy_absolute_eps`` only: it cancels out of a relative ``eps``.
+
     Args:
         base_model: The model to edit: an object, a specification, or a name.
         layer: Block whose MLP is edited.

@@ -1,12 +1,16 @@
-"""What is done to an update after it was solved: RECT, PRUNE and SPHERE."""
+"""What is done to updates after they were solved: RECT, PRUNE, SPHERE, and making one edit."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from kedit_lightning.base_models import BaseModel
+from kedit_lightning.edits import CompositeEdit, DenseEdit, Edit, EditOrigin, LowRankEdit
 from kedit_lightning.edits.modules import oriented
+from kedit_lightning.edits.patches import DensePatch, LowRankPatch
 from kedit_lightning.errors import UnsupportedUseError
 
 
@@ -90,9 +94,31 @@ def weight_of(base: BaseModel, module: str, edited: bool) -> Tensor:
             f"the weight of '{module}' is quantised; keep_share, restrain and off_main compare a "
             "change with it, so load the base model without quantization, or leave them out"
         )
-    total = weight.double()
+    total = oriented(weight.double(), owner)
     for edit in base.edits if edited else ():
         for part in edit.parts():
-            if module in part.patches():
-                total = total + part.deltas()[f"{module}.weight"].to(total)
-    return oriented(total, owner)
+            patch = part.patches().get(module)
+            if isinstance(patch, LowRankPatch):
+                total = total + patch.b.to(total) @ patch.a.to(total)
+            elif isinstance(patch, DensePatch) and patch.delta is not None:
+                total = total + patch.delta.to(total)
+    return total
+
+
+def combined(
+    base: BaseModel, changes: Sequence[Edit], origin: EditOrigin, memory: Mapping[str, Tensor]
+) -> Edit:
+    """The changes of several modules as one edit, with what later edits must know."""
+    factors: dict[str, tuple[Tensor, Tensor]] = {}
+    dense: dict[str, tuple[Tensor | None, Tensor | None]] = {}
+    for change in changes:
+        if isinstance(change, LowRankEdit):
+            factors |= change.factors
+        elif isinstance(change, DenseEdit):
+            dense |= change.changes
+    if not dense:
+        return LowRankEdit(base, factors, origin, memory)
+    whole = DenseEdit(base, dense, origin)
+    if not memory:
+        return whole
+    return CompositeEdit(base, [LowRankEdit(base, {}, origin, memory), whole], origin)

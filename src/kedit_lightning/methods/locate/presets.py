@@ -76,7 +76,7 @@ ROME_PUBLISHED: Mapping[ModelKey, LocateSettings] = MappingProxyType(
         **{key: replace(_ROME, layers=(5,)) for key in (LLAMA_7B, LLAMA_3B, MISTRAL_7B, QWEN2_7B)},
     }
 )
-#: Settings of MEMIT, by model; AlphaEdit takes them too.
+#: Settings of MEMIT, by model.
 MEMIT_PUBLISHED: Mapping[ModelKey, LocateSettings] = MappingProxyType(
     {
         NANO: LocateSettings((0, 1), 50),
@@ -88,6 +88,10 @@ MEMIT_PUBLISHED: Mapping[ModelKey, LocateSettings] = MappingProxyType(
         MISTRAL_7B: _EASYEDIT,
         QWEN2_7B: _EASYEDIT,
     }
+)
+#: Settings of AlphaEdit, by model: those of its paper for Llama 3, which has the shape of Llama 2.
+ALPHAEDIT_PUBLISHED: Mapping[ModelKey, LocateSettings] = MappingProxyType(
+    {**MEMIT_PUBLISHED, LLAMA_7B: LocateSettings(_span(4, 8), lr=0.1)}
 )
 #: Settings of PMET, by model.
 PMET_PUBLISHED: Mapping[ModelKey, LocateSettings] = MappingProxyType(
@@ -117,7 +121,14 @@ def model_key(base: BaseModel) -> ModelKey:
 
 def one_layer(base: BaseModel) -> tuple[int, ...]:
     """At 17 % of the depth for gated MLPs and 35 % for plain ones, where published layers lie."""
-    return (round((0.17 if base.layout.is_gated else 0.35) * len(base.layout)),)
+    return _dense(base, (round((0.17 if base.layout.is_gated else 0.35) * len(base.layout)),))
+
+
+def _dense(base: BaseModel, layers: tuple[int, ...]) -> tuple[int, ...]:
+    """The nearest blocks with a dense MLP; in most models these are the blocks themselves."""
+    names = {base.layout.block_name(index): index for index in range(len(base.layout))}
+    dense = [names[block.name] for block in base.layout.dense_blocks]
+    return tuple(sorted({min(dense, key=lambda known: abs(known - i)) for i in layers}))
 
 
 def several_layers(base: BaseModel) -> tuple[int, ...]:
@@ -125,7 +136,7 @@ def several_layers(base: BaseModel) -> tuple[int, ...]:
     depth = len(base.layout)
     start, end = (1 / 8, 1 / 4) if base.layout.is_gated else (0.27, 0.36)
     last = round(end * depth)
-    return _span(max(round(start * depth), last - 4), last)
+    return _dense(base, _span(max(round(start * depth), last - 4), last))
 
 
 def default_weight(base: BaseModel, layer: int) -> float:

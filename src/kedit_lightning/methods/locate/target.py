@@ -15,7 +15,7 @@ from kedit_lightning.base_models.rows import EncodedRow
 from kedit_lightning.base_models.taps import add_at, capture, visiting
 from kedit_lightning.edits.base import check_finite
 from kedit_lightning.edits.modules import compute_dtype
-from kedit_lightning.methods.locate.alignment import Alignment
+from kedit_lightning.methods.locate.alignment import ALIGNED_TOGETHER, Alignment
 from kedit_lightning.methods.locate.budget import requests_at_a_time
 from kedit_lightning.requests import EditRequest
 
@@ -260,6 +260,8 @@ class TargetOptimizer:
         initial = initial.to(compute_dtype(initial.dtype))
         encoded = [self._encode(request) for request in requests]
         size = requests_at_a_time(self.base, self.site.resumes_at, encoded)
+        if alignment is not None:  # aligned values depend on what they are found with
+            size = ALIGNED_TOGETHER
         done: list[Tensor] = []
         for start in range(0, len(requests), size):
             part = slice(start, start + size)
@@ -292,7 +294,7 @@ class TargetOptimizer:
             loss = stopping.weight[active] * seen.nll + kept + decay
             loss = loss + settings.consistency * seen.spread
             if tie is not None:
-                loss = loss + tie.penalty(leaf[:, 0])[active]
+                loss = loss + tie.penalty(leaf[:, -1])[active]
             self._check([requests[index] for index in active], loss.detach())
             done = stopping.finished(loss.detach(), kept.detach(), seen.likeliest, active)
             left = [i for i, ended in enumerate(done.tolist()) if not ended]
@@ -320,6 +322,8 @@ class TargetOptimizer:
             encode(p + request.prompt, request.target_new, request.subject) for p in self.prefixes
         ]
         essence = encode(f"{request.subject} is a", None, request.subject)
+        if self.base.edits.reads_rows:  # memory edits look at the end of the prompt
+            return [*rows, essence]
         # What follows the subject there is never read.
         return [*rows, replace(essence, prompt=essence.prompt[: essence.subject_end + 1])]
 
