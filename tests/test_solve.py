@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 
@@ -257,15 +255,10 @@ def test_only_the_last_of_wide_layers_is_held():
 # ---- spread, and what comes after the solution
 
 
-@pytest.mark.parametrize("spread", sorted(SPREADS))
-def test_layers_that_take_their_share_leave_nothing(spread):
-    left = 1.0
-    for number in range(5):
-        share = SPREADS[spread](5 - number)
-        assert share == pytest.approx({"linear": 1 / (5 - number)}.get(spread, share))
-        left -= left * share
-    assert abs(left) < 1e-12
-    assert SPREADS["square_root"](4) == 1 / math.sqrt(4)
+def test_layers_take_the_shares_that_the_papers_state():
+    shares = {name: [spread(left) for left in (5, 4, 3, 2, 1)] for name, spread in SPREADS.items()}
+    assert shares["linear"] == pytest.approx([1 / 5, 1 / 4, 1 / 3, 1 / 2, 1])
+    assert shares["square_root"] == pytest.approx([5**-0.5, 1 / 2, 3**-0.5, 2**-0.5, 1])
 
 
 def test_rect_keeps_the_entries_that_change_most():

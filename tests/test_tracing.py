@@ -139,6 +139,12 @@ def test_batch_size_and_padding_side_change_nothing(family):
     assert one.tokens == many.tokens
 
 
+def test_an_mlp_that_adds_the_residual_itself_is_traced_by_what_it_writes():
+    base = tiny_base("bloom")
+    mlp, block = (trace(base, PROMPT, SUBJECT, kind=k, window=1, **FEW) for k in ("mlp", "block"))
+    assert float((mlp.restored - block.restored).abs().max()) > 1e-6
+
+
 def test_noise_follows_the_seed_alone():
     base = tiny_base("llama")
     lows = [
