@@ -176,7 +176,7 @@ class Layout:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._described: dict[int, Block] = {}
-        self._paths: dict[int, WritePath] = {}
+        self._paths: dict[str, WritePath] = {}
         self._structures: dict[Any, tuple[str, tuple[str, ...]]] = {}
 
     @cached_property
@@ -254,10 +254,10 @@ class Layout:
 
     def write_path(self, index: int) -> WritePath:
         """How the down projection of a block writes to its output; found once, without edits."""
-        index %= len(self)
-        if index not in self._paths:
-            self._paths[index] = self._measure_path(index)
-        return self._paths[index]
+        name = self.block(index).name
+        if name not in self._paths:
+            self._paths[name] = self._measure_path(index)
+        return self._paths[name]
 
     def _measure_path(self, index: int) -> WritePath:
         block = self.block(index)
