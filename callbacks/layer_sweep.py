@@ -84,10 +84,7 @@ class LayerSweep(Callback):
                 f"what {type(method).__name__} has learned belongs to its own layers, so "
                 "LayerSweep cannot move it to others; fit it anew for each choice of layers"
             )
-        layout = method.base.layout
-        names = [layout.block_name(index) for index in range(len(layout))]
-        dense = [names.index(block.name) for block in layout.dense_blocks]
-        every = dense if self.layers is None else self.layers
+        every = method.base.layout.dense_layers if self.layers is None else self.layers
         layers = list(dict.fromkeys(every))
         for layer in layers:
             method.base.layout.block(layer)  # one that does not exist is refused before any work

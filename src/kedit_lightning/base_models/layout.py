@@ -13,8 +13,7 @@ Rules (tried on tiny models of every type that transformers registers as a causa
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import takewhile
@@ -23,6 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kedit_lightning.base_models.blocks import (
+    PROBE_TOKENS,
+    find_blocks,
+    read_probe,
+    removing,
+    text_config,
+)
 from kedit_lightning.edits.modules import (
     as_rows,
     first_tensor,
@@ -33,7 +39,6 @@ from kedit_lightning.edits.modules import (
 )
 from kedit_lightning.errors import ModuleNotLocatedError
 
-_PROBE_TOKENS = 6
 #: A block output that follows the MLP output with less than this relative error is linear in it.
 #: Rounding in bfloat16 alone gives some 3e-3, a normalisation between the two 1e-1 and more.
 _LINEAR = 2e-2
@@ -76,76 +81,6 @@ class WritePath:
         return self.nonlinearity < _LINEAR
 
 
-def _text_config(model: nn.Module) -> Any:
-    config: Any = model.config
-    return config.get_text_config(decoder=True)
-
-
-def _layer_counts(config: Any) -> tuple[int, ...]:
-    """What the configuration may mean by its number of layers, the likeliest first.
-
-    ``num_hidden_layers`` is the encoder's number in decoders taken from a Blenderbot, and twice the
-    number of blocks in a LongCat.
-    """
-    fields = ("num_decoder_layers", "num_hidden_layers", "decoder_layers", "num_layers")
-    counts = tuple(int(getattr(config, field, None) or 0) for field in fields)
-    if not any(counts):
-        raise ModuleNotLocatedError(
-            f"the configuration of model type '{config.model_type}' does not say how many layers "
-            "it has; use IKE, which needs none, or report the model type"
-        )
-    return tuple(filter(None, counts))
-
-
-def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Name and modules of the decoder's blocks.
-
-    Raises:
-        ModuleNotLocatedError: No list of modules has the length the configuration states.
-    """
-    config = _text_config(model)
-    counts = _layer_counts(config)
-    lists = [(k, m) for k, m in model.named_modules() if isinstance(m, nn.ModuleList)]
-    fitting = ([pair for pair in lists if len(pair[1]) == count] for count in counts)
-    lists = next(filter(None, fitting), [])
-    if not lists:
-        raise ModuleNotLocatedError(
-            f"no list of {counts[0]} blocks in a model of type '{config.model_type}'; use IKE, "
-            "which needs none, or report the model type"
-        )
-    if getattr(config, "is_encoder_decoder", False):
-        # Encoder and decoder have equal blocks; the decoder's also attend to the encoder.
-        lists = [pair for pair in lists if "decoder" in pair[0]] or lists
-    if len(lists) > 1:  # towers of vision and audio may have as many blocks as the decoder
-        lists = _that_run(model, lists) or lists
-    return max(lists, key=lambda pair: sum(p.numel() for p in pair[1].parameters()))
-
-
-def _that_run(
-    model: nn.Module, lists: list[tuple[str, nn.ModuleList]]
-) -> list[tuple[str, nn.ModuleList]]:
-    """Those of the lists whose modules are called when the model reads text."""
-    ran: set[int] = set()
-    handles = [
-        modules[0].register_forward_pre_hook(lambda m, a: ran.add(id(m))) for _, modules in lists
-    ]
-    with _removing(handles):
-        _run(model)
-    return [pair for pair in lists if id(pair[1][0]) in ran]
-
-
-@torch.no_grad()
-def _run(model: Any) -> None:
-    """Read a few tokens."""
-    device = next(model.parameters()).device
-    vocabulary = int(_text_config(model).vocab_size)
-    ids = torch.arange(1, _PROBE_TOKENS + 1, device=device)[None] % vocabulary
-    inputs = {"input_ids": ids}
-    if getattr(model.config, "is_encoder_decoder", False):
-        inputs["decoder_input_ids"] = ids
-    model(**inputs, use_cache=False)
-
-
 def _beside(down: str, order: list[str]) -> list[str]:
     """The projections that run before one and have the same owner.
 
@@ -155,15 +90,6 @@ def _beside(down: str, order: list[str]) -> list[str]:
     owners = {key.rpartition(".")[0]: None for key in (*ran[-1:], down)}
     shared = [[key for key in ran if key.rpartition(".")[0] == owner] for owner in owners]
     return shared[-1] or shared[0]
-
-
-@contextmanager
-def _removing(handles: list[Any]) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class Layout:
@@ -186,7 +112,7 @@ class Layout:
     @cached_property
     def hidden_size(self) -> int:
         """Width of the residual stream."""
-        config = _text_config(self.model)
+        config = text_config(self.model)
         return int(getattr(config, "hidden_size", None) or config.d_model)
 
     @cached_property
@@ -199,8 +125,8 @@ class Layout:
         return tuple(self.block(index) for index in range(len(self)))
 
     @cached_property
-    def dense_blocks(self) -> tuple[Block, ...]:
-        """The blocks with a dense MLP: in a mixture of experts some of them, elsewhere all.
+    def dense_layers(self) -> tuple[int, ...]:
+        """Numbers of the blocks with a dense MLP: in a mixture of experts some, elsewhere all.
 
         Raises:
             ModuleNotLocatedError: No block has one.
@@ -208,12 +134,23 @@ class Layout:
         found, refused = [], []
         for index in range(len(self)):
             try:
-                found.append(self.block(index))
+                self.block(index)
             except ModuleNotLocatedError as error:
                 refused.append(error)
+            else:
+                found.append(index)
         if not found:
             raise refused[0]
         return tuple(found)
+
+    @property
+    def dense_blocks(self) -> tuple[Block, ...]:
+        """The blocks with a dense MLP.
+
+        Raises:
+            ModuleNotLocatedError: No block has one.
+        """
+        return tuple(self.block(index) for index in self.dense_layers)
 
     def __len__(self) -> int:
         return len(self._found[1])
@@ -335,7 +272,7 @@ class Layout:
             if self._fed_by_token(down, beside, matrices, seen[down]):
                 return down, tuple(inner)
         raise ModuleNotLocatedError(
-            f"block '{name}' of model type '{_text_config(self.model).model_type}' has no dense "
+            f"block '{name}' of model type '{text_config(self.model).model_type}' has no dense "
             "MLP projection that reads each token once (a mixture of experts with fused weights "
             "and a state-space mixer have none), so methods that edit one cannot be used on it; "
             "use a dense model, or IKE, which edits no weights"
@@ -368,15 +305,15 @@ class Layout:
 
         handles = [m.register_forward_pre_hook(note(key)) for key, m in matrices.items()]
         handles += [matrices[key].register_forward_hook(disturb) for key in change]
-        with _removing(handles):
-            _run(self.model)
+        with removing(handles):
+            read_probe(self.model)
         return seen
 
     def _fed_by_token(
         self, key: str, beside: list[str], matrices: dict[str, nn.Module], plain: Tensor
     ) -> bool:
         """Whether the matrices beside a projection feed it, each token from that token alone."""
-        if len(plain) != _PROBE_TOKENS:
+        if len(plain) != PROBE_TOKENS:
             return False
         moved = self._inputs_of({k: matrices[k] for k in (*beside, key)}, change=beside)[key]
         moves = (moved - plain).float().norm(dim=1) > _MOVES * plain.float().norm(dim=1)
@@ -394,6 +331,6 @@ class Layout:
                 return with_first(output, y + add.to(y))
 
             handles.append(down.register_forward_hook(hook))
-        with _removing(handles):
-            _run(self.model)
+        with removing(handles):
+            read_probe(self.model)
         return seen[-1].double()

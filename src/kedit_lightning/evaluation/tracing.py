@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from kedit_lightning.base_models import BaseModel, EncodedRow
-from kedit_lightning.base_models.layout import find_blocks
 from kedit_lightning.base_models.taps import Visit, capture, visiting
 from kedit_lightning.errors import UnsupportedUseError
 from kedit_lightning.evaluation.reading import wide
@@ -267,8 +266,7 @@ def _states(base: BaseModel, kind: TraceKind) -> list[str]:
         return [block.down for block in base.layout.blocks]
     if kind == "attention":
         return [base.layout.attention(index) for index in range(len(base.layout))]
-    prefix, blocks = find_blocks(base.model)
-    return [f"{prefix}.{index}" for index in range(len(blocks))]
+    return [base.layout.block_name(index) for index in range(len(base.layout))]
 
 
 def _embedding(base: BaseModel) -> str:

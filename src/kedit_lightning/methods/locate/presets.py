@@ -126,8 +126,7 @@ def one_layer(base: BaseModel) -> tuple[int, ...]:
 
 def _dense(base: BaseModel, layers: tuple[int, ...]) -> tuple[int, ...]:
     """The nearest blocks with a dense MLP; in most models these are the blocks themselves."""
-    names = {base.layout.block_name(index): index for index in range(len(base.layout))}
-    dense = [names[block.name] for block in base.layout.dense_blocks]
+    dense = base.layout.dense_layers
     return tuple(sorted({min(dense, key=lambda known: abs(known - i)) for i in layers}))
 
 

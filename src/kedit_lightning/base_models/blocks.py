@@ -1,0 +1,96 @@
+"""Finding the list of a decoder's blocks, by running it on a few tokens where need be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from kedit_lightning.errors import ModuleNotLocatedError
+
+#: Tokens that are read to see what runs and what feeds what.
+PROBE_TOKENS = 6
+
+
+def text_config(model: nn.Module) -> Any:
+    """The part of a configuration that is about the decoder."""
+    config: Any = model.config
+    return config.get_text_config(decoder=True)
+
+
+def _layer_counts(config: Any) -> tuple[int, ...]:
+    """What the configuration may mean by its number of layers, the likeliest first.
+
+    ``num_hidden_layers`` is the encoder's number in decoders taken from a Blenderbot, and twice the
+    number of blocks in a LongCat.
+    """
+    fields = ("num_decoder_layers", "num_hidden_layers", "decoder_layers", "num_layers")
+    counts = tuple(int(getattr(config, field, None) or 0) for field in fields)
+    if not any(counts):
+        raise ModuleNotLocatedError(
+            f"the configuration of model type '{config.model_type}' does not say how many layers "
+            "it has; use IKE, which needs none, or report the model type"
+        )
+    return tuple(filter(None, counts))
+
+
+def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Name and modules of the decoder's blocks.
+
+    Raises:
+        ModuleNotLocatedError: No list of modules has the length the configuration states.
+    """
+    config = text_config(model)
+    counts = _layer_counts(config)
+    lists = [(k, m) for k, m in model.named_modules() if isinstance(m, nn.ModuleList)]
+    fitting = ([pair for pair in lists if len(pair[1]) == count] for count in counts)
+    lists = next(filter(None, fitting), [])
+    if not lists:
+        raise ModuleNotLocatedError(
+            f"no list of {counts[0]} blocks in a model of type '{config.model_type}'; use IKE, "
+            "which needs none, or report the model type"
+        )
+    if getattr(config, "is_encoder_decoder", False):
+        # Encoder and decoder have equal blocks; the decoder's also attend to the encoder.
+        lists = [pair for pair in lists if "decoder" in pair[0]] or lists
+    if len(lists) > 1:  # towers of vision and audio may have as many blocks as the decoder
+        lists = _that_run(model, lists) or lists
+    return max(lists, key=lambda pair: sum(p.numel() for p in pair[1].parameters()))
+
+
+def _that_run(
+    model: nn.Module, lists: list[tuple[str, nn.ModuleList]]
+) -> list[tuple[str, nn.ModuleList]]:
+    """Those of the lists whose modules are called when the model reads text."""
+    ran: set[int] = set()
+    handles = [
+        modules[0].register_forward_pre_hook(lambda m, a: ran.add(id(m))) for _, modules in lists
+    ]
+    with removing(handles):
+        read_probe(model)
+    return [pair for pair in lists if id(pair[1][0]) in ran]
+
+
+@torch.no_grad()
+def read_probe(model: Any) -> None:
+    """Read a few tokens."""
+    device = next(model.parameters()).device
+    vocabulary = int(text_config(model).vocab_size)
+    ids = torch.arange(1, PROBE_TOKENS + 1, device=device)[None] % vocabulary
+    inputs = {"input_ids": ids}
+    if getattr(model.config, "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = ids
+    model(**inputs, use_cache=False)
+
+
+@contextmanager
+def removing(handles: list[Any]) -> Iterator[None]:
+    """Take hooks off at the end."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
