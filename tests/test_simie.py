@@ -10,7 +10,8 @@ from support import REQUESTS, tiny_base
 from kedit_lightning import Edit
 from kedit_lightning.edits import LowRankEdit
 from kedit_lightning.errors import EditOrderError, UnsupportedUseError
-from kedit_lightning.methods.locate.simie import simie, solve_with_keys, subject_keys
+from kedit_lightning.methods.locate.simie import simie, subject_keys
+from kedit_lightning.methods.locate.solve import ridge_update, size_prior, with_history
 
 LAM = 3.0
 
@@ -50,12 +51,14 @@ def test_a_row_of_edits_is_one_joint_regression(count):
             torch.testing.assert_close(now, wanted @ torch.linalg.inv(gram))
 
 
-def test_both_forms_of_the_solution_agree():
+def test_the_update_along_keys_is_that_of_the_whole_system():
     own, earlier = keys(12, 3, 0), keys(12, 20, 1)
     for m in (0, 5, 9, 20):
         h = earlier[:, :m]
         wanted = torch.linalg.solve(2.0 * torch.eye(12) + h @ h.T + own @ own.T, own)
-        torch.testing.assert_close(solve_with_keys(own, h, 2.0), wanted)
+        prior = with_history(size_prior(2.0), h)
+        a, b = ridge_update(own, torch.eye(3, dtype=torch.float64), prior, eps=1.0)
+        torch.testing.assert_close((b @ a).T, wanted)
 
 
 def test_a_history_may_be_given():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kedit_lightning.methods.locate.solve import ridge_update, size_prior
 from kedit_lightning.methods.moments import Moments
 
 #: A column whose standard deviation is below this share of its mean counts as constant: what is
@@ -57,5 +58,4 @@ def regress_normalised(
         # HᵀH = RᵀR and HᵀV' = Rᵀ(QᵀV'): R may stand for H.
         basis, inputs = torch.linalg.qr(inputs)
         moves = basis.T @ moves
-    gram = inputs @ inputs.T + torch.eye(len(inputs)).to(inputs)
-    return inputs, torch.cholesky_solve(moves, torch.linalg.cholesky(gram)).T
+    return ridge_update(inputs.T, moves.T, size_prior(), eps=1.0)

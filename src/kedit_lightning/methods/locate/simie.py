@@ -9,52 +9,30 @@ import torch
 from torch import Tensor
 
 from kedit_lightning.base_models import BaseModel
-from kedit_lightning.base_models.taps import capture
 from kedit_lightning.edits import LowRankEdit, memories
 from kedit_lightning.errors import EditOrderError, UnsupportedUseError
+from kedit_lightning.methods.locate.reading import read
+from kedit_lightning.methods.locate.solve import ridge_update, size_prior, with_history
 from kedit_lightning.requests import EditRequest
 
 _KEYS = ".keys"
 
 
-@torch.no_grad()
 def subject_keys(
     base: BaseModel, modules: Sequence[str], requests: Sequence[EditRequest]
 ) -> dict[str, Tensor]:
     """What projections receive at the last token of each request's subject.
 
+    Args:
+        base: The base model, as its stack stands.
+        modules: Names, in the order they run.
+        requests: The requests; each has a subject.
+
     Returns:
         Shape ``[d_in, n]`` by module.
     """
-    rows = base.rows([r.prompt for r in requests], subjects=[r.subject for r in requests])
-    with capture(base.model, modules) as seen:
-        base.forward(rows)
-    at = (torch.arange(len(rows), device=base.device), rows.subject_end)
-    return {name: seen.inputs[name][at].T for name in modules}
-
-
-def solve_with_keys(keys: Tensor, earlier: Tensor, lam: float) -> Tensor:
-    """``(λI + HHᵀ + KKᵀ)⁻¹ K``, solved in the smaller of the two dimensions.
-
-    Args:
-        keys: ``K``. Shape ``[d_in, n]``.
-        earlier: ``H``. Shape ``[d_in, m]``.
-        lam: ``λ``.
-
-    Returns:
-        Shape ``[d_in, n]``, float64.
-    """
-    keys = keys.double()
-    every = torch.cat([earlier.to(keys), keys], dim=1)
-    size, count = every.shape
-    if count >= size:
-        gram = every @ every.T + lam * torch.eye(size).to(every)
-        return torch.cholesky_solve(keys, torch.linalg.cholesky(gram))
-    gram = every.T @ every + lam * torch.eye(count).to(every)
-    # (λI + MMᵀ)⁻¹ M = M (λI + MᵀM)⁻¹, of which the last columns belong to K.
-    own = torch.zeros(count, keys.shape[1]).to(every)
-    own[-keys.shape[1] :] = torch.eye(keys.shape[1])
-    return every @ torch.cholesky_solve(own, torch.linalg.cholesky(gram))
+    inputs = read(base, modules, requests).inputs
+    return {name: inputs[name][:, 0].T for name in modules}
 
 
 def simie(
@@ -110,7 +88,9 @@ def simie(
         own = keys[name].detach().to(a.device)
         earlier = history.get(name, own[:, :0]).to(own)
         moves = b.double() @ (a.double() @ own.double())  # of the outputs at the keys
-        factors[name] = (solve_with_keys(own, earlier, lam).T.to(a), moves.to(b))
+        prior = with_history(size_prior(lam), earlier.double())
+        new_a, new_b = ridge_update(own, moves, prior, eps=1.0)
+        factors[name] = (new_a.to(a), new_b.to(b))
         memory[name + _KEYS] = own.contiguous()
     notes = {**edit.origin.notes, "host": edit.origin.method, "lam": lam}
     origin = replace(edit.origin, method="SimIE", notes=notes)

@@ -32,6 +32,15 @@ def covariance_prior(factor: Tensor, weight: float = 1.0) -> Prior:
     return lambda keys: torch.cholesky_solve(keys.to(factor), factor).to(keys) / weight
 
 
+def size_prior(weight: float = 1.0) -> Prior:
+    """``G = weight · I``: a change costs its size, whatever typical keys are.
+
+    Args:
+        weight: Cost of a change of norm 1, in keys of norm 1.
+    """
+    return lambda keys: keys / weight
+
+
 def null_space_prior(basis: Tensor, weight: float) -> Prior:
     """``G⁻¹ = P / weight``: a change must lie in the null space of typical keys (AlphaEdit, eq. 8).
 
