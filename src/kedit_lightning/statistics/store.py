@@ -137,21 +137,20 @@ def read_header(path: Path) -> dict[str, Any]:
     return header if header.get("format_version") == FORMAT_VERSION else {}
 
 
-def _read(path: Path, module: str, base: BaseModel) -> KeyStatistics | None:
+def _matching(
+    path: Path, module: str, base: BaseModel
+) -> tuple[Provenance, int, float | None] | None:
+    """What the header of a file says of a layer: provenance, number of keys, and error."""
     header = read_header(path)
     if module not in header.get("counts", {}):
         return None
     fields = {name: header[name] for name in Provenance.__dataclass_fields__}
     provenance = Provenance(**{**fields, "fingerprints": tuple(fields["fingerprints"])})
-    if (
-        base.fingerprint not in provenance.fingerprints
-        or base.tokenizer_fingerprint != provenance.tokenizer
-    ):
-        return None
-    with safe_open(path, framework="pt") as file:
-        mean = file.get_tensor(module).double()
-    moment = SecondMoment(mean, int(header["counts"][module]), header["errors"][module])
-    return KeyStatistics(moment, provenance, path)
+    ours = (
+        base.fingerprint in provenance.fingerprints
+        and base.tokenizer_fingerprint == provenance.tokenizer
+    )
+    return (provenance, int(header["counts"][module]), header["errors"][module]) if ours else None
 
 
 def packaged_statistics(name: str) -> Path:
@@ -173,11 +172,18 @@ def find_statistics(base: BaseModel, module: str) -> KeyStatistics | None:
     prefix = f"{base.fingerprint}-{base.tokenizer_fingerprint}-"
     places += sorted(statistics_dir().glob(f"{prefix}*.safetensors"))
     found = [
-        statistics
+        (path, *match)
         for path in places
-        if path.is_file() and (statistics := _read(path, module, base)) is not None
+        if path.is_file() and (match := _matching(path, module, base)) is not None
     ]
-    return max(found, key=lambda one: (not one.is_few_sample, one.moment.count), default=None)
+    if not found:
+        return None
+    # One of the matrices is loaded: each takes as much memory as the layer's weight or more.
+    best = max(found, key=lambda one: (one[1].source != FEW_SAMPLE, one[2]))
+    path, provenance, count, error = best
+    with safe_open(path, framework="pt") as file:
+        mean = file.get_tensor(module).double()
+    return KeyStatistics(SecondMoment(mean, count, error), provenance, path)
 
 
 def save_to_cache(collector: KeyCollector, source: str) -> Path:
