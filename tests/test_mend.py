@@ -27,8 +27,8 @@ from kedit_lightning.errors import (
     UnsupportedUseError,
 )
 from kedit_lightning.methods import MEND
+from kedit_lightning.methods.capture import Factors, answer_loss, capture_factors
 from kedit_lightning.methods.hypernetwork import learning
-from kedit_lightning.methods.hypernetwork.capture import Factors, answer_loss, capture_factors
 from kedit_lightning.methods.hypernetwork.checkpoints import slim
 from kedit_lightning.methods.hypernetwork.episodes import (
     alternatives,

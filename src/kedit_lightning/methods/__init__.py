@@ -33,22 +33,6 @@ _HOMES = {
     "RROME": "locate.rome",
     "UltraEdit": "locate.ultraedit",
 }
-#: Every editing method of this package.
-METHODS = (
-    "AlphaEdit",
-    "EMMET",
-    "FTM",
-    "GRACE",
-    "IKE",
-    "KN",
-    "MEMIT",
-    "MEND",
-    "PMET",
-    "ROME",
-    "RROME",
-    "UltraEdit",
-)
-
 __all__ = [
     "EMMET",
     "FTM",
@@ -66,6 +50,9 @@ __all__ = [
     "EditMethod",
     "UltraEdit",
 ]
+
+#: Every editing method of this package.
+METHODS = tuple(sorted(set(__all__) - {"METHODS", "Capabilities", "EditMethod"}))
 
 
 def __getattr__(name: str) -> Any:

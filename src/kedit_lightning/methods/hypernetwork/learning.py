@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, distributed
 
 from kedit_lightning.base_models import BaseModel
-from kedit_lightning.methods.hypernetwork.capture import Factors, capture_factors
+from kedit_lightning.methods.capture import Factors, capture_factors
 from kedit_lightning.methods.hypernetwork.episodes import Episode, episode_losses, request_rows
 from kedit_lightning.methods.hypernetwork.transform import Hypernetwork
 

@@ -15,7 +15,7 @@ from kedit_lightning.edits import Edit, LowRankEdit
 from kedit_lightning.edits.modules import check_editable, compute_dtype, projection_shape
 from kedit_lightning.errors import BaseModelMismatchError, UnsupportedUseError
 from kedit_lightning.methods.base import Capabilities, EditMethod, Need
-from kedit_lightning.methods.hypernetwork.capture import capture_factors
+from kedit_lightning.methods.capture import capture_factors
 from kedit_lightning.methods.hypernetwork.checkpoints import packaged_checkpoint, read_checkpoint
 from kedit_lightning.methods.hypernetwork.episodes import (
     Episode,

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kedit_lightning.methods.capture import Factors
 from kedit_lightning.methods.hypernetwork.attach import LowRankChange
-from kedit_lightning.methods.hypernetwork.capture import Factors
 from kedit_lightning.methods.hypernetwork.normaliser import FullPrecision, RunningNormaliser
 
 #: Largest rank of a network's matrices, unless a setting says otherwise.

@@ -146,9 +146,10 @@ class ClosedForm(LocateMethod):
         # In the order they run, each once.
         self.layers = tuple(sorted({layer % len(layout) for layer in layers}))
         self.edited = tuple(layout.block(layer).down for layer in self.layers)
-        with self.base.edits.suspended():
-            for layer in self.layers:
-                layout.write_path(layer)
+        if self.site_of_values == "block":
+            with self.base.edits.suspended():
+                for layer in self.layers:
+                    layout.write_path(layer)
         self.preserve: float | None = derived["preserve"]
         self.remember = self.remembers if given["history"] is None else bool(given["history"])
         names = ("lr", "steps", "weight_decay", "clamp", "kl_factor", "stop_loss")

@@ -56,10 +56,10 @@ class ROME(ClosedForm):
     ) -> tuple[Tensor, Tensor]:
         """The rank-one change for one request."""
         keys, outputs = reading.inputs[module][0].double(), reading.outputs[module][0].double()
-        key, residual = keys[0], residuals[0]
+        mean, key, residual = keys.mean(0), keys[0], residuals[0]
         if self.mean_key:
-            key, residual = keys.mean(0), residual + outputs[0] - outputs.mean(0)
-        return rank_one_update(key, residual, keys.mean(0), prior, module)
+            key, residual = mean, residual + outputs[0] - outputs.mean(0)
+        return rank_one_update(key, residual, mean, prior, module)
 
 
 class RROME(ROME):

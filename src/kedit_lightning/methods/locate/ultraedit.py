@@ -15,7 +15,7 @@ from kedit_lightning.edits import Edit, LowRankEdit, memories
 from kedit_lightning.edits.base import check_finite
 from kedit_lightning.edits.modules import check_editable, compute_dtype, projection_shape
 from kedit_lightning.methods.base import Capabilities, EditMethod
-from kedit_lightning.methods.hypernetwork.capture import Factors, capture_factors
+from kedit_lightning.methods.capture import Factors, capture_factors
 from kedit_lightning.methods.locate.lifelong import regress_normalised
 from kedit_lightning.methods.locate.ultraedit_presets import default_lr, default_modules
 from kedit_lightning.methods.moments import Moments, merge, moments
