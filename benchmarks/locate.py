@@ -16,11 +16,10 @@ steps, and their values and the answers they lead to are compared in float64.
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
-from key_statistics import SHAPES, build
+from key_statistics import SHAPES, build, median_seconds
 from key_statistics import main as statistics
 from torch import Tensor
 
@@ -96,17 +95,6 @@ def answers(base: BaseModel, site: Site, request: EditRequest, delta: Tensor) ->
         return base.answer_logits(rows).argmax(-1)
 
 
-def median(function: Callable[[], object], repeats: int) -> float:
-    """Median seconds of a function, after a first run."""
-    seconds = []
-    for repeat in range(repeats + 1):
-        started = time.perf_counter()
-        function()
-        if repeat:
-            seconds.append(time.perf_counter() - started)
-    return sorted(seconds)[len(seconds) // 2]
-
-
 def check_equal(base: BaseModel, site: Site, requests: Sequence[EditRequest]) -> None:
     """Compare values and answers of both ways, in float64."""
     initial = read(base, site.modules, requests).outputs[site.modules[0]]
@@ -129,9 +117,14 @@ def targets(kind: str, vocabulary: int, repeats: int) -> tuple[float, float]:
     base.model.float()
     initial = read(base, site.modules, requests).outputs[site.modules[0]]
     optimizer = TargetOptimizer(base, site, contexts(), SETTINGS)
-    alone = median(lambda: one_at_a_time(base, site, requests[0], initial[0, 0]), repeats)
-    together = median(lambda: optimizer.run(requests, initial), repeats) / len(requests)
-    return alone, together
+    alone, together = median_seconds(
+        [
+            lambda: one_at_a_time(base, site, requests[0], initial[0, 0]),
+            lambda: optimizer.run(requests, initial),
+        ],
+        repeats,
+    )
+    return alone, together / len(requests)
 
 
 def solver(width: int = 4096, count: int = 100, repeats: int = REPEATS) -> tuple[float, float]:
@@ -152,7 +145,8 @@ def solver(width: int = 4096, count: int = 100, repeats: int = REPEATS) -> tuple
         return b @ a
 
     torch.testing.assert_close(kept(), fresh())
-    return median(fresh, repeats), median(kept, repeats)
+    first, second = median_seconds([fresh, kept], repeats)
+    return first, second
 
 
 def main() -> None:

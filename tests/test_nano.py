@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from scores import Written
+from scores import score
 
 from kedit_lightning import BaseModel, EditTrainer, methods
 from kedit_lightning.base_models.spec import resolve
@@ -113,18 +113,7 @@ def test_every_method_writes_it(nano, name):
 
 def last_rewrites(base: BaseModel, name: str, protocol: Protocol) -> dict[str, float]:
     """Whether each of 200 test facts is written in the end, by example."""
-    written = Written()
-    trainer = EditTrainer(
-        protocol=protocol,
-        callbacks=[written],
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        accelerator="cpu",
-    )
-    trainer.test(
-        getattr(methods, name)(base_model=base), NanoFacts(limit=200, seed=0), verbose=False
-    )
-    return written.by_id
+    return score(base, "NanoFacts", NanoFacts(limit=200, seed=0), name, protocol).written
 
 
 @pytest.mark.slow

@@ -61,6 +61,8 @@ class BaseModel:
         parameters = inspect.signature(model.forward).parameters
         #: Whether its ``forward`` takes ``position_ids``.
         self.takes_positions = "position_ids" in parameters
+        #: Whether its passes can start in the middle; ``None`` until ``can_resume`` has tried.
+        self.resumes: bool | None = None
 
     @classmethod
     def load(cls, source: str | PathLike[str] | BaseModelSpec, **options: Any) -> BaseModel:

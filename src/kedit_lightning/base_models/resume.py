@@ -129,11 +129,10 @@ def can_resume(base: BaseModel) -> bool:
     """
     if base.is_encoder_decoder or base.edits.reads_rows:
         return False
-    found = vars(base).get("_can_resume")
-    if found is None:
+    if base.resumes is None:
         with base.edits.suspended():
-            found = vars(base)["_can_resume"] = _tried(base)
-    return bool(found)
+            base.resumes = _tried(base)
+    return base.resumes
 
 
 @torch.no_grad()
