@@ -121,12 +121,12 @@ def deviation(base: BaseModel, collector: KeyCollector, rows: Any) -> float:
     return worst
 
 
-def main() -> None:
+def main(repeats: int = 5) -> None:
     """Print a table."""
     print(f"{'model':6} {'forward':>8} {'one pass':>9} {'stopped':>8} {'a layer':>8}", end="")
     print(f" {'one/forward':>12} {'stopped/one':>12} {'a layer/one':>12} {'error':>8}")
     for kind in SHAPES:
-        found = measure(kind)
+        found = measure(kind, repeats)
         print(
             f"{kind:6} {found.forward:8.3f} {found.one_pass:9.3f} {found.stopped:8.3f} "
             f"{found.layer_by_layer:8.3f} {found.one_pass / found.forward:12.2f} "

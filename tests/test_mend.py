@@ -28,17 +28,17 @@ from kedit_lightning.errors import (
 )
 from kedit_lightning.methods import MEND
 from kedit_lightning.methods.capture import Factors, answer_loss, capture_factors
-from kedit_lightning.methods.hypernetwork import learning
-from kedit_lightning.methods.hypernetwork.checkpoints import slim
-from kedit_lightning.methods.hypernetwork.episodes import (
+from kedit_lightning.methods.checkpoints import slim
+from kedit_lightning.methods.episodes import (
     alternatives,
-    episode_losses,
     make_episodes,
     rotate,
     with_another_target,
 )
+from kedit_lightning.methods.hypernetwork import learning
 from kedit_lightning.methods.hypernetwork.normaliser import RunningNormaliser
-from kedit_lightning.methods.hypernetwork.transform import Hypernetwork, Plan
+from kedit_lightning.methods.hypernetwork.outer_loss import episode_losses
+from kedit_lightning.methods.hypernetwork.transform import Hypernetwork, TransformPlan
 
 SMALL = {"rank": 8, "lr": 1e-4, "edit_lr": 1e-3, "accumulate": 2}
 
@@ -69,7 +69,7 @@ def stirred(base, **settings):
     method.learn(EditBatch(EXAMPLES))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for parameter in method.hypernetwork.networks.parameters():
+        for parameter in method.network.networks.parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
             parameter.add_(0.01 * noise)
     return method
@@ -163,7 +163,7 @@ def test_rows_that_are_not_finite_stay_out_of_the_statistics():
 
 
 def test_statistics_keep_their_types_and_count_past_256_in_half_precision():
-    network = Hypernetwork(Plan(("a",), rank=4), [(3, 2)], 1e-4).to(torch.bfloat16).half()
+    network = Hypernetwork(TransformPlan(("a",), rank=4), [(3, 2)], 1e-4).to(torch.bfloat16).half()
     normaliser = network.networks["3x2"].normaliser
     assert [b.dtype for b in normaliser.buffers()] == [torch.float32, torch.float32, torch.int64]
     assert {p.dtype for p in network.parameters()} == {torch.float32}
@@ -173,7 +173,7 @@ def test_statistics_keep_their_types_and_count_past_256_in_half_precision():
 
 
 def test_tokens_without_gradient_leave_the_statistics_alone():
-    network = Hypernetwork(Plan(("a",), rank=4), [(3, 2)], 1e-4)
+    network = Hypernetwork(TransformPlan(("a",), rank=4), [(3, 2)], 1e-4)
     network.observe([{"a": Factors(torch.randn(9, 3), torch.randn(9, 2), torch.zeros(9))}])
     before = [buffer.clone() for buffer in network.buffers()]
     network.observe([{"a": Factors(torch.randn(9, 3), torch.zeros(9, 2), torch.zeros(9))}])
@@ -188,7 +188,7 @@ def test_identity_without_normalisation_is_a_step_of_gradient_descent(kind):  # 
     base = tiny_base(kind)
     method = mend(base, normalise=False, edit_lr=0.01)
     edit = method.edit(REQUESTS)
-    names = method.hypernetwork.plan.modules
+    names = method.network.plan.modules
     gradients = weight_gradients(base, rows_of(base), names)
     deltas = edit.deltas()
     weights = {}
@@ -221,14 +221,14 @@ def test_training_turns_the_released_sign_within_two_steps(tmp_path):  # MEND-8
     base = tiny_base("llama")
     method = MEND(base, legacy_sign=True, accumulate=4, rank=4)
     fit(method, tmp_path, max_epochs=2)
-    assert method.hypernetwork.updates == 2
-    assert bool((method.hypernetwork.rates < 1e-10).all())
+    assert method.network.updates == 2
+    assert bool((method.network.rates < 1e-10).all())
 
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_networks_are_shared_by_shape_or_apart(shared):
     base = tiny_base("llama")
-    network = mend(base, shared=shared).hypernetwork
+    network = mend(base, shared=shared).network
     assert len(network.plan.modules) == 9
     assert len(network.networks) == (2 if shared else 9)
     scales = {block.scale.shape[0] for net in network.networks.values() for block in net.blocks}
@@ -239,7 +239,7 @@ def test_networks_are_shared_by_shape_or_apart(shared):
 def test_gradients_equal_those_through_dense_weights(kind):  # MEND-4
     base = tiny_base(kind)
     method = stirred(base)
-    network = method.hypernetwork
+    network = method.network
     (episode,) = make_episodes(EXAMPLES[:1], locality=2)
     factors = capture_factors(base, rows_of(base, REQUESTS[:1]), network.plan.modules)
     one = torch.zeros(1, dtype=torch.long)
@@ -350,8 +350,8 @@ def test_an_episode_that_is_not_finite_is_left_out_and_counted(tmp_path, monkeyp
     method = MEND(base, accumulate=4, rank=8)
     fit(method, tmp_path)
     assert method.trainer.callback_metrics["train/skipped_episodes"] == 1
-    assert method.hypernetwork.skipped == 1
-    assert method.hypernetwork.updates == 1
+    assert method.network.skipped == 1
+    assert method.network.updates == 1
     assert all(bool(torch.isfinite(p).all()) for p in method.parameters())
 
     together, apart = (mend(base, at_once=n).learn(EditBatch(EXAMPLES)) for n in (4, 1))
@@ -372,8 +372,8 @@ def test_a_step_with_no_finite_episode_changes_no_parameter(tmp_path, monkeypatc
         lambda *a: type(losses := episode_losses(*a))(losses.edit * inf, losses.edit, losses.right),
     )
     fit(method, tmp_path)
-    assert method.hypernetwork.skipped == 4
-    assert method.hypernetwork.updates == 0
+    assert method.network.skipped == 4
+    assert method.network.updates == 0
     assert all(torch.equal(a, b) for a, b in zip(before, method.parameters(), strict=True))
 
 
@@ -448,8 +448,8 @@ def test_a_saved_edit_answers_as_the_first(tmp_path):
 def test_nan_in_a_gradient_refuses_the_edit_and_names_the_layer():
     base = tiny_base("llama")
     method = mend(base)
-    name = method.hypernetwork.plan.modules[0]
-    method.hypernetwork.rates.data[0] = math.nan
+    name = method.network.plan.modules[0]
+    method.network.rates.data[0] = math.nan
     with pytest.raises(NonFiniteError, match=name.replace(".", r"\.")):
         method.edit(REQUESTS)
 
@@ -457,10 +457,10 @@ def test_nan_in_a_gradient_refuses_the_edit_and_names_the_layer():
 def test_settings_choose_the_projections():
     base = tiny_base("llama")
     down = base.layout.block(0).down
-    assert mend(base, modules=[down]).hypernetwork.plan.modules == (down,)
-    first = mend(base, layers=[0, -1]).hypernetwork.plan.modules
+    assert mend(base, modules=[down]).network.plan.modules == (down,)
+    first = mend(base, layers=[0, -1]).network.plan.modules
     assert first == base.layout.block(0).projections + base.layout.block(3).projections
-    assert len(mend(tiny_base("gpt2")).hypernetwork.plan.modules) == 6
+    assert len(mend(tiny_base("gpt2")).network.plan.modules) == 6
     with pytest.raises(UnsupportedUseError, match="lm_head"):
         mend(tiny_base("gpt2"), modules=["lm_head"])
 
@@ -485,11 +485,11 @@ def test_the_packaged_checkpoint_is_used_where_it_fits_and_settings_agree():
     assert other.origin.notes == {"learned_from": "nothing", "updates": 0}
     untrained = MEND(base, checkpoint="none")
     untrained.configure_model()
-    assert untrained.hypernetwork.updates == 0
+    assert untrained.network.updates == 0
     fitting = MEND(base)
     fitting._trainer = type("Trainer", (), {"state": TrainerState(fn=TrainerFn.FITTING)})()
     fitting.configure_model()
-    assert fitting.hypernetwork.updates == 0
+    assert fitting.network.updates == 0
 
 
 def test_the_packaged_checkpoint_edits_facts_it_was_not_fitted_on():
@@ -558,17 +558,17 @@ def test_fit_learns_the_networks_alone_and_logs_how(tmp_path):
     base = tiny_base("gpt2")
     start = state(mend(base))
     method, path = fitted(tmp_path, base)
-    assert method.hypernetwork.updates == 2
+    assert method.network.updates == 2
     moved = {n for n, tensor in state(method).items() if not torch.equal(tensor, start[n])}
     assert any(name.endswith("U") for name in moved)
-    assert {"hypernetwork.rates", "hypernetwork.networks.32x128.normaliser.count"} <= moved
+    assert {"network.rates", "network.networks.32x128.normaliser.count"} <= moved
     metrics = method.trainer.callback_metrics
     names = ("loss", "loss_edit", "loss_locality", "edit_success", "gradient_norm")
     assert all(f"train/{name}" in metrics for name in names)
-    assert f"train/edit_lr/{method.hypernetwork.plan.modules[0]}" in metrics
+    assert f"train/edit_lr/{method.network.plan.modules[0]}" in metrics
 
     checkpoint = torch.load(path, weights_only=True)
-    assert all(name.startswith("hypernetwork.") for name in checkpoint["state_dict"])
+    assert all(name.startswith("network.") for name in checkpoint["state_dict"])
     assert len(checkpoint["state_dict"]) == len(start)
     assert "base_model" not in checkpoint["hyper_parameters"]
     assert checkpoint["base_model"]["fingerprint"] == base.fingerprint
@@ -626,7 +626,7 @@ def test_a_resumed_fit_equals_an_unbroken_one_step_for_step(tmp_path):
     settings = {**SMALL, "lr_end": 0.2}
     whole = MEND(base, **settings)
     fit(whole, tmp_path, max_epochs=2, callbacks=[SaveEachStep(tmp_path)])
-    assert whole.hypernetwork.updates == 4
+    assert whole.network.updates == 4
     wanted, loss = state(whole), whole.learn(EditBatch(EXAMPLES)).loss
     for stop in (1, 2, 3):
         rest = MEND(base, **settings)
@@ -641,8 +641,8 @@ def test_a_checkpoint_of_another_shape_wins_over_the_settings_it_was_built_with(
     _, path = fitted(tmp_path, base, rank=3, layers=[1])
     other = mend(base)
     other.on_load_checkpoint(torch.load(path, weights_only=True))
-    assert other.hypernetwork.plan.rank == 3
-    assert other.hypernetwork.plan.modules == base.layout.block(1).projections
+    assert other.network.plan.rank == 3
+    assert other.network.plan.modules == base.layout.block(1).projections
 
 
 def test_a_named_checkpoint_that_does_not_fit_is_refused(tmp_path):
@@ -656,7 +656,7 @@ def test_a_named_checkpoint_that_does_not_fit_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"text\.ckpt"):
         MEND(base, checkpoint=str(tmp_path / "text.ckpt")).configure_model()
     torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
-    with pytest.raises(CheckpointError, match="holds no hypernetwork"):
+    with pytest.raises(CheckpointError, match="holds no learned network"):
         MEND(base, checkpoint=str(tmp_path / "other.ckpt")).configure_model()
     wider = tiny_base("llama", intermediate_size=40)
     with (
@@ -670,7 +670,7 @@ def test_half_precision_plugins_leave_networks_and_statistics_whole(tmp_path):
     base = tiny_base("llama", torch.float32)
     method = MEND(base, **SMALL)
     fit(method, tmp_path, precision="bf16-true")
-    assert method.hypernetwork.updates == 2
+    assert method.network.updates == 2
     assert {p.dtype for p in method.parameters()} == {torch.float32}
     plain = MEND(base, **SMALL)
     fit(plain, tmp_path)
@@ -716,7 +716,7 @@ def test_two_ranks_end_equal_to_each_other_and_to_one_rank_on_all_the_data(tmp_p
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=250)
         assert done.returncode == 0, done.stderr
     one, first, second = (torch.load(tmp_path / f"{n}.pt") for n in ("1-0", "2-0", "2-1"))
-    assert first["hypernetwork.updates"] == 2
+    assert first["network.updates"] == 2
     for name, tensor in one.items():
         assert torch.equal(first[name], second[name]), name
         assert torch.allclose(first[name], tensor, rtol=1e-9, atol=1e-12), name

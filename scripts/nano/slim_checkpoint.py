@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from kedit_lightning.methods.hypernetwork.checkpoints import read_checkpoint, slim
+from kedit_lightning.methods.checkpoints import read_checkpoint, slim
 
 
 def main() -> None:

@@ -6,23 +6,23 @@ Source: Mitchell et al. 2022, "Fast Model Editing at Scale", section 3 and appen
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from kedit_lightning.methods.capture import Factors
 from kedit_lightning.methods.hypernetwork.attach import LowRankChange
-from kedit_lightning.methods.hypernetwork.normaliser import FullPrecision, RunningNormaliser
+from kedit_lightning.methods.hypernetwork.normaliser import RunningNormaliser
+from kedit_lightning.methods.learned import LearnedNetwork, Plan
 
 #: Largest rank of a network's matrices, unless a setting says otherwise.
 MAX_RANK = 1920
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What fixes the shape and the meaning of a hypernetwork's tensors.
+class TransformPlan(Plan):
+    """The networks of MEND and of those built on it.
 
     Args:
         modules: The projections it edits, in order.
@@ -39,15 +39,6 @@ class Plan:
     shared: bool = True
     normalise: bool = True
     ascend: bool = False
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values for a checkpoint."""
-        return {**asdict(self), "modules": list(self.modules)}
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Plan:
-        """Rebuild from :meth:`to_json`."""
-        return cls(**{**values, "modules": tuple(values["modules"])})
 
 
 class ResidualBlock(nn.Module):
@@ -100,7 +91,7 @@ class GradientTransform(nn.Module):
         d_in: int,
         d_out: int,
         members: int,
-        plan: Plan,
+        plan: TransformPlan,
         generator: torch.Generator,
         dtype: torch.dtype,
     ) -> None:
@@ -124,7 +115,7 @@ class GradientTransform(nn.Module):
         return mapped, mapped_gradients
 
 
-class Hypernetwork(FullPrecision):
+class Hypernetwork(LearnedNetwork):
     """The networks of all edited projections, with a learning rate for each projection.
 
     Before any training every network is the identity on (normalised) factors.
@@ -137,19 +128,17 @@ class Hypernetwork(FullPrecision):
         seed: Fixes the starting values.
     """
 
-    updates: Tensor
-    skipped: Tensor
+    plan: TransformPlan
 
     def __init__(
         self,
-        plan: Plan,
+        plan: TransformPlan,
         shapes: Sequence[tuple[int, int]],
         edit_lr: float,
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
     ) -> None:
-        super().__init__()
-        self.plan = plan
+        super().__init__(plan)
         keys = [
             f"{d_in}x{d_out}" if plan.shared else str(number)
             for number, (d_in, d_out) in enumerate(shapes)
@@ -166,10 +155,16 @@ class Hypernetwork(FullPrecision):
             }
         )
         self.rates = nn.Parameter(torch.full((len(plan.modules),), edit_lr, dtype=dtype))
-        #: Steps of the optimizer so far; 0 says that nothing was learned.
-        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
-        #: Training episodes left out because their gradient was not finite.
-        self.register_buffer("skipped", torch.zeros((), dtype=torch.int64))
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """The learning rates of the edits learn at a rate of their own."""
+        return {"lr": list(self.networks.parameters()), "lr_lr": [self.rates]}
+
+    def scalars(self) -> dict[str, Tensor]:
+        """The learning rate of each projection."""
+        rates = self.rates.detach()
+        names = (f"edit_lr/{name}" for name in self.plan.modules)
+        return dict(zip(names, rates, strict=True))
 
     def observe(self, captured: Sequence[Mapping[str, Factors]]) -> None:
         """Take factors into the statistics of the normalisers; only training does that."""

@@ -1,4 +1,4 @@
-"""Checkpoints of hypernetworks: reading them, the packaged ones, and making them small."""
+"""Checkpoints of learned networks: reading them, the packaged ones, and making them small."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kedit_lightning.errors import CheckpointError
 _LEARNED = (
     "state_dict",
     "hyper_parameters",
-    "hypernetwork",
+    "plan",
     "base_model",
     "pytorch-lightning_version",
     "epoch",
@@ -25,10 +25,10 @@ _LEARNED = (
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint of a hypernetwork; nothing in it is ever run.
+    """Read a checkpoint of learned networks; nothing in it is ever run.
 
     Raises:
-        CheckpointError: The file is absent, or holds no hypernetwork.
+        CheckpointError: The file is absent, or holds no such networks.
     """
     path = Path(path).expanduser()
     if not path.is_file():
@@ -41,9 +41,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(f"'{path}' is no checkpoint that can be read: {reason}") from error
-    if not isinstance(checkpoint, dict) or "hypernetwork" not in checkpoint:
+    if not isinstance(checkpoint, dict) or "plan" not in checkpoint:
         raise CheckpointError(
-            f"checkpoint '{path}' holds no hypernetwork; name one that `kedit fit` wrote with a "
+            f"checkpoint '{path}' holds no learned network; name one that `kedit fit` wrote with a "
             "method of this kind"
         )
     return checkpoint
