@@ -17,6 +17,8 @@ from kedit_lightning.methods import ROME, RROME
 from kedit_lightning.methods.locate.reading import read
 from kedit_lightning.methods.locate.solve import covariance_prior, rank_one_update, ridge_update
 from kedit_lightning.methods.locate.target import Site, TargetOptimizer, TargetSettings
+from kedit_lightning.statistics.moments import SecondMoment, shrunk
+from kedit_lightning.statistics.store import Provenance, statistics_dir, write_statistics
 
 pytestmark = pytest.mark.filterwarnings("ignore:key statistics of .* are estimated")
 QUICK = {"contexts": 4, "steps": 6, "kl_factor": 0.1, "weight_decay": 0.01}
@@ -236,6 +238,17 @@ def test_few_sample_statistics_warn_and_are_recorded():
     with pytest.warns(UserWarning, match="small packaged text"):
         edit = ROME(base, **QUICK).edit(REQUESTS[:1])
     assert "few-sample" in edit.origin.notes["statistics"]
+
+
+def test_statistics_of_fewer_keys_than_dimensions_are_shrunk():
+    base = tiny_base("llama")
+    name = base.layout.block(1).down
+    keys = torch.randn(3, 48, dtype=torch.float64)
+    moment = SecondMoment(keys.T @ keys / 3, count=3)
+    provenance = Provenance.of(base, "0" * 64, "text", 512)
+    write_statistics(statistics_dir() / provenance.file_name(3), {name: moment}, provenance)
+    factor = ROME(base, **QUICK).factor(name)
+    torch.testing.assert_close(factor @ factor.T, shrunk(moment), rtol=1e-5, atol=1e-6)
 
 
 def test_settings_follow_the_model():

@@ -114,7 +114,8 @@ class LocateMethod(StatisticsFit):
         def make() -> tuple[Tensor, None]:
             moment = self._second_moment(module)
             moment.diagonal().add_(ridge)
-            return factorise(moment, module), None
+            # Decomposed beside the model, where a wide layer takes a fraction of a second.
+            return factorise(moment.to(self.base.device), module).cpu(), None
 
         return self._factors.get((module, ridge), make)[0]
 
@@ -147,7 +148,9 @@ class LocateMethod(StatisticsFit):
                 f"{type(self).__name__} --data Texts --data.path FOLDER`",
                 stacklevel=4,
             )
-        return shrunk(found.moment) if found.is_few_sample else found.moment.mean
+        # Fewer keys than dimensions leave directions of which nothing is known.
+        few = found.is_few_sample or found.moment.count < len(found.moment.mean)
+        return shrunk(found.moment) if few else found.moment.mean
 
     def forget_statistics(self) -> None:
         """Drop the factors: they come from statistics that are replaced now."""
