@@ -4,8 +4,10 @@
     python benchmarks/scores.py --real ../shared/data --limit 50 CounterFact and zsRE records
     python benchmarks/scores.py --mode batch --limit 200         200 facts in one edit
     python benchmarks/scores.py --mode sequential --limit 200 --chunk-size 20 --against MEMIT
+    python benchmarks/scores.py --methods MEND MEND:checkpoint=none variants/eamet
 
-Every method runs with its defaults; sequences are scored at their end.  ``rewrite`` and
+Every method runs with its defaults, unless settings follow its name or it is named as a packaged
+config; sequences are scored at their end.  ``rewrite`` and
 ``rephrase`` are the share of cases whose answer tokens are all arg-max, ``free`` the share of free
 answers that are exactly the wanted one, ``known`` the share of neighbouring facts that were right
 before and still are, ``kept`` the share of arg-max tokens along the base model's own answers to
@@ -20,15 +22,18 @@ import math
 import time
 import warnings
 from collections.abc import Iterator, Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from kedit_lightning import BaseModel, EditTrainer, methods
 from kedit_lightning.data import CounterFact, EditDataModule, NanoFacts, ZsRE
 from kedit_lightning.evaluation import Protocol
+from kedit_lightning.methods.base import EditMethod
 from kedit_lightning.metrics import ExampleRecord
 from kedit_lightning.metrics.functional import paired_difference
 
@@ -96,6 +101,19 @@ def run(
                 yield score(base, label, datamodule, name, protocol)
 
 
+def create(base: BaseModel, name: str) -> EditMethod:
+    """A method by its name, ``NAME:setting=value:...``, or the name of a packaged config."""
+    if "/" in name.partition(":")[0]:
+        text = (files("kedit_lightning.configs") / f"{name}.yaml").read_text(encoding="utf-8")
+        model = yaml.safe_load(text)["model"]
+        kind, settings = model["class_path"], model["init_args"]
+    else:
+        kind, *given = name.split(":")
+        settings = {key: yaml.safe_load(value) for key, value in (g.split("=", 1) for g in given)}
+    method: EditMethod = getattr(methods, kind)(base_model=base, **settings)
+    return method
+
+
 def score(
     base: BaseModel, label: str, datamodule: EditDataModule, name: str, protocol: Protocol
 ) -> Line:
@@ -108,7 +126,7 @@ def score(
         enable_model_summary=False,
         accelerator="cpu" if not torch.cuda.is_available() else "auto",
     )
-    method = getattr(methods, name)(base_model=base)
+    method = create(base, name)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer.test(method, datamodule, verbose=False)
@@ -156,8 +174,10 @@ def header() -> str:
 
 def main() -> None:
     """Print the table, a line as soon as it is there."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--methods", nargs="+", default=methods.METHODS, choices=methods.METHODS)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--methods", nargs="+", default=methods.METHODS, help="see above")
     parser.add_argument("--models", nargs="+", help="names or folders; nano if not given")
     parser.add_argument("--real", type=Path, help="folder with the real data sets")
     parser.add_argument("--limit", type=int, default=100, help="records of each data set")
