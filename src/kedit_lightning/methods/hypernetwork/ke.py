@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from kedit_lightning.base_models import BaseModel, BaseModelSpec
@@ -33,7 +32,8 @@ class KE(HypernetworkMethod):
     what MEND costs; word embeddings are read from the base model and stay as they are, where the
     released code trains them in place and so changes the base model; the multiplier takes plain
     steps of dual ascent after each step of the networks, over the episodes of all ranks; the
-    learning rate falls (``lr_end``) but does not rise first; the projections of the last blocks are
+    networks take steps of Adam, whose first ones are no larger than later ones, where the released
+    code has a centred RMSprop with a warm-up; the projections of the last blocks are
     edited unless settings ask for others, where the released code edits every matrix; several
     requests give the sum of their edits.
 
@@ -138,10 +138,6 @@ class KE(HypernetworkMethod):
     def loss_weights(self) -> tuple[float, float]:
         """The divergence counts as much as the multiplier says."""
         return 1.0, float(self.network.bound.multiplier)
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """A centred RMSprop, as in the released code."""
-        return torch.optim.RMSprop(self.network.parameters(), self.hparams["lr"], centered=True)
 
     def step(self, outcome: Outcome) -> dict[str, Tensor]:
         """Step the networks down the loss, then the multiplier up; returns what is logged."""
