@@ -532,7 +532,7 @@ def data(tmp_path):
     return Requests(train_path=path, seed=3)
 
 
-def fit(method, tmp_path, ckpt_path=None, max_epochs=1, **options):
+def fit(method, tmp_path, ckpt_path=None, max_epochs=1, source=None, **options):
     trainer = pl.Trainer(
         max_epochs=max_epochs,
         accelerator="cpu",
@@ -543,7 +543,7 @@ def fit(method, tmp_path, ckpt_path=None, max_epochs=1, **options):
         enable_checkpointing=False,
         **options,
     )
-    trainer.fit(method, data(tmp_path), ckpt_path=ckpt_path)
+    trainer.fit(method, source or data(tmp_path), ckpt_path=ckpt_path)
     return trainer
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kedit_lightning.methods.base import Capabilities, EditMethod
     from kedit_lightning.methods.finetune.ftm import FTM
+    from kedit_lightning.methods.hypernetwork.ke import KE
     from kedit_lightning.methods.hypernetwork.mend import MEND
     from kedit_lightning.methods.in_context.ike import IKE
     from kedit_lightning.methods.locate.alphaedit import AlphaEdit
@@ -27,6 +28,7 @@ _HOMES = {
     "FTM": "finetune.ftm",
     "GRACE": "memory.grace",
     "IKE": "in_context.ike",
+    "KE": "hypernetwork.ke",
     "KN": "locate.kn",
     "MEND": "hypernetwork.mend",
     "ROME": "locate.rome",
@@ -38,6 +40,7 @@ __all__ = [
     "FTM",
     "GRACE",
     "IKE",
+    "KE",
     "KN",
     "MEMIT",
     "MEND",

@@ -10,14 +10,14 @@ from torch import Tensor
 from kedit_lightning.base_models import BaseModel
 from kedit_lightning.methods.capture import Factors, capture_factors
 from kedit_lightning.methods.episodes import Episode
+from kedit_lightning.methods.hypernetwork.network import ProposingNetwork
 from kedit_lightning.methods.hypernetwork.outcome import Outcome
 from kedit_lightning.methods.hypernetwork.outer_loss import episode_losses, request_rows
-from kedit_lightning.methods.hypernetwork.transform import Hypernetwork
 
 
 def learn(
     base: BaseModel,
-    network: Hypernetwork,
+    network: ProposingNetwork,
     episodes: Sequence[Episode],
     weights: tuple[float, float],
     at_once: int | None = None,
@@ -29,7 +29,7 @@ def learn(
 
     Args:
         base: The base model.
-        network: The hypernetwork; only its statistics change.
+        network: The network that proposes edits; only its statistics change.
         episodes: The episodes of this rank.
         weights: Weights of the edit loss and of the locality loss.
         at_once: Episodes that run through the model together; all of them if absent.
@@ -49,7 +49,7 @@ def learn(
 
 def _try(
     base: BaseModel,
-    network: Hypernetwork,
+    network: ProposingNetwork,
     episodes: Sequence[Episode],
     factors: dict[str, Factors],
     edit_of_row: Tensor,
@@ -57,7 +57,9 @@ def _try(
 ) -> Outcome:
     """Try episodes together; where that gives NaN or infinity, one by one."""
     with torch.enable_grad():
-        losses = episode_losses(base, episodes, network(factors, edit_of_row))
+        requests = [request for episode in episodes for request in episode.requests]
+        changes = network.propose(base, requests, factors, edit_of_row)
+        losses = episode_losses(base, episodes, changes)
         loss = weights[0] * losses.edit + weights[1] * losses.locality
         # The backward pass of the network alone: no gradient is left on any tensor, and wrappers
         # for several processes see nothing that they would reduce a second time.

@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import ClassVar
 
-import torch
-
 from kedit_lightning.base_models import BaseModel, BaseModelSpec
-from kedit_lightning.edits import Edit, LowRankEdit
 from kedit_lightning.edits.modules import compute_dtype
-from kedit_lightning.methods.base import Capabilities
-from kedit_lightning.methods.capture import capture_factors
-from kedit_lightning.methods.episodes import Episode, make_episodes
 from kedit_lightning.methods.hypernetwork.base import HypernetworkMethod
-from kedit_lightning.methods.hypernetwork.learning import learn
-from kedit_lightning.methods.hypernetwork.outcome import Outcome
 from kedit_lightning.methods.hypernetwork.transform import MAX_RANK, Hypernetwork, TransformPlan
-from kedit_lightning.requests import EditBatch, EditRequest
 
 
 class MEND(HypernetworkMethod):
@@ -70,7 +61,6 @@ class MEND(HypernetworkMethod):
         seed: Start of all random choices.
     """
 
-    can: ClassVar[Capabilities] = Capabilities(adapter=True, weights=True)
     packaged: ClassVar[str] = "mend.ckpt"
     settles: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "modules": ("layers", "modules"),
@@ -134,47 +124,9 @@ class MEND(HypernetworkMethod):
         dtype = compute_dtype(self.base.dtype)
         return Hypernetwork(plan, shapes, settings["edit_lr"], dtype, settings["seed"])
 
-    # ---- editing
-
-    def compute_edit(self, requests: Sequence[EditRequest]) -> Edit:
-        """One gradient of the requests, sent through the networks. Statistics stay as they are."""
-        network = self.network.to(self.base.device)
-        self.warn_if_untrained()
-        rows = self.base.rows([r.prompt for r in requests], [r.target_new for r in requests])
-        factors = capture_factors(self.base, rows, network.plan.modules)
-        with torch.no_grad():
-            changes = network(factors, torch.zeros(len(requests), dtype=torch.long))
-        return LowRankEdit(
-            self.base,
-            {name: (change.a, change.b.T) for name, change in changes.items()},
-            self.origin(requests, **self.learned),
-        )
-
     # ---- fitting
 
-    def episodes(self, batch: EditBatch) -> list[Episode]:
-        """The episodes of a batch: ``n_edits`` examples each."""
-        settings = self.hparams
-        return make_episodes(
-            self.examples_of(batch),
-            settings["n_edits"],
-            self.turn,
-            settings["seed"],
-            settings["n_rephrases"],
-            settings["n_locality"],
-            settings["own_wording"],
-        )
-
-    def learn(self, batch: EditBatch) -> Outcome:
-        """Losses and gradient of a batch, over the episodes of all ranks.
-
-        Takes the batch into the statistics of the normalisers, and changes nothing else.
-        """
-        settings = self.hparams
-        return learn(
-            self.base,
-            self.network,
-            self.episodes(batch),
-            (settings["c_edit"], settings["c_loc"]),
-            settings["at_once"],
-        )
+    @property
+    def loss_weights(self) -> tuple[float, float]:
+        """Those that the settings give."""
+        return self.hparams["c_edit"], self.hparams["c_loc"]

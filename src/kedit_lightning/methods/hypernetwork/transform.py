@@ -11,17 +11,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from kedit_lightning.base_models import BaseModel
 from kedit_lightning.methods.capture import Factors
 from kedit_lightning.methods.hypernetwork.attach import LowRankChange
+from kedit_lightning.methods.hypernetwork.network import ProjectionPlan, ProposingNetwork
 from kedit_lightning.methods.hypernetwork.normaliser import RunningNormaliser
-from kedit_lightning.methods.learned import LearnedNetwork, Plan
+from kedit_lightning.requests import EditRequest
 
 #: Largest rank of a network's matrices, unless a setting says otherwise.
 MAX_RANK = 1920
 
 
 @dataclass(frozen=True)
-class TransformPlan(Plan):
+class TransformPlan(ProjectionPlan):
     """The networks of MEND and of those built on it.
 
     Args:
@@ -33,7 +35,6 @@ class TransformPlan(Plan):
         ascend: Add the pseudo-gradient, as the released code does, instead of subtracting it.
     """
 
-    modules: tuple[str, ...]
     rank: int = MAX_RANK
     blocks: int = 2
     shared: bool = True
@@ -115,7 +116,7 @@ class GradientTransform(nn.Module):
         return mapped, mapped_gradients
 
 
-class Hypernetwork(LearnedNetwork):
+class Hypernetwork(ProposingNetwork):
     """The networks of all edited projections, with a learning rate for each projection.
 
     Before any training every network is the identity on (normalised) factors.
@@ -181,10 +182,21 @@ class Hypernetwork(LearnedNetwork):
             assert isinstance(normaliser, RunningNormaliser)
             normaliser.update(torch.cat(parts))
 
+    def propose(
+        self,
+        base: BaseModel,
+        requests: Sequence[EditRequest],
+        factors: Mapping[str, Factors],
+        edit_of_row: Tensor,
+    ) -> dict[str, LowRankChange]:
+        """Turn the factors of requests into changes of the projections; see the base class."""
+        changes: dict[str, LowRankChange] = self(factors, edit_of_row)
+        return changes
+
     def forward(
         self, factors: Mapping[str, Factors], edit_of_row: Tensor
     ) -> dict[str, LowRankChange]:
-        """Turn the factors of requests into changes of the projections.
+        """Turn factors into changes.
 
         Args:
             factors: Factors by projection.
