@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kedit_lightning.methods.base import Capabilities, EditMethod
     from kedit_lightning.methods.finetune.ftm import FTM
+    from kedit_lightning.methods.hypernetwork.malmen import MALMEN
     from kedit_lightning.methods.hypernetwork.mend import MEND
     from kedit_lightning.methods.in_context.ike import IKE
     from kedit_lightning.methods.locate.alphaedit import AlphaEdit
@@ -28,6 +29,7 @@ _HOMES = {
     "GRACE": "memory.grace",
     "IKE": "in_context.ike",
     "KN": "locate.kn",
+    "MALMEN": "hypernetwork.malmen",
     "MEND": "hypernetwork.mend",
     "ROME": "locate.rome",
     "RROME": "locate.rome",
@@ -39,6 +41,7 @@ __all__ = [
     "GRACE",
     "IKE",
     "KN",
+    "MALMEN",
     "MEMIT",
     "MEND",
     "METHODS",

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kedit_lightning.base_models import BaseModel, BaseModelSpec
+from kedit_lightning.base_models.layout import Block
 from kedit_lightning.edits.modules import check_editable, projection_shape
 from kedit_lightning.errors import UnsupportedUseError
 from kedit_lightning.methods.base import Need
@@ -61,8 +62,12 @@ class HypernetworkMethod(LearnedMethod):
             layers = self.hparams["layers"]
             if layers is None:
                 layers = range(max(0, len(layout) - self.last_blocks), len(layout))
-            modules = (name for i in layers for name in layout.block(i).projections)
+            modules = (name for i in layers for name in self.projections_of(layout.block(i)))
         return tuple(dict.fromkeys(modules))
+
+    def projections_of(self, block: Block) -> Sequence[str]:
+        """Names of the projections of a block that are edited, unless modules are named."""
+        return block.projections
 
     def shapes_of(self, modules: Sequence[str]) -> list[tuple[int, int]]:
         """``(d_in, d_out)`` of projections.

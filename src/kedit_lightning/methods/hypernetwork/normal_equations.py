@@ -135,5 +135,6 @@ class NormalEquations:
 def _cholesky(gram: Tensor, strength: Tensor) -> Tensor:
     """Lower factor of ``gram + λI``; NaN throughout where it is not positive definite."""
     ridge = torch.eye(len(gram)).to(gram) * strength.detach().to(gram)
+    factor: Tensor
     factor, failed = torch.linalg.cholesky_ex(gram + ridge)
     return factor.masked_fill(failed != 0, torch.nan)
