@@ -36,6 +36,7 @@ METHODS = [
     ("GRACE", {"radius": 1e-2, "steps": 3}),
     ("IKE", {"pool": POOL, "demonstrations": 1}),
     ("KN", {"steps": 3}),
+    ("MALMEN", {"checkpoint": "none", "edit_lr": 1e-2}),
     ("MEMIT", {**LOCATE, "preserve": 1.0}),
     ("MEND", {"checkpoint": "none", "edit_lr": 1e-2}),
     ("PMET", {**LOCATE, "preserve": 1.0}),

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from kedit_lightning.methods.base import Capabilities, EditMethod
     from kedit_lightning.methods.finetune.ftm import FTM
     from kedit_lightning.methods.hypernetwork.ke import KE
+    from kedit_lightning.methods.hypernetwork.malmen import MALMEN
     from kedit_lightning.methods.hypernetwork.mend import MEND
     from kedit_lightning.methods.in_context.ike import IKE
     from kedit_lightning.methods.locate.alphaedit import AlphaEdit
@@ -30,6 +31,7 @@ _HOMES = {
     "IKE": "in_context.ike",
     "KE": "hypernetwork.ke",
     "KN": "locate.kn",
+    "MALMEN": "hypernetwork.malmen",
     "MEND": "hypernetwork.mend",
     "ROME": "locate.rome",
     "RROME": "locate.rome",
@@ -42,6 +44,7 @@ __all__ = [
     "IKE",
     "KE",
     "KN",
+    "MALMEN",
     "MEMIT",
     "MEND",
     "METHODS",

@@ -33,6 +33,10 @@ class Factors:
     gradients: Tensor
     rows: Tensor
 
+    def to(self, device: torch.device | str) -> Factors:
+        """The same on another device."""
+        return Factors(self.inputs.to(device), self.gradients.to(device), self.rows.to(device))
+
     def of_rows(self, first: int, last: int) -> Factors:
         """The tokens of rows ``first`` to ``last - 1``, with rows counted from ``first``."""
         kept = (self.rows >= first) & (self.rows < last)
@@ -42,6 +46,14 @@ class Factors:
 def answer_loss(base: BaseModel, rows: TokenRows) -> Tensor:
     """Negative log-likelihood of each row's answer, averaged over its tokens. Shape ``[batch]``."""
     return mean_nll(base.answer_log_probs(rows), rows.answer_mask)
+
+
+def predicting(rows: TokenRows) -> Tensor:
+    """Columns whose logits predict an answer token. Shape ``[batch, tokens]``, boolean."""
+    at = torch.zeros_like(rows.attention_mask, dtype=torch.bool)
+    row = torch.arange(len(rows), device=at.device)[:, None].expand_as(rows.answer_columns)
+    at[row[rows.answer_mask], rows.answer_columns[rows.answer_mask]] = True
+    return at
 
 
 def capture_factors(

@@ -11,26 +11,22 @@ import torch
 from torch import Tensor
 
 from kedit_lightning.base_models import BaseModel, BaseModelSpec
-from kedit_lightning.edits import Edit, LowRankEdit
+from kedit_lightning.base_models.layout import Block
 from kedit_lightning.edits.modules import check_editable, projection_shape
 from kedit_lightning.errors import UnsupportedUseError
 from kedit_lightning.methods.base import Capabilities, Need
-from kedit_lightning.methods.capture import capture_factors
 from kedit_lightning.methods.episodes import Episode, make_episodes, probes_of
-from kedit_lightning.methods.hypernetwork.learning import learn
-from kedit_lightning.methods.hypernetwork.network import ProposingNetwork
 from kedit_lightning.methods.hypernetwork.outcome import Outcome
 from kedit_lightning.methods.learned import LearnedMethod
-from kedit_lightning.requests import EditBatch, EditExample, EditRequest
+from kedit_lightning.requests import EditBatch, EditExample
 
 
 class HypernetworkMethod(LearnedMethod):
     """Steps networks on what edits cost that they have made.
 
-    An edit is what the networks propose for one gradient of the requests.  A subclass says with
-    :attr:`loss_weights` what an edit costs, or with :meth:`learn` what a batch costs.  It has the
-    settings ``layers``, ``modules``, ``clip``, ``lr_end``, those of :meth:`episodes`, ``at_once``,
-    and one learning rate for each of its networks'
+    A subclass says with :meth:`learn` what a batch costs, and has the settings ``layers``,
+    ``modules``, ``clip``, ``lr_end``, those of :meth:`draw_episodes`, and one learning rate for
+    each of its networks'
     :meth:`~kedit_lightning.methods.learned.LearnedNetwork.parameter_groups`.
 
     Args:
@@ -44,19 +40,19 @@ class HypernetworkMethod(LearnedMethod):
     #: Blocks at the end of a model that are edited unless a setting says otherwise.
     last_blocks: ClassVar[int] = 3
 
-    network: ProposingNetwork
-
     def __init__(self, base_model: BaseModel | BaseModelSpec | str = "nano", seed: int = 0) -> None:
         super().__init__(base_model, seed)
         self.automatic_optimization = False
 
     # ---- what a method defines
 
-    @property
     @abstractmethod
-    def loss_weights(self) -> tuple[float, float]:
-        """Weights of the loss of the new answers and of the divergence on locality probes."""
-        raise NotImplementedError(f"{type(self).__name__} does not define loss_weights")
+    def learn(self, batch: EditBatch) -> Outcome:
+        """Losses and gradient of a batch, over the episodes of all ranks.
+
+        Takes the batch into the statistics of the normalisers, and changes nothing else.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not define learn")
 
     # ---- building
 
@@ -68,8 +64,12 @@ class HypernetworkMethod(LearnedMethod):
             layers = self.hparams["layers"]
             if layers is None:
                 layers = range(max(0, len(layout) - self.last_blocks), len(layout))
-            modules = (name for i in layers for name in layout.block(i).projections)
+            modules = (name for i in layers for name in self.projections_of(layout.block(i)))
         return tuple(dict.fromkeys(modules))
+
+    def projections_of(self, block: Block) -> Sequence[str]:
+        """Names of the projections of a block that are edited, unless modules are named."""
+        return block.projections
 
     def shapes_of(self, modules: Sequence[str]) -> list[tuple[int, int]]:
         """``(d_in, d_out)`` of projections.
@@ -79,45 +79,20 @@ class HypernetworkMethod(LearnedMethod):
         """
         return [projection_shape(check_editable(self.base.model, name)) for name in modules]
 
-    # ---- editing
-
-    def compute_edit(self, requests: Sequence[EditRequest]) -> Edit:
-        """One gradient of the requests, sent through the networks. Statistics stay as they are."""
-        network = self.network.to(self.base.device)
-        self.warn_if_untrained()
-        rows = self.base.rows([r.prompt for r in requests], [r.target_new for r in requests])
-        factors = capture_factors(self.base, rows, network.plan.modules)
-        together = torch.zeros(len(requests), dtype=torch.long)
-        with torch.no_grad():
-            changes = network.propose(self.base, requests, factors, together)
-        return LowRankEdit(
-            self.base,
-            {name: (change.a, change.b.T) for name, change in changes.items()},
-            self.origin(requests, **self.learned),
-        )
-
     # ---- fitting
 
-    def episodes(self, batch: EditBatch) -> list[Episode]:
-        """The episodes of a batch: ``n_edits`` examples each."""
+    def draw_episodes(self, examples: Sequence[EditExample], size: int) -> list[Episode]:
+        """What is written and asked in this epoch, ``size`` examples an episode."""
         settings = self.hparams
         return make_episodes(
-            self.examples_of(batch),
-            settings["n_edits"],
+            examples,
+            size,
             self.turn,
             settings["seed"],
             settings["n_rephrases"],
             settings["n_locality"],
             settings["own_wording"],
         )
-
-    def learn(self, batch: EditBatch) -> Outcome:
-        """Losses and gradient of a batch, over the episodes of all ranks.
-
-        Takes the batch into the statistics of the normalisers, and changes nothing else.
-        """
-        episodes, at_once = self.episodes(batch), self.hparams["at_once"]
-        return learn(self.base, self.network, episodes, self.loss_weights, at_once)
 
     def check_examples(self, examples: Sequence[EditExample], fitting: bool = False) -> None:
         """Make sure that each example has rephrases, and that some have locality probes.

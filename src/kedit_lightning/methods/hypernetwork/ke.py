@@ -9,7 +9,6 @@ from torch import Tensor
 
 from kedit_lightning.base_models import BaseModel, BaseModelSpec
 from kedit_lightning.edits.modules import compute_dtype
-from kedit_lightning.methods.hypernetwork.base import HypernetworkMethod
 from kedit_lightning.methods.hypernetwork.editor import (
     CONDITION,
     HIDDEN,
@@ -17,9 +16,10 @@ from kedit_lightning.methods.hypernetwork.editor import (
     KnowledgeEditor,
 )
 from kedit_lightning.methods.hypernetwork.outcome import Outcome
+from kedit_lightning.methods.hypernetwork.proposing import ProposingMethod
 
 
-class KE(HypernetworkMethod):
+class KE(ProposingMethod):
     """KnowledgeEditor, from "Editing Factual Knowledge in Language Models" (De Cao et al. 2021).
 
     ``fit`` trains a network that reads ``old answer >> new answer || prompt`` and gates the

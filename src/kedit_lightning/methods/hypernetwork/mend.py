@@ -7,11 +7,11 @@ from typing import ClassVar
 
 from kedit_lightning.base_models import BaseModel, BaseModelSpec
 from kedit_lightning.edits.modules import compute_dtype
-from kedit_lightning.methods.hypernetwork.base import HypernetworkMethod
+from kedit_lightning.methods.hypernetwork.proposing import ProposingMethod
 from kedit_lightning.methods.hypernetwork.transform import MAX_RANK, Hypernetwork, TransformPlan
 
 
-class MEND(HypernetworkMethod):
+class MEND(ProposingMethod):
     """MEND, from "Fast Model Editing at Scale" (Mitchell et al. 2022).
 
     ``fit`` trains small networks that map the gradient of a request, taken apart into the inputs

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, distributed
 
+from kedit_lightning.methods.hypernetwork.ranks import several_ranks
 from kedit_lightning.methods.moments import Moments, merge, moments
 from kedit_lightning.methods.precision import FullPrecision
 
@@ -55,7 +56,7 @@ class RunningNormaliser(FullPrecision):
 
 def _of_all_ranks(new: Moments) -> list[Moments]:
     """The moments of every rank, in the same order on each, so that all ranks stay equal."""
-    if not (distributed.is_available() and distributed.is_initialized()):
+    if not several_ranks():
         return [new]
     gathered = []
     for tensor in new:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
+
+from kedit_lightning.methods.hypernetwork.ranks import several_ranks, sum_over_ranks
 
 
 @dataclass(frozen=True)
@@ -65,10 +67,9 @@ class Outcome:
 
     def over_ranks(self) -> Outcome:
         """The sum over the ranks, where there are several."""
-        if not (distributed.is_available() and distributed.is_initialized()):
+        if not several_ranks():
             return self
         counts = torch.tensor([self.episodes, self.skipped], device=self.sums.device)
-        for tensor in (*self.gradients, self.sums, counts):
-            distributed.all_reduce(tensor)
+        sum_over_ranks((*self.gradients, self.sums, counts))
         episodes, skipped = counts.tolist()
         return Outcome(self.gradients, self.sums, episodes, skipped)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from kedit_lightning.base_models import BaseModel, TokenRows
 from kedit_lightning.edits.modules import compute_dtype
 from kedit_lightning.methods.episodes import Episode
-from kedit_lightning.methods.hypernetwork.attach import LowRankChange, attached
+from kedit_lightning.methods.hypernetwork.attach import Change, attached
 from kedit_lightning.requests import Probe
 
 
@@ -38,7 +38,7 @@ class Losses:
 
 
 def episode_losses(
-    base: BaseModel, episodes: Sequence[Episode], changes: dict[str, LowRankChange]
+    base: BaseModel, episodes: Sequence[Episode], changes: Mapping[str, Change]
 ) -> Losses:
     """Ask the questions of each episode with its own edit attached.
 

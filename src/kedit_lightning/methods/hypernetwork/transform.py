@@ -1,4 +1,4 @@
-"""The networks of MEND: from the factors of a gradient to those of an edit.
+"""The networks of hypernetworks: from the factors of a gradient to those of an edit.
 
 Source: Mitchell et al. 2022, "Fast Model Editing at Scale", section 3 and appendix C.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from kedit_lightning.methods.capture import Factors
 from kedit_lightning.methods.hypernetwork.attach import LowRankChange
 from kedit_lightning.methods.hypernetwork.network import ProjectionPlan, ProposingNetwork
 from kedit_lightning.methods.hypernetwork.normaliser import RunningNormaliser
+from kedit_lightning.methods.learned import LearnedNetwork
 from kedit_lightning.requests import EditRequest
 
 #: Largest rank of a network's matrices, unless a setting says otherwise.
@@ -23,8 +25,8 @@ MAX_RANK = 1920
 
 
 @dataclass(frozen=True)
-class TransformPlan(ProjectionPlan):
-    """The networks of MEND and of those built on it.
+class NetworkPlan(ProjectionPlan):
+    """The networks of a method.
 
     Args:
         modules: The projections it edits, in order.
@@ -32,23 +34,37 @@ class TransformPlan(ProjectionPlan):
         blocks: Residual blocks a network.
         shared: One network for all projections of a shape, rather than one each.
         normalise: Normalise the factors first.
-        ascend: Add the pseudo-gradient, as the released code does, instead of subtracting it.
     """
+
+    #: Whether a block's step is clamped before it is scaled and shifted, rather than after.
+    clamps_first: ClassVar[bool] = False
 
     rank: int = MAX_RANK
     blocks: int = 2
     shared: bool = True
     normalise: bool = True
+
+
+@dataclass(frozen=True)
+class TransformPlan(NetworkPlan):
+    """The networks of MEND.
+
+    Args:
+        ascend: Add the pseudo-gradient, as the released code does, instead of subtracting it.
+    """
+
     ascend: bool = False
 
 
 class ResidualBlock(nn.Module):
     """Adds ``max((z Vᵀ Uᵀ + bias) ⊙ scale + shift, 0)``, which is zero to begin with.
 
+    Clamped first it adds ``max(z Vᵀ Uᵀ + bias, 0) ⊙ scale + shift``.
+
     Args:
         width: Values a row.
-        rank: Rank of the map.
         members: Projections that share the block; each has a scale and a shift of its own.
+        plan: Rank of the map, and when it is clamped.
         generator: Where the starting values come from.
         dtype: Number type of the parameters.
     """
@@ -56,12 +72,14 @@ class ResidualBlock(nn.Module):
     def __init__(
         self,
         width: int,
-        rank: int,
         members: int,
+        plan: NetworkPlan,
         generator: torch.Generator,
         dtype: torch.dtype,
     ) -> None:
         super().__init__()
+        rank = min(plan.rank, width)
+        self.clamps_first = plan.clamps_first
         self.V = nn.Parameter(torch.randn(rank, width, generator=generator, dtype=dtype))
         self.U = nn.Parameter(torch.zeros(width, rank, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(width, dtype=dtype))
@@ -72,6 +90,8 @@ class ResidualBlock(nn.Module):
         """Map rows ``[tokens, width]`` of one of the projections."""
         step = (z @ self.V.T) @ self.U.T + self.bias
         # A clamp passes the gradient at exactly 0, where all steps start; a relu would block it.
+        if self.clamps_first:
+            return z + step.clamp(min=0) * self.scale[member] + self.shift[member]
         return z + (step * self.scale[member] + self.shift[member]).clamp(min=0)
 
 
@@ -92,7 +112,7 @@ class GradientTransform(nn.Module):
         d_in: int,
         d_out: int,
         members: int,
-        plan: TransformPlan,
+        plan: NetworkPlan,
         generator: torch.Generator,
         dtype: torch.dtype,
     ) -> None:
@@ -101,8 +121,7 @@ class GradientTransform(nn.Module):
         self.split = [d_in, d_out]
         self.normaliser = RunningNormaliser(width, dtype) if plan.normalise else None
         self.blocks = nn.ModuleList(
-            ResidualBlock(width, min(plan.rank, width), members, generator, dtype)
-            for _ in range(plan.blocks)
+            ResidualBlock(width, members, plan, generator, dtype) for _ in range(plan.blocks)
         )
 
     def forward(self, inputs: Tensor, gradients: Tensor, member: int) -> tuple[Tensor, Tensor]:
@@ -116,26 +135,24 @@ class GradientTransform(nn.Module):
         return mapped, mapped_gradients
 
 
-class Hypernetwork(ProposingNetwork):
-    """The networks of all edited projections, with a learning rate for each projection.
+class ProjectionNetworks(LearnedNetwork):
+    """The networks of all edited projections, one each or one for all of a shape.
 
     Before any training every network is the identity on (normalised) factors.
 
     Args:
-        plan: What it is made of.
+        plan: What they are made of.
         shapes: ``(d_in, d_out)`` of each projection of the plan.
-        edit_lr: Starting learning rate of the edits.
         dtype: Number type of parameters and statistics.
         seed: Fixes the starting values.
     """
 
-    plan: TransformPlan
+    plan: NetworkPlan
 
     def __init__(
         self,
-        plan: TransformPlan,
+        plan: NetworkPlan,
         shapes: Sequence[tuple[int, int]],
-        edit_lr: float,
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
     ) -> None:
@@ -155,17 +172,12 @@ class Hypernetwork(ProposingNetwork):
                 for key, shape in dict(zip(keys, shapes, strict=True)).items()
             }
         )
-        self.rates = nn.Parameter(torch.full((len(plan.modules),), edit_lr, dtype=dtype))
 
-    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """The learning rates of the edits learn at a rate of their own."""
-        return {"lr": list(self.networks.parameters()), "lr_lr": [self.rates]}
-
-    def scalars(self) -> dict[str, Tensor]:
-        """The learning rate of each projection."""
-        rates = self.rates.detach()
-        names = (f"edit_lr/{name}" for name in self.plan.modules)
-        return dict(zip(names, rates, strict=True))
+    def transform(self, name: str, inputs: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
+        """Map factors ``[tokens, d_in]`` and ``[tokens, d_out]`` by a projection's network."""
+        key, member = self._place[name]
+        mapped: tuple[Tensor, Tensor] = self.networks[key](inputs, gradients, member)
+        return mapped
 
     def observe(self, captured: Sequence[Mapping[str, Factors]]) -> None:
         """Take factors into the statistics of the normalisers; only training does that."""
@@ -181,6 +193,41 @@ class Hypernetwork(ProposingNetwork):
             normaliser = self.networks[key].normaliser
             assert isinstance(normaliser, RunningNormaliser)
             normaliser.update(torch.cat(parts))
+
+
+class Hypernetwork(ProjectionNetworks, ProposingNetwork):
+    """MEND's networks, with a learning rate for each projection.
+
+    Args:
+        plan: What they are made of.
+        shapes: ``(d_in, d_out)`` of each projection of the plan.
+        edit_lr: Starting learning rate of the edits.
+        dtype: Number type of parameters and statistics.
+        seed: Fixes the starting values.
+    """
+
+    plan: TransformPlan
+
+    def __init__(
+        self,
+        plan: TransformPlan,
+        shapes: Sequence[tuple[int, int]],
+        edit_lr: float,
+        dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(plan, shapes, dtype, seed)
+        self.rates = nn.Parameter(torch.full((len(plan.modules),), edit_lr, dtype=dtype))
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """The learning rates of the edits learn at a rate of their own."""
+        return {"lr": list(self.networks.parameters()), "lr_lr": [self.rates]}
+
+    def scalars(self) -> dict[str, Tensor]:
+        """The learning rate of each projection."""
+        rates = self.rates.detach()
+        names = (f"edit_lr/{name}" for name in self.plan.modules)
+        return dict(zip(names, rates, strict=True))
 
     def propose(
         self,
@@ -205,10 +252,9 @@ class Hypernetwork(ProposingNetwork):
         changes = {}
         with torch.autocast(self.rates.device.type, enabled=False):
             for number, name in enumerate(self.plan.modules):
-                key, member = self._place[name]
                 own = factors[name]
                 inputs, gradients = (x.to(self.rates) for x in (own.inputs, own.gradients))
-                a, b = self.networks[key](inputs, gradients, member)
+                a, b = self.transform(name, inputs, gradients)
                 rate = self.rates[number] if self.plan.ascend else -self.rates[number]
                 edits = edit_of_row.to(own.rows.device)[own.rows]
                 changes[name] = LowRankChange(a, rate * b, edits)

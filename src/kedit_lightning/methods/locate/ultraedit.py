@@ -15,7 +15,7 @@ from kedit_lightning.edits import Edit, LowRankEdit, memories
 from kedit_lightning.edits.base import check_finite
 from kedit_lightning.edits.modules import check_editable, compute_dtype, projection_shape
 from kedit_lightning.methods.base import Capabilities, EditMethod
-from kedit_lightning.methods.capture import Factors, capture_factors
+from kedit_lightning.methods.capture import Factors, capture_factors, predicting
 from kedit_lightning.methods.locate.lifelong import regress_normalised
 from kedit_lightning.methods.locate.ultraedit_presets import default_lr, default_modules
 from kedit_lightning.methods.moments import Moments, merge, moments
@@ -100,7 +100,7 @@ class UltraEdit(EditMethod):
         for start in range(0, len(requests), size):
             some = requests[start : start + size]
             rows = self.base.rows([r.prompt for r in some], [r.target_new for r in some])
-            factors = capture_factors(self.base, rows, self.places, _predicting(rows))
+            factors = capture_factors(self.base, rows, self.places, predicting(rows))
             parts.append({name: _of_the_sum(held, rows) for name, held in factors.items()})
         return {
             name: (torch.cat([p[name][0] for p in parts]), torch.cat([p[name][1] for p in parts]))
@@ -135,14 +135,6 @@ class UltraEdit(EditMethod):
             "single facts",
             stacklevel=4,
         )
-
-
-def _predicting(rows: TokenRows) -> Tensor:
-    """Columns whose logits predict an answer token. Shape ``[batch, tokens]``."""
-    at = torch.zeros_like(rows.attention_mask, dtype=torch.bool)
-    row = torch.arange(len(rows), device=at.device)[:, None].expand_as(rows.answer_columns)
-    at[row[rows.answer_mask], rows.answer_columns[rows.answer_mask]] = True
-    return at
 
 
 def _of_the_sum(factors: Factors, rows: TokenRows) -> tuple[Tensor, Tensor]:

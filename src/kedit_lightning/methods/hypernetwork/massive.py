@@ -1,0 +1,216 @@
+"""Many requests in one shift of each projection, and the gradient of a training step.
+
+A step has four stages, none of which holds more than one minibatch's graph: factors of the requests
+are read and kept on the host; the networks turn them into wanted changes of values, which are
+solved for shifts; the questions are asked with the shifts attached as leaves; and the gradients
+with respect to these leaves are taken back through the solves and, by minibatch, through the
+networks.  The result is the gradient that autograd gives end to end.
+
+Source: Tan et al. 2024, "Massive Editing for Large Language Models via Meta Learning", section 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, autograd
+
+from kedit_lightning.base_models import BaseModel
+from kedit_lightning.edits import DenseEdit, Edit, EditOrigin, LowRankEdit
+from kedit_lightning.edits.modules import compute_dtype
+from kedit_lightning.methods.capture import Factors, capture_factors, predicting
+from kedit_lightning.methods.episodes import Episode
+from kedit_lightning.methods.hypernetwork.attach import Change, DenseChange, LowRankChange
+from kedit_lightning.methods.hypernetwork.normal_equations import NormalEquations, RidgeShift
+from kedit_lightning.methods.hypernetwork.outcome import Outcome
+from kedit_lightning.methods.hypernetwork.outer_loss import episode_losses
+from kedit_lightning.methods.hypernetwork.ranks import is_first_rank, sum_over_ranks
+from kedit_lightning.methods.hypernetwork.values import ValueNetworks
+from kedit_lightning.requests import EditRequest
+
+#: Factors of the projections, by name.
+Part = dict[str, Factors]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """How the parts of a loss count.
+
+    Args:
+        edit: Weight of the negative log-likelihood of the new answers.
+        locality: Weight of the divergence on unrelated questions.
+        size: Weight of the squared norm of the shifts.
+    """
+
+    edit: float
+    locality: float
+    size: float = 0.0
+
+
+@dataclass(frozen=True)
+class Group:
+    """Examples whose questions are asked.
+
+    Args:
+        examples: The questions of one example each.
+        weight: How their mean loss counts.
+    """
+
+    examples: Sequence[Episode]
+    weight: float = 1.0
+
+
+def capture_parts(
+    base: BaseModel, network: ValueNetworks, requests: Sequence[EditRequest], at_once: int
+) -> Iterator[Part]:
+    """Factors of requests, ``at_once`` at a time, with the edits on the stack in force."""
+    for first in range(0, len(requests), at_once):
+        some = requests[first : first + at_once]
+        rows = base.rows([r.prompt for r in some], [r.target_new for r in some])
+        at = predicting(rows) if network.plan.tokens == "answer" else None
+        yield capture_factors(base, rows, network.plan.modules, at)
+
+
+@torch.no_grad()
+def solve_shifts(network: ValueNetworks, parts: Iterable[Part]) -> dict[str, RidgeShift]:
+    """One shift a projection, from the factors of all requests and of all ranks.
+
+    Shifts hold NaN where factors do, or where a ridge has vanished.
+    """
+    equations = {name: NormalEquations(*shape) for name, shape in network.shapes.items()}
+    for part in parts:
+        for name, factors in part.items():
+            own = factors.to(network.log_rates.device)
+            equations[name].add(own.inputs, network.values(name, own.inputs, own.gradients))
+    return {name: own.solve(network.ridge(name)) for name, own in equations.items()}
+
+
+def edit_of(base: BaseModel, shifts: Mapping[str, RidgeShift], origin: EditOrigin) -> Edit:
+    """Shifts as an edit: thin factors, or dense where the keys of a projection are too many."""
+    dtype = compute_dtype(base.dtype)
+    if any(shift.keys is None for shift in shifts.values()):
+        dense = {name: (shift.matrix.T.to(dtype), None) for name, shift in shifts.items()}
+        return DenseEdit(base, dense, origin)
+    thin = {
+        name: (shift.keys.to(dtype), shift.unknown.T.to(dtype))
+        for name, shift in shifts.items()
+        if shift.keys is not None
+    }
+    return LowRankEdit(base, thin, origin)
+
+
+def learn_shifts(
+    base: BaseModel,
+    network: ValueNetworks,
+    parts: Sequence[Part],
+    shifts: Mapping[str, RidgeShift],
+    asked: Sequence[Group],
+    weights: Weights,
+    at_once: int,
+) -> Outcome:
+    """Losses and gradient of the examples that shifts were computed for, over all ranks.
+
+    The loss is the sum over groups of the mean over examples, each mean times the group's weight.
+
+    Args:
+        base: The base model, without the shifts.
+        network: The networks.
+        parts: The factors that the shifts came from, those of this rank.
+        shifts: The shifts.
+        asked: Weight and examples of each group; the first holds the examples whose requests
+            were written, and its questions are what is reported.
+        weights: Weights of the parts of the loss.
+        at_once: Examples whose questions run through the model together.
+    """
+    leaves = {
+        name: shift.unknown.to(network.log_rates.dtype).requires_grad_()
+        for name, shift in shifts.items()
+    }
+    counts = network.log_rates.new_tensor([len(group.examples) for group in asked])
+    sum_over_ranks([counts])
+    total = counts[0]
+    shares = [group.weight * total / own for group, own in zip(asked, counts, strict=True)]
+    sums, gradients = _ask(base, shifts, leaves, asked, shares, weights, at_once)
+    sum_over_ranks(gradients.values())
+    if weights.size:
+        size = sum(shift.squared_norm(leaves[name]) for name, shift in shifts.items())
+        cost = total * weights.size * size
+        for name, own in zip(leaves, autograd.grad(cost, list(leaves.values())), strict=True):
+            gradients[name] += own
+        sums[0] += cost.detach() if is_first_rank() else 0
+    learned = _through_networks(network, parts, shifts, gradients)
+    outcome = Outcome(learned, sums, len(asked[0].examples), 0).over_ranks()
+    if all(bool(torch.isfinite(tensor).all()) for tensor in (outcome.sums, *outcome.gradients)):
+        return outcome
+    return Outcome.nothing(network, skipped=outcome.episodes)
+
+
+def _ask(
+    base: BaseModel,
+    shifts: Mapping[str, RidgeShift],
+    leaves: Mapping[str, Tensor],
+    asked: Sequence[Group],
+    shares: Sequence[Tensor],
+    weights: Weights,
+    at_once: int,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Ask the questions of all groups under the leaves.
+
+    Returns:
+        The sums of an outcome, and the gradient with respect to each leaf.
+    """
+    changes = {name: _change(shifts[name], leaf) for name, leaf in leaves.items()}
+    gradients = {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
+    sums = shares[0].new_zeros(4)
+    for number, (group, share) in enumerate(zip(asked, shares, strict=True)):
+        for first in range(0, len(group.examples), at_once):
+            some = group.examples[first : first + at_once]
+            with torch.enable_grad():
+                losses = episode_losses(base, some, changes)
+                loss = weights.edit * losses.edit + weights.locality * losses.locality
+                loss = share.to(loss) * loss.sum()
+                found = autograd.grad(loss, list(leaves.values()))
+            for name, own in zip(leaves, found, strict=True):
+                gradients[name] += own
+            seen = (losses.edit, losses.locality, losses.right) if number == 0 else ()
+            parts = [loss.detach(), *(part.detach().sum() for part in seen)]
+            sums[: len(parts)] += torch.stack(parts).to(sums)
+    return sums, gradients
+
+
+def _change(shift: RidgeShift, leaf: Tensor) -> Change:
+    return DenseChange(leaf) if shift.keys is None else LowRankChange(shift.keys.to(leaf), leaf)
+
+
+def _through_networks(
+    network: ValueNetworks,
+    parts: Sequence[Part],
+    shifts: Mapping[str, RidgeShift],
+    gradients: Mapping[str, Tensor],
+) -> list[Tensor]:
+    """This rank's share of the gradient of the parameters, from that of the solved unknowns."""
+    pulled = {name: shift.pull_back(gradients[name]) for name, shift in shifts.items()}
+    parameters = list(network.parameters())
+    total = [torch.zeros_like(parameter) for parameter in parameters]
+    first = dict.fromkeys(shifts, 0)
+    for part in parts:
+        with torch.enable_grad():
+            terms = []
+            for name, shift in shifts.items():
+                own = part[name].to(shift.factor.device)
+                values = network.values(name, own.inputs, own.gradients)
+                slopes = shift.gradient_of_values(pulled[name][0], own.inputs, first[name])
+                terms.append((slopes.to(values) * values).sum())
+                first[name] += len(own.inputs)
+            found = autograd.grad(torch.stack(terms).sum(), parameters, allow_unused=True)
+        for sum_, gradient in zip(total, found, strict=True):
+            if gradient is not None:
+                sum_ += gradient
+    if is_first_rank():  # all ranks know this part alike, and their gradients are added up
+        ridges = network.log_ridges
+        (place,) = [i for i, parameter in enumerate(parameters) if parameter is ridges]
+        slopes = torch.stack([pulled[name][1].to(ridges.device) for name in shifts])
+        total[place] += slopes.to(ridges) * ridges.detach().exp()
+    return total

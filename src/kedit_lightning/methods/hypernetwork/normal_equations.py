@@ -1,0 +1,140 @@
+"""One shift of a weight from many wanted changes of its outputs, by ridge regression.
+
+For keys ``K`` (``[n, d_in]``) and wanted changes ``V`` (``[n, d_out]``) of their values the shift
+is ``S = argmin ‖K S − V‖² + λ‖S‖²``.  Where keys are few it is ``Kᵀ (K Kᵀ + λI)⁻¹ V``, two thin
+matrices; where they outnumber the width of the inputs it is ``(Kᵀ K + λI)⁻¹ Kᵀ V``, and neither
+time nor memory of the solve grows with their number.  Either way a system ``A X = B`` is solved,
+through which gradients are taken in closed form.
+
+Source: Tan et al. 2024, "Massive Editing for Large Language Models via Meta Learning", section 4.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kedit_lightning.methods.hypernetwork.ranks import several_ranks, sum_over_ranks
+
+
+@dataclass(frozen=True)
+class RidgeShift:
+    """The solution ``X`` of ``A X = B``, and how it is a shift of a weight.
+
+    Args:
+        unknown: ``X``: the shift itself, ``[d_in, d_out]``, or where there are ``keys`` what they
+            are combined with, ``[n, d_out]``.
+        factor: Lower Cholesky factor of ``A = Kᵀ K + λI``, or where there are ``keys`` of
+            ``K Kᵀ + λI``.
+        keys: ``K``, for a shift ``Kᵀ X``. Shape ``[n, d_in]``.
+    """
+
+    unknown: Tensor
+    factor: Tensor
+    keys: Tensor | None
+
+    @property
+    def matrix(self) -> Tensor:
+        """The shift ``S``. Shape ``[d_in, d_out]``."""
+        return self.unknown if self.keys is None else self.keys.T @ self.unknown
+
+    def squared_norm(self, unknown: Tensor) -> Tensor:
+        """``‖S‖²`` of the shift that another ``X`` would give, differentiable in it."""
+        unknown = unknown.to(self.factor)
+        if self.keys is None:
+            return unknown.square().sum()
+        return (unknown * (self.keys @ (self.keys.T @ unknown))).sum()
+
+    def pull_back(self, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of a loss with respect to ``B`` and to ``λ``, from that to ``X``.
+
+        Args:
+            gradient: Shape of ``X``.
+
+        Returns:
+            Shape of ``X``, and a scalar.
+        """
+        pulled = torch.cholesky_solve(gradient.to(self.factor), self.factor)
+        return pulled, -(pulled * self.unknown).sum()
+
+    def gradient_of_values(self, pulled: Tensor, keys: Tensor, first: int) -> Tensor:
+        """Gradient with respect to some rows of ``V``, from that to ``B``.
+
+        Args:
+            pulled: What :meth:`pull_back` gives.
+            keys: The keys of these rows. Shape ``[m, d_in]``.
+            first: Place of the first of them among all keys.
+
+        Returns:
+            Shape ``[m, d_out]``.
+        """
+        if self.keys is not None:
+            return pulled[first : first + len(keys)]
+        return keys.to(pulled) @ pulled
+
+
+class NormalEquations:
+    """Takes in keys and wanted changes of values of one projection, and solves for the shift.
+
+    Rows are held up to the number of ``d_in`` and summed up beyond it, so memory has a bound.
+    Everything is float64.
+
+    Args:
+        d_in: Width of the keys.
+        d_out: Width of the values.
+    """
+
+    def __init__(self, d_in: int, d_out: int) -> None:
+        self._shape = (d_in, d_out)
+        self._held: list[tuple[Tensor, Tensor]] = []
+        self._gram: Tensor | None = None
+        self._moment: Tensor | None = None
+
+    def add(self, keys: Tensor, values: Tensor) -> None:
+        """Take in rows.
+
+        Args:
+            keys: Shape ``[m, d_in]``.
+            values: Shape ``[m, d_out]``.
+        """
+        self._held.append((keys.detach().double(), values.detach().double()))
+        held = sum(len(keys) for keys, _ in self._held)
+        if self._gram is not None or held > self._shape[0]:
+            self._sum_up()
+
+    def _sum_up(self) -> None:
+        if not self._held:
+            return
+        keys, values = (torch.cat(parts) for parts in zip(*self._held, strict=True))
+        if self._gram is None or self._moment is None:
+            d_in, d_out = self._shape
+            self._gram, self._moment = keys.new_zeros(d_in, d_in), keys.new_zeros(d_in, d_out)
+        self._gram.addmm_(keys.T, keys)
+        self._moment.addmm_(keys.T, values)
+        self._held = []
+
+    def solve(self, strength: Tensor) -> RidgeShift:
+        """The shift over the rows of all ranks; NaN where the equations have no bounded solution.
+
+        Args:
+            strength: ``λ``. A scalar.
+        """
+        if several_ranks():
+            self._sum_up()
+            sum_over_ranks([part for part in (self._gram, self._moment) if part is not None])
+        if self._gram is None or self._moment is None:
+            keys, values = (torch.cat(parts) for parts in zip(*self._held, strict=True))
+            factor = _cholesky(keys @ keys.T, strength)
+            return RidgeShift(torch.cholesky_solve(values, factor), factor, keys)
+        factor = _cholesky(self._gram, strength)
+        return RidgeShift(torch.cholesky_solve(self._moment, factor), factor, None)
+
+
+def _cholesky(gram: Tensor, strength: Tensor) -> Tensor:
+    """Lower factor of ``gram + λI``; NaN throughout where it is not positive definite."""
+    ridge = torch.eye(len(gram)).to(gram) * strength.detach().to(gram)
+    factor: Tensor
+    factor, failed = torch.linalg.cholesky_ex(gram + ridge)
+    return factor.masked_fill(failed != 0, torch.nan)

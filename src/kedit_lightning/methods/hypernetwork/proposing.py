@@ -1,0 +1,60 @@
+"""Hypernetworks that propose a thin change for each gradient."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+
+import torch
+
+from kedit_lightning.edits import Edit, LowRankEdit
+from kedit_lightning.methods.capture import capture_factors
+from kedit_lightning.methods.episodes import Episode
+from kedit_lightning.methods.hypernetwork.base import HypernetworkMethod
+from kedit_lightning.methods.hypernetwork.learning import learn
+from kedit_lightning.methods.hypernetwork.network import ProposingNetwork
+from kedit_lightning.methods.hypernetwork.outcome import Outcome
+from kedit_lightning.requests import EditBatch, EditRequest
+
+
+class ProposingMethod(HypernetworkMethod):
+    """An edit is what the networks propose for one gradient of the requests.
+
+    A subclass says with :attr:`loss_weights` what an edit costs, and has the settings ``n_edits``
+    and ``at_once`` besides those of every hypernetwork.
+    """
+
+    network: ProposingNetwork
+
+    @property
+    @abstractmethod
+    def loss_weights(self) -> tuple[float, float]:
+        """Weights of the loss of the new answers and of the divergence on locality probes."""
+        raise NotImplementedError(f"{type(self).__name__} does not define loss_weights")
+
+    def compute_edit(self, requests: Sequence[EditRequest]) -> Edit:
+        """One gradient of the requests, sent through the networks. Statistics stay as they are."""
+        network = self.network.to(self.base.device)
+        self.warn_if_untrained()
+        rows = self.base.rows([r.prompt for r in requests], [r.target_new for r in requests])
+        factors = capture_factors(self.base, rows, network.plan.modules)
+        together = torch.zeros(len(requests), dtype=torch.long)
+        with torch.no_grad():
+            changes = network.propose(self.base, requests, factors, together)
+        return LowRankEdit(
+            self.base,
+            {name: (change.a, change.b.T) for name, change in changes.items()},
+            self.origin(requests, **self.learned),
+        )
+
+    def episodes(self, batch: EditBatch) -> list[Episode]:
+        """The episodes of a batch: ``n_edits`` examples each."""
+        return self.draw_episodes(self.examples_of(batch), self.hparams["n_edits"])
+
+    def learn(self, batch: EditBatch) -> Outcome:
+        """Losses and gradient of a batch, over the episodes of all ranks.
+
+        Takes the batch into the statistics of the normalisers, and changes nothing else.
+        """
+        episodes, at_once = self.episodes(batch), self.hparams["at_once"]
+        return learn(self.base, self.network, episodes, self.loss_weights, at_once)
