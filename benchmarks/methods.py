@@ -39,6 +39,7 @@ METHODS = {
     "AlphaEdit": (FIVE, 32),
     "UltraEdit": ({}, 32),
     "KN": ({}, 1),
+    "KE": ({}, 1),
     "MEND": ({}, 1),
     "GRACE": ({}, 1),
     "IKE": ({}, 1),

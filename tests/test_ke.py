@@ -319,12 +319,25 @@ def test_a_validation_that_succeeds_tightens_the_margin(tmp_path, monkeypatch, s
     assert float(method.network.bound.margin) == pytest.approx(margin)
 
 
+class SaveEachStepAndValidation(SaveEachStep):
+    """What is saved at the end of an epoch has seen its validation, as with ModelCheckpoint."""
+
+    def on_validation_end(self, trainer, *args):
+        trainer.save_checkpoint(self.folder / f"{trainer.global_step}.ckpt")
+
+
 def test_a_resumed_fit_equals_an_unbroken_one_step_for_step(tmp_path, monkeypatch):
     monkeypatch.setattr(DivergenceBound, "SUCCESS", -1.0)
     base, source = tiny_base("gpt2"), with_validation(tmp_path)
     settings = {**SMALL, "lr_end": 0.2}
     whole = KE(base, **settings)
-    fit(whole, tmp_path, max_epochs=2, source=source, callbacks=[SaveEachStep(tmp_path)])
+    fit(
+        whole,
+        tmp_path,
+        max_epochs=2,
+        source=source,
+        callbacks=[SaveEachStepAndValidation(tmp_path)],
+    )
     assert whole.network.updates == 4
     assert float(whole.network.bound.margin) == pytest.approx(0.64e-3)
     wanted, loss = state(whole), whole.learn(EditBatch(EXAMPLES)).loss

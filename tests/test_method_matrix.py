@@ -35,6 +35,7 @@ METHODS = [
     ("FTM", {"lr": 1e-2, "steps": 3}),
     ("GRACE", {"radius": 1e-2, "steps": 3}),
     ("IKE", {"pool": POOL, "demonstrations": 1}),
+    ("KE", {"checkpoint": "none", "max_scale": 10.0}),
     ("KN", {"steps": 3}),
     ("MALMEN", {"checkpoint": "none", "edit_lr": 1e-2}),
     ("MEMIT", {**LOCATE, "preserve": 1.0}),
