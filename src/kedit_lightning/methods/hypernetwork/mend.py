@@ -37,7 +37,7 @@ class MEND(HypernetworkMethod):
     Args:
         base_model: The model to edit.
         layers: Blocks whose MLP projections are edited; negative numbers count from the end. The
-            checkpoint's, or else the last three.
+            checkpoint's, or else the last three; of an encoder-decoder, the last two of each half.
         modules: Names of the projections to edit instead of those of ``layers``.
         rank: Largest rank of a network's matrices. The checkpoint's, or else 1920.
         blocks: Residual blocks of a network.
@@ -70,7 +70,7 @@ class MEND(HypernetworkMethod):
         seed: Start of all random choices.
     """
 
-    can: ClassVar[Capabilities] = Capabilities(adapter=True, weights=True)
+    can: ClassVar[Capabilities] = Capabilities(encoder_decoder=True, adapter=True, weights=True)
     packaged: ClassVar[str] = "mend.ckpt"
     settles: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "modules": ("layers", "modules"),
