@@ -10,6 +10,7 @@ from .layer_sweep import LayerSweep
 from .place_base_model import PlaceBaseModel
 from .results_writer import ResultsWriter
 from .rollback_guard import RollbackGuard
+from .training_report import TrainingReport
 from .wandb_table import WandbTable
 
 __all__ = [
@@ -20,5 +21,6 @@ __all__ = [
     "PlaceBaseModel",
     "ResultsWriter",
     "RollbackGuard",
+    "TrainingReport",
     "WandbTable",
 ]

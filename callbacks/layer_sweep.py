@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from statistics import harmonic_mean
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -13,17 +11,10 @@ from rich.table import Table
 from kedit_lightning.data.loader import chunks
 from kedit_lightning.errors import NonFiniteError, UnsupportedUseError
 from kedit_lightning.evaluation import Protocol, ProtocolRunner
+from kedit_lightning.evaluation.quality import JUDGED_BY, judged
 from kedit_lightning.evaluation.report import summary_of
 from kedit_lightning.evaluation.steps import run_seed
 from kedit_lightning.metrics import ExampleRecord
-
-#: What a column shows: the first of these scores that there is, in both ways of scoring.
-_COLUMNS: dict[str, tuple[str, ...]] = {
-    "rewrite": ("rewrite/tf_all", "rewrite_acc"),
-    "rephrase": ("rephrase/tf_all", "rephrase_acc"),
-    "known": ("locality/known",),
-    "kept": ("locality/keep_top1", "locality"),
-}
 
 
 class LayerSweep(Callback):
@@ -114,11 +105,11 @@ class LayerSweep(Callback):
             title: What stands above.
         """
         table = Table(title=title)
-        for name in ("layer", *_COLUMNS, "score", ""):
+        for name in ("layer", *JUDGED_BY, "score", ""):
             table.add_column(name, justify="right")
         for entry in self.found:
             best = entry["layer"] == self.best
-            cells = [_shown(entry, name) for name in (*_COLUMNS, "score")]
+            cells = [_shown(entry, name) for name in (*JUDGED_BY, "score")]
             row = [str(entry["layer"]), *cells, "best" if best else ""]
             table.add_row(*row, style="bold green" if best else None)
         return table
@@ -170,28 +161,8 @@ def measure(trainer: Any, method: Any, split: str) -> dict[str, Any]:
     finally:
         runner.close()
     scores = summary_of(records, protocol)["scores"]
-    return {**judged(scores), "scores": scores}
-
-
-def judged(scores: Mapping[str, Mapping[str, float]]) -> dict[str, float | None]:
-    """The scores that a table shows, and their harmonic mean as ``score``.
-
-    Args:
-        scores: Entries of a summary by key, in either way of scoring.
-
-    >>> found = judged({"rewrite/tf_all": {"mean": 1.0}, "locality/keep_top1": {"mean": 0.5}})
-    >>> round(found["score"], 3)
-    0.667
-    """
-    # What counts is what is left once all edits of a stream are in force.
-    stage = "final/" if any(key.startswith("final/") for key in scores) else ""
-    shown = {
-        name: next((scores[stage + key]["mean"] for key in keys if stage + key in scores), None)
-        for name, keys in _COLUMNS.items()
-    }
-    kept = shown["kept"] if shown["known"] is None else shown["known"]
-    parts = [value for value in (shown["rewrite"], shown["rephrase"], kept) if value is not None]
-    return {**shown, "score": harmonic_mean(parts) if parts else None}
+    means = {key: entry["mean"] for key, entry in scores.items()}
+    return {**judged(means), "scores": scores}
 
 
 def _shown(entry: dict[str, Any], name: str = "score") -> str:

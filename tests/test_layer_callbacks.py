@@ -15,7 +15,7 @@ from toys import Toy
 
 from kedit_lightning import BaseModel, EditRequest, EditTrainer
 from kedit_lightning.callbacks import CausalTracing, LayerSweep
-from kedit_lightning.callbacks.layer_sweep import at_layer, judged
+from kedit_lightning.callbacks.layer_sweep import at_layer
 from kedit_lightning.cli import main
 from kedit_lightning.data import NanoFacts, Requests
 from kedit_lightning.errors import (
@@ -26,6 +26,7 @@ from kedit_lightning.errors import (
     UnsupportedUseError,
 )
 from kedit_lightning.evaluation import Protocol
+from kedit_lightning.evaluation.quality import judged
 from kedit_lightning.evaluation.steps import PromptBatch
 from kedit_lightning.evaluation.tracing import trace
 from kedit_lightning.methods import FTM, MEND, ROME
@@ -120,7 +121,11 @@ def test_each_layer_scores_as_a_run_of_its_own_does(mode, tmp_path):
     other = json.loads((tmp_path / "alone/results.json").read_text())["scores"]
     assert callback.found[0]["scores"] == other
     assert own != other, "equal layers prove nothing"
-    assert callback.found[2] == {"layer": 2, **judged(own), "scores": own}
+    assert callback.found[2] == {
+        "layer": 2,
+        **judged({k: v["mean"] for k, v in own.items()}),
+        "scores": own,
+    }
     written = json.loads((tmp_path / "run/layer_sweep.json").read_text())
     assert written == {"method": "ROME", "best": callback.best, "layers": callback.found}
 
@@ -133,16 +138,16 @@ def test_the_score_is_a_harmonic_mean_of_what_there_is_at_the_end():
         "final/locality/keep_top1": 0.9,
         "after_2/rewrite/tf_all": 0.7,
     }
-    found = judged({key: {"mean": value} for key, value in means.items()})
+    found = judged(means)
     assert (found["rewrite"], found["rephrase"], found["known"]) == (0.5, 0.25, None)
     assert found["score"] == pytest.approx(3 / (2 + 4 + 1 / 0.9))
-    found = judged({key: {"mean": means[key]} for key in ("rewrite/tf_all",)})
+    found = judged({"rewrite/tf_all": means["rewrite/tf_all"]})
     assert (found["rewrite"], found["score"]) == (1.0, 1.0)
     scores = {"rewrite/tf_all": 1.0, "locality/known": 0.0, "locality/keep_top1": 1.0}
-    assert judged({key: {"mean": value} for key, value in scores.items()})["score"] == 0.0
+    assert judged(scores)["score"] == 0.0
     assert judged({})["score"] is None
     legacy = {"rewrite_acc": 0.5, "pre/rewrite_acc": 0.0, "locality": 1.0, "locality/a_acc": 0.0}
-    found = judged({key: {"mean": value} for key, value in legacy.items()})
+    found = judged(legacy)
     assert (found["rewrite"], found["kept"], found["score"]) == (0.5, 1.0, pytest.approx(2 / 3))
 
 

@@ -366,6 +366,20 @@ def test_the_decoder_of_an_encoder_decoder_is_described():
     assert layout.block(0).down == "model.decoder.layers.0.fc2"
 
 
+def test_the_encoder_of_an_encoder_decoder_is_described():
+    layout = Layout(_model("t5", **{**SETTINGS["t5"], "num_decoder_layers": 2})).encoder
+    assert [block.projections for block in layout.blocks] == [
+        tuple(f"encoder.block.{i}.layer.1.DenseReluDense.{part}" for part in ("wi", "wo"))
+        for i in range(3)
+    ]
+    assert layout.hidden_size == SETTINGS["t5"]["d_model"]
+    for settings in ({}, {"decoder_layers": 3, "decoder_ffn_dim": 512}):  # the smaller half too
+        layout = Layout(_model("bart", **settings)).encoder
+        assert [block.down for block in layout.blocks] == [
+            f"model.encoder.layers.{i}.fc2" for i in range(3)
+        ]
+
+
 # ---- numbers of layers
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import subprocess
 import sys
@@ -13,12 +12,13 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
+from episode_support import EXAMPLES, data, example
 from lightning.pytorch.trainer.states import TrainerFn, TrainerState
 from support import FAMILIES, REQUESTS, tiny_base
 from torch.func import functional_call
 
-from kedit_lightning import BaseModel, Edit, EditBatch, EditExample, EditRequest, Probe
-from kedit_lightning.data import NanoFacts, Requests
+from kedit_lightning import BaseModel, Edit, EditBatch, EditExample, EditRequest
+from kedit_lightning.data import NanoFacts
 from kedit_lightning.errors import (
     BaseModelMismatchError,
     CheckpointError,
@@ -41,19 +41,6 @@ from kedit_lightning.methods.hypernetwork.outer_loss import episode_losses
 from kedit_lightning.methods.hypernetwork.transform import Hypernetwork, TransformPlan
 
 SMALL = {"rank": 8, "lr": 1e-4, "edit_lr": 1e-3, "accumulate": 2}
-
-
-def example(request: EditRequest) -> EditExample:
-    probes = [
-        Probe("rephrase", f"It is known that {request.prompt}", (request.target_new,)),
-        Probe("rephrase", f"Question: {request.prompt}", (request.target_new,)),
-        Probe("locality", "The company Bolt was founded in", ("Berlin",), "neighborhood"),
-        Probe("locality", "She was born in", (), "neighborhood"),
-    ]
-    return EditExample.from_request(request, request.id, probes)
-
-
-EXAMPLES = [example(request) for request in REQUESTS]
 
 
 def mend(base, **settings):
@@ -507,29 +494,6 @@ def test_the_packaged_checkpoint_edits_facts_it_was_not_fitted_on():
 
 
 # ---- fit, checkpoints, resume
-
-
-def data(tmp_path):
-    path = tmp_path / "train.json"
-    records = [
-        {
-            "prompt": e.requests[0].prompt,
-            "target_new": e.requests[0].target_new,
-            "target_old": e.requests[0].target_old.replace("Paris", "France"),
-            "id": e.id,
-            "rephrases": [p.prompt for p in e.probes if p.kind == "rephrase"],
-            "locality": {
-                "neighborhood": [
-                    {"prompt": p.prompt, "answers": list(p.answers)}
-                    for p in e.probes
-                    if p.kind == "locality"
-                ]
-            },
-        }
-        for e in EXAMPLES
-    ]
-    path.write_text(json.dumps(records))
-    return Requests(train_path=path, seed=3)
 
 
 def fit(method, tmp_path, ckpt_path=None, max_epochs=1, source=None, **options):

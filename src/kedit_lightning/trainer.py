@@ -33,6 +33,7 @@ _USUAL: dict[str, dict[str, Any]] = {
     "RollbackGuard": {},
     "EditTable": {"only_edit": True},
     "WandbTable": {},
+    "TrainingReport": {},
 }
 
 
@@ -42,7 +43,8 @@ class EditTrainer(Trainer):
     Args:
         protocol: How edits are applied and scored.
         callbacks: Callbacks beside the usual ones; one of the same class replaces a usual one.
-        usual_callbacks: Place and guard the base model, save edits, write results, show tables.
+        usual_callbacks: Place and guard the base model, save edits, write results, show tables,
+            draw how a fit went.
         logger: Where scores and losses are logged; nowhere unless given.
         default_root_dir: Folder for checkpoints of ``fit`` and for logs; ``outputs`` if not given.
         inference_mode: Off, because edits are computed with gradients.

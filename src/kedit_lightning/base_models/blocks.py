@@ -1,4 +1,4 @@
-"""Finding the list of a decoder's blocks, by running it on a few tokens where need be."""
+"""Finding the list of a model's blocks, by running it on a few tokens where need be."""
 
 from __future__ import annotations
 
@@ -15,19 +15,21 @@ from kedit_lightning.errors import ModuleNotLocatedError
 PROBE_TOKENS = 6
 
 
-def text_config(model: nn.Module) -> Any:
-    """The part of a configuration that is about the decoder."""
+def text_config(model: nn.Module, encoder: bool = False) -> Any:
+    """The part of a configuration that is about the decoder, or about the encoder."""
     config: Any = model.config
-    return config.get_text_config(decoder=True)
+    return config.get_text_config(decoder=not encoder, encoder=encoder)
 
 
-def _layer_counts(config: Any) -> tuple[int, ...]:
+def _layer_counts(config: Any, encoder: bool) -> tuple[int, ...]:
     """What the configuration may mean by its number of layers, the likeliest first.
 
     ``num_hidden_layers`` is the encoder's number in decoders taken from a Blenderbot, and twice the
     number of blocks in a LongCat.
     """
     fields = ("num_decoder_layers", "num_hidden_layers", "decoder_layers", "num_layers")
+    if encoder:
+        fields = ("encoder_layers", "num_hidden_layers", "num_layers")
     counts = tuple(int(getattr(config, field, None) or 0) for field in fields)
     if not any(counts):
         raise ModuleNotLocatedError(
@@ -37,14 +39,18 @@ def _layer_counts(config: Any) -> tuple[int, ...]:
     return tuple(filter(None, counts))
 
 
-def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Name and modules of the decoder's blocks.
+def find_blocks(model: nn.Module, encoder: bool = False) -> tuple[str, nn.ModuleList]:
+    """Name and modules of the decoder's blocks, or of the encoder's.
+
+    Args:
+        model: The model.
+        encoder: Find those of the encoder of an encoder-decoder.
 
     Raises:
         ModuleNotLocatedError: No list of modules has the length the configuration states.
     """
-    config = text_config(model)
-    counts = _layer_counts(config)
+    config = text_config(model, encoder)
+    counts = _layer_counts(config, encoder)
     lists = [(k, m) for k, m in model.named_modules() if isinstance(m, nn.ModuleList)]
     fitting = ([pair for pair in lists if len(pair[1]) == count] for count in counts)
     lists = next(filter(None, fitting), [])
@@ -53,9 +59,10 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
             f"no list of {counts[0]} blocks in a model of type '{config.model_type}'; use IKE, "
             "which needs none, or report the model type"
         )
-    if getattr(config, "is_encoder_decoder", False):
+    if getattr(model.config, "is_encoder_decoder", False):
         # Encoder and decoder have equal blocks; the decoder's also attend to the encoder.
-        lists = [pair for pair in lists if "decoder" in pair[0]] or lists
+        side = "encoder" if encoder else "decoder"
+        lists = [pair for pair in lists if side in pair[0]] or lists
     if len(lists) > 1:  # towers of vision and audio may have as many blocks as the decoder
         lists = _that_run(model, lists) or lists
     return max(lists, key=lambda pair: sum(p.numel() for p in pair[1].parameters()))

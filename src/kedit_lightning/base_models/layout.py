@@ -96,23 +96,30 @@ class Layout:
     """The parts of a decoder, found when first asked for.
 
     Args:
-        model: A causal language model, or the decoder side of a sequence-to-sequence one.
+        model: A causal language model, or a sequence-to-sequence one.
+        of_encoder: Describe the encoder of a sequence-to-sequence model instead.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, of_encoder: bool = False) -> None:
         self.model = model
+        self._of_encoder = of_encoder
         self._described: dict[int, Block] = {}
         self._paths: dict[str, WritePath] = {}
         self._structures: dict[Any, tuple[str, tuple[str, ...]]] = {}
 
     @cached_property
     def _found(self) -> tuple[str, nn.ModuleList]:
-        return find_blocks(self.model)
+        return find_blocks(self.model, self._of_encoder)
+
+    @cached_property
+    def encoder(self) -> Layout:
+        """The parts of the encoder; only an encoder-decoder has one."""
+        return Layout(self.model, of_encoder=True)
 
     @cached_property
     def hidden_size(self) -> int:
         """Width of the residual stream."""
-        config = text_config(self.model)
+        config = text_config(self.model, self._of_encoder)
         return int(getattr(config, "hidden_size", None) or config.d_model)
 
     @cached_property

@@ -247,11 +247,15 @@ class RowsHook:
         if low:
             rows_of_low = [row for at, _ in low for row in at]
             self._own.append((place(rows_of_low), FactorStack.of(low)))
+        self._remembers = bool(self._memories or self._own_memories)
 
     def __call__(self, args: tuple[Any, ...], output: Any, context: RowContext | None) -> Any:
         """Return the changed output of the module."""
-        context = _known(context)
-        batch = len(context.prompt_end)
+        if context is None and args[0].dim() == 3 and not self._remembers:
+            batch = len(args[0])  # an encoder, which generation runs before the model itself
+        else:
+            context = _known(context)
+            batch = len(context.prompt_end)
         copies, rest = divmod(batch, self._rows)
         if rest:
             raise UnsupportedUseError(
@@ -261,6 +265,8 @@ class RowsHook:
         y = first_tensor(output)
         x, plain = as_rows(args[0], batch), self._weighed(args[0], y, batch, copies)
         new = plain
+        if context is None:  # there is no memory
+            return with_first(output, new.reshape(y.shape))
         for memory in self._memories:
             new = memory(x, new, context)
         for rows, key, memories in self._own_memories:

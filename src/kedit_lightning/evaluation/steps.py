@@ -12,6 +12,7 @@ from kedit_lightning.base_models import BaseModel
 from kedit_lightning.edits import Edit
 from kedit_lightning.errors import EditOrderError
 from kedit_lightning.evaluation.protocol import Protocol
+from kedit_lightning.evaluation.quality import judged
 from kedit_lightning.evaluation.runner import ProtocolRunner, Scored
 from kedit_lightning.metrics import EditMetrics, LegacyEasyEdit, SummaryRow
 from kedit_lightning.requests import EditBatch, EditRequest
@@ -145,7 +146,11 @@ class EvaluationSteps(_Module):
             self._evaluation_take(runner.finish())
         self.close_evaluation()
         self.summary = metrics.summary()
-        values = {f"{prefix}{key}": value for key, value in metrics.compute().items()}
+        values = metrics.compute()
+        score = judged(values)["score"]
+        if prefix and score is not None:
+            values["score"] = score  # one number for early stopping and for the best checkpoint
+        values = {f"{prefix}{key}": value for key, value in values.items()}
         # They are equal on all ranks already; Lightning warns where it is not told to make them so.
         self.log_dict(values, sync_dist=self.trainer.world_size > 1)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kedit_lightning.base_models import BaseModel, BaseModelSpec
-from kedit_lightning.base_models.layout import Block
+from kedit_lightning.base_models.layout import Block, Layout
 from kedit_lightning.edits.modules import check_editable, projection_shape
 from kedit_lightning.errors import UnsupportedUseError
 from kedit_lightning.methods.base import Capabilities, Need
@@ -39,6 +39,8 @@ class HypernetworkMethod(LearnedMethod):
     learns: ClassVar[str] = "a hypernetwork that turns gradients into edits"
     #: Blocks at the end of a model that are edited unless a setting says otherwise.
     last_blocks: ClassVar[int] = 3
+    #: The same of each half of an encoder-decoder, as MEND's paper edits T5 and BART.
+    last_blocks_of_half: ClassVar[int] = 2
 
     def __init__(self, base_model: BaseModel | BaseModelSpec | str = "nano", seed: int = 0) -> None:
         super().__init__(base_model, seed)
@@ -57,19 +59,29 @@ class HypernetworkMethod(LearnedMethod):
     # ---- building
 
     def edited_modules(self) -> tuple[str, ...]:
-        """Names of the projections that the settings ask to edit."""
+        """Names of the projections that the settings ask to edit, those of an encoder first."""
         modules: Iterable[str] | None = self.hparams["modules"]
         if modules is None:
-            layout = self.base.layout
-            layers = self.hparams["layers"]
-            if layers is None:
-                layers = range(max(0, len(layout) - self.last_blocks), len(layout))
-            modules = (name for i in layers for name in self.projections_of(layout.block(i)))
+            layout, halves = self.base.layout, self.base.is_encoder_decoder
+            modules = [
+                name
+                for half in ([layout.encoder, layout] if halves else [layout])
+                for i in self._layers_of(half)
+                for name in self.projections_of(half.block(i))
+            ]
         return tuple(dict.fromkeys(modules))
 
     def projections_of(self, block: Block) -> Sequence[str]:
         """Names of the projections of a block that are edited, unless modules are named."""
         return block.projections
+
+    def _layers_of(self, layout: Layout) -> Iterable[int]:
+        """The layers that the settings ask for, or else the last ones."""
+        layers: Iterable[int] | None = self.hparams["layers"]
+        if layers is not None:
+            return layers
+        last = self.last_blocks_of_half if self.base.is_encoder_decoder else self.last_blocks
+        return range(max(0, len(layout) - last), len(layout))
 
     def shapes_of(self, modules: Sequence[str]) -> list[tuple[int, int]]:
         """``(d_in, d_out)`` of projections.

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from kedit_lightning.base_models import BaseModel, BaseModelSpec
 from kedit_lightning.edits.modules import compute_dtype
+from kedit_lightning.methods.base import Capabilities
 from kedit_lightning.methods.hypernetwork.proposing import ProposingMethod
 from kedit_lightning.methods.hypernetwork.transform import MAX_RANK, Hypernetwork, TransformPlan
 
@@ -28,7 +29,7 @@ class MEND(ProposingMethod):
     Args:
         base_model: The model to edit.
         layers: Blocks whose MLP projections are edited; negative numbers count from the end. The
-            checkpoint's, or else the last three.
+            checkpoint's, or else the last three; of an encoder-decoder, the last two of each half.
         modules: Names of the projections to edit instead of those of ``layers``.
         rank: Largest rank of a network's matrices. The checkpoint's, or else 1920.
         blocks: Residual blocks of a network.
@@ -61,6 +62,7 @@ class MEND(ProposingMethod):
         seed: Start of all random choices.
     """
 
+    can: ClassVar[Capabilities] = Capabilities(encoder_decoder=True, adapter=True, weights=True)
     packaged: ClassVar[str] = "mend.ckpt"
     settles: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "modules": ("layers", "modules"),

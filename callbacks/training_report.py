@@ -1,0 +1,103 @@
+"""Draws how a fit went."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from rich.console import Console
+
+from kedit_lightning.evaluation.curves import Curve
+from kedit_lightning.evaluation.quality import judged
+from kedit_lightning.evaluation.training_figure import draw_training
+
+_TRAIN, _VALIDATION = "train/", "val/"
+
+
+class TrainingReport(Callback):
+    """Draws what ``fit`` logs over its steps into one picture, ``training.png``.
+
+    It shows the losses, edit success and locality (in training, and on the validation split where
+    there is one), the learning rates of the edits, and what else a method logs under ``train/``.
+    It is written at the end of a fit, also of one that breaks off, and a resumed fit goes on where
+    the first one stopped. A method that logs nothing gets no picture.
+
+    Args:
+        folder: Where the picture goes; beside the config and the checkpoints if not given.
+        console: Where the picture's path is shown; the terminal if not given.
+    """
+
+    def __init__(self, folder: str | Path | None = None, console: Console | None = None) -> None:
+        self.folder = None if folder is None else Path(folder)
+        self.console = console or Console()
+        #: What was logged, by name; ``validation …`` is what edits were judged by.
+        self.curves: dict[str, Curve] = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget an earlier fit, unless this one continues it."""
+        if trainer.global_step == 0:
+            self.curves = {}
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Take in what the step has logged."""
+        logged = {
+            name.removeprefix(_TRAIN): value
+            for name, value in trainer.callback_metrics.items()
+            if name.startswith(_TRAIN)
+        }
+        if logged:
+            # Fetched from the device together: one wait instead of one a scalar.
+            values = torch.stack([value.detach().double() for value in logged.values()]).tolist()
+            self._add(trainer, dict(zip(logged, values, strict=True)))
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take in what edits were judged by."""
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        scores = {
+            name.removeprefix(_VALIDATION): float(value)
+            for name, value in trainer.callback_metrics.items()
+            if name.startswith(_VALIDATION)
+        }
+        found = judged(scores).items()
+        self._add(trainer, {f"validation {k}": v for k, v in found if v is not None})
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw it."""
+        path = self._draw(trainer, pl_module)
+        if path is not None:
+            self.console.print(f"training curves: {path}", highlight=False, markup=False)
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Draw what there is of a fit that breaks off."""
+        if trainer.state.fn == "fit":
+            with suppress(OSError):  # the exception that stopped the fit is the one to be seen
+                self._draw(trainer, pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The curves so far."""
+        return {"curves": {name: curve.state() for name, curve in self.curves.items()}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the curves of a fit that is resumed."""
+        states = state_dict["curves"].items()
+        self.curves = {name: Curve.from_state(state) for name, state in states}
+
+    def _add(self, trainer: Trainer, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self.curves.setdefault(name, Curve()).add(trainer.global_step, value)
+
+    def _draw(self, trainer: Trainer, method: LightningModule) -> Path | None:
+        if not self.curves or not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return None
+        folder = self.folder or Path(trainer.log_dir or trainer.default_root_dir)
+        base: Any = getattr(method, "base", None)
+        title = f"{type(method).__name__} on {getattr(base, 'name', 'its base model')}"
+        return draw_training(self.curves, folder / "training.png", f"{title}: fit")
