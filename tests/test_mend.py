@@ -509,14 +509,14 @@ def test_the_packaged_checkpoint_edits_facts_it_was_not_fitted_on():
 # ---- fit, checkpoints, resume
 
 
-def data(tmp_path):
+def data(tmp_path, repeat=1):
     path = tmp_path / "train.json"
     records = [
         {
             "prompt": e.requests[0].prompt,
             "target_new": e.requests[0].target_new,
             "target_old": e.requests[0].target_old.replace("Paris", "France"),
-            "id": e.id,
+            "id": f"{e.id}{number or ''}",
             "rephrases": [p.prompt for p in e.probes if p.kind == "rephrase"],
             "locality": {
                 "neighborhood": [
@@ -526,6 +526,7 @@ def data(tmp_path):
                 ]
             },
         }
+        for number in range(repeat)
         for e in EXAMPLES
     ]
     path.write_text(json.dumps(records))
