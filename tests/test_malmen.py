@@ -128,7 +128,12 @@ def malmen(base, **settings):
 
 def stirred(base, **settings):
     """A MALMEN whose networks have seen data and are no longer the identity."""
-    method = malmen(base, **settings)
+    return stir(MALMEN(base, **{"checkpoint": "none", **SMALL, **settings}))
+
+
+def stir(method):
+    """Show a method data, and move its networks away from the identity."""
+    method.configure_model()
     method.write(method.questions(EXAMPLES))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -393,14 +398,13 @@ import sys
 from pathlib import Path
 import lightning.pytorch as pl, torch
 sys.path.insert(0, {tests!r})
-import test_malmen
-from test_malmen import data, tiny_base
+import {tests_of} as tests
+from test_mend import data, tiny_base
 from kedit_lightning import methods
 
 torch.set_num_threads(1)
 ranks, folder = int(sys.argv[1]), Path(sys.argv[2])
-settings = getattr(test_malmen, {settings!r})
-method = getattr(methods, {name!r})(tiny_base("gpt2"), **settings(ranks))
+method = getattr(methods, {name!r})(tiny_base("gpt2"), **tests.settings_of_ranks(ranks))
 trainer = pl.Trainer(
     max_epochs=2, accelerator="cpu", devices=ranks, strategy="ddp" if ranks > 1 else "auto",
     logger=False, enable_progress_bar=False, enable_model_summary=False,
@@ -420,7 +424,7 @@ def settings_of_ranks(ranks):
 def check_ranks(tmp_path, name, settings):
     script = tmp_path / "script.py"
     tests = str(Path(__file__).parent)
-    script.write_text(RANK_SCRIPT.format(tests=tests, name=name, settings=settings))
+    script.write_text(RANK_SCRIPT.format(tests=tests, name=name, tests_of=settings.__module__))
     for ranks in (1, 2):
         command = [sys.executable, str(script), str(ranks), str(tmp_path)]
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=250)
@@ -434,4 +438,4 @@ def check_ranks(tmp_path, name, settings):
 
 @pytest.mark.slow
 def test_two_ranks_end_equal_to_each_other_and_to_one_rank_on_all_the_data(tmp_path):
-    check_ranks(tmp_path, "MALMEN", "settings_of_ranks")
+    check_ranks(tmp_path, "MALMEN", settings_of_ranks)

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from kedit_lightning.methods.finetune.ftm import FTM
     from kedit_lightning.methods.hypernetwork.malmen import MALMEN
     from kedit_lightning.methods.hypernetwork.mend import MEND
+    from kedit_lightning.methods.hypernetwork.rledit import RLEdit
     from kedit_lightning.methods.in_context.ike import IKE
     from kedit_lightning.methods.locate.alphaedit import AlphaEdit
     from kedit_lightning.methods.locate.kn import KN
@@ -31,6 +32,7 @@ _HOMES = {
     "KN": "locate.kn",
     "MALMEN": "hypernetwork.malmen",
     "MEND": "hypernetwork.mend",
+    "RLEdit": "hypernetwork.rledit",
     "ROME": "locate.rome",
     "RROME": "locate.rome",
     "UltraEdit": "locate.ultraedit",
@@ -51,6 +53,7 @@ __all__ = [
     "AlphaEdit",
     "Capabilities",
     "EditMethod",
+    "RLEdit",
     "UltraEdit",
 ]
 

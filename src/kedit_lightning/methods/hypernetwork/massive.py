@@ -91,7 +91,9 @@ def edit_of(base: BaseModel, shifts: Mapping[str, RidgeShift], origin: EditOrigi
     """Shifts as an edit: thin factors, or dense where the keys of a projection are too many."""
     dtype = compute_dtype(base.dtype)  # contiguous, as files give them back, for equal sums
     if any(shift.keys is None for shift in shifts.values()):
-        dense = {name: (shift.matrix.T.to(dtype).contiguous(), None) for name, shift in shifts.items()}
+        dense = {
+            name: (shift.matrix.T.to(dtype).contiguous(), None) for name, shift in shifts.items()
+        }
         return DenseEdit(base, dense, origin)
     thin = {
         name: (shift.keys.to(dtype), shift.unknown.T.to(dtype).contiguous())
