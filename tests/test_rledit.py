@@ -63,7 +63,7 @@ def test_each_chunk_is_written_on_those_before_and_asked_with_them():
     first, second = examples[:2], examples[2:]
     parts, shifts = again.write(first)
     wanted = again.cost(parts, shifts, [Group(first)], 0.3)
-    with edit_of(base, shifts, EditOrigin()):
+    with edit_of(base, shifts.items(), False, EditOrigin()):
         parts, shifts = again.write(second)
         present = again.cost(parts, shifts, [Group(second), Group(first, 0.5)], 0.3)
         alone = again.cost(parts, shifts, [Group(second)], 0.3)

@@ -16,9 +16,9 @@ from kedit_lightning.methods.hypernetwork.massive import (
     Part,
     Weights,
     capture_parts,
+    collect,
     edit_of,
     learn_shifts,
-    solve_shifts,
 )
 from kedit_lightning.methods.hypernetwork.normal_equations import RidgeShift
 from kedit_lightning.methods.hypernetwork.outcome import Outcome
@@ -94,8 +94,10 @@ class MassiveMethod(HypernetworkMethod):
         network = self.network.to(self.base.device)
         self.warn_if_untrained()
         parts = capture_parts(self.base, network, requests, self.hparams["at_once"])
-        shifts = solve_shifts(network, parts)
-        return edit_of(self.base, shifts, self.origin(requests, **self.learned))
+        equations = collect(network, parts)
+        dense = any(own.has_many_rows for own in equations.values())
+        shifts = ((name, equations.pop(name).solve(network.ridge(name))) for name in network.shapes)
+        return edit_of(self.base, shifts, dense, self.origin(requests, **self.learned))
 
     # ---- fitting
 
@@ -113,13 +115,20 @@ class MassiveMethod(HypernetworkMethod):
         )
 
     def write(self, examples: Sequence[Episode]) -> tuple[list[Part], dict[str, RidgeShift]]:
-        """Factors of the requests of examples, taken into the statistics, and the shifts."""
+        """Factors of the requests of examples, taken into the statistics, and the shifts.
+
+        The shifts write the requests of all ranks; the factors are those of this one.
+        """
         requests = [request for example in examples for request in example.requests]
         parts = []
         for part in capture_parts(self.base, self.network, requests, self.hparams["at_once"]):
             self.network.observe([part])
             parts.append({name: factors.to("cpu") for name, factors in part.items()})
-        return parts, solve_shifts(self.network, parts)
+        equations = collect(self.network, parts)
+        for own in equations.values():
+            own.over_ranks()
+        ridges = {name: self.network.ridge(name) for name in equations}
+        return parts, {name: own.solve(ridges[name]) for name, own in equations.items()}
 
     def cost(
         self,

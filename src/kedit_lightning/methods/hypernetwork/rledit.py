@@ -148,4 +148,5 @@ class RLEdit(MassiveMethod):
                 outcome = self.cost(parts, shifts, asked, settings["c_reg"])
                 yield outcome
                 if not outcome.skipped:
-                    edit_of(self.base, shifts, EditOrigin()).apply()
+                    dense = any(shift.keys is None for shift in shifts.values())
+                    edit_of(self.base, shifts.items(), dense, EditOrigin()).apply()
