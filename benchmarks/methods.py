@@ -3,6 +3,7 @@ r"""Seconds per edit and peak memory of each method, one process a figure.
     python benchmarks/methods.py        all methods on a 100-million-parameter Llama
     python benchmarks/methods.py --methods ROME MEMIT --facts 64 \
         --device cuda --shape llama-2-7b --dtype bfloat16
+    python benchmarks/methods.py --methods MALMEN --facts 1000
 
 The model has random weights: time and memory do not depend on what it knows.  On the CPU, memory
 is the highest resident size while editing minus the size after loading (the high-water mark is
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import time
 import warnings
+from itertools import cycle, islice
 from pathlib import Path
 
 SHAPES = {
@@ -41,6 +43,8 @@ METHODS = {
     "KN": ({}, 1),
     "KE": ({}, 1),
     "MEND": ({}, 1),
+    "MALMEN": ({}, 32),
+    "RLEdit": ({}, 32),
     "GRACE": ({}, 1),
     "IKE": ({}, 1),
 }
@@ -102,7 +106,9 @@ def measure(
     base = build(shape, device, dtype)
     options, usual = METHODS[name]
     count = facts or usual
-    requests = [e.requests[0] for e in NanoFacts(seed=0).examples("train")]
+    facts_at_hand = [e.requests[0] for e in NanoFacts(seed=0).examples("train")]
+    # Facts come again where more are asked for than there are.
+    requests = list(islice(cycle(facts_at_hand), 2 + TIMED * count))
     method = getattr(methods, name)(base_model=base, **options)
     method.configure_model()
     reset_high_water()

@@ -26,15 +26,15 @@ def example(request: EditRequest) -> EditExample:
 EXAMPLES = [example(request) for request in REQUESTS]
 
 
-def data(folder: Path, **settings: Any) -> Requests:
-    """The examples as a file to fit on."""
+def data(folder: Path, repeat: int = 1, **settings: Any) -> Requests:
+    """The examples as a file to fit on, so many times."""
     path = folder / "train.json"
     records = [
         {
             "prompt": e.requests[0].prompt,
             "target_new": e.requests[0].target_new,
             "target_old": e.requests[0].target_old.replace("Paris", "France"),
-            "id": e.id,
+            "id": f"{e.id}{number or ''}",
             "rephrases": [p.prompt for p in e.probes if p.kind == "rephrase"],
             "locality": {
                 "neighborhood": [
@@ -44,6 +44,7 @@ def data(folder: Path, **settings: Any) -> Requests:
                 ]
             },
         }
+        for number in range(repeat)
         for e in EXAMPLES
     ]
     path.write_text(json.dumps(records))

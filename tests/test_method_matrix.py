@@ -41,6 +41,7 @@ METHODS = [
     ("MEMIT", {**LOCATE, "preserve": 1.0}),
     ("MEND", {"checkpoint": "none", "edit_lr": 1e-2}),
     ("PMET", {**LOCATE, "preserve": 1.0}),
+    ("RLEdit", {"checkpoint": "none", "edit_lr": 1e-2}),
     ("ROME", LOCATE),
     ("RROME", LOCATE),
     ("UltraEdit", {"lr": 1e-2}),

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from kedit_lightning.methods.hypernetwork.ke import KE
     from kedit_lightning.methods.hypernetwork.malmen import MALMEN
     from kedit_lightning.methods.hypernetwork.mend import MEND
+    from kedit_lightning.methods.hypernetwork.rledit import RLEdit
     from kedit_lightning.methods.in_context.ike import IKE
     from kedit_lightning.methods.locate.alphaedit import AlphaEdit
     from kedit_lightning.methods.locate.kn import KN
@@ -33,6 +34,7 @@ _HOMES = {
     "KN": "locate.kn",
     "MALMEN": "hypernetwork.malmen",
     "MEND": "hypernetwork.mend",
+    "RLEdit": "hypernetwork.rledit",
     "ROME": "locate.rome",
     "RROME": "locate.rome",
     "UltraEdit": "locate.ultraedit",
@@ -54,6 +56,7 @@ __all__ = [
     "AlphaEdit",
     "Capabilities",
     "EditMethod",
+    "RLEdit",
     "UltraEdit",
 ]
 

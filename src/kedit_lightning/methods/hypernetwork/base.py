@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -144,21 +144,25 @@ class HypernetworkMethod(LearnedMethod):
             [{"params": parameters, "lr": self.hparams[name]} for name, parameters in groups]
         )
 
+    def outcomes(self, batch: EditBatch) -> Iterator[Outcome]:
+        """What the optimizer steps on, one after the other; a method may take a batch in parts."""
+        yield self.learn(batch)
+
     def training_step(self, batch: EditBatch, batch_idx: int) -> Tensor | None:
         """Try the edits of a batch, and step the networks on what they cost.
 
         Episodes whose gradient is not finite are left out, counted and reported.
         """
-        outcome = self.learn(batch)
-        self.network.skipped += outcome.skipped
-        scalars = {"train/skipped_episodes": self.network.skipped.float()}
-        if outcome.episodes:
-            scalars |= self.step(outcome)
-        self.log_dict(scalars, batch_size=len(batch))
-        if not outcome.episodes:
-            return None
-        self.log("train/loss", outcome.loss, prog_bar=True, batch_size=len(batch))
-        return outcome.loss
+        loss = None
+        for outcome in self.outcomes(batch):
+            self.network.skipped += outcome.skipped
+            scalars = {"train/skipped_episodes": self.network.skipped.float()}
+            if outcome.episodes:
+                loss = outcome.loss
+                scalars |= self.step(outcome)
+                self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
+            self.log_dict(scalars, batch_size=len(batch))
+        return loss
 
     def step(self, outcome: Outcome) -> dict[str, Tensor]:
         """Step the optimizer with the mean gradient; returns what is logged."""
@@ -183,15 +187,18 @@ class HypernetworkMethod(LearnedMethod):
     def _lower_learning_rates(self, groups: list[dict[str, Any]]) -> None:
         """Set the learning rates of the present step.
 
-        From the step's number alone, so that a resumed fit needs no further state.  (Asking the
-        trainer for the length before the fit would keep its loader from being resumed.)
+        From the number of the step or batch alone, so that a resumed fit needs no further state.
+        (Asking the trainer for the length before the fit would keep its loader from being resumed.)
         """
-        end = self.hparams["lr_end"]
+        end, trainer = self.hparams["lr_end"], self.trainer
         if end == 1.0:
             return
-        steps: float = self.trainer.max_steps
-        if steps < 0:
-            steps = (self.trainer.max_epochs or -1) * self.trainer.num_training_batches
-        left = 1 - (1 - end) * min(1.0, self.trainer.global_step / steps)
+        done: float = trainer.global_step
+        whole: float = trainer.max_steps
+        if whole < 0:
+            batches = trainer.num_training_batches
+            done = trainer.current_epoch * batches + trainer.fit_loop.epoch_loop.batch_idx
+            whole = (trainer.max_epochs or -1) * batches
+        left = 1 - (1 - end) * min(1.0, done / whole)
         for group, name in zip(groups, self.network.parameter_groups(), strict=True):
             group["lr"] = left * self.hparams[name]

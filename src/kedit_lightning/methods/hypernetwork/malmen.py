@@ -2,33 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from kedit_lightning.base_models import BaseModel, BaseModelSpec
-from kedit_lightning.base_models.layout import Block
-from kedit_lightning.edits import Edit
-from kedit_lightning.edits.modules import compute_dtype
-from kedit_lightning.methods.base import Capabilities
-from kedit_lightning.methods.episodes import Episode
-from kedit_lightning.methods.hypernetwork.base import HypernetworkMethod
-from kedit_lightning.methods.hypernetwork.massive import (
-    Group,
-    Part,
-    Weights,
-    capture_parts,
-    edit_of,
-    learn_shifts,
-    solve_shifts,
-)
-from kedit_lightning.methods.hypernetwork.normal_equations import RidgeShift
+from kedit_lightning.methods.hypernetwork.massive import Group
+from kedit_lightning.methods.hypernetwork.massive_base import MassiveMethod, Projections
 from kedit_lightning.methods.hypernetwork.outcome import Outcome
-from kedit_lightning.methods.hypernetwork.transform import MAX_RANK
-from kedit_lightning.methods.hypernetwork.values import Tokens, ValueNetworks, ValuePlan
-from kedit_lightning.requests import EditBatch, EditRequest
+from kedit_lightning.methods.hypernetwork.values import Tokens
+from kedit_lightning.requests import EditBatch
 
 
-class MALMEN(HypernetworkMethod):
+class MALMEN(MassiveMethod):
     """MALMEN, from "Massive Editing for Large Language Models via Meta Learning" (Tan et al. 2024).
 
     ``fit`` trains small networks that say, for each token of a request, how the output of an
@@ -44,13 +28,13 @@ class MALMEN(HypernetworkMethod):
         base_model: The model to edit.
         layers: Blocks that are edited; negative numbers count from the end. The checkpoint's, or
             else the last six.
-        projections: Which of their MLP projections: ``down``, or ``all``. The checkpoint's, or
-            else ``down``.
+        projections: Which of their MLP projections: ``down``, the one that writes into the residual
+            stream, ``up``, those that read it, or ``all``. The checkpoint's, or else ``down``.
         modules: Names of the projections to edit instead, by their names in the model.
         tokens: Tokens of a request that give keys: those that predict its ``answer``, or ``all``.
             The checkpoint's, or else ``answer``.
         rank: Rank of the networks' matrices. The checkpoint's, or else 1920.
-        blocks: Residual blocks of each network.
+        blocks: Residual blocks of each network. The checkpoint's, or else 2.
         shared: One network for all projections of the same shape, rather than one each. The
             checkpoint's, or else true.
         normalise: Bring inputs and gradients to mean 0 and standard deviation 1 first.
@@ -74,27 +58,17 @@ class MALMEN(HypernetworkMethod):
         seed: Start of all random choices.
     """
 
-    can: ClassVar[Capabilities] = Capabilities(adapter=True, weights=True)
-    learns: ClassVar[str] = "a hypernetwork that turns gradients into wanted changes of outputs"
     last_blocks: ClassVar[int] = 6
-    settles: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "modules": ("layers", "projections", "modules"),
-        "tokens": ("tokens",),
-        "rank": ("rank",),
-        "shared": ("shared",),
-    }
-
-    network: ValueNetworks
 
     def __init__(
         self,
         base_model: BaseModel | BaseModelSpec | str = "nano",
         layers: list[int] | None = None,
-        projections: Literal["down", "all"] | None = None,
+        projections: Projections | None = None,
         modules: list[str] | None = None,
         tokens: Tokens | None = None,
         rank: int | None = None,
-        blocks: int = 2,
+        blocks: int | None = None,
         shared: bool | None = None,
         normalise: bool = True,
         lr: float = 1e-5,
@@ -117,50 +91,6 @@ class MALMEN(HypernetworkMethod):
         super().__init__(base_model, seed)
         self.fit_batch_size = n_edits
 
-    # ---- building
-
-    def projections_of(self, block: Block) -> Sequence[str]:
-        """The one that writes into the residual stream, unless all are asked for."""
-        return block.projections if self.hparams["projections"] == "all" else [block.down]
-
-    def plan(self) -> ValuePlan:
-        """The networks that the settings ask for."""
-        settings = self.hparams
-        return ValuePlan(
-            modules=self.edited_modules(),
-            rank=MAX_RANK if settings["rank"] is None else settings["rank"],
-            blocks=settings["blocks"],
-            shared=True if settings["shared"] is None else settings["shared"],
-            normalise=settings["normalise"],
-            tokens=settings["tokens"] or "answer",
-        )
-
-    def create(self, plan: ValuePlan) -> ValueNetworks:
-        """Untrained networks.
-
-        Raises:
-            UnsupportedUseError: A projection cannot be edited.
-        """
-        shapes, settings = self.shapes_of(plan.modules), self.hparams
-        dtype, scales = compute_dtype(self.base.dtype), (settings["edit_lr"], settings["ridge"])
-        return ValueNetworks(plan, shapes, *scales, dtype, settings["seed"])
-
-    # ---- editing
-
-    def compute_edit(self, requests: Sequence[EditRequest]) -> Edit:
-        """One solve for all requests. Statistics stay as they are.
-
-        Raises:
-            NonFiniteError: Factors of a projection are NaN, or its ridge has vanished.
-        """
-        network = self.network.to(self.base.device)
-        self.warn_if_untrained()
-        parts = capture_parts(self.base, network, requests, self.hparams["at_once"])
-        shifts = solve_shifts(network, parts)
-        return edit_of(self.base, shifts, self.origin(requests, **self.learned))
-
-    # ---- fitting
-
     def learn(self, batch: EditBatch) -> Outcome:
         """Losses and gradient of a batch written together, with those of the other ranks.
 
@@ -169,21 +99,3 @@ class MALMEN(HypernetworkMethod):
         examples = self.draw_episodes(self.examples_of(batch), 1)
         parts, shifts = self.write(examples)
         return self.cost(parts, shifts, [Group(examples)])
-
-    def write(self, examples: Sequence[Episode]) -> tuple[list[Part], dict[str, RidgeShift]]:
-        """Factors of the requests of examples, taken into the statistics, and the shifts."""
-        requests = [request for example in examples for request in example.requests]
-        parts = []
-        for part in capture_parts(self.base, self.network, requests, self.hparams["at_once"]):
-            self.network.observe([part])
-            parts.append({name: factors.to("cpu") for name, factors in part.items()})
-        return parts, solve_shifts(self.network, parts)
-
-    def cost(
-        self, parts: Sequence[Part], shifts: Mapping[str, RidgeShift], asked: Sequence[Group]
-    ) -> Outcome:
-        """What shifts cost, with the gradient of the networks."""
-        settings = self.hparams
-        weights = Weights(settings["c_edit"], settings["c_loc"])
-        at_once = settings["at_once"]
-        return learn_shifts(self.base, self.network, parts, shifts, asked, weights, at_once)

@@ -74,31 +74,36 @@ def capture_parts(
 
 
 @torch.no_grad()
-def solve_shifts(network: ValueNetworks, parts: Iterable[Part]) -> dict[str, RidgeShift]:
-    """One shift a projection, from the factors of all requests and of all ranks.
-
-    Shifts hold NaN where factors do, or where a ridge has vanished.
-    """
+def collect(network: ValueNetworks, parts: Iterable[Part]) -> dict[str, NormalEquations]:
+    """The equations of each projection, from the factors of all requests."""
     equations = {name: NormalEquations(*shape) for name, shape in network.shapes.items()}
     for part in parts:
         for name, factors in part.items():
             own = factors.to(network.log_rates.device)
             equations[name].add(own.inputs, network.values(name, own.inputs, own.gradients))
-    return {name: own.solve(network.ridge(name)) for name, own in equations.items()}
+    return equations
 
 
-def edit_of(base: BaseModel, shifts: Mapping[str, RidgeShift], origin: EditOrigin) -> Edit:
-    """Shifts as an edit: thin factors, or dense where the keys of a projection are too many."""
+def edit_of(
+    base: BaseModel, shifts: Iterable[tuple[str, RidgeShift]], dense: bool, origin: EditOrigin
+) -> Edit:
+    """Shifts as an edit.
+
+    Args:
+        base: The base model.
+        shifts: Names of projections and their shifts, which are let go of one by one.
+        dense: Whether the keys of a projection are too many for thin factors.
+        origin: Where the edit comes from.
+    """
     dtype = compute_dtype(base.dtype)
-    if any(shift.keys is None for shift in shifts.values()):
-        dense = {name: (shift.matrix.T.to(dtype), None) for name, shift in shifts.items()}
-        return DenseEdit(base, dense, origin)
-    thin = {
-        name: (shift.keys.to(dtype), shift.unknown.T.to(dtype))
-        for name, shift in shifts.items()
-        if shift.keys is not None
-    }
-    return LowRankEdit(base, thin, origin)
+    deltas: dict[str, tuple[Tensor | None, Tensor | None]] = {}
+    factors: dict[str, tuple[Tensor, Tensor]] = {}
+    for name, shift in shifts:  # contiguous, as files give them back, for equal sums
+        if dense or shift.keys is None:
+            deltas[name] = (shift.matrix.T.to(dtype).contiguous(), None)
+        else:
+            factors[name] = (shift.keys.to(dtype), shift.unknown.T.to(dtype).contiguous())
+    return DenseEdit(base, deltas, origin) if dense else LowRankEdit(base, factors, origin)
 
 
 def learn_shifts(

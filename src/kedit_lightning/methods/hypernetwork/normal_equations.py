@@ -38,14 +38,14 @@ class RidgeShift:
     @property
     def matrix(self) -> Tensor:
         """The shift ``S``. Shape ``[d_in, d_out]``."""
-        return self.unknown if self.keys is None else self.keys.T @ self.unknown
+        return self.unknown if self.keys is None else self.keys.T.to(self.unknown) @ self.unknown
 
     def squared_norm(self, unknown: Tensor) -> Tensor:
         """``‖S‖²`` of the shift that another ``X`` would give, differentiable in it."""
         unknown = unknown.to(self.factor)
         if self.keys is None:
             return unknown.square().sum()
-        return (unknown * (self.keys @ (self.keys.T @ unknown))).sum()
+        return (self.keys.T.to(unknown) @ unknown).square().sum()
 
     def pull_back(self, gradient: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of a loss with respect to ``B`` and to ``λ``, from that to ``X``.
@@ -78,8 +78,8 @@ class RidgeShift:
 class NormalEquations:
     """Takes in keys and wanted changes of values of one projection, and solves for the shift.
 
-    Rows are held up to the number of ``d_in`` and summed up beyond it, so memory has a bound.
-    Everything is float64.
+    Rows are held as they come, up to the number of ``d_in``, and are summed up beyond it, so memory
+    has a bound.  Sums and solutions are float64.
 
     Args:
         d_in: Width of the keys.
@@ -89,8 +89,12 @@ class NormalEquations:
     def __init__(self, d_in: int, d_out: int) -> None:
         self._shape = (d_in, d_out)
         self._held: list[tuple[Tensor, Tensor]] = []
-        self._gram: Tensor | None = None
-        self._moment: Tensor | None = None
+        self._sums: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def has_many_rows(self) -> bool:
+        """Whether there are more rows than ``d_in``, or rows of other ranks."""
+        return self._sums is not None
 
     def add(self, keys: Tensor, values: Tensor) -> None:
         """Take in rows.
@@ -99,37 +103,41 @@ class NormalEquations:
             keys: Shape ``[m, d_in]``.
             values: Shape ``[m, d_out]``.
         """
-        self._held.append((keys.detach().double(), values.detach().double()))
-        held = sum(len(keys) for keys, _ in self._held)
-        if self._gram is not None or held > self._shape[0]:
+        self._held.append((keys.detach(), values.detach()))
+        if self.has_many_rows or sum(len(keys) for keys, _ in self._held) > self._shape[0]:
             self._sum_up()
 
     def _sum_up(self) -> None:
-        if not self._held:
-            return
-        keys, values = (torch.cat(parts) for parts in zip(*self._held, strict=True))
-        if self._gram is None or self._moment is None:
-            d_in, d_out = self._shape
-            self._gram, self._moment = keys.new_zeros(d_in, d_in), keys.new_zeros(d_in, d_out)
-        self._gram.addmm_(keys.T, keys)
-        self._moment.addmm_(keys.T, values)
+        for held in self._held:
+            keys, values = (part.double() for part in held)
+            if self._sums is None:
+                d_in, d_out = self._shape
+                self._sums = keys.new_zeros(d_in, d_in), keys.new_zeros(d_in, d_out)
+            gram, moment = self._sums
+            gram.addmm_(keys.T, keys)
+            moment.addmm_(keys.T, values)
         self._held = []
 
+    def over_ranks(self) -> None:
+        """Take in the rows of the other ranks, where there are several; all must call it."""
+        if several_ranks():
+            self._sum_up()
+            sum_over_ranks(self._sums or ())
+
     def solve(self, strength: Tensor) -> RidgeShift:
-        """The shift over the rows of all ranks; NaN where the equations have no bounded solution.
+        """The shift; NaN where the equations have no bounded solution.
 
         Args:
             strength: ``λ``. A scalar.
         """
-        if several_ranks():
-            self._sum_up()
-            sum_over_ranks([part for part in (self._gram, self._moment) if part is not None])
-        if self._gram is None or self._moment is None:
-            keys, values = (torch.cat(parts) for parts in zip(*self._held, strict=True))
-            factor = _cholesky(keys @ keys.T, strength)
-            return RidgeShift(torch.cholesky_solve(values, factor), factor, keys)
-        factor = _cholesky(self._gram, strength)
-        return RidgeShift(torch.cholesky_solve(self._moment, factor), factor, None)
+        if self._sums is not None:
+            gram, moment = self._sums
+            factor = _cholesky(gram, strength)
+            return RidgeShift(torch.cholesky_solve(moment, factor), factor, None)
+        keys, values = (torch.cat(parts) for parts in zip(*self._held, strict=True))
+        precise = keys.double()
+        factor = _cholesky(precise @ precise.T, strength)
+        return RidgeShift(torch.cholesky_solve(values.double(), factor), factor, keys)
 
 
 def _cholesky(gram: Tensor, strength: Tensor) -> Tensor:

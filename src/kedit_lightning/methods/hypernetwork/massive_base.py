@@ -1,0 +1,138 @@
+"""The base of methods that write many requests by one solve a projection."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Literal, TypeAlias
+
+from kedit_lightning.base_models.layout import Block
+from kedit_lightning.edits import Edit
+from kedit_lightning.edits.modules import compute_dtype
+from kedit_lightning.methods.base import Capabilities
+from kedit_lightning.methods.episodes import Episode
+from kedit_lightning.methods.hypernetwork.base import HypernetworkMethod
+from kedit_lightning.methods.hypernetwork.massive import (
+    Group,
+    Part,
+    Weights,
+    capture_parts,
+    collect,
+    edit_of,
+    learn_shifts,
+)
+from kedit_lightning.methods.hypernetwork.normal_equations import RidgeShift
+from kedit_lightning.methods.hypernetwork.outcome import Outcome
+from kedit_lightning.methods.hypernetwork.values import ValueNetworks, ValuePlan
+from kedit_lightning.requests import EditRequest
+
+#: Projections of an MLP: the one that writes into the residual stream, those that read it, or all.
+Projections: TypeAlias = Literal["down", "up", "all"]
+
+
+class MassiveMethod(HypernetworkMethod):
+    """Turns requests into wanted changes of values, and these into one shift a projection.
+
+    A subclass has the settings of :class:`~kedit_lightning.methods.MALMEN`, and what follows here.
+    """
+
+    can: ClassVar[Capabilities] = Capabilities(adapter=True, weights=True)
+    learns: ClassVar[str] = "a hypernetwork that turns gradients into wanted changes of outputs"
+    settles: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "modules": ("layers", "projections", "modules"),
+        "tokens": ("tokens",),
+        "rank": ("rank",),
+        "blocks": ("blocks",),
+        "shared": ("shared",),
+    }
+    #: Projections that are edited unless a setting says otherwise.
+    usual_projections: ClassVar[Projections] = "down"
+    #: Largest rank of the networks, and their blocks, unless a setting says otherwise.
+    usual_rank: ClassVar[int] = 1920
+    usual_blocks: ClassVar[int] = 2
+
+    network: ValueNetworks
+
+    # ---- building
+
+    def projections_of(self, block: Block) -> Sequence[str]:
+        """Those that the settings ask for."""
+        wanted = self.hparams["projections"] or self.usual_projections
+        if wanted == "all":
+            return block.projections
+        return [name for name in block.projections if (name == block.down) == (wanted == "down")]
+
+    def plan(self) -> ValuePlan:
+        """The networks that the settings ask for."""
+        settings = self.hparams
+        return ValuePlan(
+            modules=self.edited_modules(),
+            rank=settings["rank"] or self.usual_rank,
+            blocks=settings["blocks"] or self.usual_blocks,
+            shared=True if settings["shared"] is None else settings["shared"],
+            normalise=settings["normalise"],
+            tokens=settings["tokens"] or "answer",
+        )
+
+    def create(self, plan: ValuePlan) -> ValueNetworks:
+        """Untrained networks.
+
+        Raises:
+            UnsupportedUseError: A projection cannot be edited.
+        """
+        shapes, settings = self.shapes_of(plan.modules), self.hparams
+        dtype, scales = compute_dtype(self.base.dtype), (settings["edit_lr"], settings["ridge"])
+        return ValueNetworks(plan, shapes, *scales, dtype, settings["seed"])
+
+    # ---- editing
+
+    def compute_edit(self, requests: Sequence[EditRequest]) -> Edit:
+        """One solve for all requests. Statistics stay as they are.
+
+        Raises:
+            NonFiniteError: Factors of a projection are NaN, or its ridge has vanished.
+        """
+        network = self.network.to(self.base.device)
+        self.warn_if_untrained()
+        parts = capture_parts(self.base, network, requests, self.hparams["at_once"])
+        equations = collect(network, parts)
+        dense = any(own.has_many_rows for own in equations.values())
+        shifts = ((name, equations.pop(name).solve(network.ridge(name))) for name in network.shapes)
+        return edit_of(self.base, shifts, dense, self.origin(requests, **self.learned))
+
+    # ---- fitting
+
+    def write(self, examples: Sequence[Episode]) -> tuple[list[Part], dict[str, RidgeShift]]:
+        """Factors of the requests of examples, taken into the statistics, and the shifts.
+
+        The shifts write the requests of all ranks; the factors are those of this one.
+        """
+        requests = [request for example in examples for request in example.requests]
+        parts = []
+        for part in capture_parts(self.base, self.network, requests, self.hparams["at_once"]):
+            self.network.observe([part])
+            parts.append({name: factors.to("cpu") for name, factors in part.items()})
+        equations = collect(self.network, parts)
+        for own in equations.values():
+            own.over_ranks()
+        ridges = {name: self.network.ridge(name) for name in equations}
+        return parts, {name: own.solve(ridges[name]) for name, own in equations.items()}
+
+    def cost(
+        self,
+        parts: Sequence[Part],
+        shifts: Mapping[str, RidgeShift],
+        asked: Sequence[Group],
+        c_reg: float = 0.0,
+    ) -> Outcome:
+        """What shifts cost, with the gradient of the networks.
+
+        Args:
+            parts: The factors that the shifts came from.
+            shifts: The shifts.
+            asked: The examples whose questions are asked, in groups; those written come first.
+            c_reg: Weight of the squared norm of the shifts.
+        """
+        settings = self.hparams
+        weights = Weights(settings["c_edit"], settings["c_loc"], c_reg)
+        at_once = settings["at_once"]
+        return learn_shifts(self.base, self.network, parts, shifts, asked, weights, at_once)
