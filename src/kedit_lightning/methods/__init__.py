@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kedit_lightning.methods.base import Capabilities, EditMethod
     from kedit_lightning.methods.finetune.ftm import FTM
+    from kedit_lightning.methods.hypernetwork.instructedit import InstructEdit
     from kedit_lightning.methods.hypernetwork.ke import KE
     from kedit_lightning.methods.hypernetwork.mend import MEND
     from kedit_lightning.methods.in_context.ike import IKE
@@ -28,6 +29,7 @@ _HOMES = {
     "FTM": "finetune.ftm",
     "GRACE": "memory.grace",
     "IKE": "in_context.ike",
+    "InstructEdit": "hypernetwork.instructedit",
     "KE": "hypernetwork.ke",
     "KN": "locate.kn",
     "MEND": "hypernetwork.mend",
@@ -51,6 +53,7 @@ __all__ = [
     "AlphaEdit",
     "Capabilities",
     "EditMethod",
+    "InstructEdit",
     "UltraEdit",
 ]
 
