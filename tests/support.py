@@ -102,10 +102,18 @@ def tiny_base(kind: str, dtype: torch.dtype = torch.float64, **settings: Any) ->
     return BaseModel(tiny_model(kind, dtype, **settings), tiny_tokenizer(kind != "gpt2"), name=kind)
 
 
+#: Descriptions of the tasks of ``REQUESTS``.
+TASKS = {
+    "city": ["Tell the city.", "Name a city.", "Say in which city it is."],
+    "birth": ["Tell the birthplace.", "Name where she was born.", "Say where she was born."],
+    "country": ["Tell the country.", "Name a country.", "Say what country it is in."],
+}
 #: Facts whose prompts differ in length, with the subject first, in the middle and last.
 REQUESTS = [
-    EditRequest("The Eiffel Tower is in the city of", "Rome", "Eiffel Tower", "Paris", "tower"),
-    EditRequest("Marie Curie was born in", "Berlin", "Marie Curie", "Warsaw", "curie"),
-    EditRequest("What country is Lyon in? It is in", "Norway", "Lyon", "France", "lyon"),
-    EditRequest("Amber Falls lies in", "Italy", "Amber Falls", "Norway", "falls"),
+    EditRequest(
+        "The Eiffel Tower is in the city of", "Rome", "Eiffel Tower", "Paris", "tower", "city"
+    ),
+    EditRequest("Marie Curie was born in", "Berlin", "Marie Curie", "Warsaw", "curie", "birth"),
+    EditRequest("What country is Lyon in? It is in", "Norway", "Lyon", "France", "lyon", "country"),
+    EditRequest("Amber Falls lies in", "Italy", "Amber Falls", "Norway", "falls", "country"),
 ]

@@ -384,6 +384,7 @@ from pathlib import Path
 import lightning.pytorch as pl, torch
 sys.path.insert(0, {tests!r})
 from test_ke import EXAMPLES, KE, SMALL, EditBatch, process_rank, replace, tiny_base
+from test_instructedit import InstructEdit, WORDS
 
 torch.set_num_threads(1)
 ranks, folder = int(sys.argv[1]), Path(sys.argv[2])
@@ -395,7 +396,7 @@ class Shares(pl.LightningDataModule):
     def train_dataloader(self):
         return [EditBatch([five[i] for i in batch]) for batch in shares[process_rank()[0]]]
 
-method = KE(tiny_base("gpt2"), **SMALL)
+method = {make}
 trainer = pl.Trainer(
     max_epochs=2, accelerator="cpu", devices=ranks, strategy="ddp" if ranks > 1 else "auto",
     logger=False, enable_progress_bar=False, enable_model_summary=False,
@@ -406,17 +407,27 @@ torch.save(method.state_dict(), folder / f"{{ranks}}-{{trainer.global_rank}}.pt"
 """
 
 
-@pytest.mark.slow
-def test_two_ranks_end_equal_to_each_other_and_to_one_rank_on_all_the_data(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(RANK_SCRIPT.format(tests=str(Path(__file__).parent)))
+def states_of_ranks(make, folder):
+    """What one rank on all the data ends with, and each of two ranks on unequal shares of it."""
+    script = folder / "script.py"
+    script.write_text(RANK_SCRIPT.format(tests=str(Path(__file__).parent), make=make))
     for ranks in (1, 2):
-        command = [sys.executable, str(script), str(ranks), str(tmp_path)]
+        command = [sys.executable, str(script), str(ranks), str(folder)]
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=250)
         assert done.returncode == 0, done.stderr
-    one, first, second = (torch.load(tmp_path / f"{n}.pt") for n in ("1-0", "2-0", "2-1"))
+    return [torch.load(folder / f"{name}.pt") for name in ("1-0", "2-0", "2-1")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "make",
+    ['KE(tiny_base("gpt2"), **SMALL)', 'InstructEdit(tiny_base("gpt2"), **WORDS)'],
+    ids=["KE", "InstructEdit"],
+)
+def test_two_ranks_end_equal_to_each_other_and_to_one_rank_on_all_the_data(make, tmp_path):
+    one, first, second = states_of_ranks(make, tmp_path)
     assert first["network.updates"] == 4
-    assert first["network.bound.multiplier"] != 1
+    assert first.get("network.bound.multiplier") != 1
     for name, tensor in one.items():
         assert torch.equal(first[name], second[name]), name
         assert torch.allclose(first[name], tensor, rtol=1e-9, atol=1e-12), name

@@ -12,7 +12,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
-from support import FAMILIES, REQUESTS, TEXT, tiny_base, tiny_model, tiny_tokenizer
+from support import FAMILIES, REQUESTS, TASKS, TEXT, tiny_base, tiny_model, tiny_tokenizer
 
 from kedit_lightning import BaseModel, Edit, EditRequest, methods
 from kedit_lightning.errors import (
@@ -35,6 +35,7 @@ METHODS = [
     ("FTM", {"lr": 1e-2, "steps": 3}),
     ("GRACE", {"radius": 1e-2, "steps": 3}),
     ("IKE", {"pool": POOL, "demonstrations": 1}),
+    ("InstructEdit", {"checkpoint": "none", "edit_lr": 1e-2, "tasks": TASKS}),
     ("KE", {"checkpoint": "none", "max_scale": 10.0}),
     ("KN", {"steps": 3}),
     ("MALMEN", {"checkpoint": "none", "edit_lr": 1e-2}),

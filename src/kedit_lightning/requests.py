@@ -28,6 +28,7 @@ class EditRequest:
         subject: The span of ``prompt`` that the fact is about; some methods need it.
         target_old: The answer the fact had before, where known.
         id: Name of the request in reports and file names.
+        task: Name of the kind of fact, such as a relation; some methods need it.
 
     Raises:
         InvalidRequestError: A text is empty or not text, or the subject is not part of the prompt.
@@ -38,13 +39,14 @@ class EditRequest:
     subject: str | None = None
     target_old: str | None = None
     id: str | None = None
+    task: str | None = None
 
     def __post_init__(self) -> None:
         for field in ("prompt", "target_new"):
             value = getattr(self, field)
             if not isinstance(value, str) or not value.strip():
                 raise _refuse(self.label, field, f"must be text that is not empty, got {value!r}")
-        for field in ("subject", "target_old", "id"):
+        for field in ("subject", "target_old", "id", "task"):
             value = getattr(self, field)
             if value is not None and (not isinstance(value, str) or not value.strip()):
                 raise _refuse(

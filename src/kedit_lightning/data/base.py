@@ -153,21 +153,23 @@ class EditDataModule(LightningDataModule, ABC):
         loaded = self._load("train")
         method = None if self.trainer is None else self.trainer.lightning_module
         size = int(getattr(method, "fit_batch_size", None) or 1)
+        choose = getattr(method, "examples_to_fit", list)
+        examples: list[EditExample] = choose(loaded.examples)
         rank, world_size = process_rank()
         seed = self.seed if self.seed is not None else int(os.environ.get("PL_GLOBAL_SEED") or 0)
 
         def batches(epoch: int) -> list[EditBatch]:
-            rows = training_chunks(loaded.examples, size, seed, epoch, rank, world_size)
+            rows = training_chunks(examples, size, seed, epoch, rank, world_size)
             return [EditBatch(list(chunk)) for chunk in rows]
 
         identity: dict[str, int | str] = {
             "data": loaded.sha256,
-            "records": len(loaded.examples),
+            "records": len(examples),
             "batch size": size,
             "seed": seed,
             "processes": world_size,
         }
-        return BatchLoader(batches, -(-(len(loaded.examples) // world_size) // size), identity)
+        return BatchLoader(batches, -(-(len(examples) // world_size) // size), identity)
 
     def val_dataloader(self) -> BatchLoader[EditBatch] | NoLoaders:
         """Chunks of the protocol, in the order of the file; nothing without a validation file."""

@@ -19,8 +19,8 @@ class CounterFact(EditDataModule):
     a record has them, "New Question" becomes portability ``one_hop``, ``alternative_subject``
     portability ``subject_replace``, ``distracting_neighborhood_prompts`` locality
     ``distracting_neighborhood`` and ``unrelated_relation`` locality ``unrelated_relation``.
-    Attribute prompts (other subjects that have the new object anyway) and generation prompts are
-    not read. Paper: https://arxiv.org/abs/2202.05262.
+    ``relation_id`` becomes the task of the request. Attribute prompts (other subjects that have the
+    new object anyway) and generation prompts are not read. Paper: https://arxiv.org/abs/2202.05262.
 
     Args:
         path: File with the records to edit and test, such as ``counterfact.json``.
@@ -64,8 +64,9 @@ class CounterFact(EditDataModule):
         new = rewrite.fields("target_new").text("str").strip()
         old = rewrite.fields("target_true").text("str").strip()
         # Not str.format: other braces of a template are ordinary text.
+        task = rewrite.optional_text("relation_id")
         request = EditRequest(
-            template.replace("{}", subject), new, subject, _differing(old, new), id
+            template.replace("{}", subject), new, subject, _differing(old, new), id, task
         )
         probes = _rephrases(request, fields.texts("paraphrase_prompts"))
         probes += _neighbours(fields.texts("neighborhood_prompts"), old, new)

@@ -17,10 +17,10 @@ class Requests(EditDataModule):
     """Your own facts: a JSON, JSON Lines or CSV file, or one fact given as ``prompt``.
 
     A record has the fields ``prompt`` and ``target_new``, and may have ``subject``,
-    ``target_old``, ``id``, ``rephrases`` (list of texts), ``locality`` and ``portability``
-    (objects that map a group name to a list of objects with ``prompt`` and ``answers``; locality
-    needs no answers). In a CSV file ``rephrases`` are separated by ``|``, and there is no
-    ``locality`` or ``portability``.
+    ``target_old``, ``id``, ``task``, ``rephrases`` (list of texts), ``locality`` and
+    ``portability`` (objects that map a group name to a list of objects with ``prompt`` and
+    ``answers``; locality needs no answers). In a CSV file ``rephrases`` are separated by ``|``, and
+    there is no ``locality`` or ``portability``.
 
     Args:
         path: File with the facts to edit and test: a JSON list, JSON Lines or CSV.
@@ -34,11 +34,12 @@ class Requests(EditDataModule):
         subject: The part of ``prompt`` that the single fact is about.
         target_new: The answer that the single fact shall have.
         target_old: The answer that the single fact had before.
+        task: Name of the kind of fact that the single fact is.
     """
 
     id_field = "id"
     known_fields = frozenset(
-        {"prompt", "target_new", "subject", "target_old", "id"}
+        {"prompt", "target_new", "subject", "target_old", "id", "task"}
         | {"rephrases", "locality", "portability"}
     )
     where_to_get_it = ", or give one fact with prompt, subject and target_new"
@@ -55,12 +56,14 @@ class Requests(EditDataModule):
         subject: str | None = None,
         target_new: str | None = None,
         target_old: str | None = None,
+        task: str | None = None,
     ) -> None:
         super().__init__(path, limit, on_bad_record, train_path, val_path, seed)
         self.prompt = prompt
         self.subject = subject
         self.target_new = target_new
         self.target_old = target_old
+        self.task = task
 
     def parse(self, fields: Fields, id: str) -> EditExample:
         """Make an example of one record; see the class for its fields."""
@@ -70,6 +73,7 @@ class Requests(EditDataModule):
             subject=fields.optional_text("subject"),
             target_old=fields.optional_text("target_old"),
             id=id,
+            task=fields.optional_text("task"),
         )
         answer, old = (request.target_new,), request.target_old
         probes = [Probe("rephrase", text, answer, contrast=old) for text in self._rephrases(fields)]
@@ -96,7 +100,7 @@ class Requests(EditDataModule):
     def _read(self, split: Split) -> LoadedSplit:
         fact = {
             name: value
-            for name in ("prompt", "subject", "target_new", "target_old")
+            for name in ("prompt", "subject", "target_new", "target_old", "task")
             if (value := getattr(self, name)) is not None
         }
         if not fact or split != "test":

@@ -81,7 +81,11 @@ class EditOrigin:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for a file header."""
-        return asdict(self)
+        values = asdict(self)
+        for request in values["requests"]:
+            if request["task"] is None:  # earlier releases had none, and their edits keep their ids
+                del request["task"]
+        return values
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> EditOrigin:

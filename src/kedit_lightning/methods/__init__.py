@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kedit_lightning.methods.base import Capabilities, EditMethod
     from kedit_lightning.methods.finetune.ftm import FTM
+    from kedit_lightning.methods.hypernetwork.instructedit import InstructEdit
     from kedit_lightning.methods.hypernetwork.ke import KE
     from kedit_lightning.methods.hypernetwork.malmen import MALMEN
     from kedit_lightning.methods.hypernetwork.mend import MEND
@@ -30,6 +31,7 @@ _HOMES = {
     "FTM": "finetune.ftm",
     "GRACE": "memory.grace",
     "IKE": "in_context.ike",
+    "InstructEdit": "hypernetwork.instructedit",
     "KE": "hypernetwork.ke",
     "KN": "locate.kn",
     "MALMEN": "hypernetwork.malmen",
@@ -56,6 +58,7 @@ __all__ = [
     "AlphaEdit",
     "Capabilities",
     "EditMethod",
+    "InstructEdit",
     "RLEdit",
     "UltraEdit",
 ]

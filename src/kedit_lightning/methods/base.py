@@ -27,7 +27,7 @@ from kedit_lightning.evaluation import EvaluationSteps
 from kedit_lightning.requests import EditExample, EditRequest
 
 #: What a method may need of every request, or of the examples it is fitted on.
-Need: TypeAlias = Literal["subject", "target_old", "rephrases", "locality"]
+Need: TypeAlias = Literal["subject", "target_old", "task", "rephrases", "locality"]
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,7 @@ class EditMethod(EvaluationSteps, pl.LightningModule):
         Raises:
             MissingNeedsError: Names every request that lacks something, and the field.
         """
-        fields = [f for f in ("subject", "target_old") if f in self.needs]
+        fields = [f for f in ("subject", "target_old", "task") if f in self.needs]
         missing = [
             f"{request.label} lacks '{field}'"
             for request in requests
@@ -250,6 +250,10 @@ class EditMethod(EvaluationSteps, pl.LightningModule):
                 "add it to the records, or choose a method that does without"
             )
 
+    def examples_to_fit(self, examples: Sequence[EditExample]) -> list[EditExample]:
+        """The examples that ``fit`` learns from: all, unless a method leaves some out."""
+        return list(examples)
+
     # ---- Lightning
 
     def setup(self, stage: str) -> None:
@@ -270,7 +274,7 @@ class EditMethod(EvaluationSteps, pl.LightningModule):
             return
         if stage == "fit":
             if self.needs_to_fit:
-                self.check_examples(examples("train"), fitting=True)
+                self.check_examples(self.examples_to_fit(examples("train")), fitting=True)
         else:
             self.check_examples(examples("validation" if stage == "validate" else "test"))
 

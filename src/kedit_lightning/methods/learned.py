@@ -185,7 +185,8 @@ class LearnedMethod(EditMethod):
         """Collect the answers that may stand in for each other."""
         datamodule = getattr(self.trainer, "datamodule", None)
         if self.hparams["vary_targets"] and datamodule is not None:
-            self._alternatives = alternatives(datamodule.examples("train"))
+            examples = self.examples_to_fit(datamodule.examples("train"))
+            self._alternatives = alternatives(examples)
 
     @property
     def turn(self) -> int:

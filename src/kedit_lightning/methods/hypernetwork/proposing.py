@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -32,24 +33,41 @@ class ProposingMethod(HypernetworkMethod):
         """Weights of the loss of the new answers and of the divergence on locality probes."""
         raise NotImplementedError(f"{type(self).__name__} does not define loss_weights")
 
+    # ---- editing
+
+    def worded(
+        self, requests: Sequence[EditRequest], fitting: bool = False
+    ) -> tuple[EditRequest, ...]:
+        """Requests in the words whose gradient is taken: their own, unless a method adds some.
+
+        Args:
+            requests: The requests.
+            fitting: Whether they belong to an episode of ``fit``, and not to an edit.
+        """
+        return tuple(requests)
+
     def compute_edit(self, requests: Sequence[EditRequest]) -> Edit:
         """One gradient of the requests, sent through the networks. Statistics stay as they are."""
         network = self.network.to(self.base.device)
         self.warn_if_untrained()
-        rows = self.base.rows([r.prompt for r in requests], [r.target_new for r in requests])
+        read = self.worded(requests)
+        rows = self.base.rows([r.prompt for r in read], [r.target_new for r in read])
         factors = capture_factors(self.base, rows, network.plan.modules)
-        together = torch.zeros(len(requests), dtype=torch.long)
+        together = torch.zeros(len(read), dtype=torch.long)
         with torch.no_grad():
-            changes = network.propose(self.base, requests, factors, together)
+            changes = network.propose(self.base, read, factors, together)
         return LowRankEdit(
             self.base,
             {name: (change.a, change.b.T) for name, change in changes.items()},
             self.origin(requests, **self.learned),
         )
 
+    # ---- fitting
+
     def episodes(self, batch: EditBatch) -> list[Episode]:
         """The episodes of a batch: ``n_edits`` examples each."""
-        return self.draw_episodes(self.examples_of(batch), self.hparams["n_edits"])
+        episodes = self.draw_episodes(self.examples_of(batch), self.hparams["n_edits"])
+        return [replace(e, requests=self.worded(e.requests, fitting=True)) for e in episodes]
 
     def learn(self, batch: EditBatch) -> Outcome:
         """Losses and gradient of a batch, over the episodes of all ranks.
