@@ -134,7 +134,7 @@ def stirred(base, **settings):
 def stir(method):
     """Show a method data, and move its networks away from the identity."""
     method.configure_model()
-    method.write(method.questions(EXAMPLES))
+    method.write(method.draw_episodes(EXAMPLES, 1))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in method.network.networks.parameters():
@@ -293,7 +293,7 @@ def end_to_end(method, examples, c_loc=1.0, c_reg=0.0):
 def test_the_cached_backward_pass_is_that_of_autograd(kind, tokens, at_once):  # MALMEN-6
     settings = {"tokens": tokens, "at_once": at_once, "own_wording": True}
     method = stirred(tiny_base(kind), projections=PROJECTIONS[tokens], **settings)
-    examples = method.questions(EXAMPLES)
+    examples = method.draw_episodes(EXAMPLES, 1)
     parts, shifts = method.write(examples)
     assert any(shift.keys is None for shift in shifts.values()) is (tokens == "all")
     outcome = method.cost(parts, shifts, [massive.Group(examples)])

@@ -45,7 +45,7 @@ def test_a_trajectory_of_one_chunk_is_a_step_of_malmen():
 def test_size_and_locality_have_their_true_gradients(tokens):  # RLEDIT-1, RLEDIT-2
     base = tiny_base("gpt2")
     method = stirred(base, n_edits=4, tokens=tokens, c_loc=0.6)
-    examples = method.questions(EXAMPLES)
+    examples = method.draw_episodes(EXAMPLES, 1)
     parts, shifts = method.write(examples)
     found = method.cost(parts, shifts, [Group(examples)], c_reg=0.3)
     loss, expected = end_to_end(method, examples, c_loc=0.6, c_reg=0.3)
@@ -59,7 +59,7 @@ def test_size_and_locality_have_their_true_gradients(tokens):  # RLEDIT-1, RLEDI
 def test_each_chunk_is_written_on_those_before_and_asked_with_them():
     base = tiny_base("llama")
     method, again = stirred(base, decay=0.5), stirred(base, decay=0.5)
-    examples = again.questions(EXAMPLES)
+    examples = again.draw_episodes(EXAMPLES, 1)
     first, second = examples[:2], examples[2:]
     parts, shifts = again.write(first)
     wanted = again.cost(parts, shifts, [Group(first)], 0.3)
