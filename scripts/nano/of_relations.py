@@ -1,6 +1,6 @@
 """Write the facts of some relations to a file, to fit, validate or test on them alone.
 
-Usage: ``python scripts/nano/of_relations.py held_out.jsonl validation test --relations sport office``
+Usage: ``python scripts/nano/of_relations.py office.jsonl validation test --relations office``
 """
 
 from __future__ import annotations
