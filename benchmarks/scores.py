@@ -5,7 +5,7 @@
     python benchmarks/scores.py --mode batch --limit 200         200 facts in one edit
     python benchmarks/scores.py --mode sequential --limit 200 --chunk-size 20 --against MEMIT
 
-Every method runs with its defaults; sequences are scored at their end.  ``rewrite`` and
+Every method runs with its defaults, unless it must be fitted first; sequences are scored at their end.  ``rewrite`` and
 ``rephrase`` are the share of cases whose answer tokens are all arg-max, ``free`` the share of free
 answers that are exactly the wanted one, ``known`` the share of neighbouring facts that were right
 before and still are, ``kept`` the share of arg-max tokens along the base model's own answers to
@@ -29,6 +29,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from kedit_lightning import BaseModel, EditTrainer, methods
 from kedit_lightning.data import CounterFact, EditDataModule, NanoFacts, ZsRE
 from kedit_lightning.evaluation import Protocol
+from kedit_lightning.methods.learned import LearnedMethod
 from kedit_lightning.metrics import ExampleRecord
 from kedit_lightning.metrics.functional import paired_difference
 
@@ -80,6 +81,12 @@ def real_data(folder: Path, limit: int) -> dict[str, EditDataModule]:
         ),
         "zsRE": ZsRE(path=folder / "zsre" / "zsre_mend_edit.json", limit=limit),
     }
+
+
+def ready() -> list[str]:
+    """The methods that edit well without a fit of one's own."""
+    kinds = {name: getattr(methods, name) for name in methods.METHODS}
+    return [n for n, kind in kinds.items() if not issubclass(kind, LearnedMethod) or kind.packaged]
 
 
 def run(
@@ -157,7 +164,7 @@ def header() -> str:
 def main() -> None:
     """Print the table, a line as soon as it is there."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--methods", nargs="+", default=methods.METHODS, choices=methods.METHODS)
+    parser.add_argument("--methods", nargs="+", default=ready(), choices=methods.METHODS)
     parser.add_argument("--models", nargs="+", help="names or folders; nano if not given")
     parser.add_argument("--real", type=Path, help="folder with the real data sets")
     parser.add_argument("--limit", type=int, default=100, help="records of each data set")
