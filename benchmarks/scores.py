@@ -5,12 +5,12 @@
     python benchmarks/scores.py --mode batch --limit 200         200 facts in one edit
     python benchmarks/scores.py --mode sequential --limit 200 --chunk-size 20 --against MEMIT
 
-Every method runs with its defaults, unless it must be fitted first; sequences are scored at their end.  ``rewrite`` and
-``rephrase`` are the share of cases whose answer tokens are all arg-max, ``free`` the share of free
-answers that are exactly the wanted one, ``known`` the share of neighbouring facts that were right
-before and still are, ``kept`` the share of arg-max tokens along the base model's own answers to
-locality prompts that are unchanged.  ``--against`` adds the mean difference of rewrites from those
-of another method on the same facts.
+Every method runs with its defaults, and those that must be fitted first only when they are named;
+sequences are scored at their end.  ``rewrite`` and ``rephrase`` are the share of cases whose answer
+tokens are all arg-max, ``free`` the share of free answers that are exactly the wanted one,
+``known`` the share of neighbouring facts that were right before and still are, ``kept`` the share
+of arg-max tokens along the base model's own answers to locality prompts that are unchanged.
+``--against`` adds the mean difference of rewrites from those of another method on the same facts.
 """
 
 from __future__ import annotations
