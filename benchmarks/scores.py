@@ -7,12 +7,12 @@
     python benchmarks/scores.py --methods MEND MEND:checkpoint=none variants/eamet
 
 Every method runs with its defaults, unless settings follow its name or it is named as a packaged
-config; sequences are scored at their end.  ``rewrite`` and
-``rephrase`` are the share of cases whose answer tokens are all arg-max, ``free`` the share of free
-answers that are exactly the wanted one, ``known`` the share of neighbouring facts that were right
-before and still are, ``kept`` the share of arg-max tokens along the base model's own answers to
-locality prompts that are unchanged.  ``--against`` adds the mean difference of rewrites from those
-of another method on the same facts.
+config; those that must be fitted first run only when they are named.  Sequences are scored at their
+end.  ``rewrite`` and ``rephrase`` are the share of cases whose answer tokens are all arg-max,
+``free`` the share of free answers that are exactly the wanted one, ``known`` the share of
+neighbouring facts that were right before and still are, ``kept`` the share of arg-max tokens along
+the base model's own answers to locality prompts that are unchanged.  ``--against`` adds the mean
+difference of rewrites from those of another method on the same facts.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from kedit_lightning import BaseModel, EditTrainer, methods
 from kedit_lightning.data import CounterFact, EditDataModule, NanoFacts, ZsRE
 from kedit_lightning.evaluation import Protocol
 from kedit_lightning.methods.base import EditMethod
+from kedit_lightning.methods.learned import LearnedMethod
 from kedit_lightning.metrics import ExampleRecord
 from kedit_lightning.metrics.functional import paired_difference
 
@@ -85,6 +86,12 @@ def real_data(folder: Path, limit: int) -> dict[str, EditDataModule]:
         ),
         "zsRE": ZsRE(path=folder / "zsre" / "zsre_mend_edit.json", limit=limit),
     }
+
+
+def ready() -> list[str]:
+    """The methods that edit well without a fit of one's own."""
+    kinds = {name: getattr(methods, name) for name in methods.METHODS}
+    return [n for n, kind in kinds.items() if not issubclass(kind, LearnedMethod) or kind.packaged]
 
 
 def run(
@@ -177,7 +184,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--methods", nargs="+", default=methods.METHODS, help="see above")
+    parser.add_argument("--methods", nargs="+", default=ready(), help="see above")
     parser.add_argument("--models", nargs="+", help="names or folders; nano if not given")
     parser.add_argument("--real", type=Path, help="folder with the real data sets")
     parser.add_argument("--limit", type=int, default=100, help="records of each data set")

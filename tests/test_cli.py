@@ -440,7 +440,10 @@ def test_module_form() -> None:
     assert done.stdout == HELP
 
 
-@pytest.mark.parametrize("prompt", ["Question: who wrote Hamlet", "- Amber Falls", "# 7 lies in"])
+TEXTS = ["Question: who wrote Hamlet", "- Amber Falls", "# 7 lies in", "{a} b", "Who: whom: he"]
+
+
+@pytest.mark.parametrize("prompt", TEXTS)
 def test_a_prompt_that_yaml_would_read_otherwise_stays_text(
     toy: list[str], capsys: pytest.CaptureFixture[str], prompt: str
 ) -> None:

@@ -383,7 +383,8 @@ import sys
 from pathlib import Path
 import lightning.pytorch as pl, torch
 sys.path.insert(0, {tests!r})
-from test_ke import EXAMPLES, KE, SMALL, EditBatch, process_rank, replace, tiny_base
+from kedit_lightning.data.loader import BatchLoader, process_rank
+from test_ke import EXAMPLES, KE, SMALL, EditBatch, replace, tiny_base
 from test_instructedit import InstructEdit, WORDS
 
 torch.set_num_threads(1)
@@ -394,7 +395,8 @@ shares = [[[0, 1], [2]], [[3], [4, 0]]] if ranks > 1 else [[[0, 1, 3], [2, 4, 0]
 
 class Shares(pl.LightningDataModule):
     def train_dataloader(self):
-        return [EditBatch([five[i] for i in batch]) for batch in shares[process_rank()[0]]]
+        own = [EditBatch([five[i] for i in batch]) for batch in shares[process_rank()[0]]]
+        return BatchLoader(lambda epoch: own, len(own), {{}})
 
 method = {make}
 trainer = pl.Trainer(

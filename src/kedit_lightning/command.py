@@ -320,7 +320,7 @@ def read_text_as_it_stands() -> None:
         )
         return text if commented or sentence else value
 
-    set_loader("yaml", load)
+    set_loader("yaml", load, (yaml.YAMLError,))
 
 
 def run_command_line(args: ArgsType, run: bool) -> KEditCLI:

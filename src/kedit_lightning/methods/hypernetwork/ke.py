@@ -33,9 +33,12 @@ class KE(ProposingMethod):
     released code trains them in place and so changes the base model; the multiplier takes plain
     steps of dual ascent after each step of the networks, over the episodes of all ranks; the
     networks take steps of Adam, whose first ones are no larger than later ones, where the released
-    code has a centred RMSprop with a warm-up; the projections of the last blocks are
-    edited unless settings ask for others, where the released code edits every matrix; several
-    requests give the sum of their edits.
+    code has a centred RMSprop with a warm-up; the projections of the last blocks are edited unless
+    settings ask for others, where the released code edits every matrix; several requests give the
+    sum of their edits; the old answer is the request's own where it has one, and else what the base
+    model says, which is what the released code takes.
+
+    The margin changes at validations alone: without validation data it stays as it is.
 
     Args:
         base_model: The model to edit.
