@@ -423,8 +423,8 @@ def settings_of_ranks(ranks):
 
 def check_ranks(tmp_path, name, settings):
     script = tmp_path / "script.py"
-    tests = str(Path(__file__).parent)
-    script.write_text(RANK_SCRIPT.format(tests=tests, name=name, tests_of=settings.__module__))
+    tests, module = str(Path(__file__).parent), settings.__module__.rpartition(".")[2]
+    script.write_text(RANK_SCRIPT.format(tests=tests, name=name, tests_of=module))
     for ranks in (1, 2):
         command = [sys.executable, str(script), str(ranks), str(tmp_path)]
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=250)
