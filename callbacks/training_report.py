@@ -26,7 +26,7 @@ class TrainingReport(Callback):
     the first one stopped. A method that logs nothing gets no picture.
 
     Args:
-        folder: Where the picture goes; beside the config and the checkpoints if not given.
+        folder: Where the picture goes; beside the checkpoints if not given.
         console: Where the picture's path is shown; the terminal if not given.
     """
 
@@ -97,7 +97,16 @@ class TrainingReport(Callback):
     def _draw(self, trainer: Trainer, method: LightningModule) -> Path | None:
         if not self.curves or not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return None
-        folder = self.folder or Path(trainer.log_dir or trainer.default_root_dir)
         base: Any = getattr(method, "base", None)
         title = f"{type(method).__name__} on {getattr(base, 'name', 'its base model')}"
-        return draw_training(self.curves, folder / "training.png", f"{title}: fit")
+        path = (self.folder or _beside_checkpoints(trainer)) / "training.png"
+        return draw_training(self.curves, path, f"{title}: fit")
+
+
+def _beside_checkpoints(trainer: Trainer) -> Path:
+    """The folder of a fit: what a logger keeps of one run, or else that of all output."""
+    found = getattr(trainer.checkpoint_callback, "dirpath", None)
+    if found is None:
+        return Path(trainer.log_dir or trainer.default_root_dir)
+    kept = Path(found)
+    return kept.parent if kept.name == "checkpoints" else kept

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -310,7 +311,10 @@ class EditTrainer(Trainer):
         self.output_folder = open_output(output, resume, self.is_global_zero)
         self.editing = command == "edit"
         try:
-            yield self.output_folder
+            with warnings.catch_warnings():
+                # The state of a fit's callbacks is of no use to a run that learns nothing.
+                warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`, callbacks")
+                yield self.output_folder
         except KEditError as error:
             folder = self.output_folder
             if folder is not None and folder.results.exists():

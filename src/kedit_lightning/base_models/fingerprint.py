@@ -42,11 +42,16 @@ def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 @torch.no_grad()
 def model_fingerprint(model: nn.Module) -> str:
-    """Hash of configuration, tensor names, shapes, dtypes and a strided sample of the values."""
+    """Hash of configuration, tensor names, shapes, dtypes and a strided sample of the values.
+
+    Of a model that is sharded over processes it is that of the whole; all of them must ask for it.
+    """
     config: Any = model.config
     parts = [json.dumps(_settings(config.to_dict()), sort_keys=True, default=str).encode()]
     for name, tensor in sorted(model.state_dict().items()):
         parts.append(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        if hasattr(tensor, "full_tensor"):  # sharded over processes; fetched one at a time
+            tensor = tensor.full_tensor()
         flat = tensor.detach().reshape(-1)
         sample = flat[:: max(1, flat.numel() // _SAMPLE)][:_SAMPLE].cpu().contiguous()
         parts.append(sample.view(torch.uint8).numpy().tobytes())
