@@ -45,6 +45,7 @@ METHODS = [
     ("RLEdit", {"checkpoint": "none", "edit_lr": 1e-2}),
     ("ROME", LOCATE),
     ("RROME", LOCATE),
+    ("SERAC", {"checkpoint": "none"}),
     ("UltraEdit", {"lr": 1e-2}),
 ]
 CASES = [
@@ -147,18 +148,25 @@ def test_a_saved_edit_gives_equal_logits(name, settings, family, tmp_path):
 
 @each_method
 def test_no_checkpoint_holds_the_base_model(name, settings, tmp_path):
-    base = tiny_base("gpt2")
+    model = tiny_model("gpt2")
+    with torch.no_grad():  # fresh norms and biases are alike in all networks; these are not
+        for parameter in model.parameters():
+            parameter.add_(1e-3 * torch.rand_like(parameter))
+    base = BaseModel(model, tiny_tokenizer(bos=False))
     method = make(name, settings, base)
     method.edit(REQUESTS[:1])
     trainer = pl.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
     trainer.strategy.connect(method)
     path = tmp_path / "method.ckpt"
     trainer.save_checkpoint(path)
-    saved = torch.load(path, weights_only=True)
-    found = [t for t in saved["state_dict"].values() if t.dtype.is_floating_point]
-    for name_of, parameter in base.model.named_parameters():
+    saved = torch.load(path, weights_only=True)["state_dict"]
+    found = [t.double() for t in saved.values() if t.dtype.is_floating_point]
+    own = {tensor.untyped_storage().data_ptr() for tensor in method.state_dict().values()}
+    for name_of, tensor in base.model.state_dict(keep_vars=True).items():
+        assert tensor.untyped_storage().data_ptr() not in own, f"{name_of} is the method's own"
+        assert not any(key.endswith(name_of) for key in saved), f"{name_of} is in the checkpoint"
         assert not any(
-            t.shape == parameter.shape and torch.equal(t.double(), parameter) for t in found
+            t.shape == tensor.shape and torch.equal(t, tensor.double()) for t in found
         ), f"{name_of} of the base model is in the checkpoint"
     assert not any(module is base.model for module in method.modules())
 

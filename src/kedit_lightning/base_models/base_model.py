@@ -264,7 +264,8 @@ class BaseModel:
 
         handle = head.register_forward_pre_hook(gather)
         try:
-            logits = self.forward(rows, **options).logits
+            with self.edits.logits_stand_at(places):
+                logits = self.forward(rows, **options).logits
         finally:
             handle.remove()
         return self.edits.adjust_logits(logits)[0]

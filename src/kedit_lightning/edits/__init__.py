@@ -5,6 +5,7 @@ from kedit_lightning.edits.composite import CompositeEdit
 from kedit_lightning.edits.decoding import DecodingEdit
 from kedit_lightning.edits.memory import CodebookEdit, MemoryEdit
 from kedit_lightning.edits.prompt import PromptEdit, PromptEntry
+from kedit_lightning.edits.scope import ScopeEdit, ScopeEntry
 from kedit_lightning.edits.stack import EditStack
 from kedit_lightning.edits.weights import AdapterEdit, DenseEdit, LowRankEdit, memories
 
@@ -21,5 +22,7 @@ __all__ = [
     "MemoryEdit",
     "PromptEdit",
     "PromptEntry",
+    "ScopeEdit",
+    "ScopeEntry",
     "memories",
 ]

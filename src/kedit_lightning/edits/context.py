@@ -29,12 +29,17 @@ class RowContext:
         prefill: Whether the key-value cache is empty, so that the prompt itself passes through.
         decisions: What memory edits decided at prefill, by module; rows in the first dimension.
         parts: Contexts of rows that carry an edit of their own.
+        token_ids: All tokens read so far, padding included; ``None`` when the model was given
+            embeddings. Shape ``[batch, tokens]``.
+        token_mask: Which of them are no padding. Shape ``[batch, tokens]``.
     """
 
     prompt_end: Tensor
     prefill: bool = True
     decisions: dict[Hashable, Tensor] = field(default_factory=dict)
     parts: dict[Hashable, RowContext] = field(default_factory=dict)
+    token_ids: Tensor | None = None
+    token_mask: Tensor | None = None
 
     def part(self, key: Hashable, rows: Tensor) -> RowContext:
         """The context of some rows, the same one at every step of their answers."""
@@ -44,8 +49,19 @@ class RowContext:
 
     def reorder(self, beam_index: Tensor) -> None:
         """Follow rows that beam search has moved."""
+        if self.token_ids is not None and self.token_mask is not None:
+            at = beam_index.to(self.token_ids.device)
+            self.token_ids, self.token_mask = self.token_ids[at], self.token_mask[at]
         for key, decision in self.decisions.items():
             self.decisions[key] = decision.index_select(0, beam_index.to(decision.device))
+
+    def read(self, ids: Tensor, mask: Tensor) -> None:
+        """Take in the tokens of a call. Shape ``[batch, new tokens]`` each."""
+        if self.prefill:
+            self.token_ids, self.token_mask = ids, mask
+        elif self.token_ids is not None and self.token_mask is not None:
+            self.token_ids = torch.cat([self.token_ids, ids.to(self.token_ids)], dim=1)
+            self.token_mask = torch.cat([self.token_mask, mask.to(self.token_mask)], dim=1)
 
 
 def last_attended(attention_mask: Tensor) -> Tensor:
@@ -114,7 +130,8 @@ class ContextTracker:
         """
         call = self._signature.bind_partial(*args, **kwargs).arguments
         cache = call.get("past_key_values", call.get("cache_params"))
-        ids = call.get("decoder_input_ids" if self._is_encoder_decoder else "input_ids")
+        given = call.get("decoder_input_ids" if self._is_encoder_decoder else "input_ids")
+        ids = given
         if ids is None:
             ids = next(t for t in call.values() if isinstance(t, Tensor))
         if _is_filled(cache):
@@ -129,9 +146,20 @@ class ContextTracker:
             known = _context_of(cache)
             self.current = known or RowContext(torch.zeros(len(ids), dtype=torch.long))
             self.current.prefill = False
+            self._read(given, call.get("attention_mask"))
             return
         self.current = RowContext(self._prompt_end(ids, call.get("attention_mask")))
+        self._read(given, call.get("attention_mask"))
         self._attach(cache)
+
+    def _read(self, ids: Tensor | None, mask: Any) -> None:
+        assert self.current is not None
+        if ids is None:  # embeddings, which tell no token
+            self.current.token_ids = self.current.token_mask = None
+            return
+        known = isinstance(mask, Tensor) and mask.dim() == 2
+        new = mask[:, -ids.shape[1] :] if known else torch.ones_like(ids)
+        self.current.read(ids, new.bool())
 
     def _prompt_end(self, ids: Tensor, mask: Any) -> Tensor:
         if self.given is not None:

@@ -193,7 +193,7 @@ class ModuleHook:
         if self.weights is not None:
             y = self.weights(x, y)
         if self.memories:
-            context = _known(context)
+            context = known_context(context)
             rows = len(context.prompt_end)
             x, shape, y = as_rows(x, rows), y.shape, as_rows(y, rows)
             for memory in self.memories:
@@ -254,7 +254,7 @@ class RowsHook:
         if context is None and args[0].dim() == 3 and not self._remembers:
             batch = len(args[0])  # an encoder, which generation runs before the model itself
         else:
-            context = _known(context)
+            context = known_context(context)
             batch = len(context.prompt_end)
         copies, rest = divmod(batch, self._rows)
         if rest:
@@ -299,7 +299,12 @@ def _spread(rows: Tensor, copies: int, device: torch.device) -> Tensor:
     return (rows[:, None] * copies + torch.arange(copies, device=device)).flatten()
 
 
-def _known(context: RowContext | None) -> RowContext:
+def known_context(context: RowContext | None) -> RowContext:
+    """The context of the call that runs now.
+
+    Raises:
+        UnsupportedUseError: A part of the model was called by itself.
+    """
     if context is None:
         raise UnsupportedUseError(
             "a part of the model was called by itself while edits are applied that must know its "

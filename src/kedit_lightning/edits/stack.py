@@ -13,8 +13,15 @@ from torch.utils.hooks import RemovableHandle
 from kedit_lightning.edits.base import Edit
 from kedit_lightning.edits.context import ContextTracker
 from kedit_lightning.edits.decoding import DecodingEdit
-from kedit_lightning.edits.patches import MemoryPatch, ModuleHook, Patch, RowsHook
+from kedit_lightning.edits.patches import (
+    MemoryPatch,
+    ModuleHook,
+    Patch,
+    RowsHook,
+    known_context,
+)
 from kedit_lightning.edits.prompt import PromptEdit, render_prompt
+from kedit_lightning.edits.scope import ScopeMemory, scope_memories
 from kedit_lightning.errors import EditOrderError, UnsupportedUseError
 
 if TYPE_CHECKING:
@@ -49,6 +56,7 @@ class EditStack:
         self._active = True
         self._reads_rows = False
         self._tracker = ContextTracker(model)
+        self._places: tuple[Tensor, Tensor] | None = None
 
     def __iter__(self) -> Iterator[Edit]:
         return iter(tuple(self._edits))
@@ -167,6 +175,15 @@ class EditStack:
         finally:
             self._tracker.given = before
 
+    @contextmanager
+    def logits_stand_at(self, places: tuple[Tensor, Tensor]) -> Iterator[None]:
+        """Tell edits that the next passes give logits of some rows and columns only, ``[n]``."""
+        before, self._places = self._places, places
+        try:
+            yield
+        finally:
+            self._places = before
+
     def render(self, prompt: str, fits: Callable[[str], bool]) -> str:
         """The prompt as prompt edits rewrite it; the prompt itself when there are none."""
         if not self._active:
@@ -201,9 +218,13 @@ class EditStack:
                 RowsHook(module, len(carried), patches, own) if own else ModuleHook(module, patches)
             )
             needs_rows = needs_rows or any(isinstance(patch, MemoryPatch) for patch in patches)
+        memories = scope_memories(self._model, edits, carried)
+        needs_rows = needs_rows or bool(memories)
         for handle in self._handles:
             handle.remove()
         self._handles = [self._register(name, hook) for name, hook in hooks.items()]
+        for memory in memories:
+            self._handles += self._register_memory(memory)
         if needs_rows:
             enter, leave = self._tracker.enter, self._tracker.leave
             self._handles += [
@@ -217,3 +238,18 @@ class EditStack:
             return hook(args, output, self._tracker.current) if self._active else None
 
         return self._model.get_submodule(name).register_forward_hook(call)
+
+    def _register_memory(self, memory: ScopeMemory) -> list[RemovableHandle]:
+        # Before the tracker's own hooks, so that the context is still open at the model's end.
+        def decide(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if self._active:
+                memory.decide(output, known_context(self._tracker.current))
+
+        def answer(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            context = self._tracker.current
+            if not self._active or context is None:
+                return None
+            return memory.answer(output, context, self._places)
+
+        block = self._model.get_submodule(memory.module)
+        return [block.register_forward_hook(decide), self._model.register_forward_hook(answer)]

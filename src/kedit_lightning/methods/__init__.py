@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from kedit_lightning.methods.locate.rome import ROME, RROME
     from kedit_lightning.methods.locate.ultraedit import UltraEdit
     from kedit_lightning.methods.memory.grace import GRACE
+    from kedit_lightning.methods.memory.serac import SERAC
 
 _HOMES = {
     "AlphaEdit": "locate.alphaedit",
@@ -39,6 +40,7 @@ _HOMES = {
     "RLEdit": "hypernetwork.rledit",
     "ROME": "locate.rome",
     "RROME": "locate.rome",
+    "SERAC": "memory.serac",
     "UltraEdit": "locate.ultraedit",
 }
 __all__ = [
@@ -55,6 +57,7 @@ __all__ = [
     "PMET",
     "ROME",
     "RROME",
+    "SERAC",
     "AlphaEdit",
     "Capabilities",
     "EditMethod",

@@ -26,8 +26,8 @@ from kedit_lightning.methods.hypernetwork.attach import Change, DenseChange, Low
 from kedit_lightning.methods.hypernetwork.normal_equations import NormalEquations, RidgeShift
 from kedit_lightning.methods.hypernetwork.outcome import Outcome
 from kedit_lightning.methods.hypernetwork.outer_loss import episode_losses
-from kedit_lightning.methods.hypernetwork.ranks import is_first_rank, sum_over_ranks
 from kedit_lightning.methods.hypernetwork.values import ValueNetworks
+from kedit_lightning.methods.ranks import is_first_rank, sum_over_ranks
 from kedit_lightning.requests import EditRequest
 
 #: Factors of the projections, by name.

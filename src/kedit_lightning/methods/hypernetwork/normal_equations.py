@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kedit_lightning.methods.hypernetwork.ranks import several_ranks, sum_over_ranks
+from kedit_lightning.methods.ranks import several_ranks, sum_over_ranks
 
 
 @dataclass(frozen=True)

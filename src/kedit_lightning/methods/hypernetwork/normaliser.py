@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, distributed
 
-from kedit_lightning.methods.hypernetwork.ranks import several_ranks
 from kedit_lightning.methods.moments import Moments, merge, moments
 from kedit_lightning.methods.precision import FullPrecision
+from kedit_lightning.methods.ranks import several_ranks
 
 
 class RunningNormaliser(FullPrecision):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from kedit_lightning.methods.hypernetwork.ranks import several_ranks, sum_over_ranks
+from kedit_lightning.methods.ranks import several_ranks, sum_over_ranks
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,15 @@ class Outcome:
     def right(self) -> Tensor:
         """Share of questions that are answered as the edit asks."""
         return self.sums[3] / self.episodes
+
+    @property
+    def scalars(self) -> dict[str, Tensor]:
+        """What is logged beside the loss."""
+        return {
+            "loss_edit": self.edit,
+            "loss_locality": self.locality,
+            "edit_success": self.right,
+        }
 
     def over_ranks(self) -> Outcome:
         """The sum over the ranks, where there are several."""

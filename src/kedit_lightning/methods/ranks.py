@@ -1,10 +1,13 @@
-"""Sums over the processes of a distributed run."""
+"""What the processes of a distributed run tell each other."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
 
 from torch import Tensor, distributed
+
+Item = TypeVar("Item")
 
 
 def several_ranks() -> bool:
@@ -22,3 +25,12 @@ def sum_over_ranks(tensors: Iterable[Tensor]) -> None:
 def is_first_rank() -> bool:
     """Whether what all ranks know alike is to be counted here."""
     return not several_ranks() or distributed.get_rank() == 0
+
+
+def gather_over_ranks(items: Sequence[Item]) -> list[Item]:
+    """The items of all ranks, in the order of the ranks; they must be picklable."""
+    if not several_ranks():
+        return list(items)
+    gathered: list[list[Item]] = [[]] * distributed.get_world_size()
+    distributed.all_gather_object(gathered, list(items))
+    return [item for part in gathered for item in part]
