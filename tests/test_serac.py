@@ -63,6 +63,15 @@ def test_the_switch_stands_at_a_distance_of_the_root_of_ln_2():  # SERAC-2
     assert at.route(questions).tolist() == [0, 0, -1]
 
 
+def test_mixed_precision_changes_no_key():
+    networks = ScopeNetworks(ScopePlan("block", 32, 8, 32, 1, 1.0))
+    hidden, mask = torch.randn(3, 5, 32), torch.ones(3, 5)
+    with torch.no_grad():
+        wanted = networks.embed(hidden, mask)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(networks.embed(hidden, mask), wanted)
+
+
 def test_each_entry_keeps_its_own_threshold():
     at = memory(tiny_base("llama"), torch.zeros(1, 3, dtype=torch.float64), threshold=0.9)
     questions = torch.full((1, 3), 0.3, dtype=torch.float64)  # similarity exp(-0.27) = 0.76

@@ -56,6 +56,7 @@ class SERAC(SteppedMethod[ScopeOutcome]):
     Here the classifier reads the mean of the base model's own hidden states over the tokens of the
     prompt, through a learned projection, where the paper has a DistilBERT; and the counterfactual
     model is a small decoder over the base model's token embeddings, so both share its tokenizer.
+    An answer is learned with the end-of-sequence token behind it, where the tokenizer has one.
     The two losses do not touch each other, as in the paper's supervised form. The switch between
     the models is hard; the paper's soft mixture is not needed where scope is labelled.
 
@@ -73,7 +74,7 @@ class SERAC(SteppedMethod[ScopeOutcome]):
         c_edit: Weight of the loss of the new answers.
         c_loc: Weight of the loss of the classifier.
         clip: Largest norm of the gradient of a training step.
-        batch_size: Examples a training step.
+        batch_size: Examples a training step, on each process.
         vary_targets: Write another answer in each epoch, one that some record gives instead of the
             same old answer. It makes more of few records; they need ``target_old``.
         checkpoint: What to start from: a file that ``fit`` wrote, or ``none`` for untrained
