@@ -135,5 +135,7 @@ def _fill(axes: Axes, panel: Panel, curves: Mapping[str, Curve]) -> None:
     if panel in PANELS:
         shown = axes.get_legend_handles_labels()
         step = -(-len(curves) // _NAMED)
-        where = {"loc": "upper left", "bbox_to_anchor": (1, 1)} if many else {}
-        axes.legend(shown[0][::step], shown[1][::step], fontsize=6, frameon=False, **where)
+        legend = axes.legend(shown[0][::step], shown[1][::step], fontsize=6, frameon=False)
+        if many:
+            legend.set_loc("upper left")
+            legend.set_bbox_to_anchor((1, 1), axes.transAxes)
