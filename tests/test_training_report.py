@@ -126,14 +126,16 @@ class Stop(pl.Callback):
 @pytest.mark.filterwarnings("ignore:.*Detected KeyboardInterrupt")
 def test_an_interrupted_fit_leaves_its_picture_and_a_resumed_one_goes_on(tmp_path):
     base = tiny_base("llama")
-    keep = ModelCheckpoint(tmp_path / "kept", "{step}", every_n_train_steps=1, save_top_k=-1)
+    keep = ModelCheckpoint(tmp_path / "checkpoints", "{step}", every_n_train_steps=1, save_top_k=-1)
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         trainer(tmp_path, keep, Stop()).fit(MEND(base, **SMALL), facts(tmp_path))
     (tmp_path / "training.png").unlink()
     rest = trainer(tmp_path)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`")
-        rest.fit(MEND(base, **SMALL), facts(tmp_path), ckpt_path=tmp_path / "kept/step=3.ckpt")
+        rest.fit(
+            MEND(base, **SMALL), facts(tmp_path), ckpt_path=tmp_path / "checkpoints/step=3.ckpt"
+        )
     whole = trainer(tmp_path / "whole")
     (tmp_path / "whole").mkdir()
     whole.fit(MEND(base, **SMALL), facts(tmp_path))

@@ -27,14 +27,9 @@ def _layer_counts(config: Any, encoder: bool) -> tuple[int, ...]:
     ``num_hidden_layers`` is the encoder's number in decoders taken from a Blenderbot, and twice the
     number of blocks in a LongCat.
     """
-    fields: tuple[str, ...] = (
-        "num_decoder_layers",
-        "num_hidden_layers",
-        "decoder_layers",
-        "num_layers",
-    )
+    fields = ["num_decoder_layers", "num_hidden_layers", "decoder_layers", "num_layers"]
     if encoder:
-        fields = ("encoder_layers", "num_hidden_layers", "num_layers")
+        fields = ["encoder_layers", "num_hidden_layers", "num_layers"]
     counts = tuple(int(getattr(config, field, None) or 0) for field in fields)
     if not any(counts):
         raise ModuleNotLocatedError(

@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-#: Points a curve holds at most; more than a picture can show.
-MOST = 1000
+#: Points a curve holds at most; of more, noise hides where it goes.
+MOST = 200
 
 
 class Curve:

@@ -132,7 +132,10 @@ def _fill(axes: Axes, panel: Panel, curves: Mapping[str, Curve]) -> None:
     axes.grid(color="#e6e9ec", lw=0.6)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    if len(curves) > 1 or panel.cut:
+    if panel in PANELS:
         shown = axes.get_legend_handles_labels()
         step = -(-len(curves) // _NAMED)
-        axes.legend(shown[0][::step], shown[1][::step], fontsize=6, frameon=False)
+        legend = axes.legend(shown[0][::step], shown[1][::step], fontsize=6, frameon=False)
+        if many:
+            legend.set_loc("upper left")
+            legend.set_bbox_to_anchor((1, 1), axes.transAxes)
