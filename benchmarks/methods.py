@@ -48,7 +48,6 @@ METHODS = {
     "GRACE": ({}, 1),
     "IKE": ({}, 1),
 }
-TIMED = 3
 
 
 def resident(field: str) -> float:
@@ -94,7 +93,7 @@ def build(shape: str, device: str, dtype: str):  # noqa: ANN201 - torch is impor
 
 
 def measure(
-    name: str, shape: str, device: str, dtype: str, facts: int | None
+    name: str, shape: str, device: str, dtype: str, facts: int | None, edits: int
 ) -> dict[str, float | str]:
     """Time and memory of one method, in this process."""
     import torch
@@ -108,7 +107,7 @@ def measure(
     count = facts or usual
     facts_at_hand = [e.requests[0] for e in NanoFacts(seed=0).examples("train")]
     # Facts come again where more are asked for than there are.
-    requests = list(islice(cycle(facts_at_hand), 2 + TIMED * count))
+    requests = list(islice(cycle(facts_at_hand), 2 + edits * count))
     method = getattr(methods, name)(base_model=base, **options)
     method.configure_model()
     reset_high_water()
@@ -117,17 +116,17 @@ def measure(
         torch.cuda.reset_peak_memory_stats()
     method.edit(requests[:2])  # what is done once: contexts, and what libraries set up
     seconds, size = [], 0.0
-    for start in range(2, 2 + TIMED * count, count):
+    for start in range(2, len(requests), count):
         part = requests[start : start + count]
         started = time.perf_counter()
         if method.can.batch:
-            edits = [method.edit(part)]
+            made = [method.edit(part)]
         else:  # facts apart from each other, which a method may compute together
-            edits = list(method.edit_each([[request] for request in part]))
+            made = list(method.edit_each([[request] for request in part]))
         if device == "cuda":
             torch.cuda.synchronize()
         seconds.append((time.perf_counter() - started) / count)
-        size = sum(edit.nbytes for edit in edits) / count
+        size = sum(edit.nbytes for edit in made) / count
     peak = (
         torch.cuda.max_memory_allocated() / 2**20
         if device == "cuda"
@@ -146,20 +145,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--facts", type=int, help="facts of an edit, or written apart together")
+    parser.add_argument("--edits", type=int, default=3, help="edits timed, one after the other")
     parser.add_argument("--shape", default="small", choices=SHAPES)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        print(json.dumps(measure(args.child, args.shape, args.device, args.dtype, args.facts)))
+        settings = args.shape, args.device, args.dtype, args.facts, args.edits
+        print(json.dumps(measure(args.child, *settings)))
         return
     note = "allocated, weights included" if args.device == "cuda" else "above the loaded model"
-    print(f"{args.shape}, {args.dtype}, {args.device}; median of {TIMED}; peak memory {note}\n")
+    print(
+        f"{args.shape}, {args.dtype}, {args.device}; median of {args.edits}; peak memory {note}\n"
+    )
     print(f"{'method':10} {'facts':>5} {'s/fact':>9} {'peak MB':>9} {'KB/fact':>9}")
     for name in args.methods:
         command = [sys.executable, str(Path(__file__).resolve()), "--child", name]
         command += ["--shape", args.shape, "--device", args.device, "--dtype", args.dtype]
+        command += ["--edits", str(args.edits)]
         command += ["--facts", str(args.facts)] if args.facts else []
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
