@@ -1,11 +1,9 @@
-"""All methods on real records, with the packaged model and one that knows no facts."""
+"""Methods that need no fit on real records, with the packaged model and one that knows no facts."""
 
 from __future__ import annotations
 
 import pytest
-from scores import header, markdown, real_data, run
-
-from kedit_lightning.methods import METHODS
+from scores import header, markdown, ready, real_data, run
 
 RECORDS = 10
 
@@ -15,9 +13,10 @@ RECORDS = 10
 @pytest.mark.timeout(3000)
 def test_all_methods_on_real_records(shared_data, record_property):
     models = ["nano", str(shared_data / "models" / "stories260K")]
-    lines = list(run(models, real_data(shared_data, RECORDS), METHODS))
+    names = ready()
+    lines = list(run(models, real_data(shared_data, RECORDS), names))
     record_property("table", "\n".join([header(), *map(markdown, lines)]))
-    assert len(lines) == len(models) * 2 * len(METHODS)
+    assert len(lines) == len(models) * 2 * len(names)
     for line in lines:
         assert {"rewrite", "rephrase", "kept"} <= line.scores.keys()
         for mean, low, high in line.scores.values():
