@@ -64,6 +64,23 @@ class RowContext:
             self.token_mask = torch.cat([self.token_mask, mask.to(self.token_mask)], dim=1)
 
 
+def copies_of_rows(batch: int, rows: int) -> int:
+    """How many rows of a call stand for each row that edits were given for.
+
+    Beams of a row, and several answers to it, stand side by side.
+
+    Raises:
+        UnsupportedUseError: The call has other rows.
+    """
+    copies, rest = divmod(batch, rows)
+    if rest:
+        raise UnsupportedUseError(
+            f"edits were given for {rows} rows, and the model was called with {batch}; "
+            "give one edit, or None, for each row"
+        )
+    return copies
+
+
 def last_attended(attention_mask: Tensor) -> Tensor:
     """Column of the last token that is no padding. Shape ``[batch]`` from ``[batch, tokens]``."""
     columns = torch.arange(attention_mask.shape[1], device=attention_mask.device)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from kedit_lightning.edits.context import RowContext
+from kedit_lightning.edits.context import RowContext, copies_of_rows
 from kedit_lightning.edits.modules import (
     as_rows,
     compute_dtype,
@@ -256,12 +256,7 @@ class RowsHook:
         else:
             context = known_context(context)
             batch = len(context.prompt_end)
-        copies, rest = divmod(batch, self._rows)
-        if rest:
-            raise UnsupportedUseError(
-                f"edits were given for {self._rows} rows, and the model was called with {batch}; "
-                "give one edit, or None, for each row"
-            )
+        copies = copies_of_rows(batch, self._rows)
         y = first_tensor(output)
         x, plain = as_rows(args[0], batch), self._weighed(args[0], y, batch, copies)
         new = plain

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from kedit_lightning.edits.base import Edit, EditableModel, EditOrigin, check_finite
-from kedit_lightning.edits.context import RowContext
+from kedit_lightning.edits.context import RowContext, copies_of_rows
 from kedit_lightning.edits.memory import MemoryEdit
 from kedit_lightning.edits.modules import first_tensor
 from kedit_lightning.edits.scope_networks import ScopeNetworks, ScopePlan
@@ -161,13 +161,7 @@ class ScopeMemory:
         questions = questions.to(self.keys)
         distances = self.networks.distances(questions, self.keys)
         if self._allowed is not None:
-            # Beams of a row, and several answers to it, stand side by side.
-            copies, rest = divmod(len(questions), len(self._allowed))
-            if rest:
-                raise UnsupportedUseError(
-                    f"edits were given for {len(self._allowed)} rows, and the model was called "
-                    f"with {len(questions)}; give one edit, or None, for each row"
-                )
+            copies = copies_of_rows(len(questions), len(self._allowed))
             allowed = self._allowed.repeat_interleave(copies, dim=0)
             distances = distances.masked_fill(~allowed, torch.inf)
         nearest = distances.min(dim=1).values

@@ -73,6 +73,8 @@ class LearnedMethod(EditMethod):
         seed: Start of all random choices.
     """
 
+    #: What :meth:`plan` gives, for reading those of checkpoints.
+    plan_type: ClassVar[type[Plan]]
     #: Checkpoint that comes with a packaged base model, by file name; empty where none does.
     packaged: ClassVar[str] = ""
     #: The settings that fix an entry of the plan; an entry is free when all of them are ``None``.
@@ -216,7 +218,7 @@ class LearnedMethod(EditMethod):
         """
         self._check_maker(checkpoint, "to load")
         super().on_load_checkpoint(checkpoint)
-        plan = type(self.plan()).from_json(checkpoint["plan"])
+        plan = self.plan_type.from_json(checkpoint["plan"])
         if self.network is None or self.network.plan != plan:
             self._create(plan)
         self._learned_from = "a checkpoint"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -35,3 +37,8 @@ def mean_nll(log_probs: Tensor, mask: Tensor) -> Tensor:
         Shape ``[batch]``.
     """
     return -(log_probs * mask).sum(-1) / mask.sum(-1).clamp(min=1)
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether no tensor holds NaN or infinity."""
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)

@@ -56,6 +56,7 @@ class InstructEdit(MEND):
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset({"task"})
+    plan_type = InstructPlan
     packaged: ClassVar[str] = ""
     settles: ClassVar[Mapping[str, tuple[str, ...]]] = {
         **MEND.settles,

@@ -71,6 +71,7 @@ class KE(ProposingMethod):
     """
 
     learns: ClassVar[str] = "a network that gates the gradients of requests"
+    plan_type = EditorPlan
     settles: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "modules": ("layers", "modules"),
         "hidden": ("hidden",),

@@ -13,6 +13,7 @@ from kedit_lightning.methods.episodes import Episode
 from kedit_lightning.methods.hypernetwork.network import ProposingNetwork
 from kedit_lightning.methods.hypernetwork.outcome import Outcome
 from kedit_lightning.methods.hypernetwork.outer_loss import episode_losses, request_rows
+from kedit_lightning.methods.losses import all_finite
 
 
 def learn(
@@ -64,7 +65,7 @@ def _try(
         # The backward pass of the network alone: no gradient is left on any tensor, and wrappers
         # for several processes see nothing that they would reduce a second time.
         gradients = torch.autograd.grad(loss.sum(), list(network.parameters()))
-    if all(bool(torch.isfinite(tensor).all()) for tensor in (loss, *gradients)):
+    if all_finite((loss, *gradients)):
         parts = (loss, losses.edit, losses.locality, losses.right)
         sums = torch.stack([part.detach().sum().to(gradients[0]) for part in parts])
         return Outcome(list(gradients), sums, len(episodes), 0)

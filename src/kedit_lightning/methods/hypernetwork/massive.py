@@ -27,6 +27,7 @@ from kedit_lightning.methods.hypernetwork.normal_equations import NormalEquation
 from kedit_lightning.methods.hypernetwork.outcome import Outcome
 from kedit_lightning.methods.hypernetwork.outer_loss import episode_losses
 from kedit_lightning.methods.hypernetwork.values import ValueNetworks
+from kedit_lightning.methods.losses import all_finite
 from kedit_lightning.methods.ranks import is_first_rank, sum_over_ranks
 from kedit_lightning.requests import EditRequest
 
@@ -147,7 +148,7 @@ def learn_shifts(
         sums[0] += cost.detach() if is_first_rank() else 0
     learned = _through_networks(network, parts, shifts, gradients)
     outcome = Outcome(learned, sums, len(asked[0].examples), 0).over_ranks()
-    if all(bool(torch.isfinite(tensor).all()) for tensor in (outcome.sums, *outcome.gradients)):
+    if all_finite((outcome.sums, *outcome.gradients)):
         return outcome
     return Outcome.nothing(network, skipped=outcome.episodes)
 

@@ -63,6 +63,7 @@ class MEND(ProposingMethod):
     """
 
     can: ClassVar[Capabilities] = Capabilities(encoder_decoder=True, adapter=True, weights=True)
+    plan_type = TransformPlan
     packaged: ClassVar[str] = "mend.ckpt"
     settles: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "modules": ("layers", "modules"),

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kedit_lightning.base_models import BaseModel
 from kedit_lightning.edits.scope_networks import ScopeNetworks
+from kedit_lightning.methods.losses import all_finite
 from kedit_lightning.methods.memory.scope_learning import Tally, loss_weights, tally
 from kedit_lightning.methods.ranks import gather_over_ranks, sum_over_ranks
 from kedit_lightning.requests import EditExample
@@ -41,7 +42,7 @@ class ScopeOutcome:
     @property
     def is_finite(self) -> bool:
         """Whether a step would leave the networks finite."""
-        return all(bool(torch.isfinite(t).all()) for t in (self.loss, *self.mean_gradients))
+        return all_finite((self.loss, *self.mean_gradients))
 
     @property
     def scalars(self) -> dict[str, Tensor]:
@@ -138,5 +139,4 @@ def _is_finite_alone(
 ) -> bool:
     found = _tally(base, networks, [example], [example.requests[0].prompt])
     shares = loss_weights(found.counts, *weights).to(found.losses)
-    found_all = (found.losses, *_gradients(networks, shares, found))
-    return all(bool(torch.isfinite(tensor).all()) for tensor in found_all)
+    return all_finite((found.losses, *_gradients(networks, shares, found)))

@@ -86,6 +86,7 @@ class SERAC(SteppedMethod[ScopeOutcome]):
     can: ClassVar[Capabilities] = Capabilities()
     learns: ClassVar[str] = "a scope classifier and a counterfactual model"
 
+    plan_type = SeracPlan
     settles: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "module": ("layer",),
         "scope_width": ("scope_width",),
@@ -155,12 +156,16 @@ class SERAC(SteppedMethod[ScopeOutcome]):
         embedding = self.base.model.get_input_embeddings().weight
         return SeracPlan(
             module=layout.block_name(layer),
-            hidden_width=layout.hidden_size,
+            **self._widths(),
             scope_width=settings["scope_width"] or _SCOPE_WIDTH,
-            token_width=embedding.shape[1],
             blocks=settings["blocks"] or _BLOCKS,
             embedding_scale=1 / float(embedding.to(compute_dtype(embedding.dtype)).std()),
         )
+
+    def _widths(self) -> dict[str, int]:
+        """What the base model fixes of a plan's shape."""
+        embedding = self.base.model.get_input_embeddings().weight
+        return {"hidden_width": self.base.layout.hidden_size, "token_width": embedding.shape[1]}
 
     def create(self, plan: SeracPlan) -> SeracNetwork:
         """Untrained networks.
@@ -168,9 +173,8 @@ class SERAC(SteppedMethod[ScopeOutcome]):
         Raises:
             BaseModelMismatchError: The plan is that of a base model of other widths.
         """
-        own = self.plan()
-        for field in ("hidden_width", "token_width"):
-            made, here = getattr(plan, field), getattr(own, field)
+        for field, here in self._widths().items():
+            made = getattr(plan, field)
             if made != here:
                 raise BaseModelMismatchError(
                     f"the checkpoint was fitted on a base model with a {field.replace('_', ' ')} "
