@@ -22,6 +22,7 @@ from kedit_lightning.command import (
     with_saved_config,
     with_saved_method,
 )
+from kedit_lightning.errors import ResumeError
 
 DATA = Path(__file__).parent / "data"
 FACTS = str(DATA / "facts.json")
@@ -172,6 +173,8 @@ def test_resume_needs_no_other_option(
     args = ["test", "--resume=run", "--verbose=false"]
     assert with_saved_config(args)[1:3] == ["--config=run/config.yaml", "--output=null"]
     assert with_saved_config([*args, "-c", "x"]) == [*args, "-c", "x"]
+    with pytest.raises(ResumeError, match="no run to resume in 'nowhere'"):
+        with_saved_config(["test", "--resume", "nowhere"])
 
 
 # ---- configs

@@ -26,7 +26,7 @@ from lightning.pytorch.cli import (
 )
 
 from kedit_lightning import __version__
-from kedit_lightning.errors import DataFileError, DataFileNotFoundError
+from kedit_lightning.errors import DataFileError, DataFileNotFoundError, ResumeError
 from kedit_lightning.methods import METHODS, EditMethod
 from kedit_lightning.trainer import EditTrainer
 from kedit_lightning.usage import (
@@ -223,10 +223,19 @@ def with_config_files(args: list[str]) -> list[str]:
 
 
 def with_saved_config(args: list[str]) -> list[str]:
-    """Arguments with the config of the run that ``--resume`` names, if no other is given."""
+    """Arguments with the config of the run that ``--resume`` names, if no other is given.
+
+    Raises:
+        ResumeError: No run has left its config there.
+    """
     saved = _config_of_run("--resume", args)
     if saved is None:
         return args
+    if not saved.is_file():
+        raise ResumeError(
+            f"there is no run to resume in '{saved.parent}', which has no config.yaml; name the "
+            "folder that --output gave to `kedit test` or `kedit edit`"
+        )
     # The saved config names the folder as it was called then.
     return [args[0], f"--config={saved}", "--output=null", *args[1:]]
 
@@ -237,21 +246,20 @@ def with_saved_method(args: list[str]) -> list[str]:
     The method brings the base model; the data and the trainer of that run are no part of it.
     """
     saved = _config_of_run("--edits", args) if args[:1] == ["predict"] else None
-    if saved is None:
+    if saved is None or not saved.is_file():
         return args
     model = (yaml.safe_load(saved.read_text(encoding="utf-8")) or {}).get("model")
     return [args[0], f"--model={json.dumps(model)}", *args[1:]] if model else args
 
 
 def _config_of_run(option: str, args: list[str]) -> Path | None:
-    """The config that a run left in the folder an option names, unless another config is given."""
+    """Where a run leaves its config in the folder an option names, unless another is given."""
     names = [arg.split("=")[0] for arg in args]
     if option not in names or {"-c", "--config", "--model"} & set(names):
         return None
     at = names.index(option)
     folder = args[at].partition("=")[2] or (args[at + 1] if at + 1 < len(args) else "")
-    saved = Path(folder) / "config.yaml"
-    return saved if saved.is_file() else None
+    return Path(folder) / "config.yaml"
 
 
 def with_named_model(args: list[str]) -> list[str]:
