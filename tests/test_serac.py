@@ -17,7 +17,7 @@ from kedit_lightning.errors import (
 )
 from kedit_lightning.methods import SERAC
 
-FAMILIES = ("gpt2", "llama")
+FAMILIES = ("gpt2", "llama", "t5")
 PROMPTS = [request.prompt for request in REQUESTS]
 FAR = ["Rome is the capital of", "She", "The company Bolt was founded in Berlin by Anna"]
 ANSWERS = ["Rome", "Berlin", "Norway", "Italy", "Paris", "Warsaw", "Weiss"]
@@ -34,14 +34,21 @@ def logits(base, prompts=(*PROMPTS, *FAR), answers=ANSWERS, side=None):
     return base.answer_logits(rows), rows
 
 
+def asked(base, prompt):
+    """Token ids of a question, as the base model reads them."""
+    behind = base.encoder.suffix if base.is_encoder_decoder else ()
+    return (*base.encode(prompt).prompt, *behind)
+
+
 def reference(base, edit, prompt, answer, number=0):
     """Logits of the counterfactual model for one question asked alone. ``[width, vocab]``"""
     row = base.encode(prompt, answer)
+    question = asked(base, prompt)
     statement = edit.entries[number].statement
-    ids = torch.tensor([[*statement, *row.prompt, *row.answer]])
+    ids = torch.tensor([[*statement, *question, *row.answer]])
     embedding = base.model.get_input_embeddings().weight
     states = edit.networks.answer_states(ids, embedding)
-    first = len(statement) + len(row.prompt) - 1
+    first = len(statement) + len(question) - 1
     return edit.networks.logits(states, embedding)[0, first : first + len(row.answer)]
 
 
@@ -126,7 +133,7 @@ def test_generation_follows_the_other_model_token_by_token(family, cache):
     edit = serac(base).edit(REQUESTS[:1])
     plain = base.generate([*PROMPTS, *FAR], max_new_tokens=6)
     embedding = base.model.get_input_embeddings().weight
-    ids = [*edit.entries[0].statement, *base.encode(PROMPTS[0]).prompt]
+    ids = [*edit.entries[0].statement, *asked(base, PROMPTS[0])]
     start = len(ids)
     for _ in range(6):
         states = edit.networks.answer_states(torch.tensor([ids]), embedding)
@@ -147,6 +154,20 @@ def test_generation_follows_the_other_model_token_by_token(family, cache):
     assert beams[0] == beams[1]
 
 
+def test_an_encoder_that_ran_before_the_edit_leaves_no_trace():
+    base = tiny_base("t5")
+    rows = base.rows(PROMPTS, ANSWERS[: len(PROMPTS)])
+    read = base.model.get_encoder()(rows.inputs["input_ids"], rows.attention_mask)
+    inputs = {k: v for k, v in rows.inputs.items() if k != "input_ids"}
+    before = base.model(encoder_outputs=read, **inputs).logits
+    with serac(base).edit(REQUESTS):
+        assert torch.equal(base.model(encoder_outputs=read, **inputs).logits, before)
+        again = base.model.get_encoder()(rows.inputs["input_ids"], rows.attention_mask)
+        found = base.model(encoder_outputs=again, **inputs).logits
+        torch.testing.assert_close(found, base.forward(rows).logits, rtol=0, atol=1e-6)
+    assert not torch.equal(found, before)
+
+
 @each_family
 def test_the_other_model_reads_what_each_beam_has_written(family):
     base = tiny_base(family)
@@ -163,8 +184,9 @@ def test_the_other_model_reads_what_each_beam_has_written(family):
     )
 
 
-def test_edits_form_one_memory_that_rolls_back_entry_by_entry():
-    base = tiny_base("llama")
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_edits_form_one_memory_that_rolls_back_entry_by_entry(family):
+    base = tiny_base(family)
     method = serac(base)
     before, _ = logits(base)
     edits = [method.edit([request]) for request in REQUESTS]
@@ -211,8 +233,9 @@ def test_memories_with_other_networks_stay_apart():
     assert torch.equal(both[1], found[new.id][1])
 
 
-def test_rows_can_carry_an_edit_each():
-    base = tiny_base("gpt2")
+@pytest.mark.parametrize("family", ["gpt2", "t5"])
+def test_rows_can_carry_an_edit_each(family):
+    base = tiny_base(family)
     method = serac(base)
     edits = [method.edit([request]) for request in REQUESTS[:2]]
     prompts, answers = [PROMPTS[0]] * 3 + [PROMPTS[1]] * 2, ["Rome"] * 3 + ["Berlin"] * 2
@@ -233,8 +256,9 @@ def test_rows_can_carry_an_edit_each():
     torch.testing.assert_close(found[3], own[1][3], rtol=0, atol=1e-6)
 
 
-def test_later_training_changes_no_edit(tmp_path):
-    base = tiny_base("llama")
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_later_training_changes_no_edit(family, tmp_path):
+    base = tiny_base(family)
     method = serac(base)
     edit = method.edit(REQUESTS[:1])
     with edit:
@@ -262,6 +286,14 @@ def test_calls_that_cannot_be_answered_are_refused():
                 base.model(inputs_embeds=embedded, **options)
         with pytest.raises(UnsupportedUseError, match="loss"):
             base.model(input_ids=ids, labels=ids)
+    base = tiny_base("t5")
+    with base.edits.restored():
+        serac(base).edit(REQUESTS[:1]).apply()
+        embedded = base.model.get_input_embeddings()(base.rows(PROMPTS[:1]).inputs["input_ids"])
+        with pytest.raises(UnsupportedUseError, match="input_ids"):
+            base.model(inputs_embeds=embedded, decoder_input_ids=torch.tensor([[0]]))
+        with pytest.raises(UnsupportedUseError, match="input_ids"):
+            base.model.generate(inputs_embeds=embedded, max_new_tokens=2)
     with pytest.raises(UnsupportedUseError, match="threshold must lie between 0 and 1, got 2"):
         serac(base, threshold=2.0).edit(REQUESTS[:1])
 

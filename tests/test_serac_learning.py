@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import subprocess
@@ -13,9 +14,10 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from support import REQUESTS, tiny_base
-from test_serac import ANSWERS, PROMPTS, each_family, logits, serac
+from test_serac import ANSWERS, PROMPTS, asked, each_family, logits, serac
+from tokenizers.processors import TemplateProcessing
 
-from kedit_lightning import EditRequest, EditTrainer, Probe
+from kedit_lightning import BaseModel, EditRequest, EditTrainer, Probe
 from kedit_lightning.data import Requests
 from kedit_lightning.errors import (
     BaseModelMismatchError,
@@ -27,6 +29,7 @@ from kedit_lightning.methods import SERAC
 from kedit_lightning.methods.memory import scope_learning
 from kedit_lightning.methods.memory.scope_learning import (
     Tally,
+    counterfactual_rows,
     inside_loss,
     loss_weights,
     outside_loss,
@@ -123,7 +126,7 @@ def test_the_loss_of_answers_is_that_of_the_rows_asked_one_by_one(family):
         for probe in (p for p in this.probes if p.kind != "locality"):
             question = base.encode(probe.prompt, probe.answers[0])
             answer = (*question.answer, base.tokenizer.eos_token_id)
-            given = (*edit.entries[number].statement, *question.prompt)
+            given = (*edit.entries[number].statement, *asked(base, probe.prompt))
             for length, wanted in enumerate(answer):
                 ids = torch.tensor([[*given, *answer[:length]]])
                 states = edit.networks.answer_states(ids, embedding)[0, -1]
@@ -132,6 +135,26 @@ def test_the_loss_of_answers_is_that_of_the_rows_asked_one_by_one(family):
     assert float(outcome(method, EXAMPLES).scalars["loss_edit"]) == pytest.approx(
         sum(losses) / len(losses), abs=1e-6
     )
+
+
+def test_answers_are_learned_behind_what_an_encoder_puts_behind_its_prompts():
+    base = tiny_base("t5")
+    tokenizer = copy.deepcopy(base.tokenizer)
+    end = tokenizer.eos_token
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"$A {end}", special_tokens=[(end, tokenizer.eos_token_id)]
+    )
+    base = BaseModel(base.model, tokenizer)
+    assert base.encoder.suffix == (tokenizer.eos_token_id,)
+    edit = serac(base).edit(REQUESTS[:1])
+    (row, *_), (count, *_) = counterfactual_rows(base, EXAMPLES[:1])
+    with edit:
+        answer = EXAMPLES[0].probes[0].answers[0]
+        found = base.answer_logits(base.rows(PROMPTS[:1], [answer]))[0]
+    embedding = base.model.get_input_embeddings().weight
+    states = edit.networks.answer_states(torch.tensor([row]), embedding)
+    wanted = edit.networks.logits(states, embedding)[0, -1 - count : -2]
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
 
 
 def test_a_statement_ends_with_the_separator():
@@ -261,8 +284,9 @@ class SaveEachStep(pl.Callback):
         trainer.save_checkpoint(self.folder / f"{trainer.global_step}.ckpt")
 
 
-def test_fit_learns_the_networks_alone_and_lowers_both_losses(tmp_path):
-    base = tiny_base("llama", torch.float32)
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_fit_learns_the_networks_alone_and_lowers_both_losses(family, tmp_path):
+    base = tiny_base(family, torch.float32)
     method = SERAC(base, **SMALL)
     trainer = fit(method, tmp_path)
     first = dict(trainer.callback_metrics)
@@ -287,9 +311,10 @@ def test_fit_learns_the_networks_alone_and_lowers_both_losses(tmp_path):
         assert torch.equal(logits(base, near, ["Paris"] * 4)[0], plain)
 
 
+@pytest.mark.parametrize("family", ["llama", "t5"])
 @pytest.mark.parametrize("how", ["load_from_checkpoint", "setting"])
-def test_a_loaded_checkpoint_gives_the_same_answers(tmp_path, how):
-    base = tiny_base("llama")
+def test_a_loaded_checkpoint_gives_the_same_answers(family, how, tmp_path):
+    base = tiny_base(family)
     method = SERAC(base, **SMALL, scope_width=8)
     fit(method, tmp_path).save_checkpoint(tmp_path / "fit.ckpt")
     if how == "setting":

@@ -2,7 +2,9 @@
 
 Memory edits decide per row, at the last prompt token, whether they act.  The decision is taken
 while the key-value cache is empty and kept for the rest of the answer: it travels with the cache,
-so that answers which are written in turns do not disturb each other.
+so that answers which are written in turns do not disturb each other.  An encoder reads its prompt
+once, in generation before the model itself is called: what was read and decided there travels with
+its output.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import copy
 import inspect
 import weakref
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from kedit_lightning.errors import UnsupportedUseError
+
+#: Start of the names under which the output of an encoder carries what was read and decided.
+_CARRIED = "edits:"
 
 
 @dataclass
@@ -32,6 +37,10 @@ class RowContext:
         token_ids: All tokens read so far, padding included; ``None`` when the model was given
             embeddings. Shape ``[batch, tokens]``.
         token_mask: Which of them are no padding. Shape ``[batch, tokens]``.
+        has_encoder: Whether an encoder reads the question.
+        question_ids: What it has read; ``None`` when it was given embeddings. Shape
+            ``[batch, question]``.
+        question_mask: Which of that is no padding. Shape ``[batch, question]``.
     """
 
     prompt_end: Tensor
@@ -40,6 +49,9 @@ class RowContext:
     parts: dict[Hashable, RowContext] = field(default_factory=dict)
     token_ids: Tensor | None = None
     token_mask: Tensor | None = None
+    has_encoder: bool = False
+    question_ids: Tensor | None = None
+    question_mask: Tensor | None = None
 
     def part(self, key: Hashable, rows: Tensor) -> RowContext:
         """The context of some rows, the same one at every step of their answers."""
@@ -49,9 +61,10 @@ class RowContext:
 
     def reorder(self, beam_index: Tensor) -> None:
         """Follow rows that beam search has moved."""
-        if self.token_ids is not None and self.token_mask is not None:
-            at = beam_index.to(self.token_ids.device)
-            self.token_ids, self.token_mask = self.token_ids[at], self.token_mask[at]
+        for name in ("token_ids", "token_mask", "question_ids", "question_mask"):
+            read: Tensor | None = getattr(self, name)
+            if read is not None:
+                setattr(self, name, read.index_select(0, beam_index.to(read.device)))
         for key, decision in self.decisions.items():
             self.decisions[key] = decision.index_select(0, beam_index.to(decision.device))
 
@@ -62,6 +75,28 @@ class RowContext:
         elif self.token_ids is not None and self.token_mask is not None:
             self.token_ids = torch.cat([self.token_ids, ids.to(self.token_ids)], dim=1)
             self.token_mask = torch.cat([self.token_mask, mask.to(self.token_mask)], dim=1)
+
+    def leave_with(self, output: Any) -> None:
+        """Give what an encoder has read, and what was decided there, to its output.
+
+        Generation repeats the rows of all tensors of that output where a row has several beams.
+        """
+        for name, tensor in (*self._of_question().items(), *self.decisions.items()):
+            output[f"{_CARRIED}{name}"] = tensor
+
+    def take_from(self, output: Any) -> None:
+        """Take what :meth:`leave_with` gave; nothing if the encoder ran before the edit applied."""
+        carried = {
+            name.removeprefix(_CARRIED): tensor
+            for name, tensor in (output.items() if isinstance(output, Mapping) else ())
+            if name.startswith(_CARRIED)
+        }
+        for name in self._of_question():
+            setattr(self, name, carried.pop(name, None))
+        self.decisions.update(carried)
+
+    def _of_question(self) -> dict[str, Tensor | None]:
+        return {"question_ids": self.question_ids, "question_mask": self.question_mask}
 
 
 def copies_of_rows(batch: int, rows: int) -> int:
@@ -132,12 +167,13 @@ class ContextTracker:
 
     def __init__(self, model: nn.Module) -> None:
         self._signature = inspect.signature(model.forward)
-        self._is_encoder_decoder = bool(
+        self.is_encoder_decoder = bool(
             getattr(getattr(model, "config", None), "is_encoder_decoder", False)
         )
         self.given: Tensor | None = None
         #: Context of the call that runs now; ``None`` between calls of the model.
         self.current: RowContext | None = None
+        self._in_encoder = False
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Open a context at prefill, and find it again in decode steps.
@@ -147,7 +183,7 @@ class ContextTracker:
         """
         call = self._signature.bind_partial(*args, **kwargs).arguments
         cache = call.get("past_key_values", call.get("cache_params"))
-        given = call.get("decoder_input_ids" if self._is_encoder_decoder else "input_ids")
+        given = call.get("decoder_input_ids" if self.is_encoder_decoder else "input_ids")
         ids = given
         if ids is None:
             ids = next(t for t in call.values() if isinstance(t, Tensor))
@@ -163,11 +199,47 @@ class ContextTracker:
             known = _context_of(cache)
             self.current = known or RowContext(torch.zeros(len(ids), dtype=torch.long))
             self.current.prefill = False
-            self._read(given, call.get("attention_mask"))
+            self._read(given, self._mask_of(call))
             return
         self.current = RowContext(self._prompt_end(ids, call.get("attention_mask")))
-        self._read(given, call.get("attention_mask"))
+        self._read(given, self._mask_of(call))
+        if self.is_encoder_decoder:
+            self._read_question(call)
         self._attach(cache)
+
+    def enter_encoder(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Open a context where generation runs an encoder before it calls the model."""
+        if self.current is not None:
+            return
+        call = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+        ids = next(t for t in call.values() if isinstance(t, Tensor))
+        self.current = RowContext(torch.zeros(len(ids), dtype=torch.long))
+        self._in_encoder = True
+        self._read_question(call)
+
+    def leave_encoder(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Close that context, and leave what it holds with the encoder's output."""
+        if self.current is not None and self._in_encoder:
+            if output is not None:
+                self.current.leave_with(output)
+            self.current, self._in_encoder = None, False
+
+    def _read_question(self, call: Mapping[str, Any]) -> None:
+        assert self.current is not None
+        self.current.has_encoder = True
+        ids: Tensor | None = call.get("input_ids")
+        mask: Any = call.get("attention_mask")
+        if call.get("encoder_outputs") is not None:
+            self.current.take_from(call["encoder_outputs"])
+        elif ids is not None:
+            self.current.question_ids = ids
+            given = isinstance(mask, Tensor) and mask.dim() == 2
+            self.current.question_mask = (mask if given else torch.ones_like(ids)).bool()
+
+    def _mask_of(self, call: Mapping[str, Any]) -> Any:
+        return call.get("decoder_attention_mask" if self.is_encoder_decoder else "attention_mask")
 
     def _read(self, ids: Tensor | None, mask: Any) -> None:
         assert self.current is not None
@@ -182,7 +254,7 @@ class ContextTracker:
         if self.given is not None:
             # Beams and several answers to one prompt stand side by side.
             return self.given.repeat_interleave(len(ids) // len(self.given))
-        if self._is_encoder_decoder:
+        if self.is_encoder_decoder:
             return torch.zeros(len(ids), dtype=torch.long, device=ids.device)
         if not isinstance(mask, Tensor) or mask.dim() != 2:
             mask = torch.ones(ids.shape[:2], device=ids.device)

@@ -149,11 +149,8 @@ class ScopeMemory:
         if not context.prefill:
             return
         hidden = first_tensor(output)
-        mask = _attended(context)
-        columns = torch.arange(mask.shape[1], device=mask.device)
-        mask = mask & (columns <= context.prompt_end.to(mask.device)[:, None])
         with torch.no_grad():
-            index = self.route(self.networks.embed(hidden, mask))
+            index = self.route(self.networks.embed(hidden, _question_mask(context)))
         context.decisions[self.family] = index
 
     def route(self, questions: Tensor) -> Tensor:
@@ -206,16 +203,14 @@ class ScopeMemory:
     def _all_places(logits: Tensor, context: RowContext) -> tuple[Tensor, Tensor]:
         """Places of logits ``[batch, kept, vocab]``: the last ``kept`` columns of each row."""
         batch, kept = logits.shape[:2]
-        width = _attended(context).shape[1]
+        width = _read_tokens(context.token_ids, context.token_mask)[0].shape[1]
         columns = torch.arange(width - kept, width)
         return torch.arange(batch).repeat_interleave(kept), columns.repeat(batch)
 
     @torch.no_grad()
     def _logits(self, context: RowContext, index: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         """Logits at places of rows in scope. Shape ``[n, vocab]``; rows and columns ``[n]``."""
-        attended = _attended(context).to(index.device)
-        assert context.token_ids is not None
-        ids = context.token_ids.to(index.device)
+        ids, attended, first_column = _text_of(context, index.device)
         hits = rows.unique()
         texts, first = [], torch.zeros(len(index), dtype=torch.long, device=index.device)
         for row in hits.tolist():
@@ -226,16 +221,44 @@ class ScopeMemory:
         # A token's place among the attended ones of its row, behind the statement.
         place = first[:, None] + attended.cumsum(1)
         number = torch.zeros_like(first).index_copy(0, hits, torch.arange(len(hits)).to(hits))
-        return self.networks.logits(states[number[rows], place[rows, columns]], self.embedding)
+        at = place[rows, columns + first_column]
+        return self.networks.logits(states[number[rows], at], self.embedding)
 
 
-def _attended(context: RowContext) -> Tensor:
-    if context.token_ids is None or context.token_mask is None:
+def _question_mask(context: RowContext) -> Tensor:
+    """Tokens of the question, ``[batch, tokens]``: in a decoder, those up to the prompt's end."""
+    if context.has_encoder:
+        return _read_tokens(context.question_ids, context.question_mask)[1]
+    mask = _read_tokens(context.token_ids, context.token_mask)[1]
+    columns = torch.arange(mask.shape[1], device=mask.device)
+    return mask & (columns <= context.prompt_end.to(mask.device)[:, None])
+
+
+def _text_of(context: RowContext, device: torch.device) -> tuple[Tensor, Tensor, int]:
+    """Question and answer as one text, without the start token of a decoder with an encoder.
+
+    Returns:
+        Token ids and where they are no padding, ``[batch, tokens]`` each, and the place of the
+        decoder's first column among them.
+    """
+    ids, mask = (t.to(device) for t in _read_tokens(context.token_ids, context.token_mask))
+    if not context.has_encoder:
+        return ids, mask, 0
+    question, asked = (
+        t.to(device) for t in _read_tokens(context.question_ids, context.question_mask)
+    )
+    columns = torch.arange(mask.shape[1], device=device)
+    mask = mask & (columns > context.prompt_end.to(device)[:, None])
+    return torch.cat([question, ids], 1), torch.cat([asked, mask], 1), question.shape[1]
+
+
+def _read_tokens(ids: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    if ids is None or mask is None:
         raise UnsupportedUseError(
             "the model was called with embeddings in place of token ids while an edit answers by "
             "the tokens of a question; call it with input_ids, or roll the edit back"
         )
-    return context.token_mask
+    return ids, mask
 
 
 def scope_memories(

@@ -225,6 +225,8 @@ class EditStack:
         self._handles = [self._register(name, hook) for name, hook in hooks.items()]
         for memory in memories:
             self._handles += self._register_memory(memory)
+        if memories and self._tracker.is_encoder_decoder:
+            self._handles += self._follow_encoder()
         if needs_rows:
             enter, leave = self._tracker.enter, self._tracker.leave
             self._handles += [
@@ -238,6 +240,14 @@ class EditStack:
             return hook(args, output, self._tracker.current) if self._active else None
 
         return self._model.get_submodule(name).register_forward_hook(call)
+
+    def _follow_encoder(self) -> list[RemovableHandle]:
+        encoder: nn.Module = self._model.get_encoder()  # type: ignore[operator]
+        enter, leave = self._tracker.enter_encoder, self._tracker.leave_encoder
+        return [
+            encoder.register_forward_pre_hook(enter, with_kwargs=True),
+            encoder.register_forward_hook(leave, always_call=True),
+        ]
 
     def _register_memory(self, memory: ScopeMemory) -> list[RemovableHandle]:
         # Before the tracker's own hooks, so that the context is still open at the model's end.

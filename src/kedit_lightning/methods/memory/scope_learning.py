@@ -177,11 +177,12 @@ def counterfactual_rows(
         Token ids of each row, and the number of tokens that are its answer, with its end.
     """
     rows, answers, end = [], [], ending(base)
+    behind = base.encoder.suffix if base.is_encoder_decoder else ()
     for example in examples:
         statement = statement_ids(base, example.requests[0])
         for probe in (*probes_of([example], "rewrite"), *probes_of([example], "rephrase")):
             question = base.encode(probe.prompt, probe.answers[0])
-            rows.append((*statement, *question.prompt, *question.answer, *end))
+            rows.append((*statement, *question.prompt, *behind, *question.answer, *end))
             answers.append(len(question.answer) + len(end))
     return rows, answers
 

@@ -62,8 +62,8 @@ class SERAC(SteppedMethod[ScopeOutcome]):
 
     Args:
         base_model: The model to edit.
-        layer: Block whose output the classifier reads. The checkpoint's, or else the one at a third
-            of the depth.
+        layer: Block whose output the classifier reads, of the encoder where there is one. The
+            checkpoint's, or else the one at a third of the depth.
         scope_width: Width of the space in which questions and edits are compared. The checkpoint's,
             or else 64.
         blocks: Blocks of the counterfactual model. The checkpoint's, or else 2.
@@ -83,7 +83,7 @@ class SERAC(SteppedMethod[ScopeOutcome]):
     """
 
     needs_to_fit: ClassVar[frozenset[Need]] = frozenset({"rephrases"})
-    can: ClassVar[Capabilities] = Capabilities()
+    can: ClassVar[Capabilities] = Capabilities(encoder_decoder=True)
     learns: ClassVar[str] = "a scope classifier and a counterfactual model"
 
     plan_type = SeracPlan
@@ -151,9 +151,10 @@ class SERAC(SteppedMethod[ScopeOutcome]):
 
     def plan(self) -> SeracPlan:
         """The networks that the settings ask for."""
-        settings, layout = self.hparams, self.base.layout
+        settings, base = self.hparams, self.base
+        layout = base.layout.encoder if base.is_encoder_decoder else base.layout
         layer = len(layout) // 3 if settings["layer"] is None else settings["layer"]
-        embedding = self.base.model.get_input_embeddings().weight
+        embedding = base.model.get_input_embeddings().weight
         return SeracPlan(
             module=layout.block_name(layer),
             **self._widths(),
