@@ -147,7 +147,7 @@ def test_answers_are_learned_behind_what_an_encoder_puts_behind_its_prompts():
     base = BaseModel(base.model, tokenizer)
     assert base.encoder.suffix == (tokenizer.eos_token_id,)
     edit = serac(base).edit(REQUESTS[:1])
-    (row, *_), (count, *_) = counterfactual_rows(base, EXAMPLES[:1])
+    (row, *_), (count, *_) = counterfactual_rows(base, edit.networks, EXAMPLES[:1])
     with edit:
         answer = EXAMPLES[0].probes[0].answers[0]
         found = base.answer_logits(base.rows(PROMPTS[:1], [answer]))[0]
@@ -159,7 +159,7 @@ def test_answers_are_learned_behind_what_an_encoder_puts_behind_its_prompts():
 
 def test_a_statement_ends_with_the_separator():
     base = tiny_base("llama")
-    ids = statement_ids(base, REQUESTS[1])
+    ids = statement_ids(base.encoder.of(base.tokenizer), REQUESTS[1])
     assert ids[0] == base.tokenizer.bos_token_id
     assert ids[-1] == base.tokenizer.eos_token_id
     assert base.tokenizer.decode(ids[1:-1]) == "Marie Curie was born in Berlin"

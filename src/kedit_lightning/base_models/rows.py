@@ -116,6 +116,10 @@ class RowEncoder:
                 self.suffix = tuple(special[start + len(plain) :])
                 break
 
+    def of(self, tokenizer: Any) -> RowEncoder:
+        """One that reads with another tokenizer, outside of any chat."""
+        return RowEncoder(tokenizer)
+
     def _ids(self, text: str) -> list[int]:
         # Whoever asks compares the length with the model's own; transformers need not remark on it.
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])

@@ -46,6 +46,14 @@ class EditableModel(Protocol):
     def edits(self) -> EditStack:
         """The edits now applied to it."""
 
+    @property
+    def tokenizer(self) -> Any:
+        """Its tokenizer."""
+
+    @property
+    def encoder(self) -> Any:
+        """What turns texts into its tokens."""
+
 
 @dataclass(frozen=True)
 class EditOrigin:

@@ -18,12 +18,15 @@ from torch.nn.utils.rnn import pad_sequence
 
 from kedit_lightning.edits.base import Edit, EditableModel, EditOrigin, check_finite
 from kedit_lightning.edits.context import RowContext, copies_of_rows
+from kedit_lightning.edits.language_model import LanguageModel
 from kedit_lightning.edits.memory import MemoryEdit
 from kedit_lightning.edits.modules import first_tensor
 from kedit_lightning.edits.scope_networks import ScopeNetworks, ScopePlan
 from kedit_lightning.errors import EditFileError, UnsupportedUseError
 
 _NETWORK = "network."
+#: Logit of tokens that are out of the question; sums of many stay finite.
+_NEVER = -1e4
 
 
 @dataclass(frozen=True)
@@ -131,7 +134,7 @@ class ScopeMemory:
         self.module, self.family = first.networks.plan.module, first.family
         self.embedding: Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
         device = self.embedding.device
-        self.networks = first.networks.to(device)
+        self.networks, self.base = first.networks.to(device), first.base
         entries = [(entry, at) for edit, at in edits for entry in edit.entries]
         self.keys = torch.stack([entry.key.to(device) for entry, _ in entries])
         self.thresholds = self.keys.new_tensor([entry.threshold for entry, _ in entries])
@@ -194,8 +197,13 @@ class ScopeMemory:
         if not bool(wanted.any()):
             return output
         new = logits.reshape(-1, logits.shape[-1]).clone()
-        own = self._logits(context, index, rows[wanted], columns[wanted])
-        new[wanted.to(new.device)] = own.to(new)
+        logits_of = self._named if self.networks.plan.own_tokens else self._logits
+        own = logits_of(context, index, rows[wanted], columns[wanted])
+        # A vocabulary may be padded; what the other model has no token for is out of the question.
+        kept = min(own.shape[-1], new.shape[-1])
+        at = wanted.to(new.device)
+        new[at] = _NEVER
+        new[at, :kept] = own[:, :kept].to(new)
         output["logits"] = new.reshape(logits.shape)
         return output
 
@@ -217,12 +225,65 @@ class ScopeMemory:
             statement = self.statements[int(index[row])]
             texts.append(torch.cat([statement, ids[row][attended[row]]]))
             first[row] = len(statement) - 1
-        states = self.networks.answer_states(pad_sequence(texts, batch_first=True), self.embedding)
         # A token's place among the attended ones of its row, behind the statement.
         place = first[:, None] + attended.cumsum(1)
         number = torch.zeros_like(first).index_copy(0, hits, torch.arange(len(hits)).to(hits))
-        at = place[rows, columns + first_column]
-        return self.networks.logits(states[number[rows], at], self.embedding)
+        at = number[rows], place[rows, columns + first_column]
+        return self.networks.answer_logits(
+            pad_sequence(texts, batch_first=True), at, self.embedding
+        )
+
+    @torch.no_grad()
+    def _named(self, context: RowContext, index: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        """Logits that name the tokens of answers which the other model gave as text.
+
+        They are those of a choice, not of a distribution. Named is the token that the answer has
+        at a place, whatever was written before it, and behind the answer its end.
+
+        Returns:
+            Shape ``[n, vocab]``.
+        """
+        answers = context.decisions.get(f"{self.family}/answer")
+        if answers is None:
+            answers = self._answers(context, index)
+            context.decisions[f"{self.family}/answer"] = answers
+        step = columns - context.prompt_end.to(columns.device)[rows]
+        ids = answers[rows, step.clamp(max=answers.shape[1] - 1)]
+        named = torch.full((len(ids), len(self.embedding)), _NEVER, device=ids.device)
+        return named.scatter(1, ids[:, None], 0.0)
+
+    def _answers(self, context: RowContext, index: Tensor) -> Tensor:
+        """Answers to the questions of rows in scope, in tokens of the base model.
+
+        Shape ``[batch, longest]``, filled up with the end-of-sequence token.
+        """
+        model, base = self.networks.decoder, self.base
+        assert isinstance(model, LanguageModel)
+        ids = context.question_ids if context.has_encoder else context.token_ids
+        mask = _question_mask(context)
+        assert ids is not None
+        hits = (index >= 0).nonzero()[:, 0].tolist()
+        asked = [
+            base.tokenizer.decode(ids[row][mask[row].to(ids.device)], skip_special_tokens=True)
+            for row in hits
+        ]
+        reader = base.encoder.of(model.tokenizer)
+        found = model.answers(
+            [
+                [*self.statements[int(index[row])].tolist(), *reader.encode(question).prompt]
+                for row, question in zip(hits, asked, strict=True)
+            ]
+        )
+        end = base.tokenizer.eos_token_id
+        told = [
+            [*base.encoder.encode(question, answer).answer] if answer else []
+            for question, answer in zip(asked, found, strict=True)
+        ]
+        fill = 0 if end is None else int(end)
+        answers = index.new_full((len(index), max(map(len, told)) + 1), fill)
+        for row, tokens in zip(hits, told, strict=True):
+            answers[row, : len(tokens)] = index.new_tensor(tokens)
+        return answers
 
 
 def _question_mask(context: RowContext) -> Tensor:

@@ -1,7 +1,8 @@
 """The two networks of SERAC: one tells which edit a question is about, one answers it.
 
 Both read the base model: the scope classifier its hidden states, the counterfactual model its token
-embeddings.  Neither is held twice, so what was learned can be saved by itself.
+embeddings.  Neither is held twice, so what was learned can be saved by itself.  A counterfactual
+model may also be a language model of its own.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from kedit_lightning.edits.language_model import LanguageModel
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,9 @@ class ScopePlan:
         token_width: Width of the base model's token embeddings, and of the counterfactual model.
         blocks: Blocks of the counterfactual model.
         embedding_scale: Factor that gives the base model's token embeddings unit variance.
+        counterfactual: Name of the language model that answers instead; empty for none.
+        made_of: What :func:`~kedit_lightning.edits.language_model.describe` gave of that model.
+        own_tokens: Whether its tokenizer is another than the base model's.
     """
 
     module: str
@@ -34,6 +40,9 @@ class ScopePlan:
     token_width: int
     blocks: int
     embedding_scale: float
+    counterfactual: str = ""
+    made_of: dict[str, Any] | None = None
+    own_tokens: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for files."""
@@ -50,6 +59,25 @@ def heads_of(width: int) -> int:
     return next(fits, 1)
 
 
+def _small_decoder(plan: ScopePlan, dtype: torch.dtype) -> nn.Module:
+    """A decoder without token embeddings, as it reads the base model's."""
+    from transformers import AutoModel, LlamaConfig
+
+    config = LlamaConfig(
+        vocab_size=1,
+        hidden_size=plan.token_width,
+        intermediate_size=2 * plan.token_width,
+        num_hidden_layers=plan.blocks,
+        num_attention_heads=heads_of(plan.token_width),
+        bos_token_id=None,
+        eos_token_id=None,
+        use_cache=False,
+    )
+    decoder: nn.Module = AutoModel.from_config(config, dtype=dtype)
+    decoder.set_input_embeddings(nn.Identity())  # type: ignore[operator]
+    return decoder
+
+
 class ScopeNetworks(nn.Module):
     """Scope classifier and counterfactual model of Mitchell et al. 2022, section 3.
 
@@ -61,26 +89,17 @@ class ScopeNetworks(nn.Module):
 
     def __init__(self, plan: ScopePlan, seed: int = 0, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        from transformers import AutoModel, LlamaConfig
-
         self.plan = plan
-        config = LlamaConfig(
-            vocab_size=1,  # it reads the base model's embeddings, and keeps none of its own
-            hidden_size=plan.token_width,
-            intermediate_size=2 * plan.token_width,
-            num_hidden_layers=plan.blocks,
-            num_attention_heads=heads_of(plan.token_width),
-            bos_token_id=None,
-            eos_token_id=None,
-            use_cache=False,
-        )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             # With the type named, as precision plugins change the usual one.
             self.norm = nn.LayerNorm(plan.hidden_width, dtype=dtype)
             self.projection = nn.Linear(plan.hidden_width, plan.scope_width, dtype=dtype)
-            self.decoder = AutoModel.from_config(config, dtype=dtype)
-        self.decoder.set_input_embeddings(nn.Identity())
+            self.decoder = (
+                _small_decoder(plan, dtype)
+                if plan.made_of is None
+                else LanguageModel(plan.made_of, dtype)
+            )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -128,6 +147,22 @@ class ScopeNetworks(nn.Module):
         scale = self.plan.embedding_scale / self.plan.token_width**0.5
         found: Tensor = (states * scale) @ embedding.to(states.dtype).T
         return found
+
+    def answer_logits(self, ids: Tensor, places: tuple[Tensor, ...], embedding: Tensor) -> Tensor:
+        """Logits at some places of texts, over the vocabulary of the model that answers.
+
+        Args:
+            ids: As of :meth:`answer_states`.
+            places: Rows and columns, or a mask ``[batch, tokens]`` alone.
+            embedding: Token embeddings of the base model. Shape ``[vocab, token_width]``.
+
+        Returns:
+            Shape ``[n, vocab]``.
+        """
+        if isinstance(self.decoder, LanguageModel):
+            found: Tensor = self.decoder(ids)[places]
+            return found
+        return self.logits(self.answer_states(ids, embedding)[places], embedding)
 
     def digest(self) -> str:
         """Short hash of shape and weights, by which edits know that they share a memory."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch.nn.functional import cross_entropy
 from kedit_lightning.base_models import BaseModel
 from kedit_lightning.base_models.rows import RowEncoder, join_text
 from kedit_lightning.base_models.taps import capture, stop_after
+from kedit_lightning.edits.language_model import LanguageModel
 from kedit_lightning.edits.scope_networks import ScopeNetworks
 from kedit_lightning.methods.episodes import probes_of
 from kedit_lightning.requests import EditExample, EditRequest, Probe
@@ -23,19 +25,26 @@ _EDGE = 0.6931471805599453
 _NO_LABEL = -100
 
 
-def ending(base: BaseModel) -> tuple[int, ...]:
+def reader_of(base: BaseModel, networks: ScopeNetworks) -> RowEncoder:
+    """What turns texts into tokens of the counterfactual model, outside of any chat."""
+    model = networks.decoder
+    own = networks.plan.own_tokens and isinstance(model, LanguageModel)
+    return base.encoder.of(model.tokenizer if own else base.tokenizer)
+
+
+def ending(tokenizer: Any) -> tuple[int, ...]:
     """The id that separates a statement from its question, and that ends an answer, if any."""
-    end = base.tokenizer.eos_token_id
+    end = tokenizer.eos_token_id
     return () if end is None else (int(end),)
 
 
-def statement_ids(base: BaseModel, request: EditRequest) -> tuple[int, ...]:
+def statement_ids(reader: RowEncoder, request: EditRequest) -> tuple[int, ...]:
     """Token ids of an edit's statement, with the separator behind: ``prompt answer <eos>``.
 
     The statement is no turn of a chat, so it stays outside the chat template.
     """
     stated = join_text(request.prompt, request.target_new)
-    return (*RowEncoder(base.tokenizer).encode(stated).prompt, *ending(base))
+    return (*reader.encode(stated).prompt, *ending(reader.tokenizer))
 
 
 @torch.no_grad()
@@ -169,19 +178,22 @@ def _distances(
 
 
 def counterfactual_rows(
-    base: BaseModel, examples: Sequence[EditExample]
+    base: BaseModel, networks: ScopeNetworks, examples: Sequence[EditExample]
 ) -> tuple[list[tuple[int, ...]], list[int]]:
     """``statement <eos> question answer <eos>`` for each question that must follow its edit.
 
     Returns:
         Token ids of each row, and the number of tokens that are its answer, with its end.
     """
-    rows, answers, end = [], [], ending(base)
-    behind = base.encoder.suffix if base.is_encoder_decoder else ()
+    rows, answers, reader = [], [], reader_of(base, networks)
+    end, own_tokens = ending(reader.tokenizer), networks.plan.own_tokens
+    # Where tokens are the base model's, the question is passed on as the base model reads it.
+    encode = reader.encode if own_tokens else base.encode
+    behind = base.encoder.suffix if base.is_encoder_decoder and not own_tokens else ()
     for example in examples:
-        statement = statement_ids(base, example.requests[0])
+        statement = statement_ids(reader, example.requests[0])
         for probe in (*probes_of([example], "rewrite"), *probes_of([example], "rephrase")):
-            question = base.encode(probe.prompt, probe.answers[0])
+            question = encode(probe.prompt, probe.answers[0])
             rows.append((*statement, *question.prompt, *behind, *question.answer, *end))
             answers.append(len(question.answer) + len(end))
     return rows, answers
@@ -191,7 +203,7 @@ def _answer_losses(
     base: BaseModel, networks: ScopeNetworks, examples: Sequence[EditExample]
 ) -> tuple[Tensor, Tensor]:
     """Loss of each token of the new answers, and whether it is arg-max. ``[n]`` each."""
-    rows, answers = counterfactual_rows(base, examples)
+    rows, answers = counterfactual_rows(base, networks, examples)
     ids = torch.zeros(len(rows), max(len(row) for row in rows), dtype=torch.long)
     labels = torch.full_like(ids, _NO_LABEL)
     for number, (row, count) in enumerate(zip(rows, answers, strict=True)):
@@ -200,6 +212,6 @@ def _answer_losses(
     embedding = base.model.get_input_embeddings().weight
     ids, labels = ids.to(embedding.device), labels.to(embedding.device)
     wanted = labels != _NO_LABEL
-    logits = networks.logits(networks.answer_states(ids, embedding)[wanted], embedding)
+    logits = networks.answer_logits(ids, (wanted,), embedding)
     losses = cross_entropy(logits, labels[wanted], reduction="none").to(networks.dtype)
     return losses, (logits.argmax(-1) == labels[wanted]).to(losses)

@@ -5,19 +5,20 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from kedit_lightning.base_models import BaseModel, BaseModelSpec
 from kedit_lightning.edits import ScopeEdit, ScopeEntry
+from kedit_lightning.edits.language_model import LanguageModel, describe
 from kedit_lightning.edits.modules import compute_dtype
 from kedit_lightning.edits.scope_networks import ScopeNetworks, ScopePlan
 from kedit_lightning.errors import BaseModelMismatchError, UnsupportedUseError
 from kedit_lightning.methods.base import Capabilities, Need
 from kedit_lightning.methods.learned import LearnedNetwork, Plan
-from kedit_lightning.methods.memory.scope_learning import read_prompts, statement_ids
+from kedit_lightning.methods.memory.scope_learning import read_prompts, reader_of, statement_ids
 from kedit_lightning.methods.memory.scope_step import ScopeOutcome, learn
 from kedit_lightning.methods.stepping import SteppedMethod
 from kedit_lightning.requests import EditBatch, EditExample, EditRequest
@@ -55,7 +56,10 @@ class SERAC(SteppedMethod[ScopeOutcome]):
 
     Here the classifier reads the mean of the base model's own hidden states over the tokens of the
     prompt, through a learned projection, where the paper has a DistilBERT; and the counterfactual
-    model is a small decoder over the base model's token embeddings, so both share its tokenizer.
+    model is a small decoder over the base model's token embeddings, so both share its tokenizer,
+    unless ``counterfactual`` names another. A model with a tokenizer of its own answers greedily,
+    as text, which is then told in the base model's tokens: scores of answers hold, and
+    likelihoods are those of a choice. All its weights are learned, and stand in each edit's file.
     An answer is learned with the end-of-sequence token behind it, where the tokenizer has one.
     The two losses do not touch each other, as in the paper's supervised form. The switch between
     the models is hard; the paper's soft mixture is not needed where scope is labelled.
@@ -64,6 +68,8 @@ class SERAC(SteppedMethod[ScopeOutcome]):
         base_model: The model to edit.
         layer: Block whose output the classifier reads, of the encoder where there is one. The
             checkpoint's, or else the one at a third of the depth.
+        counterfactual: Language model that answers in scope, by its name on the hub or its folder;
+            a decoder, fine-tuned by ``fit``. The checkpoint's, or else a small one made here.
         scope_width: Width of the space in which questions and edits are compared. The checkpoint's,
             or else 64.
         blocks: Blocks of the counterfactual model. The checkpoint's, or else 2.
@@ -91,6 +97,9 @@ class SERAC(SteppedMethod[ScopeOutcome]):
         "module": ("layer",),
         "scope_width": ("scope_width",),
         "blocks": ("blocks",),
+        "counterfactual": ("counterfactual",),
+        "made_of": (),
+        "own_tokens": (),
         # The base model fixes these: `create` compares the widths.
         "hidden_width": (),
         "token_width": (),
@@ -103,6 +112,7 @@ class SERAC(SteppedMethod[ScopeOutcome]):
         self,
         base_model: BaseModel | BaseModelSpec | str = "nano",
         layer: int | None = None,
+        counterfactual: str | None = None,
         scope_width: int | None = None,
         blocks: int | None = None,
         threshold: float = 0.5,
@@ -119,6 +129,7 @@ class SERAC(SteppedMethod[ScopeOutcome]):
         super().__init__(base_model, seed)
         self.fit_batch_size = batch_size
         self._kept: tuple[str, ScopeNetworks] | None = None
+        self._other: BaseModel | None = None
 
     # ---- building
 
@@ -127,7 +138,8 @@ class SERAC(SteppedMethod[ScopeOutcome]):
 
         Raises:
             UnsupportedUseError: A setting is out of range or differs from the named checkpoint's,
-                or the base model's token embeddings and its output differ in vocabulary.
+                the base model's token embeddings and its output differ in vocabulary, or the
+                counterfactual model cannot serve.
             CheckpointError: The named checkpoint is absent, or another method's.
             BaseModelMismatchError: It was fitted on a base model of other widths.
         """
@@ -135,8 +147,10 @@ class SERAC(SteppedMethod[ScopeOutcome]):
             raise UnsupportedUseError(
                 f"SERAC: threshold must lie between 0 and 1, got {self.hparams['threshold']}"
             )
-        self._check_vocabulary()
         super().build()
+        self._other = None  # the networks hold its weights by now
+        if self.network.scope.plan.made_of is None:
+            self._check_vocabulary()
 
     def _check_vocabulary(self) -> None:
         head = self.base.model.get_output_embeddings()
@@ -161,9 +175,29 @@ class SERAC(SteppedMethod[ScopeOutcome]):
             scope_width=settings["scope_width"] or _SCOPE_WIDTH,
             blocks=settings["blocks"] or _BLOCKS,
             embedding_scale=1 / float(embedding.to(compute_dtype(embedding.dtype)).std()),
+            **self._answering(),
         )
 
-    def _widths(self) -> dict[str, int]:
+    def _answering(self) -> dict[str, Any]:
+        """What the plan says of another counterfactual model, where one is named."""
+        name = self.hparams["counterfactual"]
+        if name is None:
+            return {}
+        if self._other is None:
+            self._other = BaseModel.load(name)
+        other = self._other
+        if other.is_encoder_decoder or not getattr(other.tokenizer, "is_fast", False):
+            raise UnsupportedUseError(
+                f"SERAC: '{name}' cannot be the counterfactual model, which must be a decoder with "
+                "a fast tokenizer; name another, or leave `counterfactual` out"
+            )
+        return {
+            "counterfactual": name,
+            "made_of": describe(other.model, other.tokenizer),
+            "own_tokens": other.tokenizer_fingerprint != self.base.tokenizer_fingerprint,
+        }
+
+    def _widths(self) -> dict[str, Any]:
         """What the base model fixes of a plan's shape."""
         embedding = self.base.model.get_input_embeddings().weight
         return {"hidden_width": self.base.layout.hidden_size, "token_width": embedding.shape[1]}
@@ -181,7 +215,10 @@ class SERAC(SteppedMethod[ScopeOutcome]):
                     f"the checkpoint was fitted on a base model with a {field.replace('_', ' ')} "
                     f"of {made}, and '{self.base.name}' has {here}; fit again"
                 )
-        return SeracNetwork(plan, self.hparams["seed"], compute_dtype(self.base.dtype))
+        network = SeracNetwork(plan, self.hparams["seed"], compute_dtype(self.base.dtype))
+        if isinstance(network.scope.decoder, LanguageModel) and self._other is not None:
+            network.scope.decoder.model.load_state_dict(self._other.model.state_dict())
+        return network
 
     # ---- editing
 
@@ -189,10 +226,11 @@ class SERAC(SteppedMethod[ScopeOutcome]):
         """Write facts into the memory that the edits on the stack make up. Nothing is trained."""
         self.warn_if_untrained()
         networks = self._unchanging()
+        reader = reader_of(self.base, networks)
         entries = [
             ScopeEntry(
                 self._key(networks, request),
-                statement_ids(self.base, request),
+                statement_ids(reader, request),
                 self.hparams["threshold"],
             )
             for request in requests

@@ -1,0 +1,76 @@
+"""A whole language model inside an edit, which answers in tokens of its own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+#: Longest answer, in the model's own tokens.
+_LONGEST = 64
+_SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
+
+
+def describe(model: Any, tokenizer: Any) -> dict[str, Any]:
+    """What :class:`LanguageModel` is built from, as plain values; weights are not among them."""
+    named = {name: getattr(tokenizer, name, None) for name in _SPECIAL}
+    return {
+        "config": json.loads(model.config.to_json_string(use_diff=False)),
+        "tokenizer": tokenizer.backend_tokenizer.to_str(),
+        "special": {name: str(token) for name, token in named.items() if token is not None},
+    }
+
+
+class LanguageModel(nn.Module):
+    """A decoder of ``transformers`` with its tokenizer.
+
+    Args:
+        made_of: What :func:`describe` gave.
+        dtype: Number type of the weights.
+    """
+
+    def __init__(self, made_of: Mapping[str, Any], dtype: torch.dtype) -> None:
+        super().__init__()
+        from tokenizers import Tokenizer
+        from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+        config = AutoConfig.for_model(**made_of["config"])
+        self.model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        self.tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=Tokenizer.from_str(made_of["tokenizer"]), **made_of["special"]
+        )
+        self.eval()
+
+    def train(self, mode: bool = True) -> Self:
+        """Stay in evaluation mode: dropout would let chance into steps that resume must repeat."""
+        return super().train(False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Logits ``[batch, tokens, vocab]`` of rows that are padded on the right."""
+        logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
+        return logits
+
+    @torch.no_grad()
+    def answers(self, prompts: Sequence[Sequence[int]]) -> list[str]:
+        """Continue prompts greedily up to the end-of-sequence token.
+
+        Args:
+            prompts: Token ids of each.
+        """
+        from transformers import GenerationConfig
+
+        end = self.tokenizer.eos_token_id
+        width, device = max(map(len, prompts)), self.model.device
+        ids = torch.tensor([[end or 0] * (width - len(p)) + list(p) for p in prompts])
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+        plain = GenerationConfig(
+            max_new_tokens=_LONGEST, do_sample=False, eos_token_id=end, pad_token_id=end or 0
+        )
+        found = self.model.generate(
+            ids.to(device), attention_mask=mask.to(device), generation_config=plain
+        )
+        texts = self.tokenizer.batch_decode(found[:, width:], skip_special_tokens=True)
+        return [text.strip() for text in texts]
