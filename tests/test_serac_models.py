@@ -9,6 +9,7 @@ from test_serac import ANSWERS, FAR, PROMPTS, logits, serac
 from test_serac_learning import EXAMPLES, SMALL, fit
 
 from kedit_lightning import BaseModel, Edit
+from kedit_lightning.edits.language_model import LanguageModel, describe
 from kedit_lightning.errors import UnsupportedUseError
 from kedit_lightning.methods import SERAC
 
@@ -78,6 +79,16 @@ def test_a_model_with_other_tokens_answers_as_text(family):
     assert torch.equal(told.argmax(-1)[rows.answer_mask], rows.answer_ids[rows.answer_mask])
 
 
+def test_answers_depend_on_no_other_row_and_on_no_chance():
+    other = tiny_base("gpt2")
+    model = LanguageModel(describe(other.model, other.tokenizer), torch.float64)
+    model.model.load_state_dict(other.model.state_dict())
+    asked = ["The capital of France is", "She", "The official language of the country of Peru is"]
+    ids = [other.encode(prompt).prompt for prompt in asked]
+    assert model.train().answers(ids) == [model.answers([each])[0] for each in ids]
+    assert not any(module.training for module in model.modules())
+
+
 def test_an_edit_holds_the_model_and_rolls_back(tmp_path):
     base = tiny_base("gpt2")
     before = base.generate(PROMPTS, max_new_tokens=8)
@@ -98,7 +109,9 @@ def test_fit_learns_the_model_and_a_checkpoint_holds_it(tokens, folder, tmp_path
     method = SERAC(base, **settings)
     first = dict(fit(method, tmp_path).callback_metrics)
     trainer = fit(method, tmp_path, max_epochs=30)
-    assert float(trainer.callback_metrics["train/loss_edit"]) < 0.3 * float(first["train/loss_edit"])
+    assert float(trainer.callback_metrics["train/loss_edit"]) < 0.3 * float(
+        first["train/loss_edit"]
+    )
     trainer.save_checkpoint(tmp_path / "fit.ckpt")
     again = SERAC(base, checkpoint=str(tmp_path / "fit.ckpt"))
     asked = [e.probes[1].prompt for e in EXAMPLES]
@@ -109,9 +122,10 @@ def test_fit_learns_the_model_and_a_checkpoint_holds_it(tokens, folder, tmp_path
     (one, rows), (other, _) = found
     assert torch.equal(one, other)
     assert torch.equal(one.argmax(-1)[rows.answer_mask], rows.answer_ids[rows.answer_mask])
+    wrong = "nano" if tokens == "same" else folder
+    method = SERAC(base, checkpoint=str(tmp_path / "fit.ckpt"), counterfactual=wrong)
     with pytest.raises(UnsupportedUseError, match="counterfactual"):
-        wrong = "nano" if tokens == "same" else folder
-        SERAC(base, checkpoint=str(tmp_path / "fit.ckpt"), counterfactual=wrong).edit(REQUESTS)
+        method.edit(REQUESTS)
 
 
 def test_a_model_with_an_encoder_cannot_answer(tmp_path):
