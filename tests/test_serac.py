@@ -168,6 +168,21 @@ def test_an_encoder_that_ran_before_the_edit_leaves_no_trace():
     assert not torch.equal(found, before)
 
 
+def test_what_was_decided_for_one_edit_means_nothing_to_another():
+    base = tiny_base("t5")
+    rows = base.rows([PROMPTS[0]] * 2, ANSWERS[:2])
+    inputs = {k: v for k, v in rows.inputs.items() if k != "input_ids"}
+    method = serac(base)
+    first, second = (method.edit([request]) for request in REQUESTS[:2])
+    with first:
+        read = base.model.get_encoder()(rows.inputs["input_ids"], rows.attention_mask)
+        edited = base.model(encoder_outputs=read, **inputs).logits
+    plain = base.forward(rows).logits
+    with second:
+        assert torch.equal(base.model(encoder_outputs=read, **inputs).logits, plain)
+    assert not torch.equal(edited, plain)
+
+
 @each_family
 def test_the_other_model_reads_what_each_beam_has_written(family):
     base = tiny_base(family)

@@ -128,6 +128,18 @@ def test_fit_learns_the_model_and_a_checkpoint_holds_it(tokens, folder, tmp_path
         method.edit(REQUESTS)
 
 
+def test_what_the_model_cannot_read_is_refused_with_its_length(tmp_path):
+    other = tiny_base("gpt2", n_positions=12)
+    other.model.save_pretrained(tmp_path)
+    other.tokenizer.save_pretrained(tmp_path)
+    for base in (tiny_base("gpt2"), tiny_base("llama")):  # the same tokens, and others
+        with (
+            serac(base, counterfactual=str(tmp_path)).edit(REQUESTS),
+            pytest.raises(UnsupportedUseError, match="takes at most 12"),
+        ):
+            base.answer_logits(base.rows(PROMPTS, ANSWERS[: len(PROMPTS)]))
+
+
 def test_a_model_with_an_encoder_cannot_answer(tmp_path):
     other = tiny_base("t5")
     other.model.save_pretrained(tmp_path)

@@ -9,6 +9,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from kedit_lightning.errors import UnsupportedUseError
+
 #: Longest answer, in the model's own tokens.
 _LONGEST = 64
 _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
@@ -49,9 +51,27 @@ class LanguageModel(nn.Module):
         return super().train(False)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Logits ``[batch, tokens, vocab]`` of rows that are padded on the right."""
-        logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
+        """Logits ``[batch, tokens, vocab]`` of rows that are padded on the right.
+
+        Raises:
+            UnsupportedUseError: A row is longer than the model takes.
+        """
+        self._check_length(ids.shape[1])
+        # No token sees those behind it, so padding needs no mask.
+        given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        logits: Tensor = self.model(**given, use_cache=False).logits
         return logits
+
+    def _check_length(self, width: int) -> int:
+        """How many tokens fit behind so many."""
+        most = getattr(self.model.config, "max_position_embeddings", None)
+        room = _LONGEST if most is None else most - width
+        if room < 0:
+            raise UnsupportedUseError(
+                f"a fact and a question take {width} tokens together, and the counterfactual model "
+                f"takes at most {most}; shorten them, or name another model in `counterfactual`"
+            )
+        return room
 
     @torch.no_grad()
     def answers(self, prompts: Sequence[Sequence[int]]) -> list[str]:
@@ -59,15 +79,22 @@ class LanguageModel(nn.Module):
 
         Args:
             prompts: Token ids of each.
+
+        Raises:
+            UnsupportedUseError: A prompt is longer than the model takes.
         """
         from transformers import GenerationConfig
 
         end = self.tokenizer.eos_token_id
         width, device = max(map(len, prompts)), self.model.device
+        room = self._check_length(width + 1) + 1
         ids = torch.tensor([[end or 0] * (width - len(p)) + list(p) for p in prompts])
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
         plain = GenerationConfig(
-            max_new_tokens=_LONGEST, do_sample=False, eos_token_id=end, pad_token_id=end or 0
+            max_new_tokens=min(_LONGEST, room),
+            do_sample=False,
+            eos_token_id=end,
+            pad_token_id=end or 0,
         )
         found = self.model.generate(
             ids.to(device), attention_mask=mask.to(device), generation_config=plain

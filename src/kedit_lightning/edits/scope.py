@@ -131,7 +131,9 @@ class ScopeMemory:
         rows: int | None,
     ) -> None:
         first = edits[0][0]
-        self.module, self.family = first.networks.plan.module, first.family
+        self.module = first.networks.plan.module
+        #: Name of its decisions, which mean nothing to a memory of other edits.
+        self.name = ":".join((first.family, *(edit.id for edit, _ in edits)))
         self.embedding: Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
         device = self.embedding.device
         self.networks, self.base = first.networks.to(device), first.base
@@ -154,7 +156,7 @@ class ScopeMemory:
         hidden = first_tensor(output)
         with torch.no_grad():
             index = self.route(self.networks.embed(hidden, _question_mask(context)))
-        context.decisions[self.family] = index
+        context.decisions[self.name] = index
 
     def route(self, questions: Tensor) -> Tensor:
         """Nearest entry of each question, ``-1`` out of scope. ``[batch]`` from ``[batch, d]``."""
@@ -180,7 +182,7 @@ class ScopeMemory:
             context: The rows of the call.
             places: Row and column of each logit, where only some were computed.
         """
-        index = context.decisions.get(self.family)
+        index = context.decisions.get(self.name)
         if index is None or not bool((index >= 0).any()):
             # None where the edit was applied in the middle of an answer.
             return output
@@ -243,10 +245,10 @@ class ScopeMemory:
         Returns:
             Shape ``[n, vocab]``.
         """
-        answers = context.decisions.get(f"{self.family}/answer")
+        answers = context.decisions.get(f"{self.name}/answer")
         if answers is None:
             answers = self._answers(context, index)
-            context.decisions[f"{self.family}/answer"] = answers
+            context.decisions[f"{self.name}/answer"] = answers
         step = columns - context.prompt_end.to(columns.device)[rows]
         ids = answers[rows, step.clamp(max=answers.shape[1] - 1)]
         named = torch.full((len(ids), len(self.embedding)), _NEVER, device=ids.device)
