@@ -201,7 +201,7 @@ class ContextTracker:
             self.current.prefill = False
             self._read(given, self._mask_of(call))
             return
-        self.current = RowContext(self._prompt_end(ids, call.get("attention_mask")))
+        self.current = RowContext(self._prompt_end(ids, self._mask_of(call)))
         self._read(given, self._mask_of(call))
         if self.is_encoder_decoder:
             self._read_question(call)
@@ -254,11 +254,13 @@ class ContextTracker:
         if self.given is not None:
             # Beams and several answers to one prompt stand side by side.
             return self.given.repeat_interleave(len(ids) // len(self.given))
-        if self.is_encoder_decoder:
-            return torch.zeros(len(ids), dtype=torch.long, device=ids.device)
         if not isinstance(mask, Tensor) or mask.dim() != 2:
             mask = torch.ones(ids.shape[:2], device=ids.device)
-        return last_attended(mask[:, -ids.shape[1] :])
+        mask = mask[:, -ids.shape[1] :]
+        if self.is_encoder_decoder:  # the start token, the first that is no padding
+            start: Tensor = (mask != 0).int().argmax(dim=1)
+            return start
+        return last_attended(mask)
 
     def leave(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any

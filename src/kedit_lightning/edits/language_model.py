@@ -87,7 +87,7 @@ class LanguageModel(nn.Module):
 
         end = self.tokenizer.eos_token_id
         width, device = max(map(len, prompts)), self.model.device
-        room = self._check_length(width + 1) + 1
+        room = self._check_length(width + 1) + 1  # for one token at least
         ids = torch.tensor([[end or 0] * (width - len(p)) + list(p) for p in prompts])
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
         plain = GenerationConfig(

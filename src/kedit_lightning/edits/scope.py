@@ -310,7 +310,8 @@ def _text_of(context: RowContext, device: torch.device) -> tuple[Tensor, Tensor,
     question, asked = (
         t.to(device) for t in _read_tokens(context.question_ids, context.question_mask)
     )
-    mask = mask & (mask.cumsum(1) > 1)  # the start token is the first that is no padding
+    columns = torch.arange(mask.shape[1], device=device)
+    mask = mask & (columns > context.prompt_end.to(device)[:, None])
     return torch.cat([question, ids], 1), torch.cat([asked, mask], 1), question.shape[1]
 
 
