@@ -37,42 +37,49 @@ def rows(count: int) -> tuple[torch.Tensor, torch.Tensor]:
     return tuple(torch.randn(count, w, generator=generator).double() for w in WIDTHS)
 
 
-def solved(keys, values, strength, parts=1):
+def solved(keys, values, strength, parts=1, metric=None):
     equations = NormalEquations(*WIDTHS)
     for own in zip(keys.tensor_split(parts), values.tensor_split(parts), strict=True):
         equations.add(*own)
-    return equations.solve(torch.as_tensor(strength, dtype=torch.float64))
+    return equations.solve(torch.as_tensor(strength, dtype=torch.float64), metric)
 
 
-def dense(keys, values, strength):
-    gram = keys.T @ keys + strength * torch.eye(WIDTHS[0]).double()
-    return torch.linalg.solve(gram, keys.T @ values)
+def dense(keys, values, strength, metric=None):
+    metric = torch.eye(keys.shape[1]).double() if metric is None else metric
+    return torch.linalg.solve(keys.T @ keys + strength * metric, keys.T @ values)
 
 
+#: By what the size of a shift is: its metric.
+METRICS = {"norm": None, "keys": torch.cov(rows(200)[0].T) + torch.diag(torch.arange(1.0, 33.0))}
+
+
+@pytest.mark.parametrize("size", METRICS)
 @pytest.mark.parametrize("parts", [1, 5])
 @pytest.mark.parametrize("count", [FEW, WIDTHS[0], MANY])
-def test_the_shift_solves_the_normal_equations(count, parts):  # MALMEN-1, MALMEN-2
+def test_the_shift_solves_the_normal_equations(count, parts, size):  # MALMEN-1, MALMEN-2
     keys, values = rows(count)
-    shift = solved(keys, values, 0.7, parts)
+    shift = solved(keys, values, 0.7, parts, METRICS[size])
     assert (shift.keys is None) is (count > WIDTHS[0])
-    left = keys.T @ (keys @ shift.matrix) + 0.7 * shift.matrix
-    assert torch.allclose(left, keys.T @ values, atol=1e-10)
-    assert torch.allclose(shift.matrix, dense(keys, values, 0.7), atol=1e-10)
-    a, b = ridge_update(keys.T, values.T, size_prior(0.7), 1.0)
-    assert torch.allclose(shift.matrix.T, b @ a, atol=1e-10)
+    assert torch.allclose(shift.matrix, dense(keys, values, 0.7, METRICS[size]), atol=1e-10)
+    if size == "norm":
+        left = keys.T @ (keys @ shift.matrix) + 0.7 * shift.matrix
+        assert torch.allclose(left, keys.T @ values, atol=1e-10)
+        a, b = ridge_update(keys.T, values.T, size_prior(0.7), 1.0)
+        assert torch.allclose(shift.matrix.T, b @ a, atol=1e-10)
 
 
+@pytest.mark.parametrize("size", METRICS)
 @pytest.mark.parametrize("count", [FEW, MANY])
-def test_gradients_through_the_solve_are_those_of_autograd(count):  # MALMEN-3, RLEDIT-2
+def test_gradients_through_the_solve_are_those_of_autograd(count, size):  # MALMEN-3, RLEDIT-2
     keys, values = rows(count)
     wanted = rows(32)[1]
     values.requires_grad_()
     log_strength = torch.tensor(0.3).double().requires_grad_()
-    shift = dense(keys, values, log_strength.exp())
+    shift = dense(keys, values, log_strength.exp(), METRICS[size])
     loss = (wanted * shift).sum() + 0.01 * shift.square().sum()
     expected = torch.autograd.grad(loss, [values, log_strength])
 
-    found = solved(keys, values, log_strength.exp())
+    found = solved(keys, values, log_strength.exp(), metric=METRICS[size])
     unknown = found.unknown.clone().requires_grad_()
     matrix = unknown if found.keys is None else found.keys.T @ unknown
     loss = (wanted * matrix).sum() + 0.01 * found.squared_norm(unknown)
@@ -186,9 +193,10 @@ def test_settings_choose_projections_and_tokens():
     }
 
 
-def test_few_keys_give_thin_factors_and_many_a_dense_edit():
-    base = tiny_base("llama")
-    method = stirred(base, tokens="all", projections="all")  # d_in is 32 and 48
+@pytest.mark.parametrize("size", METRICS)
+def test_few_keys_give_thin_factors_and_many_a_dense_edit(size):
+    base = tiny_base("llama")  # d_in is 32 and 48
+    method = stirred(base, tokens="all", projections="all", shift_size=size)
     few, many = method.edit(REQUESTS[:1]), method.edit(REQUESTS)
     assert isinstance(few, LowRankEdit)
     assert isinstance(many, DenseEdit)
@@ -197,10 +205,9 @@ def test_few_keys_give_thin_factors_and_many_a_dense_edit():
         for edit, requests in ((few, REQUESTS[:1]), (many, REQUESTS)):
             (part,) = massive.capture_parts(base, network, requests, 4)
             for name, factors in part.items():
-                keys, gradients = factors.inputs, factors.gradients
-                gram = keys.T @ keys + network.ridge(name) * torch.eye(keys.shape[1]).double()
-                values = network.values(name, keys, gradients)
-                shift = torch.linalg.solve(gram, keys.T @ values)
+                values = network.values(name, factors.inputs, factors.gradients)
+                scales = network.ridge(name), network.metric(name)
+                shift = dense(factors.inputs, values, *scales)
                 assert torch.allclose(edit.deltas()[f"{name}.weight"], shift.T, atol=1e-10)
 
 
@@ -261,8 +268,8 @@ def end_to_end(method, examples, c_loc=1.0, c_reg=0.0):
     for name in network.plan.modules:
         keys = torch.cat([part[name].inputs for part in parts])
         gradients = torch.cat([part[name].gradients for part in parts])
-        gram = keys.T @ keys + network.ridge(name) * torch.eye(keys.shape[1]).double()
-        shift = torch.linalg.solve(gram, keys.T @ network.values(name, keys, gradients))
+        values = network.values(name, keys, gradients)
+        shift = dense(keys, values, network.ridge(name), network.metric(name))
         weight = base.module(name).weight
         turned = type(base.module(name)).__name__ == "Conv1D"
         weights[f"{name}.weight"] = weight + (shift if turned else shift.T)
@@ -287,11 +294,12 @@ def end_to_end(method, examples, c_loc=1.0, c_reg=0.0):
     return loss, torch.autograd.grad(loss, list(network.parameters()))
 
 
+@pytest.mark.parametrize("size", METRICS)
 @pytest.mark.parametrize("at_once", [1, 3])
 @pytest.mark.parametrize("tokens", ["answer", "all"])
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
-def test_the_cached_backward_pass_is_that_of_autograd(kind, tokens, at_once):  # MALMEN-6
-    settings = {"tokens": tokens, "at_once": at_once, "own_wording": True}
+def test_the_cached_backward_pass_is_that_of_autograd(kind, tokens, at_once, size):  # MALMEN-6
+    settings = {"tokens": tokens, "at_once": at_once, "own_wording": True, "shift_size": size}
     method = stirred(tiny_base(kind), projections=PROJECTIONS[tokens], **settings)
     examples = method.draw_episodes(EXAMPLES, 1)
     parts, shifts = method.write(examples)
@@ -345,10 +353,11 @@ def test_a_long_enough_fit_lowers_the_loss(tmp_path):
         assert float(method.trainer.callback_metrics[name]) < 0.8 * float(first[name])
 
 
+@pytest.mark.parametrize("size", METRICS)
 @pytest.mark.parametrize("how", ["load_from_checkpoint", "setting"])
-def test_a_loaded_checkpoint_gives_the_same_edit(tmp_path, how):
+def test_a_loaded_checkpoint_gives_the_same_edit(tmp_path, how, size):
     base = tiny_base("llama")
-    method = MALMEN(base, **SMALL, tokens="all", projections="all")
+    method = MALMEN(base, **SMALL, tokens="all", projections="all", shift_size=size)
     fit(method, tmp_path).save_checkpoint(path := tmp_path / "fit.ckpt")
     if how == "load_from_checkpoint":
         again = MALMEN.load_from_checkpoint(path, base_model=base)
@@ -359,9 +368,11 @@ def test_a_loaded_checkpoint_gives_the_same_edit(tmp_path, how):
     assert len(edits[0].deltas()) == 12
 
 
-def test_a_resumed_fit_equals_an_unbroken_one_step_for_step(tmp_path):
+@pytest.mark.parametrize("size", METRICS)
+def test_a_resumed_fit_equals_an_unbroken_one_step_for_step(tmp_path, size):
     base = tiny_base("gpt2")
-    settings = {**SMALL, "n_edits": 3, "lr_end": 0.2}  # the last step of an epoch has one example
+    # The last step of an epoch has one example.
+    settings = {**SMALL, "n_edits": 3, "lr_end": 0.2, "shift_size": size}
     whole = MALMEN(base, **settings)
     fit(whole, tmp_path, max_epochs=2, callbacks=[SaveEachStep(tmp_path)])
     assert whole.network.updates == 4

@@ -164,7 +164,8 @@ def test_a_resumed_fit_equals_an_unbroken_one_step_for_step(tmp_path):
 
 def settings_of_ranks(ranks):
     """Eight examples in trajectories of six and of two, whatever the number of ranks."""
-    return {**SMALL, "n_edits": 2 // ranks, "trajectory": 3, "steps_per_trajectory": 1}
+    chunks = {"n_edits": 2 // ranks, "trajectory": 3, "steps_per_trajectory": 1}
+    return {**SMALL, **chunks, "shift_size": "keys"}
 
 
 @pytest.mark.slow

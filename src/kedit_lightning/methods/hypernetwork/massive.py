@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, autograd
 
 from kedit_lightning.base_models import BaseModel
+from kedit_lightning.base_models.taps import capture
 from kedit_lightning.edits import DenseEdit, Edit, EditOrigin, LowRankEdit
 from kedit_lightning.edits.modules import compute_dtype
 from kedit_lightning.methods.capture import Factors, capture_factors, predicting
@@ -25,11 +26,11 @@ from kedit_lightning.methods.episodes import Episode
 from kedit_lightning.methods.hypernetwork.attach import Change, DenseChange, LowRankChange
 from kedit_lightning.methods.hypernetwork.normal_equations import NormalEquations, RidgeShift
 from kedit_lightning.methods.hypernetwork.outcome import Outcome
-from kedit_lightning.methods.hypernetwork.outer_loss import episode_losses
+from kedit_lightning.methods.hypernetwork.outer_loss import episode_losses, probe_rows
 from kedit_lightning.methods.hypernetwork.values import ValueNetworks
 from kedit_lightning.methods.losses import all_finite
 from kedit_lightning.methods.ranks import is_first_rank, sum_over_ranks
-from kedit_lightning.requests import EditRequest
+from kedit_lightning.requests import EditRequest, Probe
 
 #: Factors of the projections, by name.
 Part = dict[str, Factors]
@@ -74,6 +75,39 @@ def capture_parts(
         yield capture_factors(base, rows, network.plan.modules, at)
 
 
+def meet_keys(
+    base: BaseModel,
+    network: ValueNetworks,
+    parts: Sequence[Part],
+    questions: Sequence[Probe],
+    at_once: int,
+) -> None:
+    """Take the keys of requests and of questions into what the networks measure shifts on.
+
+    Args:
+        base: The base model, with the edits on its stack in force.
+        network: The networks.
+        parts: The factors of the requests.
+        questions: What is asked of the examples, ``at_once`` at a time. A question without an
+            answer counts by its last token.
+        at_once: Rows that run through the model together.
+    """
+    met = {name: [part[name].inputs for part in parts] for name in network.shapes}
+    for first in range(0, len(questions), at_once):
+        rows = probe_rows(base, questions[first : first + at_once])
+        if network.plan.tokens == "answer":
+            at = predicting(rows)
+            at[torch.arange(len(rows)), rows.prompt_end] = True
+        else:
+            at = rows.attention_mask.bool()
+        with torch.no_grad(), capture(base.model, list(met)) as seen:
+            base.answer_logits(rows)
+        for name, keys in met.items():
+            inputs = seen.inputs[name]
+            keys.append(inputs[at.to(inputs.device)].to("cpu"))
+    network.meet({name: torch.cat(keys) for name, keys in met.items()})
+
+
 @torch.no_grad()
 def collect(network: ValueNetworks, parts: Iterable[Part]) -> dict[str, NormalEquations]:
     """The equations of each projection, from the factors of all requests."""
@@ -83,6 +117,11 @@ def collect(network: ValueNetworks, parts: Iterable[Part]) -> dict[str, NormalEq
             own = factors.to(network.log_rates.device)
             equations[name].add(own.inputs, network.values(name, own.inputs, own.gradients))
     return equations
+
+
+def solve(network: ValueNetworks, name: str, equations: NormalEquations) -> RidgeShift:
+    """The shift of a projection, with the ridge that the networks have learned."""
+    return equations.solve(network.ridge(name), network.metric(name))
 
 
 def edit_of(

@@ -20,10 +20,17 @@ from kedit_lightning.methods.hypernetwork.massive import (
     collect,
     edit_of,
     learn_shifts,
+    meet_keys,
+    solve,
 )
 from kedit_lightning.methods.hypernetwork.normal_equations import RidgeShift
 from kedit_lightning.methods.hypernetwork.outcome import Outcome
-from kedit_lightning.methods.hypernetwork.values import Tokens, ValueNetworks, ValuePlan
+from kedit_lightning.methods.hypernetwork.values import (
+    ShiftSize,
+    Tokens,
+    ValueNetworks,
+    ValuePlan,
+)
 from kedit_lightning.requests import EditRequest
 
 #: Projections of an MLP: the one that writes into the residual stream, those that read it, or all.
@@ -43,6 +50,10 @@ class MassiveMethod(HypernetworkMethod):
         modules: Names of the projections to edit instead, by their names in the model.
         tokens: Tokens of a request that give keys: those that predict its ``answer``, or ``all``.
             The checkpoint's, or else ``answer``.
+        shift_size: What ``ridge`` makes costly: the squared ``norm`` of a shift, as published, or
+            its mean squared effect on the ``keys`` of the fit's requests and questions, with which
+            later edits disturb earlier ones less. Both are the same before a fit. The checkpoint's,
+            or else ``norm``.
         rank: Rank of the networks' matrices. The checkpoint's, or else 1920
             (MALMEN) or 1024 (RLEdit).
         blocks: Residual blocks of each network. The checkpoint's, or else 2 (MALMEN) or 4
@@ -54,7 +65,7 @@ class MassiveMethod(HypernetworkMethod):
         lr_lr: Learning rate at which the logarithms of ``edit_lr`` and ``ridge`` learn.
         lr_end: Share of the learning rates that is left at the end of the fit; they fall evenly.
         edit_lr: Starting size of the wanted changes, one number a projection, which is learned.
-        ridge: Starting cost of a shift of norm 1, one number a projection, which is learned.
+        ridge: Starting cost of a shift of size 1, one number a projection, which is learned.
         c_edit: Weight of the new answers in the loss.
         c_loc: Weight of locality in the loss.
         n_edits: Examples written together in training.
@@ -76,6 +87,7 @@ class MassiveMethod(HypernetworkMethod):
     settles: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "modules": ("layers", "projections", "modules"),
         "tokens": ("tokens",),
+        "shift_size": ("shift_size",),
         "rank": ("rank",),
         "blocks": ("blocks",),
         "shared": ("shared",),
@@ -95,6 +107,7 @@ class MassiveMethod(HypernetworkMethod):
         projections: Projections | None = None,
         modules: list[str] | None = None,
         tokens: Tokens | None = None,
+        shift_size: ShiftSize | None = None,
         rank: int | None = None,
         blocks: int | None = None,
         shared: bool | None = None,
@@ -138,6 +151,7 @@ class MassiveMethod(HypernetworkMethod):
             shared=True if settings["shared"] is None else settings["shared"],
             normalise=settings["normalise"],
             tokens=settings["tokens"] or "answer",
+            shift_size=settings["shift_size"] or "norm",
         )
 
     def create(self, plan: ValuePlan) -> ValueNetworks:
@@ -163,7 +177,7 @@ class MassiveMethod(HypernetworkMethod):
         parts = capture_parts(self.base, network, requests, self.hparams["at_once"])
         equations = collect(network, parts)
         dense = any(own.has_many_rows for own in equations.values())
-        shifts = ((name, equations.pop(name).solve(network.ridge(name))) for name in network.shapes)
+        shifts = ((name, solve(network, name, equations.pop(name))) for name in network.shapes)
         return edit_of(self.base, shifts, dense, self.origin(requests, **self.learned))
 
     # ---- fitting
@@ -178,11 +192,13 @@ class MassiveMethod(HypernetworkMethod):
         for part in capture_parts(self.base, self.network, requests, self.hparams["at_once"]):
             self.network.observe([part])
             parts.append({name: factors.to("cpu") for name, factors in part.items()})
+        if self.network.plan.shift_size == "keys":
+            questions = [probe for e in examples for probe in (*e.asked, *e.kept)]
+            meet_keys(self.base, self.network, parts, questions, self.hparams["at_once"])
         equations = collect(self.network, parts)
         for own in equations.values():
             own.over_ranks()
-        ridges = {name: self.network.ridge(name) for name in equations}
-        return parts, {name: own.solve(ridges[name]) for name, own in equations.items()}
+        return parts, {name: solve(self.network, name, own) for name, own in equations.items()}
 
     def cost(
         self,

@@ -1,10 +1,11 @@
 """One shift of a weight from many wanted changes of its outputs, by ridge regression.
 
 For keys ``K`` (``[n, d_in]``) and wanted changes ``V`` (``[n, d_out]``) of their values the shift
-is ``S = argmin ‖K S − V‖² + λ‖S‖²``.  Where keys are few it is ``Kᵀ (K Kᵀ + λI)⁻¹ V``, two thin
-matrices; where they outnumber the width of the inputs it is ``(Kᵀ K + λI)⁻¹ Kᵀ V``, and neither
-time nor memory of the solve grows with their number.  Either way a system ``A X = B`` is solved,
-through which gradients are taken in closed form.
+is ``S = argmin ‖K S − V‖² + λ tr(Sᵀ M S)``, with ``M = I`` for the norm of ``S``.  Where keys are
+few it is ``M⁻¹ Kᵀ (K M⁻¹ Kᵀ + λI)⁻¹ V``, two thin matrices; where they outnumber the width of the
+inputs it is ``(Kᵀ K + λM)⁻¹ Kᵀ V``, and neither time nor memory of the solve grows with their
+number.  Either way a system ``A X = B`` is solved, through which gradients are taken in closed
+form.
 
 Source: Tan et al. 2024, "Massive Editing for Large Language Models via Meta Learning", section 4.
 """
@@ -26,14 +27,16 @@ class RidgeShift:
     Args:
         unknown: ``X``: the shift itself, ``[d_in, d_out]``, or where there are ``keys`` what they
             are combined with, ``[n, d_out]``.
-        factor: Lower Cholesky factor of ``A = Kᵀ K + λI``, or where there are ``keys`` of
-            ``K Kᵀ + λI``.
-        keys: ``K``, for a shift ``Kᵀ X``. Shape ``[n, d_in]``.
+        factor: Lower Cholesky factor of ``A = Kᵀ K + λM``, or where there are ``keys`` of
+            ``K M⁻¹ Kᵀ + λI``.
+        keys: ``K M⁻¹``, for a shift ``M⁻¹ Kᵀ X``. Shape ``[n, d_in]``.
+        slope: ``dA/dλ`` where it is not the identity. Shape ``[d_in, d_in]``.
     """
 
     unknown: Tensor
     factor: Tensor
     keys: Tensor | None
+    slope: Tensor | None = None
 
     @property
     def matrix(self) -> Tensor:
@@ -57,7 +60,8 @@ class RidgeShift:
             Shape of ``X``, and a scalar.
         """
         pulled = torch.cholesky_solve(gradient.to(self.factor), self.factor)
-        return pulled, -(pulled * self.unknown).sum()
+        moved = self.unknown if self.slope is None else self.slope @ self.unknown
+        return pulled, -(pulled * moved).sum()
 
     def gradient_of_values(self, pulled: Tensor, keys: Tensor, first: int) -> Tensor:
         """Gradient with respect to some rows of ``V``, from that to ``B``.
@@ -124,25 +128,30 @@ class NormalEquations:
             self._sum_up()
             sum_over_ranks(self._sums or ())
 
-    def solve(self, strength: Tensor) -> RidgeShift:
+    def solve(self, strength: Tensor, metric: Tensor | None = None) -> RidgeShift:
         """The shift; NaN where the equations have no bounded solution.
 
         Args:
             strength: ``λ``. A scalar.
+            metric: ``M``, positive definite; the identity where absent. Shape ``[d_in, d_in]``.
         """
         if self._sums is not None:
             gram, moment = self._sums
-            factor = _cholesky(gram, strength)
-            return RidgeShift(torch.cholesky_solve(moment, factor), factor, None)
+            factor = _cholesky(gram, strength, metric)
+            return RidgeShift(torch.cholesky_solve(moment, factor), factor, None, metric)
         keys, values = (torch.cat(parts) for parts in zip(*self._held, strict=True))
-        precise = keys.double()
-        factor = _cholesky(precise @ precise.T, strength)
-        return RidgeShift(torch.cholesky_solve(values.double(), factor), factor, keys)
+        precise = directions = keys.double()
+        if metric is not None:
+            root = torch.linalg.cholesky(metric)
+            directions = torch.cholesky_solve(precise.T, root).T
+        factor = _cholesky(precise @ directions.T, strength)
+        unknown = torch.cholesky_solve(values.double(), factor)
+        return RidgeShift(unknown, factor, keys if metric is None else directions.to(keys))
 
 
-def _cholesky(gram: Tensor, strength: Tensor) -> Tensor:
-    """Lower factor of ``gram + λI``; NaN throughout where it is not positive definite."""
-    ridge = torch.eye(len(gram)).to(gram) * strength.detach().to(gram)
+def _cholesky(gram: Tensor, strength: Tensor, metric: Tensor | None = None) -> Tensor:
+    """Lower factor of ``gram + λM``; NaN throughout where it is not positive definite."""
+    metric = torch.eye(len(gram)).to(gram) if metric is None else metric
     factor: Tensor
-    factor, failed = torch.linalg.cholesky_ex(gram + ridge)
+    factor, failed = torch.linalg.cholesky_ex(gram + metric * strength.detach().to(gram))
     return factor.masked_fill(failed != 0, torch.nan)

@@ -51,7 +51,7 @@ def episode_losses(
     kept = [probe for episode in episodes for probe in episode.kept]
     asked_of = _numbers([len(episode.asked) for episode in episodes])
     kept_of = _numbers([len(episode.kept) for episode in episodes])
-    rows = _probe_rows(base, [*asked, *kept])
+    rows = probe_rows(base, [*asked, *kept])
     with attached(base.model, changes, torch.cat([asked_of, kept_of])):
         after = _log_probs(base, rows)
     first = len(asked)
@@ -77,7 +77,7 @@ def _divergence(base: BaseModel, kept: Sequence[Probe], after: Tensor) -> tuple[
     """
     if not kept:
         return after[..., 0], torch.ones_like(after[..., 0])
-    rows = _probe_rows(base, kept)
+    rows = probe_rows(base, kept)
     with torch.no_grad():
         before = _log_probs(base, rows)
     mask = rows.answer_mask.clone()
@@ -89,7 +89,8 @@ def _numbers(counts: Sequence[int]) -> Tensor:
     return torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
 
 
-def _probe_rows(base: BaseModel, probes: Sequence[Probe]) -> TokenRows:
+def probe_rows(base: BaseModel, probes: Sequence[Probe]) -> TokenRows:
+    """Rows of questions, with the first of their answers where they have any."""
     answers = [probe.answers[0] if probe.answers else None for probe in probes]
     return base.rows([probe.prompt for probe in probes], answers)
 

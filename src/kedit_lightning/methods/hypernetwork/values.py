@@ -6,17 +6,21 @@ Source: Tan et al. 2024, "Massive Editing for Large Language Models via Meta Lea
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from kedit_lightning.methods.hypernetwork.key_moment import KeyMoment
 from kedit_lightning.methods.hypernetwork.transform import NetworkPlan, ProjectionNetworks
 
 #: Tokens of a request whose keys and gradients are read: those that predict its answer, or all.
 Tokens: TypeAlias = Literal["answer", "all"]
+#: What the ridge takes as the size of a shift: its squared norm, or its mean squared effect on the
+#: keys that the fit has met.
+ShiftSize: TypeAlias = Literal["norm", "keys"]
 
 
 @dataclass(frozen=True)
@@ -25,11 +29,13 @@ class ValuePlan(NetworkPlan):
 
     Args:
         tokens: The tokens of a request that give keys.
+        shift_size: What the ridge takes as the size of a shift.
     """
 
     clamps_first: ClassVar[bool] = True
 
     tokens: Tokens = "answer"
+    shift_size: ShiftSize = "norm"
 
 
 class ValueNetworks(ProjectionNetworks):
@@ -64,6 +70,8 @@ class ValueNetworks(ProjectionNetworks):
         start = torch.ones(len(plan.modules), dtype=dtype)
         self.log_rates = nn.Parameter(start * math.log(edit_lr))
         self.log_ridges = nn.Parameter(start * math.log(ridge))
+        by_keys = plan.shift_size == "keys"
+        self.moments = nn.ModuleList(KeyMoment(d_in, dtype) for d_in, _ in shapes if by_keys)
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Learning rates of the edits and ridges learn at a rate of their own."""
@@ -81,6 +89,20 @@ class ValueNetworks(ProjectionNetworks):
     def ridge(self, name: str) -> Tensor:
         """``λ`` of a projection, a scalar."""
         return self.log_ridges[self.plan.modules.index(name)].exp()
+
+    def meet(self, keys: Mapping[str, Tensor]) -> None:
+        """Take keys, ``[n, d_in]`` by projection, into what the size of shifts is measured on."""
+        for name, own in keys.items():
+            self._moment(name).update(own)
+
+    def metric(self, name: str) -> Tensor | None:
+        """``M`` of the size ``tr(Sᵀ M S)`` of a projection's shift; ``None`` for its norm."""
+        return self._moment(name).metric if self.plan.shift_size == "keys" else None
+
+    def _moment(self, name: str) -> KeyMoment:
+        moment = self.moments[self.plan.modules.index(name)]
+        assert isinstance(moment, KeyMoment)
+        return moment
 
     def values(self, name: str, keys: Tensor, gradients: Tensor) -> Tensor:
         """Wanted changes of values, ``[tokens, d_out]``.
