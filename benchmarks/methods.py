@@ -26,6 +26,7 @@ from pathlib import Path
 SHAPES = {
     # width, MLP width, blocks, heads, key-value heads, vocabulary
     "small": (768, 2048, 12, 12, 12, 8192),
+    "llama-1b": (2048, 5632, 22, 32, 4, 32000),
     "llama-2-7b": (4096, 11008, 32, 32, 32, 32000),
 }
 FIVE = {"layers": [2, 3, 4, 5, 6], "statistics": "identity"}

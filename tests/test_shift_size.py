@@ -15,6 +15,7 @@ from kedit_lightning import Probe
 from kedit_lightning.base_models import taps
 from kedit_lightning.methods.hypernetwork import massive
 from kedit_lightning.methods.hypernetwork.key_moment import KeyMoment
+from kedit_lightning.methods.hypernetwork.tensor_file import TensorFile
 
 
 def test_a_moment_is_the_mean_over_all_finite_keys_and_shrinks_where_they_are_few():
@@ -65,11 +66,12 @@ def test_the_same_values_are_written_with_less_effect_on_other_keys():
     method = stirred(base, shift_size="keys", ridge=1e-9)
     name = method.network.plan.modules[0]
     (part,) = massive.capture_parts(base, method.network, REQUESTS, 4)
-    equations = massive.collect(method.network, [part])[name]
     metric, effects = method.network.metric(name), {}
     wanted = method.network.values(name, part[name].inputs, part[name].gradients)
     for size, own in (("norm", None), ("keys", metric)):
-        shift = equations.solve(torch.tensor(1e-9).double(), own).matrix
+        with TensorFile() as file:
+            equations = massive.collect(method.network, [part], file)[name]
+            shift = equations.solve(torch.tensor(1e-9).double(), own).matrix
         assert torch.allclose(part[name].inputs @ shift, wanted, rtol=1e-4, atol=1e-8)
         effects[size] = float(torch.trace(shift.T @ metric @ shift))
     assert effects["keys"] < effects["norm"]

@@ -70,6 +70,10 @@ class ResumeError(KEditError, ValueError):
     """An output folder cannot be continued with the present settings."""
 
 
+class TemporaryFileError(KEditError, OSError):
+    """What does not fit into memory cannot be written to a temporary file either."""
+
+
 class MissingExtraError(KEditError, ImportError):
     """An optional dependency is not installed."""
 

@@ -27,6 +27,7 @@ from kedit_lightning.methods.hypernetwork.attach import Change, DenseChange, Low
 from kedit_lightning.methods.hypernetwork.normal_equations import NormalEquations, RidgeShift
 from kedit_lightning.methods.hypernetwork.outcome import Outcome
 from kedit_lightning.methods.hypernetwork.outer_loss import episode_losses, probe_rows
+from kedit_lightning.methods.hypernetwork.tensor_file import TensorFile
 from kedit_lightning.methods.hypernetwork.values import ValueNetworks
 from kedit_lightning.methods.losses import all_finite
 from kedit_lightning.methods.ranks import is_first_rank, sum_over_ranks
@@ -64,13 +65,37 @@ class Group:
     weight: float = 1.0
 
 
+def minibatches(lengths: Sequence[int], at_once: int) -> Iterator[slice]:
+    """Rows that run through the model together, in order.
+
+    Rows are padded to the longest beside them, so a single long one would multiply the memory of a
+    pass; the more rows, the longer their longest.  A minibatch therefore ends where it would have
+    more than half as many tokens again, padding included, as ``at_once`` rows of mean length.
+
+    Args:
+        lengths: Tokens of each row.
+        at_once: Most rows of a minibatch.
+    """
+    most = 1.5 * at_once * sum(lengths) / max(1, len(lengths))
+    first, longest = 0, 0
+    for number, length in enumerate(lengths):
+        longest = max(longest, length)
+        count = number - first
+        if count and (count == at_once or (count + 1) * longest > most):
+            yield slice(first, number)
+            first, longest = number, length
+    if first < len(lengths):
+        yield slice(first, len(lengths))
+
+
 def capture_parts(
     base: BaseModel, network: ValueNetworks, requests: Sequence[EditRequest], at_once: int
 ) -> Iterator[Part]:
-    """Factors of requests, ``at_once`` at a time, with the edits on the stack in force."""
-    for first in range(0, len(requests), at_once):
-        some = requests[first : first + at_once]
-        rows = base.rows([r.prompt for r in some], [r.target_new for r in some])
+    """Factors of requests, at most ``at_once`` at a time, with the edits on the stack in force."""
+    encoded = [base.encode(r.prompt, r.target_new) for r in requests]
+    lengths = [len(row.prompt) + len(row.answer) for row in encoded]
+    for some in minibatches(lengths, at_once):
+        rows = base.pad(encoded[some])
         at = predicting(rows) if network.plan.tokens == "answer" else None
         yield capture_factors(base, rows, network.plan.modules, at)
 
@@ -109,19 +134,30 @@ def meet_keys(
 
 
 @torch.no_grad()
-def collect(network: ValueNetworks, parts: Iterable[Part]) -> dict[str, NormalEquations]:
-    """The equations of each projection, from the factors of all requests."""
-    equations = {name: NormalEquations(*shape) for name, shape in network.shapes.items()}
+def collect(
+    network: ValueNetworks, parts: Iterable[Part], file: TensorFile
+) -> dict[str, NormalEquations]:
+    """The equations of each projection, from the factors of all requests.
+
+    Args:
+        network: The networks.
+        parts: Factors of the requests.
+        file: Where rows of the equations wait until these are solved.
+    """
+    equations = {name: NormalEquations(*shape, file) for name, shape in network.shapes.items()}
     for part in parts:
         for name, factors in part.items():
             own = factors.to(network.log_rates.device)
             equations[name].add(own.inputs, network.values(name, own.inputs, own.gradients))
+        del part, factors, own  # before the next are captured
     return equations
 
 
-def solve(network: ValueNetworks, name: str, equations: NormalEquations) -> RidgeShift:
+def solve(
+    network: ValueNetworks, name: str, equations: NormalEquations, over_ranks: bool = False
+) -> RidgeShift:
     """The shift of a projection, with the ridge that the networks have learned."""
-    return equations.solve(network.ridge(name), network.metric(name))
+    return equations.solve(network.ridge(name), network.metric(name), over_ranks)
 
 
 def edit_of(
@@ -132,17 +168,19 @@ def edit_of(
     Args:
         base: The base model.
         shifts: Names of projections and their shifts, which are let go of one by one.
-        dense: Whether the keys of a projection are too many for thin factors.
+        dense: Whether they are kept as dense matrices; :func:`smaller_dense` of all of them.
         origin: Where the edit comes from.
     """
     dtype = compute_dtype(base.dtype)
     deltas: dict[str, tuple[Tensor | None, Tensor | None]] = {}
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     for name, shift in shifts:  # contiguous, as files give them back, for equal sums
-        if dense or shift.keys is None:
+        if dense:
             deltas[name] = (shift.matrix.T.to(dtype).contiguous(), None)
         else:
+            assert shift.keys is not None
             factors[name] = (shift.keys.to(dtype), shift.unknown.T.to(dtype).contiguous())
+        del shift  # before the next is solved
     return DenseEdit(base, deltas, origin) if dense else LowRankEdit(base, factors, origin)
 
 

@@ -23,8 +23,9 @@ from kedit_lightning.methods.hypernetwork.massive import (
     meet_keys,
     solve,
 )
-from kedit_lightning.methods.hypernetwork.normal_equations import RidgeShift
+from kedit_lightning.methods.hypernetwork.normal_equations import RidgeShift, smaller_dense
 from kedit_lightning.methods.hypernetwork.outcome import Outcome
+from kedit_lightning.methods.hypernetwork.tensor_file import TensorFile
 from kedit_lightning.methods.hypernetwork.values import (
     ShiftSize,
     Tokens,
@@ -171,14 +172,17 @@ class MassiveMethod(HypernetworkMethod):
 
         Raises:
             NonFiniteError: Factors of a projection are NaN, or its ridge has vanished.
+            TemporaryFileError: There is no space for rows that wait for the solve.
         """
         network = self.network.to(self.base.device)
         self.warn_if_untrained()
         parts = capture_parts(self.base, network, requests, self.hparams["at_once"])
-        equations = collect(network, parts)
-        dense = any(own.has_many_rows for own in equations.values())
-        shifts = ((name, solve(network, name, equations.pop(name))) for name in network.shapes)
-        return edit_of(self.base, shifts, dense, self.origin(requests, **self.learned))
+        origin = self.origin(requests, **self.learned)
+        with TensorFile() as file:
+            left = collect(network, parts, file)
+            dense = smaller_dense(own.sizes for own in left.values())
+            shifts = ((name, solve(network, name, left.pop(name))) for name in network.shapes)
+            return edit_of(self.base, shifts, dense, origin)
 
     # ---- fitting
 
@@ -195,10 +199,9 @@ class MassiveMethod(HypernetworkMethod):
         if self.network.plan.shift_size == "keys":
             questions = [probe for e in examples for probe in (*e.asked, *e.kept)]
             meet_keys(self.base, self.network, parts, questions, self.hparams["at_once"])
-        equations = collect(self.network, parts)
-        for own in equations.values():
-            own.over_ranks()
-        return parts, {name: solve(self.network, name, own) for name, own in equations.items()}
+        with TensorFile() as file:
+            left = collect(self.network, parts, file)
+            return parts, {n: solve(self.network, n, own, True) for n, own in left.items()}
 
     def cost(
         self,

@@ -12,12 +12,39 @@ Source: Tan et al. 2024, "Massive Editing for Large Language Models via Meta Lea
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from kedit_lightning.methods.hypernetwork.tensor_file import Kept, TensorFile
 from kedit_lightning.methods.ranks import several_ranks, sum_over_ranks
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How many numbers a shift is.
+
+    Args:
+        thin: As two thin matrices; infinite where there are none.
+        dense: As one matrix.
+    """
+
+    thin: float
+    dense: int
+
+    @classmethod
+    def of(cls, d_in: int, d_out: int, keys: int | None) -> Sizes:
+        """Those of a shift ``[d_in, d_out]`` from a number of keys; ``None`` where it has none."""
+        return cls(math.inf if keys is None else keys * (d_in + d_out), d_in * d_out)
+
+
+def smaller_dense(sizes: Iterable[Sizes]) -> bool:
+    """Whether the shifts of an edit are fewer numbers together as dense matrices than as thin."""
+    sizes = list(sizes)
+    return sum(own.thin for own in sizes) > sum(own.dense for own in sizes)
 
 
 @dataclass(frozen=True)
@@ -42,6 +69,14 @@ class RidgeShift:
     def matrix(self) -> Tensor:
         """The shift ``S``. Shape ``[d_in, d_out]``."""
         return self.unknown if self.keys is None else self.keys.T.to(self.unknown) @ self.unknown
+
+    @property
+    def sizes(self) -> Sizes:
+        """How many numbers it is."""
+        rows, d_out = self.unknown.shape
+        if self.keys is None:
+            return Sizes.of(rows, d_out, None)
+        return Sizes.of(self.keys.shape[1], d_out, rows)
 
     def squared_norm(self, unknown: Tensor) -> Tensor:
         """``‖S‖²`` of the shift that another ``X`` would give, differentiable in it."""
@@ -82,23 +117,25 @@ class RidgeShift:
 class NormalEquations:
     """Takes in keys and wanted changes of values of one projection, and solves for the shift.
 
-    Rows are held as they come, up to the number of ``d_in``, and are summed up beyond it, so memory
-    has a bound.  Sums and solutions are float64.
+    Rows wait in a file, and are summed up one part after another where they are many, so memory
+    does not grow with their number.  Sums and solutions are float64.
 
     Args:
         d_in: Width of the keys.
         d_out: Width of the values.
+        file: Where rows wait.
     """
 
-    def __init__(self, d_in: int, d_out: int) -> None:
+    def __init__(self, d_in: int, d_out: int, file: TensorFile) -> None:
         self._shape = (d_in, d_out)
-        self._held: list[tuple[Tensor, Tensor]] = []
-        self._sums: tuple[Tensor, Tensor] | None = None
+        self._file = file
+        self._parts: list[tuple[Kept, Kept]] = []
+        self._rows = 0
 
     @property
-    def has_many_rows(self) -> bool:
-        """Whether there are more rows than ``d_in``, or rows of other ranks."""
-        return self._sums is not None
+    def sizes(self) -> Sizes:
+        """Of the shift that :meth:`solve` gives for the rows of this rank."""
+        return Sizes.of(*self._shape, None if self._rows > self._shape[0] else self._rows)
 
     def add(self, keys: Tensor, values: Tensor) -> None:
         """Take in rows.
@@ -106,52 +143,70 @@ class NormalEquations:
         Args:
             keys: Shape ``[m, d_in]``.
             values: Shape ``[m, d_out]``.
+
+        Raises:
+            TemporaryFileError: There is no space for them.
         """
-        self._held.append((keys.detach(), values.detach()))
-        if self.has_many_rows or sum(len(keys) for keys, _ in self._held) > self._shape[0]:
-            self._sum_up()
+        self._parts.append((self._file.put(keys), self._file.put(values)))
+        self._rows += len(keys)
 
-    def _sum_up(self) -> None:
-        for held in self._held:
-            keys, values = (part.double() for part in held)
-            if self._sums is None:
-                d_in, d_out = self._shape
-                self._sums = keys.new_zeros(d_in, d_in), keys.new_zeros(d_in, d_out)
-            gram, moment = self._sums
-            gram.addmm_(keys.T, keys)
-            moment.addmm_(keys.T, values)
-        self._held = []
-
-    def over_ranks(self) -> None:
-        """Take in the rows of the other ranks, where there are several; all must call it."""
-        if several_ranks():
-            self._sum_up()
-            sum_over_ranks(self._sums or ())
-
-    def solve(self, strength: Tensor, metric: Tensor | None = None) -> RidgeShift:
+    def solve(
+        self, strength: Tensor, metric: Tensor | None = None, over_ranks: bool = False
+    ) -> RidgeShift:
         """The shift; NaN where the equations have no bounded solution.
 
         Args:
             strength: ``λ``. A scalar.
             metric: ``M``, positive definite; the identity where absent. Shape ``[d_in, d_in]``.
+            over_ranks: Take in the rows of the other ranks, where there are several; all must then
+                solve.
         """
-        if self._sums is not None:
-            gram, moment = self._sums
+        strength = strength.detach()
+        over_ranks = over_ranks and several_ranks()
+        if over_ranks or self._rows > self._shape[0]:
+            gram, moment = self._sums(strength.device)
+            if over_ranks:
+                sum_over_ranks((gram, moment))
             factor = _cholesky(gram, strength, metric)
             return RidgeShift(torch.cholesky_solve(moment, factor), factor, None, metric)
-        keys, values = (torch.cat(parts) for parts in zip(*self._held, strict=True))
-        precise = directions = keys.double()
-        if metric is not None:
-            root = torch.linalg.cholesky(metric)
-            directions = torch.cholesky_solve(precise.T, root).T
-        factor = _cholesky(precise @ directions.T, strength)
-        unknown = torch.cholesky_solve(values.double(), factor)
-        return RidgeShift(unknown, factor, keys if metric is None else directions.to(keys))
+        keys, values = (
+            torch.cat([self._file.get(kept) for kept in parts])
+            for parts in zip(*self._parts, strict=True)
+        )
+        directions, gram = _directions(keys, metric)
+        factor = _cholesky(gram, strength)
+        return RidgeShift(torch.cholesky_solve(values.double(), factor), factor, directions)
+
+    def _sums(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """``Kᵀ K`` and ``Kᵀ V``, with one part of the rows in memory at a time."""
+        d_in, d_out = self._shape
+        gram = torch.zeros(d_in, d_in, dtype=torch.float64, device=device)
+        moment = torch.zeros(d_in, d_out, dtype=torch.float64, device=device)
+        for part in self._parts:
+            keys, values = (self._file.get(kept).double() for kept in part)
+            gram.addmm_(keys.T, keys)
+            moment.addmm_(keys.T, values)
+        return gram, moment
+
+
+def _directions(keys: Tensor, metric: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``K M⁻¹``, in the number type of the keys, and ``K M⁻¹ Kᵀ``."""
+    precise = keys.double()
+    if metric is None:
+        return keys, precise @ precise.T
+    directions = torch.cholesky_solve(precise.T, torch.linalg.cholesky(metric)).T
+    return directions.to(keys), precise @ directions.T
 
 
 def _cholesky(gram: Tensor, strength: Tensor, metric: Tensor | None = None) -> Tensor:
-    """Lower factor of ``gram + λM``; NaN throughout where it is not positive definite."""
-    metric = torch.eye(len(gram)).to(gram) if metric is None else metric
+    """Lower factor of ``gram + λM``; NaN throughout where it is not positive definite.
+
+    Adds to ``gram`` in place: it is the largest matrix of a solve.
+    """
+    if metric is None:
+        gram.diagonal().add_(strength.to(gram))
+    else:
+        gram.addcmul_(metric, strength.to(gram))
     factor: Tensor
-    factor, failed = torch.linalg.cholesky_ex(gram + metric * strength.detach().to(gram))
-    return factor.masked_fill(failed != 0, torch.nan)
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    return factor.masked_fill_((failed != 0) | ~torch.isfinite(strength), torch.nan)

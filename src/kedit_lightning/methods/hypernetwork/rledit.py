@@ -9,6 +9,7 @@ from kedit_lightning.base_models import BaseModel, BaseModelSpec
 from kedit_lightning.edits import EditOrigin
 from kedit_lightning.methods.hypernetwork.massive import Group, edit_of
 from kedit_lightning.methods.hypernetwork.massive_base import MassiveMethod, Projections
+from kedit_lightning.methods.hypernetwork.normal_equations import smaller_dense
 from kedit_lightning.methods.hypernetwork.outcome import Outcome
 from kedit_lightning.requests import EditBatch
 
@@ -99,5 +100,5 @@ class RLEdit(MassiveMethod):
                 outcome = self.cost(parts, shifts, asked, settings["c_reg"])
                 yield outcome
                 if not outcome.skipped:
-                    dense = any(shift.keys is None for shift in shifts.values())
+                    dense = smaller_dense(shift.sizes for shift in shifts.values())
                     edit_of(self.base, shifts.items(), dense, EditOrigin()).apply()
