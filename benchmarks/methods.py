@@ -23,12 +23,23 @@ import warnings
 from itertools import cycle, islice
 from pathlib import Path
 
+import yaml
+
+CONFIGS = Path(__file__).parents[1] / "configs" / "methods"
 SHAPES = {
     # width, MLP width, blocks, heads, key-value heads, vocabulary
     "small": (768, 2048, 12, 12, 12, 8192),
     "llama-1b": (2048, 5632, 22, 32, 4, 32000),
     "llama-2-7b": (4096, 11008, 32, 32, 32, 32000),
 }
+
+
+def configured(name: str, setting: str) -> dict[str, object]:
+    """A setting as a method's config has it."""
+    config = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text(encoding="utf-8"))
+    return {setting: config["model"]["init_args"][setting]}
+
+
 FIVE = {"layers": [2, 3, 4, 5, 6], "statistics": "identity"}
 ONE = {"statistics": "identity"}
 #: Settings of each method, and facts of an edit.
@@ -44,8 +55,10 @@ METHODS = {
     "KN": ({}, 1),
     "KE": ({}, 1),
     "MEND": ({}, 1),
+    "InstructEdit": (configured("instructedit", "tasks"), 1),
     "MALMEN": ({}, 32),
     "RLEdit": ({}, 32),
+    "SERAC": ({}, 1),
     "GRACE": ({}, 1),
     "IKE": ({}, 1),
 }
@@ -160,7 +173,7 @@ def main() -> None:
     print(
         f"{args.shape}, {args.dtype}, {args.device}; median of {args.edits}; peak memory {note}\n"
     )
-    print(f"{'method':10} {'facts':>5} {'s/fact':>9} {'peak MB':>9} {'KB/fact':>9}")
+    print(f"{'method':12} {'facts':>5} {'s/fact':>9} {'peak MB':>9} {'KB/fact':>9}")
     for name in args.methods:
         command = [sys.executable, str(Path(__file__).resolve()), "--child", name]
         command += ["--shape", args.shape, "--device", args.device, "--dtype", args.dtype]
@@ -168,11 +181,11 @@ def main() -> None:
         command += ["--facts", str(args.facts)] if args.facts else []
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            print(f"{name:10} failed: {done.stderr.strip().splitlines()[-1]}")
+            print(f"{name:12} failed: {done.stderr.strip().splitlines()[-1]}")
             continue
         row = json.loads(done.stdout.splitlines()[-1])
         figures = f"{row['seconds']:9.3f} {row['peak_mb']:9.0f} {row['edit_kb']:9.1f}"
-        print(f"{name:10} {row['facts']:5} {figures}", flush=True)
+        print(f"{name:12} {row['facts']:5} {figures}", flush=True)
 
 
 if __name__ == "__main__":

@@ -101,12 +101,14 @@ def test_no_row_stays_behind_as_a_tensor():
 
 
 @pytest.mark.parametrize("count", [FEW, MANY])
-def test_solving_twice_gives_the_same(count):
+def test_solving_twice_gives_the_same_of_the_size_that_was_announced(count):
     with TensorFile() as file:
         equations = NormalEquations(*WIDTHS, file)
         equations.add(*rows(count))
         first, second = (equations.solve(torch.tensor(0.7).double()) for _ in range(2))
+        assert first.sizes == second.sizes == equations.sizes
     assert torch.equal(first.matrix, second.matrix)
+    assert math.isinf(first.sizes.thin) is (first.keys is None)
 
 
 @pytest.mark.parametrize("count", [FEW, MANY])
@@ -190,7 +192,8 @@ def test_few_keys_are_stored_thin_and_more_than_a_matrix_holds_dense(times, kind
 def test_a_chunk_of_a_trajectory_is_stored_as_what_is_smaller():
     base = tiny_base("llama")
     for tokens, kind in (("answer", LowRankEdit), ("all", DenseEdit)):
-        method = stirred_rledit(base, tokens=tokens, n_edits=3, steps_per_trajectory=2)
+        settings = {"tokens": tokens, "projections": "down", "n_edits": 3}
+        method = stirred_rledit(base, **settings, steps_per_trajectory=2)
         stacks = [list(base.edits) for _ in method.outcomes(EditBatch(EXAMPLES))]
         assert [[type(edit) for edit in stack] for stack in stacks] == [[], [kind]]
 
