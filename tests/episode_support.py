@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from support import REQUESTS
 
-from kedit_lightning import EditExample, EditRequest, Probe
+from kedit_lightning import BaseModel, EditExample, EditRequest, Probe
 from kedit_lightning.data import Requests
+from kedit_lightning.methods.episodes import Episode
+from kedit_lightning.methods.hypernetwork.outer_loss import Losses, episode_losses
 
 
 def example(request: EditRequest) -> EditExample:
@@ -24,6 +28,15 @@ def example(request: EditRequest) -> EditExample:
 
 
 EXAMPLES = [example(request) for request in REQUESTS]
+
+
+def spoiled_losses(base: BaseModel, episodes: Sequence[Episode], changes: Any) -> Losses:
+    """What episodes cost, with NaN for the episode that writes the second request."""
+    losses = episode_losses(base, episodes, changes)
+    for number, episode in enumerate(episodes):
+        if episode.requests[0].target_new == REQUESTS[1].target_new:
+            losses.edit[number] = losses.edit[number] * math.nan
+    return losses
 
 
 def data(folder: Path, repeat: int = 1, **settings: Any) -> Requests:

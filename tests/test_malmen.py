@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from episode_support import spoiled_losses
 from support import FAMILIES, REQUESTS, tiny_base
 from test_mend import EXAMPLES, SaveEachStep, fit, rows_of, state
 from torch.func import functional_call
@@ -382,16 +383,7 @@ def test_a_resumed_fit_equals_an_unbroken_one_step_for_step(tmp_path, size):
 def test_a_step_that_is_not_finite_changes_no_parameter_and_is_counted(tmp_path, monkeypatch):
     method = malmen(tiny_base("llama"))
     before = [parameter.clone() for parameter in method.parameters()]
-    bad = REQUESTS[1].target_new
-
-    def spoil(base, episodes, changes):
-        losses = episode_losses(base, episodes, changes)
-        for number, episode in enumerate(episodes):
-            if episode.requests[0].target_new == bad:
-                losses.edit[number] = losses.edit[number] * math.nan
-        return losses
-
-    monkeypatch.setattr(massive, "episode_losses", spoil)
+    monkeypatch.setattr(massive, "episode_losses", spoiled_losses)
     fit(method, tmp_path)
     assert method.trainer.callback_metrics["train/skipped_episodes"] == 2
     assert (method.network.skipped, method.network.updates) == (2, 1)

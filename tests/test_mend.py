@@ -12,7 +12,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
-from episode_support import EXAMPLES, data, example
+from episode_support import EXAMPLES, data, example, spoiled_losses
 from lightning.pytorch.trainer.states import TrainerFn, TrainerState
 from support import FAMILIES, REQUESTS, tiny_base
 from torch.func import functional_call
@@ -324,16 +324,7 @@ def test_episodes_together_equal_episodes_one_at_a_time(family, settings):
 
 def test_an_episode_that_is_not_finite_is_left_out_and_counted(tmp_path, monkeypatch):
     base = tiny_base("llama")
-    bad = REQUESTS[1].target_new
-
-    def spoil(base, episodes, changes):
-        losses = episode_losses(base, episodes, changes)
-        for number, episode in enumerate(episodes):
-            if episode.requests[0].target_new == bad:
-                losses.edit[number] = losses.edit[number] * math.nan
-        return losses
-
-    monkeypatch.setattr(learning, "episode_losses", spoil)
+    monkeypatch.setattr(learning, "episode_losses", spoiled_losses)
     method = MEND(base, accumulate=4, rank=8)
     fit(method, tmp_path)
     assert method.trainer.callback_metrics["train/skipped_episodes"] == 1

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
-from support import REQUESTS, tiny_base
+from episode_support import spoiled_losses
+from support import tiny_base
 from test_malmen import check_ranks, end_to_end, stir
 from test_mend import EXAMPLES, SaveEachStep, fit, rows_of, state
 
@@ -126,16 +125,7 @@ def test_parts_of_a_trajectory_add_up_to_the_whole():
 
 
 def test_a_chunk_that_is_not_finite_is_left_out_and_counted(tmp_path, monkeypatch):
-    bad = REQUESTS[1].target_new
-
-    def spoil(base, episodes, changes):
-        losses = episode_losses(base, episodes, changes)
-        for number, episode in enumerate(episodes):
-            if episode.requests[0].target_new == bad:
-                losses.edit[number] = losses.edit[number] * math.nan
-        return losses
-
-    monkeypatch.setattr(massive, "episode_losses", spoil)
+    monkeypatch.setattr(massive, "episode_losses", spoiled_losses)
     base = tiny_base("llama")
     found = stirred(base, n_edits=1, back_depth=0).learn(BATCH)
     assert (found.episodes, found.skipped) == (3, 1)

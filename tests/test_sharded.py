@@ -9,12 +9,13 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
-from episode_support import EXAMPLES, data
+from episode_support import EXAMPLES, data, spoiled_losses
 from support import REQUESTS, tiny_base
 
 from kedit_lightning import EditBatch
 from kedit_lightning.callbacks.rollback_guard import state_of
 from kedit_lightning.methods import MEND
+from kedit_lightning.methods.hypernetwork import learning
 
 SETTINGS = {"rank": 8, "lr": 1e-4, "edit_lr": 0.01, "accumulate": 4, "checkpoint": "none"}
 SCRIPT = """
@@ -47,12 +48,18 @@ distributed.destroy_process_group()
 
 
 def results(base, examples):
-    """What MEND learns from its share of the examples, what it writes, and the answers under it."""
+    """What MEND learns from its share of the examples, what it writes, and the answers under it.
+
+    One of the examples is tried a second time with a loss that is NaN, which one rank alone sees.
+    """
     method = MEND(base, **SETTINGS)
     method.configure_model()
     rows = base.rows([r.prompt for r in REQUESTS], [r.target_new for r in REQUESTS])
     outcome = method.learn(EditBatch(examples))
     state = state_of(base)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(learning, "episode_losses", spoiled_losses)
+        without = method.learn(EditBatch(examples))
     edit = method.edit(REQUESTS)
     before = base.answer_logits(rows).detach()
     with edit:
@@ -64,6 +71,8 @@ def results(base, examples):
         "fingerprints": [base.fingerprint, edit.origin.fingerprint],
         "gradients": outcome.mean_gradients,
         "loss": outcome.loss,
+        "counts": [without.episodes, without.skipped],
+        "gradients without an episode": without.mean_gradients,
         "normalisers": dict(method.network.named_buffers()),
         "deltas": edit.deltas(),
         "before": before,

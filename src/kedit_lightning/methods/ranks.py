@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
+import torch
 from torch import Tensor, distributed
 
 Item = TypeVar("Item")
@@ -20,6 +21,23 @@ def sum_over_ranks(tensors: Iterable[Tensor]) -> None:
     if several_ranks():
         for tensor in tensors:
             distributed.all_reduce(tensor)
+
+
+def on_some_rank(flags: Sequence[bool], device: torch.device) -> list[bool]:
+    """Whether each flag is set on some rank, for as many flags as there are on this one.
+
+    Args:
+        flags: Those of this rank; other ranks may have more or fewer.
+        device: Where ranks meet.
+    """
+    if not several_ranks():
+        return list(flags)
+    most = torch.tensor(len(flags), device=device)
+    distributed.all_reduce(most, distributed.ReduceOp.MAX)
+    found = torch.zeros(int(most), dtype=torch.int64, device=device)
+    found[: len(flags)] = torch.tensor(flags, dtype=torch.int64)
+    distributed.all_reduce(found, distributed.ReduceOp.MAX)
+    return found[: len(flags)].bool().tolist()
 
 
 def is_first_rank() -> bool:

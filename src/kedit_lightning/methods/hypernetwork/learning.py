@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from kedit_lightning.methods.hypernetwork.network import ProposingNetwork
 from kedit_lightning.methods.hypernetwork.outcome import Outcome
 from kedit_lightning.methods.hypernetwork.outer_loss import episode_losses, request_rows
 from kedit_lightning.methods.losses import all_finite
+from kedit_lightning.methods.ranks import on_some_rank
 
 
 def learn(
@@ -42,10 +43,37 @@ def learn(
         rows, numbers = request_rows(base, group)
         captured.append((capture_factors(base, rows, network.plan.modules), numbers))
     network.observe([factors for factors, _ in captured])
-    outcome = Outcome.nothing(network)
+    outcome, failed = Outcome.nothing(network), []
     for group, (factors, numbers) in zip(groups, captured, strict=True):
-        outcome += _try(base, network, group, factors, numbers, weights)
+        tried = _try(base, network, group, factors, numbers, weights)
+        failed.append(tried is None)
+        outcome += tried or Outcome.nothing(network)
+    # Ranks run the same passes, whichever of them has failed: those of a sharded model need them.
+    again = on_some_rank(failed, network.updates.device)
+    for group, own, mine, retry in zip(groups, captured, failed, again, strict=True):
+        for tried in _singly(base, network, group, *own, weights) if retry else ():
+            if mine:
+                outcome += tried or Outcome.nothing(network, skipped=1)
     return outcome.over_ranks()
+
+
+def _singly(
+    base: BaseModel,
+    network: ProposingNetwork,
+    episodes: Sequence[Episode],
+    factors: dict[str, Factors],
+    edit_of_row: Tensor,
+    weights: tuple[float, float],
+) -> Iterator[Outcome | None]:
+    """Try episodes one by one; a single one was tried already, and gives what it gave."""
+    if len(episodes) == 1:
+        yield None
+        return
+    for number, episode in enumerate(episodes):
+        rows = (edit_of_row == number).nonzero()[:, 0]
+        first, last = int(rows[0]), int(rows[-1]) + 1
+        own = {name: part.of_rows(first, last) for name, part in factors.items()}
+        yield _try(base, network, [episode], own, edit_of_row[rows] - number, weights)
 
 
 def _try(
@@ -55,8 +83,8 @@ def _try(
     factors: dict[str, Factors],
     edit_of_row: Tensor,
     weights: tuple[float, float],
-) -> Outcome:
-    """Try episodes together; where that gives NaN or infinity, one by one."""
+) -> Outcome | None:
+    """Try episodes together; ``None`` where that gives NaN or infinity."""
     with torch.enable_grad():
         requests = [request for episode in episodes for request in episode.requests]
         changes = network.propose(base, requests, factors, edit_of_row)
@@ -65,16 +93,8 @@ def _try(
         # The backward pass of the network alone: no gradient is left on any tensor, and wrappers
         # for several processes see nothing that they would reduce a second time.
         gradients = torch.autograd.grad(loss.sum(), list(network.parameters()))
-    if all_finite((loss, *gradients)):
-        parts = (loss, losses.edit, losses.locality, losses.right)
-        sums = torch.stack([part.detach().sum().to(gradients[0]) for part in parts])
-        return Outcome(list(gradients), sums, len(episodes), 0)
-    if len(episodes) == 1:
-        return Outcome.nothing(network, skipped=1)
-    outcome = Outcome.nothing(network)
-    for number, episode in enumerate(episodes):
-        rows = (edit_of_row == number).nonzero()[:, 0]
-        first, last = int(rows[0]), int(rows[-1]) + 1
-        own = {name: part.of_rows(first, last) for name, part in factors.items()}
-        outcome += _try(base, network, [episode], own, edit_of_row[rows] - number, weights)
-    return outcome
+    if not all_finite((loss, *gradients)):
+        return None
+    parts = (loss, losses.edit, losses.locality, losses.right)
+    sums = torch.stack([part.detach().sum().to(gradients[0]) for part in parts])
+    return Outcome(list(gradients), sums, len(episodes), 0)
