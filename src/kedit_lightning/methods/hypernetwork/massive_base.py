@@ -70,7 +70,7 @@ class MassiveMethod(HypernetworkMethod):
         c_edit: Weight of the new answers in the loss.
         c_loc: Weight of locality in the loss.
         n_edits: Examples written together in training.
-        at_once: Examples that run through the model together, in training and in editing.
+        at_once: Most examples that run through the model together, in training and in editing.
         n_rephrases: Rephrases asked an example; the next ones in each epoch.
         own_wording: Ask the request's own prompt too, beside the rephrases.
         vary_targets: Write another answer in each epoch, one that some record gives instead of the
