@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from kedit_lightning.data import CounterFact, NanoFacts, Requests
 from kedit_lightning.edits.base import EditOrigin
 from kedit_lightning.errors import MissingNeedsError, UnsupportedUseError
 from kedit_lightning.methods import MEND, InstructEdit
+from kedit_lightning.methods.hypernetwork import learning
+from kedit_lightning.methods.hypernetwork.outer_loss import episode_losses
 
 WORDS = {**SMALL, "tasks": TASKS}
 
@@ -138,6 +141,37 @@ def test_fit_learns_nothing_of_tasks_that_are_held_out(tmp_path):
     assert {episode.requests[0].task for episode in seen} == {"city", "birth"}
     # "France" has the answer "Norway" in a record of a held-out task alone.
     assert "Norway" not in {episode.requests[0].target_new for episode in seen}
+
+
+def test_the_rest_of_a_batch_is_learned_as_if_an_episode_that_is_not_finite_were_not_there(
+    tmp_path, monkeypatch
+):
+    base, bad = tiny_base("llama"), REQUESTS[1]
+
+    def spoil(base, episodes, changes):
+        losses = episode_losses(base, episodes, changes)
+        for number, episode in enumerate(episodes):
+            if episode.requests[0].prompt.endswith(bad.prompt):
+                losses.edit[number] = losses.edit[number] * math.nan
+        return losses
+
+    monkeypatch.setattr(learning, "episode_losses", spoil)
+    method = InstructEdit(base, **{**WORDS, "accumulate": 4})
+    fit(method, tmp_path, source=tagged(tmp_path))
+    assert method.trainer.callback_metrics["train/skipped_episodes"] == 1
+    assert (method.network.skipped, method.network.updates) == (1, 1)
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in method.state_dict().values())
+
+    # statistics take in all rows, so the networks of this comparison have none
+    plain = instruct(base, normalise=False)
+    whole = plain.learn(EditBatch(EXAMPLES))
+    rest = plain.learn(EditBatch([e for e in EXAMPLES if e.requests[0] != bad]))
+    assert (whole.episodes, whole.skipped) == (3, 1)
+    assert (rest.episodes, rest.skipped) == (3, 0)
+    assert torch.allclose(whole.sums, rest.sums, atol=1e-12)
+    for a, b in zip(whole.gradients, rest.gradients, strict=True):
+        assert torch.allclose(a, b, rtol=1e-9, atol=1e-12)
+    assert any(bool((gradient != 0).any()) for gradient in rest.gradients)
 
 
 def test_data_carries_tasks(tmp_path):
