@@ -53,8 +53,9 @@ class MassiveMethod(HypernetworkMethod):
             The checkpoint's, or else ``answer``.
         shift_size: What ``ridge`` makes costly: the squared ``norm`` of a shift, as published, or
             its mean squared effect on the ``keys`` of the fit's requests and questions, with which
-            later edits disturb earlier ones less. Both are the same before a fit. The checkpoint's,
-            or else ``norm``.
+            later edits disturb earlier ones less. Text behind an answer gives no keys, so with
+            large edits see that free answers still end well. Both are the same before a fit. The
+            checkpoint's, or else ``norm``.
         rank: Rank of the networks' matrices. The checkpoint's, or else 1920
             (MALMEN) or 1024 (RLEdit).
         blocks: Residual blocks of each network. The checkpoint's, or else 2 (MALMEN) or 4
