@@ -38,7 +38,9 @@ class KE(ProposingMethod):
     sum of their edits; the old answer is the request's own where it has one, and else what the base
     model says, which is what the released code takes.
 
-    The margin changes at validations alone: without validation data it stays as it is.
+    The margin changes at validations alone: without validation data it stays as it is. Divergence
+    of answers is what is bounded; the paper's alternative, a bound on the p-norm of the change, is
+    not offered.
 
     Args:
         base_model: The model to edit.
