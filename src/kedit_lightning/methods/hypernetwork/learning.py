@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -37,57 +38,61 @@ def learn(
         at_once: Episodes that run through the model together; all of them if absent.
     """
     size = at_once or len(episodes)
-    groups = [episodes[i : i + size] for i in range(0, len(episodes), size)]
-    captured = []
-    for group in groups:
+    trials = []
+    for group in (episodes[i : i + size] for i in range(0, len(episodes), size)):
         rows, numbers = request_rows(base, group)
-        captured.append((capture_factors(base, rows, network.plan.modules), numbers))
-    network.observe([factors for factors, _ in captured])
+        trials.append(_Trial(group, capture_factors(base, rows, network.plan.modules), numbers))
+    network.observe([trial.factors for trial in trials])
     outcome, failed = Outcome.nothing(network), []
-    for group, (factors, numbers) in zip(groups, captured, strict=True):
-        tried = _try(base, network, group, factors, numbers, weights)
+    for trial in trials:
+        tried = _try(base, network, trial, weights)
         failed.append(tried is None)
         outcome += tried or Outcome.nothing(network)
     # Ranks run the same passes, whichever of them has failed: those of a sharded model need them.
     again = on_some_rank(failed, network.updates.device)
-    for group, own, mine, retry in zip(groups, captured, failed, again, strict=True):
-        for tried in _singly(base, network, group, *own, weights) if retry else ():
+    for trial, mine, retry in zip(trials, failed, again, strict=True):
+        for single in trial.singles() if retry else ():
+            # A single episode was tried already, and gives what it gave.
+            tried = None if single is trial else _try(base, network, single, weights)
             if mine:
                 outcome += tried or Outcome.nothing(network, skipped=1)
     return outcome.over_ranks()
 
 
-def _singly(
-    base: BaseModel,
-    network: ProposingNetwork,
-    episodes: Sequence[Episode],
-    factors: dict[str, Factors],
-    edit_of_row: Tensor,
-    weights: tuple[float, float],
-) -> Iterator[Outcome | None]:
-    """Try episodes one by one; a single one was tried already, and gives what it gave."""
-    if len(episodes) == 1:
-        yield None
-        return
-    for number, episode in enumerate(episodes):
-        rows = (edit_of_row == number).nonzero()[:, 0]
-        first, last = int(rows[0]), int(rows[-1]) + 1
-        own = {name: part.of_rows(first, last) for name, part in factors.items()}
-        yield _try(base, network, [episode], own, edit_of_row[rows] - number, weights)
+@dataclass(frozen=True)
+class _Trial:
+    """Episodes that are tried together.
+
+    Args:
+        episodes: The episodes.
+        factors: Factors of their requests, by projection.
+        edit_of_row: Number of the episode that each request belongs to. Shape ``[rows]``.
+    """
+
+    episodes: Sequence[Episode]
+    factors: dict[str, Factors]
+    edit_of_row: Tensor
+
+    def singles(self) -> Iterator[_Trial]:
+        """Each episode by itself; the trial itself where there is one alone."""
+        if len(self.episodes) == 1:
+            yield self
+            return
+        for number, episode in enumerate(self.episodes):
+            rows = (self.edit_of_row == number).nonzero()[:, 0]
+            first, last = int(rows[0]), int(rows[-1]) + 1
+            own = {name: part.of_rows(first, last) for name, part in self.factors.items()}
+            yield _Trial([episode], own, self.edit_of_row[rows] - number)
 
 
 def _try(
-    base: BaseModel,
-    network: ProposingNetwork,
-    episodes: Sequence[Episode],
-    factors: dict[str, Factors],
-    edit_of_row: Tensor,
-    weights: tuple[float, float],
+    base: BaseModel, network: ProposingNetwork, trial: _Trial, weights: tuple[float, float]
 ) -> Outcome | None:
     """Try episodes together; ``None`` where that gives NaN or infinity."""
+    episodes = trial.episodes
     with torch.enable_grad():
         requests = [request for episode in episodes for request in episode.requests]
-        changes = network.propose(base, requests, factors, edit_of_row)
+        changes = network.propose(base, requests, trial.factors, trial.edit_of_row)
         losses = episode_losses(base, episodes, changes)
         loss = weights[0] * losses.edit + weights[1] * losses.locality
         # The backward pass of the network alone: no gradient is left on any tensor, and wrappers
