@@ -51,7 +51,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "$(VENV) is ready"
 
 demo: venv ## edit eight facts in the packaged model with three methods and show what happened
-	@$(BIN)/python scripts/demo.py
+	@$(BIN)/python tools/demo.py
 
 test: venv ## run the fast tests (no network, no GPU, under ten minutes on two cores)
 	$(TEST_ENV) CUDA_VISIBLE_DEVICES= $(PYTEST) -m "not slow and not real_data and not gpu"

@@ -54,7 +54,7 @@ def measure(what: str, shape: str, device: str, dtype: str, facts: int) -> dict[
 
     from kedit_lightning.data import NanoFacts
     from kedit_lightning.methods import MEND
-    from kedit_lightning.methods.capture import answer_loss
+    from kedit_lightning.methods.shared.gradient_factors import answer_loss
 
     warnings.simplefilter("ignore")
     examples = NanoFacts(seed=0).examples("train")[:facts]

@@ -27,10 +27,10 @@ from torch import Tensor
 from kedit_lightning import BaseModel, EditRequest
 from kedit_lightning.base_models.taps import add_at, change_output
 from kedit_lightning.data import NanoFacts
-from kedit_lightning.methods.locate.presets import one_layer
-from kedit_lightning.methods.locate.reading import read
-from kedit_lightning.methods.locate.solve import covariance_prior, ridge_update
-from kedit_lightning.methods.locate.target import Site, TargetOptimizer, TargetSettings
+from kedit_lightning.methods.locate.shared.locate_defaults import one_layer
+from kedit_lightning.methods.locate.shared.reading import read
+from kedit_lightning.methods.locate.shared.solve import covariance_prior, ridge_update
+from kedit_lightning.methods.locate.shared.target import Site, TargetOptimizer, TargetSettings
 
 CONTEXTS, STEPS, REQUESTS, REPEATS = 20, 20, 32, 5
 #: Which of the requests are timed one at a time.

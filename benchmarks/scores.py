@@ -31,10 +31,10 @@ import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from kedit_lightning import BaseModel, EditTrainer, methods
+from kedit_lightning.benchmark import Protocol
 from kedit_lightning.data import CounterFact, EditDataModule, NanoFacts, ZsRE
-from kedit_lightning.evaluation import Protocol
-from kedit_lightning.methods.base import EditMethod
-from kedit_lightning.methods.learned import LearnedMethod
+from kedit_lightning.methods.method import EditMethod
+from kedit_lightning.methods.training.learned import LearnedMethod
 from kedit_lightning.metrics import ExampleRecord
 from kedit_lightning.metrics.functional import paired_difference
 

@@ -11,9 +11,9 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 
+from kedit_lightning.analysis.causal_trace import Trace, TraceKind, trace
+from kedit_lightning.analysis.figures.causal_trace_figure import draw_trace
 from kedit_lightning.errors import MissingNeedsError
-from kedit_lightning.evaluation.trace_figure import draw_trace
-from kedit_lightning.evaluation.tracing import Trace, TraceKind, trace
 
 
 class CausalTracing(Callback):

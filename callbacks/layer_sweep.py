@@ -8,13 +8,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.table import Table
 
-from kedit_lightning.data.loader import chunks
+from kedit_lightning.benchmark import Protocol, ProtocolRunner
+from kedit_lightning.benchmark.quality import JUDGED_BY, judged
+from kedit_lightning.benchmark.run_context import run_seed
+from kedit_lightning.data.dataloader import chunks
 from kedit_lightning.errors import NonFiniteError, UnsupportedUseError
-from kedit_lightning.evaluation import Protocol, ProtocolRunner
-from kedit_lightning.evaluation.quality import JUDGED_BY, judged
-from kedit_lightning.evaluation.report import summary_of
-from kedit_lightning.evaluation.steps import run_seed
 from kedit_lightning.metrics import ExampleRecord
+from kedit_lightning.runs.results import summary_of
 
 
 class LayerSweep(Callback):

@@ -6,8 +6,8 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from kedit_lightning.evaluation.report import run_facts, run_settings, summary_of
 from kedit_lightning.metrics import ExampleRecord
+from kedit_lightning.runs.results import run_facts, run_settings, summary_of
 
 
 class ResultsWriter(Callback):

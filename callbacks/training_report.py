@@ -10,9 +10,9 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 
-from kedit_lightning.evaluation.curves import Curve
-from kedit_lightning.evaluation.quality import judged
-from kedit_lightning.evaluation.training_figure import draw_training
+from kedit_lightning.analysis.figures.training_figure import draw_training
+from kedit_lightning.analysis.learning_curve import Curve
+from kedit_lightning.benchmark.quality import judged
 
 _TRAIN, _VALIDATION = "train/", "val/"
 

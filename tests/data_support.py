@@ -11,8 +11,6 @@ import pytest
 from kedit_lightning.data import EditDataModule, Requests
 from kedit_lightning.errors import DataFileError
 
-SAMPLES = Path(__file__).parent / "data"
-
 
 def write(path: Path, *records: Any) -> Path:
     """Write records, or raw lines, as JSON Lines."""

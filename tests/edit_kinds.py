@@ -22,8 +22,8 @@ from kedit_lightning.edits import (
     PromptEdit,
     PromptEntry,
 )
-from kedit_lightning.edits.memory import CodebookEntry, Replacement
-from kedit_lightning.edits.modules import projection_shape
+from kedit_lightning.edits.kinds.codebook.codebook_edit import CodebookEntry, Replacement
+from kedit_lightning.edits.projections import projection_shape
 
 PROMPTS = [request.prompt for request in REQUESTS]
 ANSWERS = [request.target_new for request in REQUESTS]

@@ -12,8 +12,8 @@ from support import REQUESTS
 
 from kedit_lightning import BaseModel, EditExample, EditRequest, Probe
 from kedit_lightning.data import Requests
-from kedit_lightning.methods.episodes import Episode
-from kedit_lightning.methods.hypernetwork.outer_loss import Losses, episode_losses
+from kedit_lightning.methods.hypernetwork.shared.outer_loss import Losses, episode_losses
+from kedit_lightning.methods.training.episodes import Episode
 
 
 def example(request: EditRequest) -> EditExample:

@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from places import SAMPLES, TESTS
 from support import tiny_base, tiny_tokenizer
 from toys import Learner, Toy
 
 from kedit_lightning import BaseModel, Edit, EditTrainer
+from kedit_lightning.benchmark import Protocol
 from kedit_lightning.data import CounterFact, Requests
 from kedit_lightning.errors import (
     BaseModelMismatchError,
@@ -26,10 +28,9 @@ from kedit_lightning.errors import (
     ResumeError,
     UnsupportedUseError,
 )
-from kedit_lightning.evaluation import Protocol
 from kedit_lightning.metrics import EditMetrics
 
-DATA = Path(__file__).parent / "data"
+DATA = SAMPLES
 FACTS = DATA / "facts.json"
 
 
@@ -355,7 +356,7 @@ from support import tiny_base
 from toys import Toy
 from kedit_lightning import EditTrainer
 from kedit_lightning.data import CounterFact
-from kedit_lightning.evaluation import Protocol
+from kedit_lightning.benchmark import Protocol
 
 protocol = Protocol(mode={mode!r}, max_new_tokens=3)
 devices = dict(accelerator="cpu", devices={devices}, strategy={strategy!r})
@@ -373,7 +374,7 @@ def test_two_processes_score_each_example_once(mode: str, tmp_path: Path) -> Non
         output = tmp_path / strategy
         script = tmp_path / f"{strategy}.py"
         code = TWO_PROCESSES.format(
-            tests=str(Path(__file__).parent),
+            tests=str(TESTS),
             mode=mode,
             devices=devices,
             strategy=strategy,

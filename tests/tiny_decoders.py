@@ -12,7 +12,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from kedit_lightning.base_models.layout import Layout, WritePath
-from kedit_lightning.edits.modules import first_tensor, projection_shape
+from kedit_lightning.edits.projections import first_tensor, projection_shape
 from kedit_lightning.errors import ModuleNotLocatedError
 
 #: Some types whose blocks normalise the MLP's output before they add it.

@@ -9,7 +9,7 @@ import torch
 
 from kedit_lightning import BaseModel, BaseModelSpec, Edit, EditRequest
 from kedit_lightning.edits import LowRankEdit
-from kedit_lightning.methods.base import Capabilities, EditMethod
+from kedit_lightning.methods.method import Capabilities, EditMethod
 
 
 class Toy(EditMethod):

@@ -1,5 +1,5 @@
 """``python -m kedit_lightning`` is the ``kedit`` command."""
 
-from kedit_lightning.cli import main
+from kedit_lightning.cli.main import main
 
 main()

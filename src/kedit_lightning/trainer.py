@@ -15,15 +15,16 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.loggers import Logger
 from rich.console import Console
 
+from kedit_lightning.benchmark import Protocol
+from kedit_lightning.benchmark.run_context import apply_saved
 from kedit_lightning.edits import Edit
 from kedit_lightning.errors import KEditError, NothingToFitError, UnsupportedUseError
-from kedit_lightning.evaluation import OutputFolder, Protocol
-from kedit_lightning.evaluation.exports import check_export, export_edits
-from kedit_lightning.evaluation.output_folder import load_stack, open_output
-from kedit_lightning.evaluation.predictions import prompt_loader, read_prompts
-from kedit_lightning.evaluation.report import predictions_table, summary_table
-from kedit_lightning.evaluation.steps import apply_saved
 from kedit_lightning.metrics import ExampleRecord
+from kedit_lightning.runs import OutputFolder
+from kedit_lightning.runs.model_export import check_export, export_edits
+from kedit_lightning.runs.output_folder import load_stack, open_output
+from kedit_lightning.runs.prompts import prompt_loader, read_prompts
+from kedit_lightning.runs.results import predictions_table, summary_table
 
 #: Callbacks a trainer has unless it is given others of their kind, in the order they are called:
 #: an edit is saved before the results that come from it are written.

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kedit_lightning.base_models.decoding import generate_texts
 from kedit_lightning.base_models.fingerprint import model_fingerprint, tokenizer_fingerprint
+from kedit_lightning.base_models.generation import generate_texts
 from kedit_lightning.base_models.layout import Layout
-from kedit_lightning.base_models.rows import (
+from kedit_lightning.base_models.rows.encoding import (
     EncodedRow,
     PaddingSide,
     RowEncoder,
@@ -25,7 +25,7 @@ from kedit_lightning.base_models.rows import (
 )
 from kedit_lightning.base_models.spec import BaseModelSpec, load_pretrained
 from kedit_lightning.edits import EditStack
-from kedit_lightning.edits.modules import first_tensor
+from kedit_lightning.edits.projections import first_tensor
 from kedit_lightning.errors import InvalidRequestError, NonFiniteError
 
 

@@ -29,7 +29,7 @@ from kedit_lightning.base_models.blocks import (
     removing,
     text_config,
 )
-from kedit_lightning.edits.modules import (
+from kedit_lightning.edits.projections import (
     as_rows,
     first_tensor,
     float_dtype,

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from kedit_lightning.edits.modules import as_rows, batch_size, first_tensor, with_first
+from kedit_lightning.edits.projections import as_rows, batch_size, first_tensor, with_first
 
 #: Takes the input and the output of a module; returns its new output, or ``None`` to leave it.
 Visit: TypeAlias = Callable[[Tensor, Tensor], Tensor | None]

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from kedit_lightning.registry import lazy_exports
+
 if TYPE_CHECKING:
-    from kedit_lightning.data.base import EditDataModule, Split
-    from kedit_lightning.data.counterfact import CounterFact
-    from kedit_lightning.data.nano import NanoFacts
-    from kedit_lightning.data.requests_file import Requests
-    from kedit_lightning.data.texts import TextBatch, Texts
-    from kedit_lightning.data.zsre import ZsRE
+    from kedit_lightning.data.datamodule import EditDataModule, Split
+    from kedit_lightning.data.knowledge.counterfact import CounterFact
+    from kedit_lightning.data.knowledge.nano import NanoFacts
+    from kedit_lightning.data.knowledge.requests_file import Requests
+    from kedit_lightning.data.knowledge.zsre import ZsRE
+    from kedit_lightning.data.text.texts import TextBatch, Texts
 
 __all__ = [
     "CounterFact",
@@ -24,26 +25,19 @@ __all__ = [
     "ZsRE",
 ]
 
-_MODULES = {
-    "CounterFact": "counterfact",
-    "EditDataModule": "base",
-    "NanoFacts": "nano",
-    "Requests": "requests_file",
-    "Split": "base",
-    "TextBatch": "texts",
-    "Texts": "texts",
-    "ZsRE": "zsre",
-}
+_get = lazy_exports(
+    "dataset",
+    {
+        "EditDataModule": "kedit_lightning.data.datamodule",
+        "Split": "kedit_lightning.data.datamodule",
+        "TextBatch": "kedit_lightning.data.text.texts",
+    },
+)
 
 
 def __getattr__(name: str) -> Any:
-    """Import the module of a public name when it is first asked for: Lightning takes seconds."""
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
-    globals()[name] = value
-    return value
+    return _get(name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted(__all__)

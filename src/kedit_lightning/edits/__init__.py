@@ -1,13 +1,14 @@
 """Reversible changes of a base model."""
 
-from kedit_lightning.edits.base import Edit, EditOrigin
-from kedit_lightning.edits.composite import CompositeEdit
-from kedit_lightning.edits.decoding import DecodingEdit
-from kedit_lightning.edits.memory import CodebookEdit, MemoryEdit
-from kedit_lightning.edits.prompt import PromptEdit, PromptEntry
-from kedit_lightning.edits.scope import ScopeEdit, ScopeEntry
+from kedit_lightning.edits.edit import Edit, EditOrigin
+from kedit_lightning.edits.kinds.codebook.codebook_edit import CodebookEdit, MemoryEdit
+from kedit_lightning.edits.kinds.composite import CompositeEdit
+from kedit_lightning.edits.kinds.decoding import DecodingEdit
+from kedit_lightning.edits.kinds.prompt.prompt_edit import PromptEdit, PromptEntry
+from kedit_lightning.edits.kinds.scope.scope_edit import ScopeEdit, ScopeEntry
+from kedit_lightning.edits.kinds.weights import AdapterEdit, DenseEdit, LowRankEdit, memories
+from kedit_lightning.edits.low_rank import LowRankDelta
 from kedit_lightning.edits.stack import EditStack
-from kedit_lightning.edits.weights import AdapterEdit, DenseEdit, LowRankEdit, memories
 
 __all__ = [
     "AdapterEdit",
@@ -18,6 +19,7 @@ __all__ = [
     "Edit",
     "EditOrigin",
     "EditStack",
+    "LowRankDelta",
     "LowRankEdit",
     "MemoryEdit",
     "PromptEdit",

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from kedit_lightning.edits.base import Edit, EditableModel, EditOrigin
-from kedit_lightning.edits.modules import compute_dtype, is_transposed
-from kedit_lightning.edits.weights import AdapterEdit, LowRankEdit
+from kedit_lightning.edits.edit import Edit, EditableModel, EditOrigin
+from kedit_lightning.edits.kinds.weights import AdapterEdit, LowRankEdit
+from kedit_lightning.edits.projections import compute_dtype, is_transposed
 from kedit_lightning.errors import EditFileError, UnsupportedUseError, article_list
 
 

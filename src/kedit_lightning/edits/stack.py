@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from kedit_lightning.edits.base import Edit
-from kedit_lightning.edits.context import ContextTracker
-from kedit_lightning.edits.decoding import DecodingEdit
-from kedit_lightning.edits.patches import (
+from kedit_lightning.edits.edit import Edit
+from kedit_lightning.edits.effects import (
     MemoryPatch,
     ModuleHook,
     Patch,
     RowsHook,
     known_context,
 )
-from kedit_lightning.edits.prompt import PromptEdit, render_prompt
-from kedit_lightning.edits.scope import ScopeMemory, scope_memories
+from kedit_lightning.edits.kinds.decoding import DecodingEdit
+from kedit_lightning.edits.kinds.prompt.prompt_edit import PromptEdit, render_prompt
+from kedit_lightning.edits.kinds.scope.scope_edit import ScopeMemory, scope_memories
+from kedit_lightning.edits.row_context import ContextTracker
 from kedit_lightning.errors import EditOrderError, UnsupportedUseError
 
 if TYPE_CHECKING:

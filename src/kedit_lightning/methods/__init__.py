@@ -2,47 +2,35 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from kedit_lightning.registry import entries, lazy_exports
+
 if TYPE_CHECKING:
-    from kedit_lightning.methods.base import Capabilities, EditMethod
     from kedit_lightning.methods.finetune.ftm import FTM
     from kedit_lightning.methods.hypernetwork.instructedit import InstructEdit
-    from kedit_lightning.methods.hypernetwork.ke import KE
-    from kedit_lightning.methods.hypernetwork.malmen import MALMEN
-    from kedit_lightning.methods.hypernetwork.mend import MEND
+    from kedit_lightning.methods.hypernetwork.ke.ke import KE
+    from kedit_lightning.methods.hypernetwork.malmen.malmen import MALMEN
+    from kedit_lightning.methods.hypernetwork.mend.mend import MEND
     from kedit_lightning.methods.hypernetwork.rledit import RLEdit
     from kedit_lightning.methods.in_context.ike import IKE
     from kedit_lightning.methods.locate.alphaedit import AlphaEdit
-    from kedit_lightning.methods.locate.kn import KN
+    from kedit_lightning.methods.locate.kn.kn import KN
     from kedit_lightning.methods.locate.memit import EMMET, MEMIT, PMET
     from kedit_lightning.methods.locate.rome import ROME, RROME
-    from kedit_lightning.methods.locate.ultraedit import UltraEdit
+    from kedit_lightning.methods.locate.ultraedit.ultraedit import UltraEdit
     from kedit_lightning.methods.memory.grace import GRACE
-    from kedit_lightning.methods.memory.serac import SERAC
+    from kedit_lightning.methods.memory.serac.serac import SERAC
+    from kedit_lightning.methods.method import Capabilities, EditMethod
 
-_HOMES = {
-    "AlphaEdit": "locate.alphaedit",
-    "EMMET": "locate.memit",
-    "MEMIT": "locate.memit",
-    "PMET": "locate.memit",
-    "Capabilities": "base",
-    "EditMethod": "base",
-    "FTM": "finetune.ftm",
-    "GRACE": "memory.grace",
-    "IKE": "in_context.ike",
-    "InstructEdit": "hypernetwork.instructedit",
-    "KE": "hypernetwork.ke",
-    "KN": "locate.kn",
-    "MALMEN": "hypernetwork.malmen",
-    "MEND": "hypernetwork.mend",
-    "RLEdit": "hypernetwork.rledit",
-    "ROME": "locate.rome",
-    "RROME": "locate.rome",
-    "SERAC": "memory.serac",
-    "UltraEdit": "locate.ultraedit",
-}
+_get = lazy_exports(
+    "method",
+    dict.fromkeys(("Capabilities", "EditMethod"), "kedit_lightning.methods.method"),
+)
+
+#: Every editing method of this package.
+METHODS = tuple(entries("method"))
+
 __all__ = [
     "EMMET",
     "FTM",
@@ -66,14 +54,9 @@ __all__ = [
     "UltraEdit",
 ]
 
-#: Every editing method of this package.
-METHODS = tuple(sorted(set(__all__) - {"METHODS", "Capabilities", "EditMethod"}))
-
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return _get(name)
 
 
 def __dir__() -> list[str]:

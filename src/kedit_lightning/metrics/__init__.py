@@ -4,11 +4,10 @@
 :mod:`.functional` holds the arithmetic.
 """
 
-from kedit_lightning.metrics.collection import COST_BLOCKS, EditMetrics
+from kedit_lightning.metrics.edit_metrics import COST_BLOCKS, EditMetrics
+from kedit_lightning.metrics.example_record import ExampleRecord, ProbeReading, ProbeRecord
 from kedit_lightning.metrics.keyed import KeyedMetrics, SummaryRow
-from kedit_lightning.metrics.legacy import LegacyEasyEdit
-from kedit_lightning.metrics.records import ExampleRecord, ProbeReading, ProbeRecord
-from kedit_lightning.metrics.scores import (
+from kedit_lightning.metrics.scores.case_mean import (
     ANSWER_SCORES,
     LOCALITY_SCORES,
     BaseKL,
@@ -27,6 +26,7 @@ from kedit_lightning.metrics.scores import (
     UnchangedTop1,
     name_id,
 )
+from kedit_lightning.metrics.scores.legacy import LegacyEasyEdit
 
 __all__ = [
     "ANSWER_SCORES",

@@ -9,14 +9,14 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
+from kedit_lightning.metrics.example_record import ExampleRecord
 from kedit_lightning.metrics.functional.bootstrap import (
     needs_wilson,
     percentile_interval,
     resampled_means,
     wilson_interval,
 )
-from kedit_lightning.metrics.records import ExampleRecord
-from kedit_lightning.metrics.scores import CaseMean, Cases
+from kedit_lightning.metrics.scores.case_mean import CaseMean, Cases
 
 
 class SummaryRow(NamedTuple):

@@ -1,10 +1,7 @@
 """Second moments of the keys that edited layers see, collected once and kept in a cache."""
 
-from kedit_lightning.statistics.collect import KeyCollector
-from kedit_lightning.statistics.directions import main_directions
-from kedit_lightning.statistics.importer import import_second_moment
-from kedit_lightning.statistics.moments import SecondMoment, factorise, shrunk
-from kedit_lightning.statistics.store import (
+from kedit_lightning.statistics.covariance import SecondMoment, factorise, shrunk
+from kedit_lightning.statistics.covariance_cache import (
     KeyStatistics,
     Provenance,
     estimate_from_few_samples,
@@ -13,6 +10,9 @@ from kedit_lightning.statistics.store import (
     save_to_cache,
     write_statistics,
 )
+from kedit_lightning.statistics.covariance_import import import_second_moment
+from kedit_lightning.statistics.key_collector import KeyCollector
+from kedit_lightning.statistics.null_space import main_directions
 from kedit_lightning.statistics.text_pass import TextPass
 
 __all__ = [

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from kedit_lightning.base_models import BaseModel
 from kedit_lightning.errors import KEditError
-from kedit_lightning.statistics.importer import import_second_moment
+from kedit_lightning.statistics.covariance_import import import_second_moment
 
 
 def main(args: Sequence[str] | None = None) -> None:

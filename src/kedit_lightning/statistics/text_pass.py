@@ -16,11 +16,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from kedit_lightning.edits.files import write_atomically
+from kedit_lightning.edits.edit_file import write_atomically
 from kedit_lightning.errors import ResumeError
-from kedit_lightning.statistics.collect import KeyCollector
-from kedit_lightning.statistics.store import FORMAT_VERSION, Provenance, statistics_dir
-from kedit_lightning.statistics.sums import hash_texts, no_texts
+from kedit_lightning.statistics.covariance_cache import FORMAT_VERSION, Provenance, statistics_dir
+from kedit_lightning.statistics.key_collector import KeyCollector
+from kedit_lightning.statistics.key_sums import hash_texts, no_texts
 
 _HEADER = "kedit_partial_statistics"
 

@@ -9,19 +9,19 @@ from torch import Tensor
 
 from kedit_lightning.base_models import BaseModel, BaseModelSpec, TokenRows
 from kedit_lightning.edits import DenseEdit
-from kedit_lightning.edits.base import check_finite
-from kedit_lightning.edits.modules import check_editable
+from kedit_lightning.edits.edit import check_finite
+from kedit_lightning.edits.projections import check_editable
 from kedit_lightning.errors import UnsupportedUseError
-from kedit_lightning.methods.base import Capabilities, EditMethod
-from kedit_lightning.methods.finetune.descent import (
+from kedit_lightning.methods.finetune.shared.descent import (
     Recipe,
     attached,
     descend,
     tensors_of,
     zero_change,
 )
-from kedit_lightning.methods.finetune.presets import settings_for
-from kedit_lightning.methods.losses import answer_nll
+from kedit_lightning.methods.finetune.shared.finetune_defaults import settings_for
+from kedit_lightning.methods.method import Capabilities, EditMethod
+from kedit_lightning.methods.shared.losses import answer_nll
 from kedit_lightning.requests import EditRequest
 
 

@@ -7,16 +7,16 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from kedit_lightning.base_models import BaseModel, BaseModelSpec
-from kedit_lightning.methods.base import Need
-from kedit_lightning.methods.hypernetwork.instructions import (
+from kedit_lightning.methods.hypernetwork.mend.mend import MEND
+from kedit_lightning.methods.hypernetwork.shared.gradient_transform import TransformPlan
+from kedit_lightning.methods.hypernetwork.shared.instructions import (
     TEMPLATE,
     check_tasks,
     check_template,
     drawn,
     instructed,
 )
-from kedit_lightning.methods.hypernetwork.mend import MEND
-from kedit_lightning.methods.hypernetwork.transform import TransformPlan
+from kedit_lightning.methods.method import Need
 from kedit_lightning.requests import EditExample, EditRequest
 
 

@@ -7,10 +7,10 @@ from typing import Any, ClassVar
 
 from kedit_lightning.base_models import BaseModel, BaseModelSpec
 from kedit_lightning.edits import EditOrigin
-from kedit_lightning.methods.hypernetwork.massive import Group, edit_of
-from kedit_lightning.methods.hypernetwork.massive_base import MassiveMethod, Projections
-from kedit_lightning.methods.hypernetwork.normal_equations import smaller_dense
-from kedit_lightning.methods.hypernetwork.outcome import Outcome
+from kedit_lightning.methods.hypernetwork.malmen.massive import Group, edit_of
+from kedit_lightning.methods.hypernetwork.malmen.massive_base import MassiveMethod, Projections
+from kedit_lightning.methods.hypernetwork.malmen.normal_equations import smaller_dense
+from kedit_lightning.methods.hypernetwork.shared.outcome import Outcome
 from kedit_lightning.requests import EditBatch
 
 

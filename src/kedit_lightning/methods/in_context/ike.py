@@ -9,24 +9,24 @@ from typing import Any, ClassVar
 
 from kedit_lightning.base_models import BaseModel, BaseModelSpec
 from kedit_lightning.base_models.spec import PACKAGED
-from kedit_lightning.data.base import EditDataModule
+from kedit_lightning.data.datamodule import EditDataModule
 from kedit_lightning.edits import PromptEdit, PromptEntry
 from kedit_lightning.errors import UnsupportedUseError
-from kedit_lightning.methods.base import Capabilities, EditMethod
-from kedit_lightning.methods.in_context.demonstrations import (
-    Demonstration,
-    demonstrate,
-    demonstrations_for,
-    statement,
-)
-from kedit_lightning.methods.in_context.pool import (
+from kedit_lightning.methods.in_context.shared.demonstration_pool import (
     Pool,
     PoolSource,
     load_pool,
     pool_name,
     pool_of_packaged_model,
 )
-from kedit_lightning.methods.in_context.retrieval import LEXICAL
+from kedit_lightning.methods.in_context.shared.demonstrations import (
+    Demonstration,
+    demonstrate,
+    demonstrations_for,
+    statement,
+)
+from kedit_lightning.methods.in_context.shared.retrieval import LEXICAL
+from kedit_lightning.methods.method import Capabilities, EditMethod
 from kedit_lightning.requests import EditExample, EditRequest
 
 #: Demonstrations in the IKE paper, and the context of the model (GPT-J) they were chosen for.

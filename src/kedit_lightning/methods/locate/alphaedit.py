@@ -8,10 +8,10 @@ from torch import Tensor
 
 from kedit_lightning.base_models import BaseModel, BaseModelSpec
 from kedit_lightning.errors import UnsupportedUseError
-from kedit_lightning.methods.locate.base import Held
-from kedit_lightning.methods.locate.closed_form import ClosedForm
-from kedit_lightning.methods.locate.presets import ALPHAEDIT_PUBLISHED
-from kedit_lightning.methods.locate.solve import Prior, null_space_prior
+from kedit_lightning.methods.locate.shared.closed_form import ClosedForm
+from kedit_lightning.methods.locate.shared.locate_defaults import ALPHAEDIT_PUBLISHED
+from kedit_lightning.methods.locate.shared.locate_method import Held
+from kedit_lightning.methods.locate.shared.solve import Prior, null_space_prior
 from kedit_lightning.statistics import main_directions
 
 

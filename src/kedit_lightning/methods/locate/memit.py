@@ -7,16 +7,16 @@ from typing import Any
 from torch import Tensor
 
 from kedit_lightning.base_models import BaseModel, BaseModelSpec
-from kedit_lightning.methods.locate.closed_form import ClosedForm
-from kedit_lightning.methods.locate.presets import (
+from kedit_lightning.methods.locate.shared.closed_form import ClosedForm
+from kedit_lightning.methods.locate.shared.locate_defaults import (
     EMMET_PUBLISHED,
     MEMIT_PUBLISHED,
     PMET_PUBLISHED,
     LocateSettings,
     one_layer,
 )
-from kedit_lightning.methods.locate.reading import Reading
-from kedit_lightning.methods.locate.solve import Prior, ridge_update
+from kedit_lightning.methods.locate.shared.reading import Reading
+from kedit_lightning.methods.locate.shared.solve import Prior, ridge_update
 
 
 class MEMIT(ClosedForm):

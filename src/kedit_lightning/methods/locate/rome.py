@@ -7,11 +7,15 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from kedit_lightning.base_models import BaseModel, BaseModelSpec
-from kedit_lightning.methods.base import Capabilities
-from kedit_lightning.methods.locate.closed_form import ClosedForm
-from kedit_lightning.methods.locate.presets import ROME_PUBLISHED, LocateSettings, one_layer
-from kedit_lightning.methods.locate.reading import Reading
-from kedit_lightning.methods.locate.solve import Prior, rank_one_update
+from kedit_lightning.methods.locate.shared.closed_form import ClosedForm
+from kedit_lightning.methods.locate.shared.locate_defaults import (
+    ROME_PUBLISHED,
+    LocateSettings,
+    one_layer,
+)
+from kedit_lightning.methods.locate.shared.reading import Reading
+from kedit_lightning.methods.locate.shared.solve import Prior, rank_one_update
+from kedit_lightning.methods.method import Capabilities
 
 
 class ROME(ClosedForm):

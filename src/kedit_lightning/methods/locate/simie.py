@@ -11,8 +11,8 @@ from torch import Tensor
 from kedit_lightning.base_models import BaseModel
 from kedit_lightning.edits import LowRankEdit, memories
 from kedit_lightning.errors import EditOrderError, UnsupportedUseError
-from kedit_lightning.methods.locate.reading import read
-from kedit_lightning.methods.locate.solve import ridge_update, size_prior, with_history
+from kedit_lightning.methods.locate.shared.reading import read
+from kedit_lightning.methods.locate.shared.solve import ridge_update, size_prior, with_history
 from kedit_lightning.requests import EditRequest
 
 _KEYS = ".keys"

@@ -12,8 +12,8 @@ from torch import Tensor
 from kedit_lightning.base_models import BaseModel, BaseModelSpec, TokenRows
 from kedit_lightning.base_models.taps import capture, change_output, stop_after
 from kedit_lightning.edits import CodebookEdit
-from kedit_lightning.edits.base import check_finite
-from kedit_lightning.edits.memory import (
+from kedit_lightning.edits.edit import check_finite
+from kedit_lightning.edits.kinds.codebook.codebook_edit import (
     Codebook,
     CodebookEntry,
     Replacement,
@@ -21,11 +21,11 @@ from kedit_lightning.edits.memory import (
     stacked_codebook,
     write_entry,
 )
-from kedit_lightning.edits.modules import check_editable, compute_dtype, projection_shape
+from kedit_lightning.edits.projections import check_editable, compute_dtype, projection_shape
 from kedit_lightning.errors import UnsupportedUseError
-from kedit_lightning.methods.base import Capabilities, EditMethod
-from kedit_lightning.methods.losses import answer_nll
-from kedit_lightning.methods.memory.presets import default_module
+from kedit_lightning.methods.memory.grace_defaults import default_module
+from kedit_lightning.methods.method import Capabilities, EditMethod
+from kedit_lightning.methods.shared.losses import answer_nll
 from kedit_lightning.requests import EditRequest
 
 

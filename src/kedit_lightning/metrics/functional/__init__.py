@@ -6,7 +6,19 @@ from kedit_lightning.metrics.functional.bootstrap import (
     share_interval,
     wilson_interval,
 )
-from kedit_lightning.metrics.functional.generation import (
+from kedit_lightning.metrics.functional.divergence import (
+    kl_divergence,
+    unchanged_text,
+    unchanged_top1,
+)
+from kedit_lightning.metrics.functional.teacher_forcing import (
+    exact_match,
+    mean_log_prob,
+    prefers,
+    token_match,
+    total_log_prob,
+)
+from kedit_lightning.metrics.functional.text_match import (
     answer_text,
     generation_contains,
     generation_exact,
@@ -14,18 +26,6 @@ from kedit_lightning.metrics.functional.generation import (
     ngram_entropy,
     normalise_answer,
     repetition_rate,
-)
-from kedit_lightning.metrics.functional.locality import (
-    kl_divergence,
-    unchanged_text,
-    unchanged_top1,
-)
-from kedit_lightning.metrics.functional.teacher_forced import (
-    exact_match,
-    mean_log_prob,
-    prefers,
-    token_match,
-    total_log_prob,
 )
 
 __all__ = [

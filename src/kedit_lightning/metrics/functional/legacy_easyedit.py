@@ -12,7 +12,7 @@ from typing import TypeAlias
 
 from torch import Tensor
 
-from kedit_lightning.metrics.functional.teacher_forced import token_match
+from kedit_lightning.metrics.functional.teacher_forcing import token_match
 
 # Predicted or earlier ids, target or later ids, and the mask of the positions compared.
 Rows: TypeAlias = tuple[Tensor, Tensor, Tensor]

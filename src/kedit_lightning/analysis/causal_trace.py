@@ -1,0 +1,297 @@
+"""Causal tracing (Meng et al. 2022, section 2): which hidden states carry a fact.
+
+Noise on the embeddings of the subject makes the model lose the answer. Hidden states of the clean
+run are then put back, those of one layer and token at a time; the probability that returns is what
+the state carries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeAlias, get_args
+
+import torch
+from torch import Tensor
+
+from kedit_lightning.base_models import BaseModel, EncodedRow
+from kedit_lightning.base_models.taps import Visit, capture, visiting
+from kedit_lightning.benchmark.reader import wide
+from kedit_lightning.errors import UnsupportedUseError
+
+#: Which states are put back: outputs of whole blocks, of their MLPs, or of their attention.
+TraceKind: TypeAlias = Literal["block", "mlp", "attention"]
+
+#: Parts are put back in ten layers of 48 together: that of one layer alone changes little.
+_PART_WINDOW = 10 / 48
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What putting back hidden states does to the probability of an answer.
+
+    Args:
+        prompt: The prompt.
+        tokens: Its tokens as text, what the tokenizer or a prompt edit adds included.
+        subject: Indices of the subject's tokens, first and last.
+        answer: The token whose probability is measured, as text.
+        kind: Which states were put back.
+        window: How many layers at a time, the named one in their middle.
+        high: Probability in the clean run.
+        low: Probability under noise, mean over its samples.
+        restored: Probability with states put back, mean over the samples. Shape
+            ``[layers, tokens]``, float64, on the CPU.
+    """
+
+    prompt: str
+    tokens: tuple[str, ...]
+    subject: tuple[int, int]
+    answer: str
+    kind: TraceKind
+    window: int
+    high: float
+    low: float
+    restored: Tensor
+
+    @property
+    def effect(self) -> Tensor:
+        """Indirect effect: restored minus corrupted probability. Shape ``[layers, tokens]``."""
+        return self.restored - self.low
+
+    @property
+    def best_layer(self) -> int:
+        """Layer with the largest effect at the subject's last token, where facts are edited."""
+        return int(self.effect[:, self.subject[1]].argmax())
+
+    def facts(self) -> dict[str, Any]:
+        """All of it as plain values, with the effects layer by layer."""
+        values = {**vars(self), "restored": self.restored.tolist(), "effect": self.effect.tolist()}
+        return {**values, "best_layer": self.best_layer}
+
+
+@dataclass(frozen=True)
+class Patch:
+    """Hidden states that are put back together.
+
+    Args:
+        layers: Layers, counted from 0.
+        tokens: Positions in the prompt.
+    """
+
+    layers: range
+    tokens: range
+
+
+class Tracer:
+    """One prompt, run under noise with hidden states of its clean run put back.
+
+    The noise is drawn once and the same for every patch, so that patches compare, and batch size
+    changes nothing. Edits that are applied stay applied: the model is traced as it stands.
+
+    Args:
+        base: The base model.
+        prompt: The prompt.
+        subject: Part of the prompt whose embeddings get the noise.
+        answer: Text whose first token is measured; the model's own greedy answer if not given.
+        kind: Which states are put back.
+        noise: Standard deviation of the noise, as a multiple of that of all numbers in the
+            embeddings of the subject's tokens.
+        samples: How often noise is drawn.
+        seed: Start of the noise.
+        batch_size: Rows of a forward pass.
+
+    Raises:
+        UnsupportedUseError: The model has an encoder, or a setting is out of range.
+        InvalidRequestError: The subject is not in the prompt.
+        ModuleNotLocatedError: The model has no blocks, or no dense MLP where these are asked for.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        base: BaseModel,
+        prompt: str,
+        subject: str,
+        answer: str | None = None,
+        kind: TraceKind = "block",
+        noise: float = 3.0,
+        samples: int = 10,
+        seed: int = 0,
+        batch_size: int = 32,
+    ) -> None:
+        _check(base, kind, noise, {"samples": samples, "batch_size": batch_size})
+        row = base.encode(prompt, answer, subject)
+        self.base = base
+        self.row: EncodedRow = replace(row, answer=())
+        self.names = _states(base, kind)
+        self._batch_size = batch_size
+        self._embedding = _embedding(base)
+        rows = base.pad([self.row])
+        with capture(base.model, [self._embedding, *self.names]) as seen:
+            logits = wide(base.logits_at(rows, rows.prompt_end[:, None]))[0, 0]
+        #: Id of the token that is measured.
+        self.token: int = row.answer[0] if row.answer else int(logits.argmax())
+        #: Probability of it in the clean run.
+        self.high: float = float(logits.softmax(-1)[self.token])
+        self._clean = [seen.outputs[name][0] for name in self.names]  # [tokens, width] each
+        # There is one prompt, so rows need no padding: a token's column is its index.
+        self._span = slice(self.row.subject_start, self.row.subject_end + 1)
+        plain = seen.outputs[self._embedding][0, self._span]
+        draws = torch.randn(
+            samples, *plain.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.double
+        )
+        scale = noise * float(plain.double().std())
+        self._noise = (scale * draws).to(plain)  # [samples, subject tokens, hidden]
+
+    @torch.no_grad()
+    def probabilities(self, patches: Sequence[Patch | None]) -> Tensor:
+        """Probability of the answer under noise, mean over its samples.
+
+        Args:
+            patches: What is put back, one patch at a time; ``None`` for nothing.
+
+        Returns:
+            Shape ``[patches]``, float64, on the CPU.
+        """
+        samples = len(self._noise)
+        total, found = len(patches) * samples, []
+        for start in range(0, total, self._batch_size):
+            own = range(start, min(start + self._batch_size, total))
+            drawn = [i % samples for i in own]
+            found.append(self._pass([patches[i // samples] for i in own], self._noise[drawn]))
+        return torch.cat(found).reshape(len(patches), samples).mean(1)
+
+    def _pass(self, patches: list[Patch | None], noise: Tensor) -> Tensor:
+        """One forward pass: row ``i`` has ``noise[i]`` and ``patches[i]``. Shape ``[rows]``."""
+
+        def corrupt(x: Tensor, y: Tensor) -> Tensor:
+            y = y.clone()
+            y[:, self._span] += noise.to(y)
+            return y
+
+        def put_back(layer: int, at: list[tuple[int, slice]]) -> Visit:
+            def visit(x: Tensor, y: Tensor) -> Tensor:
+                y = y.clone()
+                for i, tokens in at:
+                    y[i, tokens] = self._clean[layer][tokens]
+                return y
+
+            return visit
+
+        visits: dict[str, Visit] = {self._embedding: corrupt}
+        for layer, name in enumerate(self.names):
+            at = [
+                (i, slice(patch.tokens.start, patch.tokens.stop))
+                for i, patch in enumerate(patches)
+                if patch is not None and layer in patch.layers
+            ]
+            if at:
+                visits[name] = put_back(layer, at)
+        rows = self.base.pad([self.row] * len(patches))
+        with visiting(self.base.model, visits):
+            logits = wide(self.base.logits_at(rows, rows.prompt_end[:, None]))[:, 0]
+        return logits.softmax(-1)[:, self.token].double().cpu()
+
+
+def trace(
+    base: BaseModel,
+    prompt: str,
+    subject: str,
+    answer: str | None = None,
+    kind: TraceKind = "block",
+    window: int | None = None,
+    noise: float = 3.0,
+    samples: int = 10,
+    seed: int = 0,
+    batch_size: int = 32,
+) -> Trace:
+    """Trace a fact through all layers and tokens of a prompt.
+
+    Args:
+        base: The base model, with the edits that are to be traced applied.
+        prompt: The prompt.
+        subject: Part of the prompt whose embeddings get the noise.
+        answer: Text whose first token is measured; the model's own greedy answer if not given.
+        kind: Which states are put back: outputs of a ``block``, of its ``mlp``, or of its
+            ``attention``.
+        window: Layers that are put back together. If not given, one of blocks, and of parts the
+            share of the depth that the paper takes (10 of 48).
+        noise: Standard deviation of the noise, as a multiple of that of the subject's embeddings.
+        samples: How often noise is drawn.
+        seed: Start of the noise.
+        batch_size: Rows of a forward pass; it never changes a result.
+
+    Raises:
+        UnsupportedUseError: The model has an encoder, or a setting is out of range.
+        InvalidRequestError: The subject is not in the prompt.
+        ModuleNotLocatedError: The model has no blocks, or no dense MLP where these are asked for.
+    """
+    if window is not None:
+        _at_least_one("window", window)
+    tracer = Tracer(base, prompt, subject, answer, kind, noise, samples, seed, batch_size)
+    depth, row = len(tracer.names), tracer.row
+    if window is None:
+        window = 1 if kind == "block" else max(1, round(_PART_WINDOW * depth))
+    # What stands before the subject never sees it, so there is nothing to put back.
+    tokens = range(row.subject_start, len(row.prompt))
+    patches = [
+        Patch(
+            range(max(0, layer - window // 2), min(depth, layer + (window + 1) // 2)),
+            range(token, token + 1),
+        )
+        for layer in range(depth)
+        for token in tokens
+    ]
+    low, *found = tracer.probabilities([None, *patches]).tolist()
+    restored = torch.full((depth, len(row.prompt)), low, dtype=torch.double)
+    restored[:, tokens.start :] = torch.tensor(found, dtype=torch.double).reshape(depth, -1)
+    texts = [str(base.tokenizer.decode([id])) for id in (*row.prompt, tracer.token)]
+    return Trace(
+        prompt=prompt,
+        tokens=tuple(texts[:-1]),
+        subject=(row.subject_start, row.subject_end),
+        answer=texts[-1].strip() or texts[-1],
+        kind=kind,
+        window=window,
+        high=tracer.high,
+        low=low,
+        restored=restored,
+    )
+
+
+def _states(base: BaseModel, kind: TraceKind) -> list[str]:
+    """Names of the modules whose outputs are put back, from the first layer to the last."""
+    if kind == "mlp":
+        # The projection and not the module around it, which in BLOOM and MPT adds the residual.
+        return [block.down for block in base.layout.blocks]
+    if kind == "attention":
+        return [base.layout.attention(index) for index in range(len(base.layout))]
+    return [base.layout.block_name(index) for index in range(len(base.layout))]
+
+
+def _embedding(base: BaseModel) -> str:
+    """Name of the module that embeds tokens."""
+    module = base.model.get_input_embeddings()
+    names: dict[int, str] = {id(other): name for name, other in base.model.named_modules()}
+    return names[id(module)]
+
+
+def _at_least_one(name: str, value: int) -> None:
+    if value < 1:
+        raise UnsupportedUseError(f"{name} of a trace must be at least 1, got {value}")
+
+
+def _check(base: BaseModel, kind: TraceKind, noise: float, counts: dict[str, int]) -> None:
+    if base.is_encoder_decoder:
+        raise UnsupportedUseError(
+            f"tracing follows a prompt through a decoder, and '{base.name}' reads it with an "
+            "encoder; use a decoder-only model"
+        )
+    if kind not in get_args(TraceKind):
+        raise UnsupportedUseError(
+            f"kind of a trace must be one of {', '.join(get_args(TraceKind))}, got {kind!r}"
+        )
+    if not noise >= 0:
+        raise UnsupportedUseError(f"noise of a trace must be 0 or more, got {noise}")
+    for name, value in counts.items():
+        _at_least_one(name, value)

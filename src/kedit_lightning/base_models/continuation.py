@@ -1,0 +1,166 @@
+"""Forward passes that start again in the middle: at a column of each row, above a block.
+
+What an optimisation adds at one token changes neither earlier tokens nor the blocks below.  So the
+tokens before are read once into a key-value cache, the blocks below run once, and each further pass
+computes the rest alone.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kedit_lightning.base_models.base_model import BaseModel
+from kedit_lightning.base_models.rows.encoding import EncodedRow, TokenRows, pad_tails
+from kedit_lightning.base_models.taps import skipping
+from kedit_lightning.edits.projections import first_tensor, with_first
+
+#: What models raise whose caches or blocks have another form.
+_OTHER_FORM = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+#: Relative difference of logits below which a model counts as one that can be resumed, by the
+#: number of bytes of its dtype.
+_SAME = {8: 1e-9, 4: 1e-4, 2: 5e-2}
+
+
+class Continuation:
+    """Rows that are run again and again from a column on, above a block.
+
+    Models that cannot be resumed, and edits that must see whole prompts, get complete passes; the
+    results are the same.
+
+    Args:
+        base: The base model, as its stack stands.
+        rows: The rows; each has a subject, at whose last token it is cut.
+        block: Number of the first block that runs again.
+        resume: Whether to cut at all; by default where it can be done.
+    """
+
+    def __init__(
+        self,
+        base: BaseModel,
+        rows: Sequence[EncodedRow],
+        block: int,
+        resume: bool | None = None,
+    ) -> None:
+        self.base = base
+        self._cache: Any = None
+        self._below: tuple[str, ...] = ()
+        self._held: Any = None
+        if resume is None:
+            resume = can_resume(base)
+        if not resume:
+            self.rows = base.pad(rows, "right")
+            return
+        head, self.rows = self._cut(rows)
+        self._fill(head, block)
+
+    @torch.no_grad()
+    def _fill(self, head: dict[str, Tensor], block: int) -> None:
+        """Read the heads into a cache, and what comes out below the block for the tails."""
+        if bool(head["attention_mask"].any()):
+            self._cache = self.base.model(**head, use_cache=True, logits_to_keep=1).past_key_values
+        if block > 0:
+            names = tuple(self.base.layout.block_name(index) for index in range(block))
+            last = self.base.module(names[-1])
+            seen: list[Any] = []
+            handle = last.register_forward_hook(lambda module, args, output: seen.append(output))
+            try:
+                self.base.forward(self.rows, **self._options())
+            finally:
+                handle.remove()
+            self._below, self._held = names, seen[-1]
+
+    def _cut(self, rows: Sequence[EncodedRow]) -> tuple[dict[str, Tensor], TokenRows]:
+        cuts = [row.subject_end for row in rows]
+        base = self.base
+        pad = base.pad_id
+        head, tails = pad_tails(rows, cuts, pad, base.takes_positions, base.device)
+        if not any(cuts):
+            width = head["input_ids"].shape[1]
+            tails.inputs["attention_mask"] = tails.attention_mask[:, width:]
+        return head, tails
+
+    def _options(self) -> dict[str, Any]:
+        if self._cache is None:
+            return {}
+        # A pass appends to the cache it is given; it must find the heads alone every time.
+        cache = copy.copy(self._cache)
+        cache.layers = [copy.copy(layer) for layer in cache.layers]
+        return {"past_key_values": cache, "use_cache": True}
+
+    def logits_of(self, places: tuple[Tensor, Tensor]) -> Tensor:
+        """Logits at single places of :attr:`rows`, as the hooks in force make them.
+
+        Args:
+            places: Row and column of each place. Shape ``[n]`` each.
+
+        Returns:
+            Shape ``[n, vocab]``.
+        """
+        outputs = dict.fromkeys(self._below, self._held)
+        with skipping(self.base.model, outputs):
+            return self.base.logits_of(self.rows, places, **self._options())
+
+    def select(self, index: Tensor) -> Continuation:
+        """The same for some of the rows.
+
+        Args:
+            index: Numbers of the rows that stay. Shape ``[n]``.
+        """
+        part = copy.copy(self)
+        part.rows = self.rows.select(index)
+        if self._held is not None:
+            part._held = with_first(self._held, first_tensor(self._held)[index])
+        if self._cache is not None:
+            part._cache = self._options()["past_key_values"]
+            part._cache.batch_select_indices(index)
+        return part
+
+
+def can_resume(base: BaseModel) -> bool:
+    """Whether passes of a base model can start in the middle, as it stands.
+
+    Memory edits decide at the end of a prompt that is read in one call, so none may act.  Whether
+    the architecture allows it is tried once, on two short rows.
+    """
+    if base.is_encoder_decoder or base.edits.reads_rows:
+        return False
+    if base.resumes is None:
+        with base.edits.suspended():
+            base.resumes = _tried(base)
+    return base.resumes
+
+
+@torch.no_grad()
+def _tried(base: BaseModel) -> bool:
+    """Compare resumed passes with complete ones."""
+    size = int(base.model.config.get_text_config(decoder=True).vocab_size)
+    ids = [(7 * i + 3) % size for i in range(12)]
+    rows = [
+        EncodedRow(tuple(ids[:7]), tuple(ids[7:9]), subject_end=4),
+        EncodedRow(tuple(ids[2:6]), tuple(ids[6:7]), subject_end=1),
+    ]
+    depth, tolerance = len(base.layout), _SAME[base.dtype.itemsize]
+    for block in sorted({0, depth // 2, depth}):
+        try:
+            found, expected = (
+                _answers(Continuation(base, rows, block, resume)) for resume in (True, False)
+            )
+        except _OTHER_FORM:
+            return False
+        if not bool((found - expected).norm() <= tolerance * expected.norm()):
+            return False
+    return True
+
+
+def _answers(passes: Continuation) -> Tensor:
+    """First logits of the answers of two rows, and of one of them by itself."""
+    found = []
+    for part in (passes, passes.select(torch.tensor([1], device=passes.base.device))):
+        at = torch.arange(len(part.rows), device=part.base.device)
+        found.append(part.logits_of((at, part.rows.answer_columns[:, 0])).double())
+    return torch.cat(found)

@@ -1,0 +1,346 @@
+"""What all datasets of edits share: reading, validation, reports and loaders."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from abc import ABC, abstractmethod
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeAlias
+
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_warn
+
+from kedit_lightning.data.dataloader import (
+    BatchLoader,
+    NoLoaders,
+    evaluation_chunks,
+    process_rank,
+    training_chunks,
+)
+from kedit_lightning.data.records import Fields, Record, read_records
+from kedit_lightning.errors import (
+    DataFileError,
+    DataFileNotFoundError,
+    InvalidRequestError,
+    UnsupportedUseError,
+    article_list,
+)
+from kedit_lightning.requests import EditBatch, EditExample
+
+Split: TypeAlias = Literal["train", "validation", "test"]
+
+_OPTION: dict[Split, str] = {"train": "train_path", "validation": "val_path", "test": "path"}
+# How many bad or skipped records a message spells out; results files list all of them.
+_SHOWN = 20
+
+
+class SkipRecord(Exception):  # noqa: N818 - not an error: the format allows such records
+    """Raised by ``EditDataModule.parse`` for a record that its format means to be left out."""
+
+
+@dataclass
+class LoadedSplit:
+    """The examples of a split, and what a results file says about them."""
+
+    examples: list[EditExample]
+    path: str | None
+    sha256: str
+    skipped: list[str] = field(default_factory=list)
+    contradictions: int = 0
+
+    def source(self) -> dict[str, Any]:
+        """The same as plain values."""
+        return {
+            "path": self.path,
+            "sha256": self.sha256,
+            "records": len(self.examples),
+            "skipped": len(self.skipped),
+            "skipped_records": list(self.skipped),
+            "contradictory_prompts": self.contradictions,
+        }
+
+
+class EditDataModule(LightningDataModule, ABC):
+    """Base of all datasets of edits; a dataset says how one of its records becomes an example.
+
+    Args:
+        path: File with the facts to edit and test: a JSON list, JSON Lines or CSV.
+        limit: Number of records kept of each split; all when absent.
+        on_bad_record: ``error`` reports all records that do not fit and stops; ``skip`` leaves
+            them out, and counts and lists them in the results.
+        train_path: File with the facts that ``fit`` learns from.
+        val_path: File with the facts of ``validate``, also used during ``fit``.
+        seed: Fixes the order of training; the seed of the run when absent.
+    """
+
+    id_field: ClassVar[str | None] = None
+    """Field that names a record; without it records are named by their position, from zero."""
+    known_fields: ClassVar[frozenset[str] | None] = None
+    """All fields a record may have, where a dataset's schema is closed; others are reported."""
+    where_to_get_it: ClassVar[str] = ""
+    """Ends the message that says that no file was named."""
+
+    def __init__(
+        self,
+        path: str | Path | None = None,
+        limit: int | None = None,
+        on_bad_record: Literal["error", "skip"] = "error",
+        train_path: str | Path | None = None,
+        val_path: str | Path | None = None,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.path = path
+        self.limit = limit
+        self.on_bad_record = on_bad_record
+        self.train_path = train_path
+        self.val_path = val_path
+        self.seed = seed
+        self._loaded: dict[Split, LoadedSplit] = {}
+
+    @abstractmethod
+    def parse(self, fields: Fields, id: str) -> EditExample:
+        """Make an example of one record.
+
+        Args:
+            fields: The record's fields.
+            id: The record's name, to be used for the example and its requests.
+
+        Raises:
+            InvalidRequestError: A field does not fit.
+            SkipRecord: The dataset's format means such records to be left out.
+        """
+
+    # What a user asks of a dataset -------------------------------------------------------------
+
+    def examples(self, split: Split = "test") -> list[EditExample]:
+        """The examples of a split; its file is read when first asked for.
+
+        Raises:
+            DataFileError: The file is absent, or holds records that do not fit.
+        """
+        return list(self._load(split).examples)
+
+    @property
+    def source(self) -> dict[str, dict[str, Any]]:
+        """For each split read so far: path, SHA-256, records used and records skipped."""
+        return {split: loaded.source() for split, loaded in self._loaded.items()}
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read the files that a stage needs; those already read are not read again."""
+        if stage == "fit":
+            self._load("train")
+            if self.split_path("validation") is not None:
+                self._load("validation")
+        elif stage == "validate":
+            self._load("validation")
+        else:
+            self._load("test")
+
+    def split_path(self, split: Split) -> Path | None:
+        """The file of a split, or ``None`` when no file was named for it."""
+        named = getattr(self, _OPTION[split])
+        return None if named is None else Path(named).expanduser()
+
+    # Loaders; how many examples travel together is settled by the trainer and the method -------
+
+    def train_dataloader(self) -> BatchLoader[EditBatch]:
+        """Shuffled batches of ``fit_batch_size``, a setting of the method."""
+        loaded = self._load("train")
+        method = None if self.trainer is None else self.trainer.lightning_module
+        size = int(getattr(method, "fit_batch_size", None) or 1)
+        choose = getattr(method, "examples_to_fit", list)
+        examples: list[EditExample] = choose(loaded.examples)
+        rank, world_size = process_rank()
+        seed = self.seed if self.seed is not None else int(os.environ.get("PL_GLOBAL_SEED") or 0)
+
+        def batches(epoch: int) -> list[EditBatch]:
+            rows = training_chunks(examples, size, seed, epoch, rank, world_size)
+            return [EditBatch(list(chunk)) for chunk in rows]
+
+        identity: dict[str, int | str] = {
+            "data": loaded.sha256,
+            "records": len(examples),
+            "batch size": size,
+            "seed": seed,
+            "processes": world_size,
+        }
+        return BatchLoader(batches, -(-(len(examples) // world_size) // size), identity)
+
+    def val_dataloader(self) -> BatchLoader[EditBatch] | NoLoaders:
+        """Chunks of the protocol, in the order of the file; nothing without a validation file."""
+        if "validation" not in self._loaded and self.split_path("validation") is None:
+            return NoLoaders()
+        return self._chunk_loader("validation")
+
+    def test_dataloader(self) -> BatchLoader[EditBatch]:
+        """Chunks of the protocol, in the order of the file."""
+        return self._chunk_loader("test")
+
+    def predict_dataloader(self) -> BatchLoader[EditBatch]:
+        """The same as for ``test``."""
+        return self._chunk_loader("test")
+
+    def _chunk_loader(self, split: Split) -> BatchLoader[EditBatch]:
+        loaded = self._load(split)
+        protocol = getattr(self.trainer, "protocol", None)
+        size = int(getattr(protocol, "chunk_size", None) or 1)
+        rank, world_size = process_rank()
+        if getattr(protocol, "mode", None) == "sequential":
+            # Each edit of a stream is computed on the ones before it: all ranks see all of it.
+            rank, world_size = 0, 1
+        rows = evaluation_chunks(loaded.examples, size, rank, world_size)
+        batches = [EditBatch(list(chunk)) for chunk in rows]
+        identity: dict[str, int | str] = {
+            "data": loaded.sha256,
+            "records": len(loaded.examples),
+            "chunk size": size,
+        }
+        return BatchLoader(lambda epoch: batches, len(batches), identity)
+
+    # Reading -----------------------------------------------------------------------------------
+
+    def select(self, examples: list[EditExample]) -> list[EditExample]:
+        """The examples that ``limit`` keeps: the first ones."""
+        return examples[: self.limit]
+
+    def _load(self, split: Split) -> LoadedSplit:
+        if split not in self._loaded:
+            if split not in _OPTION:
+                raise UnsupportedUseError(
+                    f"there is no split {split!r}; it is one of {', '.join(_OPTION)}"
+                )
+            if self.limit is not None and self.limit < 1:
+                raise UnsupportedUseError(
+                    f"limit must be at least 1, got {self.limit}; leave it out to use all records"
+                )
+            self._loaded[split] = self._read(split)
+        return self._loaded[split]
+
+    def _read(self, split: Split) -> LoadedSplit:
+        path = self.split_path(split)
+        if path is None:
+            raise DataFileNotFoundError(self._no_file(split))
+        try:
+            records, sha256 = read_records(path)
+        except DataFileNotFoundError as error:
+            raise DataFileNotFoundError(
+                f"{error}; correct {_OPTION[split]} "
+                f"(--data.{_OPTION[split]} FILE on the command line){self.where_to_get_it}"
+            ) from error
+        examples, bad, skipped = self._parse_all(records)
+        if bad and self.on_bad_record == "error":
+            raise DataFileError(
+                f"{path.name} has {len(bad)} bad record{'s' * (len(bad) > 1)} of {len(records)}: "
+                f"{_clauses(bad)}; correct them, or leave them out with on_bad_record: skip "
+                "(--data.on_bad_record skip)"
+            )
+        left_out = [*bad, *skipped]
+        if not examples:
+            raise DataFileError(f"{path.name} holds no usable record: {_clauses(left_out)}")
+        if left_out:
+            rank_zero_warn(
+                f"{len(left_out)} of {len(records)} records of {path.name} are left out: "
+                f"{_clauses(left_out)}"
+            )
+        self._warn_about_unread_fields(records, path.name)
+        loaded = LoadedSplit(self.select(examples), str(path), sha256, left_out)
+        loaded.contradictions = _contradictions(loaded.examples, path.name)
+        return loaded
+
+    def _parse_all(self, records: list[Record]) -> tuple[list[EditExample], list[str], list[str]]:
+        """Give examples, a clause for each bad record, and one for each that is left out."""
+        examples, bad, skipped = [], [], []
+        own_ids = [self._own_id(record) for record in records]
+        taken = set(own_ids)
+        first_place: dict[str, str] = {}
+        for index, (record, own) in enumerate(zip(records, own_ids, strict=True)):
+            if record.problem is not None:
+                bad.append(f"{record.where}: {record.problem}")
+                continue
+            place = record.where if own is None else f"{record.where} ({self.id_field} {own!r})"
+            # Records without a name are named by position, unless another record has that name.
+            id = own or (f"record-{index}" if str(index) in taken else str(index))
+            try:
+                fields = Fields(record.values)
+                self._refuse_misspelt(fields)
+                example = self.parse(fields, id)
+                if id in first_place:
+                    raise InvalidRequestError(
+                        f"field '{self.id_field}' is the same as in {first_place[id]}; "
+                        "records need different names"
+                    )
+            except InvalidRequestError as error:
+                # The clause names the record already; the request's own name would double it.
+                bad.append(f"{place}: {str(error).removeprefix(f'request {id!r}: ')}")
+            except SkipRecord as reason:
+                skipped.append(f"{place}: {reason}")
+            else:
+                first_place[id] = record.where
+                examples.append(example)
+        return examples, bad, skipped
+
+    def _own_id(self, record: Record) -> str | None:
+        values = record.values
+        own = values.get(self.id_field) if isinstance(values, dict) and self.id_field else None
+        return str(own).strip() or None if isinstance(own, str | int) else None
+
+    def _refuse_misspelt(self, fields: Fields) -> None:
+        if self.known_fields is None:
+            return
+        for name in fields.values.keys() - self.known_fields:
+            meant = difflib.get_close_matches(str(name), sorted(self.known_fields), 1, 0.75)
+            if meant and abs(len(name) - len(meant[0])) <= 1:
+                raise InvalidRequestError(f"field '{name}' is not known; was '{meant[0]}' meant?")
+
+    def _warn_about_unread_fields(self, records: list[Record], name: str) -> None:
+        if self.known_fields is None:
+            return
+        unread = Counter(
+            str(key)
+            for record in records
+            if isinstance(record.values, dict)
+            for key in record.values
+            if key not in self.known_fields
+        )
+        if unread:
+            found = [f"'{key}' ({count} records)" for key, count in unread.items()]
+            rank_zero_warn(
+                f"{name} has fields that {type(self).__name__} does not read: "
+                f"{article_list(found)}; it reads {', '.join(sorted(self.known_fields))}"
+            )
+
+    def _no_file(self, split: Split) -> str:
+        option = _OPTION[split]
+        use = {"train": "fit", "validation": "validate", "test": "edit, test or predict"}[split]
+        return (
+            f"{type(self).__name__} was given no file for {use}: set {option} "
+            f"(--data.{option} FILE on the command line){self.where_to_get_it}"
+        )
+
+
+def _clauses(clauses: Sequence[str]) -> str:
+    more = f"; and {len(clauses) - _SHOWN} more" if len(clauses) > _SHOWN else ""
+    return "; ".join(clauses[:_SHOWN]) + more
+
+
+def _contradictions(examples: list[EditExample], name: str) -> int:
+    """Count prompts that come with different targets, and warn: no model can satisfy them all."""
+    targets: dict[str, dict[str, str]] = defaultdict(dict)
+    for example in examples:
+        for request in example.requests:
+            targets[request.prompt].setdefault(request.target_new.strip(), example.id)
+    found = {prompt: ids for prompt, ids in targets.items() if len(ids) > 1}
+    if found:
+        prompt, ids = next(iter(found.items()))
+        shown = " and ".join(f"{target!r} (record {id!r})" for target, id in list(ids.items())[:2])
+        rank_zero_warn(
+            f"{name}: {len(found)} prompt{'s' * (len(found) > 1)} with contradictory targets, such "
+            f"as {prompt!r} with {shown}; edits that stay (sequential or batch mode) cannot "
+            "satisfy both"
+        )
+    return len(found)

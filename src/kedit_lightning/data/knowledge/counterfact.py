@@ -1,0 +1,102 @@
+"""CounterFact, in the flat format of EasyEdit and the nested format of ROME."""
+
+from __future__ import annotations
+
+from kedit_lightning.data.datamodule import EditDataModule
+from kedit_lightning.data.knowledge.zsre import portability_probes
+from kedit_lightning.data.records import Fields
+from kedit_lightning.errors import InvalidRequestError
+from kedit_lightning.requests import EditExample, EditRequest, Probe
+
+
+class CounterFact(EditDataModule):
+    """CounterFact, sentences completed with a false object, flat or nested.
+
+    Nested records (ROME's ``counterfact.json``) and flat ones (EasyEdit's
+    ``counterfact-edit.json``) are told apart by content, one by one. Paraphrases become rephrase
+    probes. Neighbourhood prompts ask for other subjects with the same true object: locality group
+    ``neighborhood``, whose right answer is the true object and whose contrast is the new one. Where
+    a record has them, "New Question" becomes portability ``one_hop``, ``alternative_subject``
+    portability ``subject_replace``, ``distracting_neighborhood_prompts`` locality
+    ``distracting_neighborhood`` and ``unrelated_relation`` locality ``unrelated_relation``.
+    ``relation_id`` becomes the task of the request. Attribute prompts (other subjects that have the
+    new object anyway) and generation prompts are not read. Paper: https://arxiv.org/abs/2202.05262.
+
+    Args:
+        path: File with the records to edit and test, such as ``counterfact.json``.
+        limit: Number of records kept of each split, from the first one on; all when absent.
+        on_bad_record: ``error`` reports all records that do not fit and stops; ``skip`` leaves
+            them out, and counts and lists them in the results.
+        train_path: File with the records that ``fit`` learns from, such as
+            ``counterfact-train.json``.
+        val_path: File with the records of ``validate``, also used during ``fit``.
+        seed: Fixes the order of training; the seed of the run when absent.
+    """
+
+    id_field = "case_id"
+    where_to_get_it = (
+        "; ROME's file is published at https://rome.baulab.info/data/dsets/counterfact.json"
+    )
+
+    def parse(self, fields: Fields, id: str) -> EditExample:
+        """Make an example of one record, flat or nested; see the class for its fields."""
+        return self._nested(fields, id) if "requested_rewrite" in fields else self._flat(fields, id)
+
+    def _flat(self, fields: Fields, id: str) -> EditExample:
+        new, old = fields.text("target_new").strip(), _old(fields.optional_text("ground_truth"))
+        request = EditRequest(
+            fields.text("prompt"), new, fields.optional_text("subject"), _differing(old, new), id
+        )
+        probes = _rephrases(request, fields.texts("rephrase_prompt"))
+        if "locality_prompt" in fields:
+            answer = fields.text("locality_ground_truth").strip()
+            probes += _neighbours([fields.text("locality_prompt")], answer, new)
+        return EditExample.from_request(request, id, [*probes, *portability_probes(fields)])
+
+    def _nested(self, fields: Fields, id: str) -> EditExample:
+        rewrite = fields.fields("requested_rewrite")
+        template, subject = rewrite.text("prompt"), rewrite.text("subject")
+        if template.count("{}") != 1:
+            raise InvalidRequestError(
+                f"field '{rewrite.place('prompt')}' must hold '{{}}' once, where the subject "
+                f"stands, got {template!r}"
+            )
+        new = rewrite.fields("target_new").text("str").strip()
+        old = rewrite.fields("target_true").text("str").strip()
+        # Not str.format: other braces of a template are ordinary text.
+        task = rewrite.optional_text("relation_id")
+        request = EditRequest(
+            template.replace("{}", subject), new, subject, _differing(old, new), id, task
+        )
+        probes = _rephrases(request, fields.texts("paraphrase_prompts"))
+        probes += _neighbours(fields.texts("neighborhood_prompts"), old, new)
+        distracting = fields.texts("distracting_neighborhood_prompts")
+        probes += _neighbours(distracting, old, new, "distracting_neighborhood")
+        if "unrelated_relation" in fields:
+            other = fields.fields("unrelated_relation")
+            answer = (other.text("object").strip(),)
+            probes.append(Probe("locality", other.text("question"), answer, "unrelated_relation"))
+        probes += portability_probes(fields)
+        if "alternative_subject" in fields:
+            alias = template.replace("{}", fields.text("alternative_subject"))
+            probes.append(Probe("portability", alias, (new,), "subject_replace"))
+        return EditExample.from_request(request, id, probes)
+
+
+def _old(text: str | None) -> str | None:
+    return None if text is None else text.strip()
+
+
+def _differing(old: str | None, new: str) -> str | None:
+    """The old answer, unless it is the new one: a contrast with itself would mean nothing."""
+    return None if old == new else old
+
+
+def _rephrases(request: EditRequest, prompts: list[str]) -> list[Probe]:
+    answer = (request.target_new,)
+    return [Probe("rephrase", text, answer, contrast=request.target_old) for text in prompts]
+
+
+def _neighbours(prompts: list[str], old: str, new: str, group: str = "neighborhood") -> list[Probe]:
+    contrast = _differing(new, old)
+    return [Probe("locality", text, (old,), group, contrast) for text in prompts]

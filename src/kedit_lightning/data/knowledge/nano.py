@@ -1,0 +1,68 @@
+"""The benchmark that comes with the packaged base model."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from kedit_lightning.data.datamodule import Split
+from kedit_lightning.data.knowledge.counterfact import CounterFact
+from kedit_lightning.data.records import Fields
+from kedit_lightning.errors import InvalidRequestError
+from kedit_lightning.requests import EditExample, Probe
+
+_PACKAGED = Path(__file__).parents[1] / "nano_facts"
+
+
+class NanoFacts(CounterFact):
+    """True facts that the packaged base model ``nano`` knows, each with a false object to write.
+
+    The splits share no subject. Beside rephrases and neighbours, a record may ask for unedited
+    facts of the same subject (locality group ``other_relation``) and for a fact that follows from
+    the edited one (portability group ``one_hop``). All files are packaged; nothing needs to be
+    named.
+
+    Args:
+        path: File to edit and test instead of the packaged one.
+        limit: Number of records kept of each split, drawn by ``seed``; a smaller limit keeps a
+            part of what a larger one keeps. All when absent.
+        on_bad_record: ``error`` reports all records that do not fit and stops; ``skip`` leaves
+            them out, and counts and lists them in the results.
+        train_path: File that ``fit`` learns from instead of the packaged one.
+        val_path: File of ``validate`` instead of the packaged one.
+        seed: Fixes which records ``limit`` draws (zero when absent, whatever the seed of the run)
+            and the order of training (the seed of the run when absent).
+    """
+
+    where_to_get_it = ", or leave it out to use the packaged file"
+
+    def split_path(self, split: Split) -> Path:
+        """The file named for a split, or else the packaged one."""
+        return super().split_path(split) or _PACKAGED / f"{split}.jsonl"
+
+    def parse(self, fields: Fields, id: str) -> EditExample:
+        """Make an example of one record: a nested CounterFact record with further probes."""
+        example = super().parse(fields, id)
+        probes = list(example.probes)
+        for item in fields.objects("other_relation"):
+            answer = (item.text("answer").strip(),)
+            probes.append(Probe("locality", item.text("prompt"), answer, "other_relation"))
+        for item in fields.objects("one_hop"):
+            answers = tuple(text.strip() for text in item.texts("answers"))
+            if not answers:
+                raise InvalidRequestError(
+                    f"field '{item.place('answers')}' must hold at least one answer"
+                )
+            probes.append(Probe("portability", item.text("prompt"), answers, "one_hop"))
+        return EditExample(example.requests, tuple(probes), id)
+
+    def select(self, examples: list[EditExample]) -> list[EditExample]:
+        """The examples that ``limit`` keeps, in the order in which ``seed`` draws them."""
+        if self.limit is None:
+            return examples
+
+        def rank(example: EditExample) -> bytes:
+            # Ranking by a hash gives the same draw in every version of Python, and nested draws.
+            return hashlib.sha256(f"{self.seed or 0}/{example.id}".encode()).digest()
+
+        return sorted(examples, key=rank)[: self.limit]

@@ -1,0 +1,121 @@
+"""The user's own facts, from a file or from the command line."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Literal
+
+from kedit_lightning.data.datamodule import EditDataModule, LoadedSplit, Split
+from kedit_lightning.data.records import Fields
+from kedit_lightning.errors import InvalidRequestError, UnsupportedUseError
+from kedit_lightning.requests import EditExample, EditRequest, Probe
+
+
+class Requests(EditDataModule):
+    """Your own facts: a JSON, JSON Lines or CSV file, or one fact given as ``prompt``.
+
+    A record has the fields ``prompt`` and ``target_new``, and may have ``subject``,
+    ``target_old``, ``id``, ``task``, ``rephrases`` (list of texts), ``locality`` and
+    ``portability`` (objects that map a group name to a list of objects with ``prompt`` and
+    ``answers``; locality needs no answers). In a CSV file ``rephrases`` are separated by ``|``, and
+    there is no ``locality`` or ``portability``.
+
+    Args:
+        path: File with the facts to edit and test: a JSON list, JSON Lines or CSV.
+        limit: Number of records kept of each split; all when absent.
+        on_bad_record: ``error`` reports all records that do not fit and stops; ``skip`` leaves
+            them out, and counts and lists them in the results.
+        train_path: File with the facts that ``fit`` learns from.
+        val_path: File with the facts of ``validate``, also used during ``fit``.
+        seed: Fixes the order of training; the seed of the run when absent.
+        prompt: Text of a single fact, ending where the answer begins; instead of ``path``.
+        subject: The part of ``prompt`` that the single fact is about.
+        target_new: The answer that the single fact shall have.
+        target_old: The answer that the single fact had before.
+        task: Name of the kind of fact that the single fact is.
+    """
+
+    id_field = "id"
+    known_fields = frozenset(
+        {"prompt", "target_new", "subject", "target_old", "id", "task"}
+        | {"rephrases", "locality", "portability"}
+    )
+    where_to_get_it = ", or give one fact with prompt, subject and target_new"
+
+    def __init__(
+        self,
+        path: str | Path | None = None,
+        limit: int | None = None,
+        on_bad_record: Literal["error", "skip"] = "error",
+        train_path: str | Path | None = None,
+        val_path: str | Path | None = None,
+        seed: int | None = None,
+        prompt: str | None = None,
+        subject: str | None = None,
+        target_new: str | None = None,
+        target_old: str | None = None,
+        task: str | None = None,
+    ) -> None:
+        super().__init__(path, limit, on_bad_record, train_path, val_path, seed)
+        self.prompt = prompt
+        self.subject = subject
+        self.target_new = target_new
+        self.target_old = target_old
+        self.task = task
+
+    def parse(self, fields: Fields, id: str) -> EditExample:
+        """Make an example of one record; see the class for its fields."""
+        request = EditRequest(
+            prompt=fields.text("prompt"),
+            target_new=fields.text("target_new"),
+            subject=fields.optional_text("subject"),
+            target_old=fields.optional_text("target_old"),
+            id=id,
+            task=fields.optional_text("task"),
+        )
+        answer, old = (request.target_new,), request.target_old
+        probes = [Probe("rephrase", text, answer, contrast=old) for text in self._rephrases(fields)]
+        for group, item in fields.groups("locality"):
+            probes.append(
+                Probe("locality", item.text("prompt"), tuple(item.texts("answers")), group)
+            )
+        for group, item in fields.groups("portability"):
+            answers = tuple(item.texts("answers"))
+            if not answers:
+                raise InvalidRequestError(
+                    f"field '{item.place('answers')}' must hold at least one answer"
+                )
+            probes.append(Probe("portability", item.text("prompt"), answers, group))
+        return EditExample.from_request(request, id, probes)
+
+    @staticmethod
+    def _rephrases(fields: Fields) -> list[str]:
+        value = fields.values.get("rephrases")
+        if isinstance(value, str) and "|" in value:
+            return [text.strip() for text in value.split("|") if text.strip()]
+        return fields.texts("rephrases")
+
+    def _read(self, split: Split) -> LoadedSplit:
+        fact = {
+            name: value
+            for name in ("prompt", "subject", "target_new", "target_old", "task")
+            if (value := getattr(self, name)) is not None
+        }
+        if not fact or split != "test":
+            return super()._read(split)
+        given = ", ".join(fact)
+        if self.path is not None:
+            raise UnsupportedUseError(
+                f"Requests was given both a file (path: {self.path}) and a single fact ({given}); "
+                "leave out one of them"
+            )
+        for name in ("prompt", "target_new"):
+            if name not in fact:
+                raise UnsupportedUseError(
+                    f"the single fact has no {name} (given: {given}); add --data.{name}"
+                )
+        example = EditExample.from_request(EditRequest(**fact, id="0"), "0")
+        digest = hashlib.sha256(json.dumps(fact, sort_keys=True).encode()).hexdigest()
+        return LoadedSplit([example], None, digest)

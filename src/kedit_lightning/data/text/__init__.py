@@ -1,0 +1,1 @@
+"""Plain text for covariances of keys."""

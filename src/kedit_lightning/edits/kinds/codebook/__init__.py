@@ -1,0 +1,1 @@
+"""Codebooks of keys and values beside one layer (GRACE)."""

@@ -1,0 +1,76 @@
+"""Several edits as one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from kedit_lightning.edits.edit import Edit, EditableModel, EditOrigin, edit_class
+
+
+class CompositeEdit(Edit):
+    """Edits that are applied, rolled back and saved together.
+
+    Args:
+        base: The base model.
+        members: The edits, in the order they act.
+        origin: Where the edit comes from.
+    """
+
+    kind: ClassVar[str] = "composite"
+
+    def __init__(
+        self, base: EditableModel, members: Sequence[Edit], origin: EditOrigin | None = None
+    ) -> None:
+        super().__init__(base, origin)
+        self.members = tuple(members)
+
+    def parts(self) -> tuple[Edit, ...]:
+        """The simple edits of all members."""
+        return tuple(part for member in self.members for part in member.parts())
+
+    def deltas(self) -> dict[str, Tensor]:
+        """Sum of the members' deltas.
+
+        Raises:
+            UnsupportedUseError: A member changes no weights.
+        """
+        total: dict[str, Tensor] = {}
+        for member in self.members:
+            for name, delta in member.deltas().items():
+                total[name] = total[name] + delta if name in total else delta
+        return total
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """States of all members, told apart by their index."""
+        tensors: dict[str, Tensor] = {}
+        members = []
+        for index, member in enumerate(self.members):
+            own, values = member.state()
+            tensors |= {f"{index}/{name}": tensor for name, tensor in own.items()}
+            members.append(
+                {"kind": member.kind, "values": values, "origin": member.origin.to_json()}
+            )
+        return tensors, {"members": members}
+
+    @classmethod
+    def from_state(
+        cls,
+        base: EditableModel,
+        origin: EditOrigin,
+        tensors: dict[str, Tensor],
+        values: dict[str, Any],
+    ) -> CompositeEdit:
+        """Rebuild all members."""
+        members = []
+        for index, member in enumerate(values["members"]):
+            start = f"{index}/"
+            own = {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
+            members.append(
+                edit_class(member["kind"]).from_state(
+                    base, EditOrigin.from_json(member["origin"]), own, member["values"]
+                )
+            )
+        return cls(base, members, origin)

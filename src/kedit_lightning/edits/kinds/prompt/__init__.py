@@ -1,0 +1,1 @@
+"""Facts stated in the prompt (IKE)."""

@@ -1,0 +1,1 @@
+"""Facts answered by a counterfactual model inside their scope (SERAC)."""

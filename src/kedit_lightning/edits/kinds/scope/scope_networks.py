@@ -1,0 +1,173 @@
+"""The two networks of SERAC: one tells which edit a question is about, one answers it.
+
+Both read the base model: the scope classifier its hidden states, the counterfactual model its token
+embeddings.  Neither is held twice, so what was learned can be saved by itself.  A counterfactual
+model may also be a language model of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kedit_lightning.edits.kinds.scope.counterfactual import LanguageModel
+
+
+@dataclass(frozen=True)
+class ScopePlan:
+    """Shape of the networks.
+
+    Args:
+        module: Block of the base model whose output the scope classifier reads.
+        hidden_width: Width of that output.
+        scope_width: Width of the space in which questions and edits are compared.
+        token_width: Width of the base model's token embeddings, and of the counterfactual model.
+        blocks: Blocks of the counterfactual model.
+        embedding_scale: Factor that gives the base model's token embeddings unit variance.
+        counterfactual: Name of the language model that answers instead; empty for none.
+        made_of: What ``counterfactual.describe`` gave of that model.
+        own_tokens: Whether its tokenizer is another than the base model's.
+    """
+
+    module: str
+    hidden_width: int
+    scope_width: int
+    token_width: int
+    blocks: int
+    embedding_scale: float
+    counterfactual: str = ""
+    made_of: dict[str, Any] | None = None
+    own_tokens: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for files."""
+        return asdict(self)
+
+
+def heads_of(width: int) -> int:
+    """Attention heads for a width: 64 wide if it can be, and of even width for rotary positions.
+
+    >>> heads_of(256), heads_of(1600), heads_of(32), heads_of(100)
+    (4, 25, 1, 1)
+    """
+    fits = (h for h in range(width // 64, 1, -1) if width % h == 0 and width // h % 2 == 0)
+    return next(fits, 1)
+
+
+def _small_decoder(plan: ScopePlan, dtype: torch.dtype) -> nn.Module:
+    """A decoder without token embeddings, as it reads the base model's."""
+    from transformers import AutoModel, LlamaConfig
+
+    config = LlamaConfig(
+        vocab_size=1,
+        hidden_size=plan.token_width,
+        intermediate_size=2 * plan.token_width,
+        num_hidden_layers=plan.blocks,
+        num_attention_heads=heads_of(plan.token_width),
+        bos_token_id=None,
+        eos_token_id=None,
+        use_cache=False,
+    )
+    decoder: nn.Module = AutoModel.from_config(config, dtype=dtype)
+    decoder.set_input_embeddings(nn.Identity())  # type: ignore[operator]
+    return decoder
+
+
+class ScopeNetworks(nn.Module):
+    """Scope classifier and counterfactual model of Mitchell et al. 2022, section 3.
+
+    Args:
+        plan: Their shape.
+        seed: Fixes their random start.
+        dtype: Number type, at least float32.
+    """
+
+    def __init__(self, plan: ScopePlan, seed: int = 0, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.plan = plan
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            # With the type named, as precision plugins change the usual one.
+            self.norm = nn.LayerNorm(plan.hidden_width, dtype=dtype)
+            self.projection = nn.Linear(plan.hidden_width, plan.scope_width, dtype=dtype)
+            self.decoder = (
+                _small_decoder(plan, dtype)
+                if plan.made_of is None
+                else LanguageModel(plan.made_of, dtype)
+            )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Number type of the weights."""
+        return self.projection.weight.dtype
+
+    def embed(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        """Where questions lie in the space of comparisons.
+
+        Args:
+            hidden: Hidden states of the base model. Shape ``[batch, tokens, hidden_width]``.
+            mask: Tokens of the question. Shape ``[batch, tokens]``.
+
+        Returns:
+            Shape ``[batch, scope_width]``.
+        """
+        kept = mask.to(hidden.device).bool()[..., None]
+        # Chosen, not multiplied, since hidden states of padding may hold anything.
+        total = torch.where(kept, hidden.to(self.dtype), 0.0).sum(1)
+        with torch.autocast(hidden.device.type, enabled=False):  # distances decide by digits
+            placed: Tensor = self.projection(self.norm(total / kept.sum(1)))
+        return placed
+
+    def distances(self, questions: Tensor, keys: Tensor) -> Tensor:
+        """``‖e(x) - e(x')‖²``. Shape ``[batch, n]`` from ``[batch, d]`` and ``[n, d]``.
+
+        The similarity of the paper is ``exp`` of minus this, with its κ = 1.
+        """
+        return (questions[:, None] - keys[None]).square().sum(-1)
+
+    def answer_states(self, ids: Tensor, embedding: Tensor) -> Tensor:
+        """Last hidden states of the counterfactual model. Shape ``[batch, tokens, token_width]``.
+
+        Args:
+            ids: Statement, separator, question and answer, padded on the right. Padding needs no
+                mask, as no token sees those behind it. Shape ``[batch, tokens]``.
+            embedding: Token embeddings of the base model. Shape ``[vocab, token_width]``.
+        """
+        x = embedding[ids].to(self.dtype) * self.plan.embedding_scale
+        states: Tensor = self.decoder(inputs_embeds=x, use_cache=False).last_hidden_state
+        return states
+
+    def logits(self, states: Tensor, embedding: Tensor) -> Tensor:
+        """Shape ``[..., vocab]`` from ``[..., token_width]``, over the base model's vocabulary."""
+        scale = self.plan.embedding_scale / self.plan.token_width**0.5
+        found: Tensor = (states * scale) @ embedding.to(states.dtype).T
+        return found
+
+    def answer_logits(self, ids: Tensor, places: tuple[Tensor, ...], embedding: Tensor) -> Tensor:
+        """Logits at some places of texts, over the vocabulary of the model that answers.
+
+        Args:
+            ids: As of :meth:`answer_states`.
+            places: Rows and columns, or a mask ``[batch, tokens]`` alone.
+            embedding: Token embeddings of the base model. Shape ``[vocab, token_width]``.
+
+        Returns:
+            Shape ``[n, vocab]``.
+        """
+        if isinstance(self.decoder, LanguageModel):
+            found: Tensor = self.decoder(ids)[places]
+            return found
+        return self.logits(self.answer_states(ids, embedding)[places], embedding)
+
+    def digest(self) -> str:
+        """Short hash of shape and weights, by which edits know that they share a memory."""
+        found = hashlib.sha256(json.dumps(self.plan.to_json(), sort_keys=True).encode())
+        for name, tensor in sorted(self.state_dict().items()):
+            found.update(f"{name}{tensor.dtype}".encode())
+            found.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return found.hexdigest()[:16]

@@ -1,0 +1,5 @@
+"""KE."""
+
+from kedit_lightning.methods.hypernetwork.ke.ke import KE
+
+__all__ = ["KE"]

@@ -1,0 +1,70 @@
+"""The edit of KnowledgeEditor: gradients behind rank-one gates, as thin factors.
+
+With the gradient of a request as ``Σ_t δ_t u_tᵀ`` the edit of a weight ``[d_out, d_in]`` is
+
+    s·σ(η) · ((Σ_t δ_t u_tᵀ) ⊙ A + B),   A = softmax(α) βᵀ,   B = softmax(γ) δᵀ,
+
+which equals ``s·σ(η) · (Σ_t (softmax(α) ⊙ δ_t)(β ⊙ u_t)ᵀ + softmax(γ) δᵀ)``: no gradient and no
+gate of the size of the weight is ever built.
+
+Source: De Cao et al. 2021, "Editing Factual Knowledge in Language Models", section 4.2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kedit_lightning.methods.hypernetwork.shared.attach import LowRankChange
+from kedit_lightning.methods.shared.gradient_factors import Factors
+
+
+@dataclass(frozen=True)
+class Gates:
+    """What gates the gradient of one projection, for each request.
+
+    Args:
+        out: ``softmax(α)``: the gate's share of each output. Shape ``[requests, d_out]``.
+        into: ``β``: what each input is scaled with, sign included. Shape ``[requests, d_in]``.
+        added_out: ``softmax(γ)`` of what is added. Shape ``[requests, d_out]``.
+        added_into: ``δ`` of what is added. Shape ``[requests, d_in]``.
+        strength: ``s·σ(η)``. Shape ``[requests]``.
+    """
+
+    out: Tensor
+    into: Tensor
+    added_out: Tensor
+    added_into: Tensor
+    strength: Tensor
+
+    @classmethod
+    def from_values(cls, values: Tensor, d_in: int, d_out: int, scale: float) -> Gates:
+        """Gates from the plain numbers of a network.
+
+        Args:
+            values: ``α, β, γ, δ, η`` of each request. Shape ``[requests, 2(d_in + d_out) + 1]``.
+            d_in: Width of the projection's inputs.
+            d_out: Width of its outputs.
+            scale: Largest strength, ``s``.
+        """
+        out, into, added_out, added_into, eta = values.split([d_out, d_in, d_out, d_in, 1], -1)
+        strength = scale * eta[:, 0].sigmoid()
+        return cls(out.softmax(-1), into, added_out.softmax(-1), added_into, strength)
+
+
+def gated_change(factors: Factors, gates: Gates, edit_of_row: Tensor) -> LowRankChange:
+    """The change of one projection: a term for each token of a request, and one for each request.
+
+    Args:
+        factors: Factors of the requests' gradients, a row for each request.
+        gates: Their gates.
+        edit_of_row: Number of the edit that each request goes into. Shape ``[requests]``.
+    """
+    inputs, gradients = (x.to(gates.into) for x in (factors.inputs, factors.gradients))
+    rows, edits = (x.to(gates.into.device) for x in (factors.rows, edit_of_row))
+    a = torch.cat([gates.into[rows] * inputs, gates.added_into])
+    b = torch.cat([gates.out[rows] * gradients, gates.added_out])
+    strength = torch.cat([gates.strength[rows], gates.strength])
+    return LowRankChange(a, strength[:, None] * b, torch.cat([edits[rows], edits]))

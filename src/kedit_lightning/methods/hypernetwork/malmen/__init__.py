@@ -1,0 +1,5 @@
+"""MALMEN."""
+
+from kedit_lightning.methods.hypernetwork.malmen.malmen import MALMEN
+
+__all__ = ["MALMEN"]

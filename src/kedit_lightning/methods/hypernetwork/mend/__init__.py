@@ -1,0 +1,5 @@
+"""MEND."""
+
+from kedit_lightning.methods.hypernetwork.mend.mend import MEND
+
+__all__ = ["MEND"]

@@ -1,0 +1,1 @@
+"""What hypernetworks share."""

@@ -1,0 +1,110 @@
+"""The loss of training episodes: questions that are asked while an edit is attached."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kedit_lightning.base_models import BaseModel, TokenRows
+from kedit_lightning.edits.projections import compute_dtype
+from kedit_lightning.methods.hypernetwork.shared.attach import Change, attached
+from kedit_lightning.methods.training.episodes import Episode
+from kedit_lightning.requests import Probe
+
+
+def request_rows(base: BaseModel, episodes: Sequence[Episode]) -> tuple[TokenRows, Tensor]:
+    """Rows of all requests, and the number of the episode that each belongs to, ``[batch]``."""
+    requests = [request for episode in episodes for request in episode.requests]
+    rows = base.rows([r.prompt for r in requests], [r.target_new for r in requests])
+    return rows, _numbers([len(episode.requests) for episode in episodes])
+
+
+@dataclass(frozen=True)
+class Losses:
+    """What episodes cost. Shape ``[episodes]`` each.
+
+    Args:
+        edit: Negative log-likelihood of the new answers, a token.
+        locality: KL divergence of the unrelated answers from the base model's, a token.
+        right: Share of new answers whose tokens are all arg-max.
+    """
+
+    edit: Tensor
+    locality: Tensor
+    right: Tensor
+
+
+def episode_losses(
+    base: BaseModel, episodes: Sequence[Episode], changes: Mapping[str, Change]
+) -> Losses:
+    """Ask the questions of each episode with its own edit attached.
+
+    Args:
+        base: The base model; the changes come on top of the edits on its stack.
+        episodes: The episodes.
+        changes: Changes by module name; their edits are numbered as the episodes are.
+    """
+    asked = [probe for episode in episodes for probe in episode.asked]
+    kept = [probe for episode in episodes for probe in episode.kept]
+    asked_of = _numbers([len(episode.asked) for episode in episodes])
+    kept_of = _numbers([len(episode.kept) for episode in episodes])
+    rows = probe_rows(base, [*asked, *kept])
+    with attached(base.model, changes, torch.cat([asked_of, kept_of])):
+        after = _log_probs(base, rows)
+    first = len(asked)
+    answers, mask = rows.answer_ids[:first], rows.answer_mask[:first]
+    nll = -after[:first].gather(-1, answers[..., None])[..., 0]
+    right = ((after[:first].argmax(-1) == answers) | ~mask).all(-1)[:, None].to(nll)
+    divergence, kept_mask = _divergence(base, kept, after[first:])
+    count = len(episodes)
+    return Losses(
+        edit=_mean(nll, mask, asked_of, count),
+        locality=_mean(divergence, kept_mask, kept_of, count),
+        right=_mean(right, torch.ones_like(right), asked_of, count),
+    )
+
+
+def _divergence(base: BaseModel, kept: Sequence[Probe], after: Tensor) -> tuple[Tensor, Tensor]:
+    """KL divergence from the present answers, and where it counts. ``[batch, width]`` each.
+
+    Args:
+        base: The base model, without the changes that are tried.
+        kept: The questions.
+        after: Log-probabilities with the changes. Shape ``[batch, at least width, vocab]``.
+    """
+    if not kept:
+        return after[..., 0], torch.ones_like(after[..., 0])
+    rows = probe_rows(base, kept)
+    with torch.no_grad():
+        before = _log_probs(base, rows)
+    mask = rows.answer_mask.clone()
+    mask[:, 0] = True  # without an answer of its own, a question counts by its next token
+    return (before.exp() * (before - after[:, : mask.shape[1]])).sum(-1), mask
+
+
+def _numbers(counts: Sequence[int]) -> Tensor:
+    return torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+
+
+def probe_rows(base: BaseModel, probes: Sequence[Probe]) -> TokenRows:
+    """Rows of questions, with the first of their answers where they have any."""
+    answers = [probe.answers[0] if probe.answers else None for probe in probes]
+    return base.rows([probe.prompt for probe in probes], answers)
+
+
+def _log_probs(base: BaseModel, rows: TokenRows) -> Tensor:
+    """``[batch, width, vocab]``, in at least float32."""
+    logits = base.answer_logits(rows)
+    return logits.to(compute_dtype(logits.dtype)).log_softmax(-1)
+
+
+def _mean(values: Tensor, mask: Tensor, episode_of_row: Tensor, episodes: int) -> Tensor:
+    """Mean over the masked tokens of each episode. ``[episodes]`` from ``[batch, width]``."""
+    where = episode_of_row.to(values.device)
+    zeros = torch.zeros(episodes, dtype=values.dtype, device=values.device)
+    sums = zeros.index_add(0, where, (values * mask).sum(-1))
+    counts = zeros.index_add(0, where, mask.to(values).sum(-1))
+    return sums / counts.clamp(min=1)

@@ -1,0 +1,1 @@
+"""What in-context methods share."""

@@ -1,0 +1,1 @@
+"""What locate-then-edit methods share."""

@@ -1,0 +1,5 @@
+"""SERAC."""
+
+from kedit_lightning.methods.memory.serac.serac import SERAC
+
+__all__ = ["SERAC"]

@@ -1,0 +1,1 @@
+"""What all trained methods share: networks, episodes, checkpoints, distributed sums."""

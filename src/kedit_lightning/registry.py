@@ -1,0 +1,177 @@
+"""What there is to choose from: one entry for each method, dataset and callback.
+
+Lists, lazy exports, names of configs and tables of the documentation are derived from these entries
+or checked against them.  A plug-in adds its own with :func:`register`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, Literal, TypeAlias
+
+Kind: TypeAlias = Literal["method", "dataset", "callback"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One thing that can be named on the command line.
+
+    Args:
+        kind: What it is.
+        name: Class name, as papers and configs have it.
+        module: Module that defines the class.
+        summary: What it is, in a few words.
+        config: Name of its packaged config, such as ``methods/rome``; empty without one.
+    """
+
+    kind: Kind
+    name: str
+    module: str
+    summary: str
+    config: str = ""
+
+    def load(self) -> Any:
+        """Import the class."""
+        return getattr(import_module(self.module), self.name)
+
+
+_ENTRIES: dict[Kind, dict[str, Entry]] = {"method": {}, "dataset": {}, "callback": {}}
+
+
+def register(entry: Entry) -> Entry:
+    """Add an entry; one of the same kind and name is replaced."""
+    _ENTRIES[entry.kind][entry.name] = entry
+    return entry
+
+
+def entries(kind: Kind) -> dict[str, Entry]:
+    """All entries of a kind by name, sorted."""
+    return dict(sorted(_ENTRIES[kind].items()))
+
+
+def lazy_exports(kind: Kind | None, others: dict[str, str]) -> Callable[[str], Any]:
+    """The ``__getattr__`` of a package that hands out classes when asked for them.
+
+    Importing torch, Lightning, peft or matplotlib takes a second or more each, so a package whose
+    users mostly do without some of its modules hands these out on demand.  It is the one way to
+    load a module late: no function has an import statement.
+
+    Args:
+        kind: Entries that the package exports, if any.
+        others: Further names, and the modules that define them.
+    """
+
+    def get(name: str) -> Any:
+        if kind is not None and name in _ENTRIES[kind]:
+            return _ENTRIES[kind][name].load()
+        if name in others:
+            return getattr(import_module(others[name]), name)
+        raise AttributeError(f"there is no {kind or 'attribute'} {name!r}")
+
+    return get
+
+
+def _add(kind: Kind, package: str, table: dict[str, tuple[str, str, str]]) -> None:
+    for name, (module, config, summary) in table.items():
+        register(Entry(kind, name, f"kedit_lightning.{package}.{module}", summary, config))
+
+
+_add(
+    "method",
+    "methods",
+    {
+        "AlphaEdit": (
+            "locate.alphaedit",
+            "methods/alphaedit",
+            "MEMIT in the null space of typical keys, with a memory",
+        ),
+        "EMMET": ("locate.memit", "methods/emmet", "MEMIT with equality, at one layer"),
+        "FTM": ("finetune.ftm", "methods/ftm", "fine-tuning one layer (FT-M, FT-L)"),
+        "GRACE": ("memory.grace", "methods/grace", "codebook memory"),
+        "IKE": ("in_context.ike", "methods/ike", "in context, with demonstrations"),
+        "InstructEdit": (
+            "hypernetwork.instructedit",
+            "methods/instructedit",
+            "MEND with an instruction of the request's task",
+        ),
+        "KE": (
+            "hypernetwork.ke",
+            "methods/ke",
+            "hypernetwork that reads the request and gates its gradient",
+        ),
+        "KN": ("locate.kn", "methods/kn", "knowledge neurons, a historical baseline"),
+        "MALMEN": (
+            "hypernetwork.malmen",
+            "methods/malmen",
+            "hypernetwork and one ridge regression for thousands of facts",
+        ),
+        "MEMIT": (
+            "locate.memit",
+            "methods/memit",
+            "many facts over a few layers, closed form",
+        ),
+        "MEND": (
+            "hypernetwork.mend",
+            "methods/mend",
+            "hypernetwork that turns a gradient into an edit; T5 too",
+        ),
+        "PMET": ("locate.memit", "methods/pmet", "MEMIT with values of attention and MLP"),
+        "RLEdit": (
+            "hypernetwork.rledit",
+            "methods/rledit",
+            "the same, fitted on sequences of edits",
+        ),
+        "ROME": ("locate.rome", "methods/rome", "rank-one update, closed form"),
+        "RROME": ("locate.rome", "methods/rrome", "the same with the mean key"),
+        "SERAC": (
+            "memory.serac",
+            "methods/serac",
+            "memory with a learned scope and a small or named model that answers inside it; T5 too",
+        ),
+        "UltraEdit": (
+            "locate.ultraedit",
+            "methods/ultraedit",
+            "normalised gradients of many facts, regressed",
+        ),
+    },
+)
+_add(
+    "dataset",
+    "data",
+    {
+        "CounterFact": (
+            "knowledge.counterfact",
+            "data/counterfact",
+            "ROME's nested records and EasyEdit's flat ones, told apart by content",
+        ),
+        "NanoFacts": ("knowledge.nano", "data/nano_facts", "packaged"),
+        "Requests": (
+            "knowledge.requests_file",
+            "data/requests",
+            "your own JSON, JSONL or CSV",
+        ),
+        "Texts": ("text.texts", "data/texts", "plain text for key statistics"),
+        "ZsRE": ("knowledge.zsre", "data/zsre", "MEND's records"),
+    },
+)
+_add(
+    "callback",
+    "callbacks",
+    {
+        "CausalTracing": ("causal_tracing", "", "heat maps of causal traces"),
+        "EditSaver": ("edit_saver", "", "saves edits as they are computed"),
+        "EditTable": ("edit_table", "", "a table of edits that grows while they are made"),
+        "LayerSweep": ("layer_sweep", "", "which layer takes edits best"),
+        "PlaceBaseModel": ("place_base_model", "", "puts the base model on the trainer's device"),
+        "ResultsWriter": ("results_writer", "", "writes results as they come"),
+        "RollbackGuard": (
+            "rollback_guard",
+            "",
+            "checks that a run changes no weight",
+        ),
+        "TrainingReport": ("training_report", "", "draws how a fit went"),
+        "WandbTable": ("wandb_table", "", "a table of answers in Weights & Biases"),
+    },
+)

@@ -1,0 +1,267 @@
+"""The folder a run writes to, and from which it can be continued."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from kedit_lightning.base_models import BaseModel
+from kedit_lightning.edits import Edit
+from kedit_lightning.edits.edit_file import read_header, write_atomically
+from kedit_lightning.errors import EditFileError, ResumeError, article_list
+from kedit_lightning.metrics import ExampleRecord
+
+_CSV_READINGS = ("tf_tok", "tf_all", "log_prob", "contrast_log_prob", "text", "kl")
+_CSV_COLUMNS = ("id", "stage", "subject", "kind", "group", "prompt", "answers", "contrast")
+
+
+class OutputFolder:
+    """Files of a run of ``edit`` or ``test``.
+
+    A record is a line of ``results.jsonl``, on disk before the next example starts; an edit is
+    either whole or not there. ``run.json`` holds the settings that a continued run must share.
+
+    Args:
+        path: The folder.
+        resume: Continue what is there; otherwise results must not be there yet.
+        first: Whether this is the first process of the run; others find what it has written.
+
+    Raises:
+        ResumeError: There is nothing to continue, or something that must not be overwritten.
+    """
+
+    def __init__(self, path: str | Path, resume: bool = False, first: bool = True) -> None:
+        self.path = Path(path)
+        self.resumed = resume
+        self._edits: dict[str, dict[str, Any]] = {}
+        self._records: dict[tuple[str, str], ExampleRecord] = {}
+        if resume:
+            if not (self.path / "run.json").is_file():
+                raise ResumeError(
+                    f"{self.path} holds no run to continue (no run.json in it); start one with "
+                    f"--output {self.path}"
+                )
+            self._read_records(first)
+        elif first and (self.results.exists() or (self.path / "run.json").exists()):
+            raise ResumeError(
+                f"{self.path} holds the results of an earlier run; continue that run with "
+                f"--resume {self.path}, or name another folder for this one"
+            )
+
+    @property
+    def results(self) -> Path:
+        """The file with a line an example."""
+        return self.path / "results.jsonl"
+
+    # ---- settings
+
+    def start(self, settings: Mapping[str, Any]) -> None:
+        """Keep the settings of a new run; compare them with those of the run to be continued.
+
+        Args:
+            settings: Plain values by name, perhaps nested, on which results depend.
+
+        Raises:
+            ResumeError: The run to be continued had other settings; the message names them.
+        """
+        now = json.loads(json.dumps(dict(settings), default=str))
+        if not self.resumed:
+            self.write_json("run.json", now)
+            return
+        then = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+        changed = list(_differences(then, now))
+        if changed:
+            raise ResumeError(
+                f"{self.path} was started with other settings: {article_list(changed)}; restore "
+                "them, or start a new run in another folder with --output"
+            )
+
+    # ---- records
+
+    def _read_records(self, first: bool) -> None:
+        """Read complete lines, and cut off what a crash has left behind the last one."""
+        if not self.results.is_file():
+            return
+        content = self.results.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        for number, line in enumerate(whole.decode("utf-8").split("\n")[:-1], start=1):
+            try:
+                record: ExampleRecord = json.loads(line)
+                self._records[record["id"], record["stage"]] = record
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                raise ResumeError(
+                    f"line {number} of {self.results} is no record, so the run cannot be "
+                    "continued; remove that line, or start a new run in another folder"
+                ) from error
+        if first and len(whole) != len(content):
+            with self.results.open("r+b") as file:
+                file.truncate(len(whole))
+                os.fsync(file.fileno())
+
+    def record(self, id: str, stage: str) -> ExampleRecord | None:
+        """The record of an example at a stage, if an interrupted run has written it."""
+        return self._records.get((id, stage))
+
+    def records(self) -> Iterator[ExampleRecord]:
+        """All records, in the order they were written."""
+        for values in self._plain():
+            record: Any = values
+            yield record
+
+    def _plain(self) -> Iterator[dict[str, Any]]:
+        if self.results.is_file():
+            with self.results.open(encoding="utf-8") as file:
+                for line in file:
+                    yield json.loads(line)
+
+    def append(self, record: ExampleRecord) -> None:
+        """Write a record; it is on disk when this returns."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        line = json.dumps(record, ensure_ascii=False) + "\n"
+        # One write, so that several processes may append to one file.
+        handle = os.open(self.results, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(handle, line.encode("utf-8"))
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+    # ---- edits
+
+    def edit_path(self, name: str) -> Path:
+        """The file of an edit."""
+        return self.path / "edits" / f"{name}.safetensors"
+
+    def save_edit(self, name: str, edit: Edit) -> None:
+        """Write an edit; the file is whole or not there."""
+        edit.save(self.edit_path(name))
+        self._edits[name] = self._described(name)
+
+    def has_edit(self, name: str) -> bool:
+        """Whether an interrupted run has saved an edit."""
+        return self.resumed and self.edit_path(name).is_file()
+
+    def edit(self, name: str, base: BaseModel) -> Edit | None:
+        """An edit that an interrupted run has saved."""
+        if not self.has_edit(name):
+            return None
+        edit = Edit.load(self.edit_path(name), base)
+        self._edits[name] = self._described(name)
+        return edit
+
+    def _described(self, name: str) -> dict[str, Any]:
+        path = self.edit_path(name)
+        header = read_header(path)
+        return {
+            "file": f"edits/{path.name}",
+            "id": header["id"],
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+            "requests": [own["id"] or own["prompt"] for own in header["origin"]["requests"]],
+        }
+
+    def write_stack(self, facts: Mapping[str, Any]) -> None:
+        """Write ``stack.json``: the edits in the order they are applied.
+
+        Args:
+            facts: What else the file says, such as the base model.
+        """
+        names = [str(record["edit_name"]) for record in self._plain() if "edit_name" in record]
+        order = [self._edits.get(name) or self._described(name) for name in [*names, *self._edits]]
+        unique = {entry["file"]: entry for entry in order}
+        self.write_json("stack.json", {**facts, "edits": list(unique.values())})
+
+    # ---- summaries
+
+    def write_json(self, name: str, content: Any) -> None:
+        """Write a JSON file; it is whole or not there."""
+        text = json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n"
+        write_atomically(self.path / name, text.encode("utf-8"))
+
+    def write_csv(self) -> None:
+        """Write ``results.csv``: a line a probe, with what was read before and after."""
+        states = ("base", "before", "after")
+        readings = [f"{state}_{name}" for state in states for name in _CSV_READINGS]
+        text = io.StringIO()
+        writer = csv.writer(text)
+        writer.writerow([*_CSV_COLUMNS, *readings])
+        for record in self.records():
+            for probe in record["probes"]:
+                values: dict[str, Any] = {**record, **probe}
+                values["answers"] = " | ".join(probe["answers"])
+                row = [values.get(name) for name in _CSV_COLUMNS]
+                row += [values[state].get(name) for state in states for name in _CSV_READINGS]
+                writer.writerow(row)
+        write_atomically(self.path / "results.csv", text.getvalue().encode("utf-8"))
+
+
+def open_output(
+    output: str | Path | None, resume: str | Path | None, first: bool = True
+) -> OutputFolder | None:
+    """The folder a run writes to, if one was named.
+
+    Args:
+        output: Folder of a new run.
+        resume: Folder of a run to be continued.
+        first: Whether this is the first process of the run.
+
+    Raises:
+        ResumeError: Both were named and differ, or the folder does not fit.
+    """
+    if resume is None:
+        return None if output is None else OutputFolder(output, first=first)
+    if output is not None and Path(output).resolve() != Path(resume).resolve():
+        raise ResumeError(
+            f"--resume {resume} continues a run where it is, and --output {output} names another "
+            "folder; leave out --output"
+        )
+    return OutputFolder(resume, resume=True, first=first)
+
+
+def load_stack(path: str | Path, base: BaseModel) -> list[Edit]:
+    """The saved edits of a run in their order, or the edit of a single file.
+
+    Args:
+        path: Output folder of ``edit`` or ``test``, or one file that ``Edit.save`` wrote.
+        base: The base model they are for.
+
+    Raises:
+        EditFileError: There are no edits, or a file is absent or damaged.
+        BaseModelMismatchError: They were made for another base model.
+    """
+    path = Path(path)
+    if path.is_file() and path.suffix == ".safetensors":
+        return [Edit.load(path, base)]
+    order = path / "stack.json"
+    if not order.is_file():
+        hint = (
+            f"; its run did not end, finish it with --resume {path}"
+            if (path / "run.json").is_file()
+            else "; give the --output folder of `kedit edit` or `kedit test`, or one saved edit"
+        )
+        raise EditFileError(f"{path} holds no saved edits (no stack.json in it){hint}")
+    edits = []
+    for entry in json.loads(order.read_text(encoding="utf-8"))["edits"]:
+        file = path / entry["file"]
+        if not file.is_file():
+            raise EditFileError(f"{order} names {entry['file']}, which is absent")
+        if hashlib.sha256(file.read_bytes()).hexdigest() != entry["sha256"]:
+            raise EditFileError(
+                f"{file} is not the edit that {order.name} names: its content has changed"
+            )
+        edits.append(Edit.load(file, base))
+    return edits
+
+
+def _differences(then: Any, now: Any, name: str = "") -> Iterator[str]:
+    """Clauses that name what differs between two nested settings."""
+    if isinstance(then, dict) and isinstance(now, dict):
+        for key in sorted({*then, *now}):
+            yield from _differences(then.get(key), now.get(key), f"{name}.{key}" if name else key)
+    elif then != now:
+        yield f"{name}: {then!r} -> {now!r}"

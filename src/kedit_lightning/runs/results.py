@@ -1,0 +1,208 @@
+"""What results say about the run they come from, and tables for the terminal."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.table import Table
+
+from kedit_lightning.benchmark.protocol import Protocol
+from kedit_lightning.benchmark.run_context import new_metrics, run_seed
+from kedit_lightning.metrics import ExampleRecord, SummaryRow
+from kedit_lightning.metrics.functional import answer_text
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+_PACKAGES = ("kedit-lightning", "torch", "lightning", "transformers", "tokenizers", "peft", "numpy")
+#: In a table, what is asked stands in this order, and costs behind it.
+_KINDS = ("rewrite", "rephrase", "portability", "locality", "edit", "timing", "memory")
+#: Blocks that differ between two runs of the same settings.
+_COSTS = ("timing", "memory")
+
+
+def _learned(method: LightningModule) -> str | None:
+    """Hash of what ``fit`` has taught a method; ``None`` when it holds nothing."""
+    digest, anything = hashlib.sha256(), False
+    for name, tensor in sorted(method.state_dict().items()):
+        if isinstance(tensor, torch.Tensor):
+            anything = True
+            flat = tensor.detach().cpu().contiguous().reshape(-1)
+            digest.update(f"{name}{tuple(tensor.shape)}".encode())
+            digest.update(flat.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16] if anything else None
+
+
+def _settings(method: LightningModule) -> dict[str, Any]:
+    """Settings of a method as plain values, without what Lightning adds for itself."""
+    return {
+        key: value
+        if isinstance(value, str | int | float | bool | list | dict | None)
+        else str(value)
+        for key, value in dict(method.hparams).items()
+        if not key.startswith("_") and key != "base_model"
+    }
+
+
+def run_settings(trainer: Trainer, method: LightningModule) -> dict[str, Any]:
+    """What the results of a run depend on, as plain values; a continued run must share it.
+
+    Args:
+        trainer: The trainer, with its data module attached.
+        method: The method, with its base model loaded.
+    """
+    base: Any = method.base
+    protocol: Protocol = getattr(trainer, "protocol", None) or Protocol()
+    data: Any = getattr(trainer, "datamodule", None)
+    source = getattr(data, "source", {}).get("test", {})
+    return {
+        "command": "edit" if getattr(trainer, "editing", False) else "test",
+        "method": {
+            "name": type(method).__name__,
+            "settings": _settings(method),
+            "learned": _learned(method),
+        },
+        "base_model": {
+            "name": base.name,
+            "fingerprint": base.fingerprint,
+            "tokenizer_fingerprint": base.tokenizer_fingerprint,
+            "chat": base.encoder.chat,
+        },
+        "dataset": {
+            "name": type(data).__name__,
+            **{key: source.get(key) for key in ("sha256", "records")},
+        },
+        "protocol": protocol.facts(),
+        "seed": run_seed(),
+    }
+
+
+def run_facts(trainer: Trainer, method: LightningModule) -> dict[str, Any]:
+    """Facts of a run that its results name: the settings, and what ran them.
+
+    Args:
+        trainer: The trainer.
+        method: The method.
+    """
+    base: Any = method.base
+    protocol: Protocol = getattr(trainer, "protocol", None) or Protocol()
+    facts = run_settings(trainer, method)
+    data: Any = getattr(trainer, "datamodule", None)
+    facts["base_model"] |= {"revision": base.revision, "dtype": str(base.dtype)}
+    facts["dataset"] |= getattr(data, "source", {}).get("test", {})
+    facts["protocol"] = {**protocol.facts(), "id": protocol.id}
+    facts["metric_protocol"] = metric_protocol(protocol)
+    facts["versions"] = versions()
+    return facts
+
+
+def metric_protocol(protocol: Protocol) -> dict[str, Any]:
+    """How answers are taken and numbers summed up."""
+    metrics = new_metrics(protocol)
+    return {
+        "scoring": protocol.scoring,
+        "free_answers": (
+            f"greedy, up to {protocol.max_new_tokens} tokens, ended by the model or by its first "
+            "line or sentence"
+            if protocol.generates
+            else "none"
+        ),
+        "locality": (
+            "compared with the unedited base model along its own greedy continuation"
+            if protocol.generates
+            else "compared with the unedited base model at the positions of the probe's answer"
+        ),
+        "intervals": (
+            f"{metrics.level:.0%}, bootstrap of {metrics.resamples} draws over subjects, "
+            f"seed {metrics.seed}"
+        ),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that results depend on."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def summary_of(records: Iterable[ExampleRecord], protocol: Protocol) -> dict[str, Any]:
+    """Scores with intervals from records; costs that differ from run to run in blocks of their own.
+
+    Args:
+        records: Records of a run.
+        protocol: The protocol they were made under.
+    """
+    metrics = type(new_metrics(protocol)).from_records(records)
+    blocks: dict[str, dict[str, dict[str, float]]] = {"scores": {}, **{name: {} for name in _COSTS}}
+    entries: dict[str, dict[str, float]] = {}
+    for row in metrics.summary():
+        block, _, rest = row.key.partition("/")
+        entry = {"mean": row.mean, "low": row.low, "high": row.high, "n": row.n}
+        entries[row.key] = entry
+        if block in _COSTS:
+            blocks[block][rest] = entry
+        else:
+            blocks["scores"][row.key] = entry
+    for key, value in metrics.compute().items():
+        parent, _, name = key.rpartition("/")
+        if key not in entries and parent in entries:
+            entries[parent][name] = value
+    return dict(blocks)
+
+
+def _place(key: str) -> tuple[str, int, str]:
+    """Where a score stands in a table: by stage, then by what is asked."""
+    stage, name = "", key
+    if found := re.match(r"(forget|final|after_\d+)/", key):
+        stage, name = found[1], key.removeprefix(found[0])
+    kind = name.split("/")[0]
+    return stage, _KINDS.index(kind) if kind in _KINDS else len(_KINDS), name
+
+
+def summary_table(rows: Sequence[SummaryRow], title: str) -> Table:
+    """Scores with their intervals, for the terminal.
+
+    Scores of single groups, such as ``locality/neighborhood/kl``, are left to the results.
+
+    Args:
+        rows: Rows of a summary.
+        title: What stands above.
+    """
+    table = Table(title=title)
+    table.add_column("score", no_wrap=True)
+    for name in ("mean", "95% interval", "cases"):
+        table.add_column(name, justify="right")
+    for row in sorted(rows, key=lambda row: _place(row.key)):
+        if _place(row.key)[2].count("/") > 1:
+            continue
+        digits = ".3f" if abs(row.mean) < 1000 else ",.0f"
+        interval = f"{row.low:{digits}} – {row.high:{digits}}"
+        table.add_row(row.key, f"{row.mean:{digits}}", interval, str(row.n))
+    return table
+
+
+def predictions_table(answers: Iterable[Mapping[str, str]], edits: int) -> Table:
+    """Answers with and without edits, for the terminal: of each the first sentence.
+
+    Args:
+        answers: Prompt, answer of the base model and edited answer.
+        edits: How many edits are applied.
+    """
+    table = Table(title=f"{edits} edit{'s' * (edits != 1)} applied")
+    for name in ("prompt", "base", "edited"):
+        table.add_column(name, overflow="fold")
+    for answer in answers:
+        texts = [answer["prompt"], *(answer_text(answer[name]) for name in ("base", "edited"))]
+        table.add_row(*texts, style=None if answer["base"] == answer["edited"] else "bold")
+    return table

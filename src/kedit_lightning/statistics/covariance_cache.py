@@ -1,0 +1,221 @@
+"""Where key statistics are kept and found.
+
+A file is known by what its numbers depend on: base model, tokenizer, text, number of tokens, length
+at which texts were cut, and number type.  Its name shows them, and its header decides.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from kedit_lightning.base_models import BaseModel
+from kedit_lightning.base_models.cache import cache_dir
+from kedit_lightning.base_models.spec import PACKAGED, resolve
+from kedit_lightning.edits.edit_file import write_atomically
+from kedit_lightning.errors import NonFiniteError
+from kedit_lightning.statistics.covariance import SecondMoment
+from kedit_lightning.statistics.key_collector import KeyCollector
+
+FORMAT_VERSION = 1
+_HEADER = "kedit_statistics"
+#: Source of an estimate from the text that comes with the package.
+FEW_SAMPLE = "few-sample"
+#: Relative standard error at which an estimate from few samples is good enough.
+ENOUGH_ERROR = 0.05
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What statistics depend on.
+
+    Args:
+        fingerprints: Base models they hold for: the one they were collected with, and others that
+            are known to have the same keys.
+        tokenizer: Fingerprint of the tokenizer.
+        corpus: Hash of the text.
+        source: The text in words.
+        max_tokens: Tokens after which texts were cut; ``None`` where that is not known.
+        dtype: Number type the base model computed in.
+    """
+
+    fingerprints: tuple[str, ...]
+    tokenizer: str
+    corpus: str
+    source: str
+    max_tokens: int | None
+    dtype: str
+
+    @classmethod
+    def of(cls, base: BaseModel, corpus: str, source: str, max_tokens: int | None) -> Provenance:
+        """The provenance of what was collected with a base model."""
+        dtype = str(base.dtype).removeprefix("torch.")
+        prints = base.fingerprint, base.tokenizer_fingerprint
+        return cls((prints[0],), prints[1], corpus, source, max_tokens, dtype)
+
+    def file_name(self, tokens: int) -> str:
+        """Name of the file in the cache."""
+        parts = (
+            self.fingerprints[0],
+            self.tokenizer,
+            self.corpus[:16],
+            f"{tokens}-tokens",
+            f"cut-{self.max_tokens or 'unknown'}",
+            self.dtype,
+        )
+        return "-".join(parts) + ".safetensors"
+
+
+@dataclass(frozen=True)
+class KeyStatistics:
+    """Second moment of the keys of one layer, and where it comes from.
+
+    Args:
+        moment: The moment.
+        provenance: What it depends on.
+        path: The file it was read from.
+    """
+
+    moment: SecondMoment
+    provenance: Provenance
+    path: Path
+
+    @property
+    def is_few_sample(self) -> bool:
+        """Whether it was estimated from the small packaged text."""
+        return self.provenance.source == FEW_SAMPLE
+
+    @property
+    def note(self) -> str:
+        """Source, hash, number of tokens and error bar in words."""
+        where = f"{self.provenance.source} {self.provenance.corpus[:8]}"
+        error = self.moment.error
+        bar = "" if error is None else f", ± {100 * error:.2g} %"
+        return f"{where} ({self.moment.count} tokens{bar})"
+
+
+def write_statistics(
+    path: Path, moments: Mapping[str, SecondMoment], provenance: Provenance
+) -> Path:
+    """Write moments to a safetensors file, the means in float32.
+
+    Raises:
+        NonFiniteError: A moment holds NaN or infinity; nothing is written.
+    """
+    for name, moment in moments.items():
+        if not bool(torch.isfinite(moment.mean).all()):
+            raise NonFiniteError(
+                f"the keys of layer '{name}' are not finite, so their statistics were not kept; "
+                "load the base model in bfloat16 or float32"
+            )
+    tensors = {name: moment.mean.float().contiguous() for name, moment in moments.items()}
+    header = {
+        "format_version": FORMAT_VERSION,
+        **asdict(provenance),
+        "counts": {name: moment.count for name, moment in moments.items()},
+        "errors": {name: moment.error for name, moment in moments.items()},
+    }
+    write_atomically(path, save(tensors, metadata={_HEADER: json.dumps(header)}))
+    return path
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """The header of a file of statistics; empty for a file of another kind or version."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            header: dict[str, Any] = json.loads((file.metadata() or {}).get(_HEADER, "{}"))
+    except (SafetensorError, OSError, ValueError):
+        return {}
+    return header if header.get("format_version") == FORMAT_VERSION else {}
+
+
+def _matching(
+    path: Path, module: str, base: BaseModel
+) -> tuple[Provenance, int, float | None] | None:
+    """What the header of a file says of a layer: provenance, number of keys, and error."""
+    header = read_header(path)
+    if module not in header.get("counts", {}):
+        return None
+    fields = {name: header[name] for name in Provenance.__dataclass_fields__}
+    provenance = Provenance(**{**fields, "fingerprints": tuple(fields["fingerprints"])})
+    ours = (
+        base.fingerprint in provenance.fingerprints
+        and base.tokenizer_fingerprint == provenance.tokenizer
+    )
+    return (provenance, int(header["counts"][module]), header["errors"][module]) if ours else None
+
+
+def packaged_statistics(name: str) -> Path:
+    """Where the statistics of a packaged base model lie."""
+    return Path(resolve(name)) / "statistics.safetensors"
+
+
+def statistics_dir() -> Path:
+    """Folder of the cache of statistics."""
+    return cache_dir() / "statistics"
+
+
+def find_statistics(base: BaseModel, module: str) -> KeyStatistics | None:
+    """The statistics of a layer with most tokens, from the cache or the package.
+
+    An estimate from few samples is taken only where nothing else is there.
+    """
+    places = [packaged_statistics(name) for name in PACKAGED]
+    prefix = f"{base.fingerprint}-{base.tokenizer_fingerprint}-"
+    places += sorted(statistics_dir().glob(f"{prefix}*.safetensors"))
+    found = [
+        (path, *match)
+        for path in places
+        if path.is_file() and (match := _matching(path, module, base)) is not None
+    ]
+    if not found:
+        return None
+    # One of the matrices is loaded: each takes as much memory as the layer's weight or more.
+    best = max(found, key=lambda one: (one[1].source != FEW_SAMPLE, one[2]))
+    path, provenance, count, error = best
+    with safe_open(path, framework="pt") as file:
+        mean = file.get_tensor(module).double()
+    return KeyStatistics(SecondMoment(mean, count, error), provenance, path)
+
+
+def save_to_cache(collector: KeyCollector, source: str) -> Path:
+    """Keep what a pass over text has collected.
+
+    Raises:
+        NonFiniteError: A key was NaN or infinite.
+    """
+    provenance = Provenance.of(collector.base, collector.corpus, source, collector.max_tokens)
+    path = statistics_dir() / provenance.file_name(collector.tokens)
+    return write_statistics(path, collector.moments, provenance)
+
+
+def few_sample_texts() -> list[str]:
+    """The paragraphs of the small packaged text."""
+    text = (files("kedit_lightning.statistics") / "few_sample.txt").read_text(encoding="utf-8")
+    return [line for line in text.splitlines() if line.strip()]
+
+
+def estimate_from_few_samples(base: BaseModel, batch_size: int = 8) -> Path:
+    """Estimate statistics of all layers from the small packaged text and keep them.
+
+    It reads until there are 10 tokens a dimension and the relative standard error of every moment
+    is below 5 %, or to the end of the text.
+    """
+    from rich.progress import track
+
+    collector = KeyCollector(base, [block.down for block in base.layout.dense_blocks])
+    texts = few_sample_texts()
+    starts = range(0, len(texts), batch_size)
+    for start in track(starts, description="Estimating key statistics", transient=True):
+        collector.read(texts[start : start + batch_size])
+        if collector.is_within(ENOUGH_ERROR):
+            break
+    return save_to_cache(collector, FEW_SAMPLE)

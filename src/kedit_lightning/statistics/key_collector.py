@@ -1,0 +1,146 @@
+"""One pass over text that collects the keys of many layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from kedit_lightning.base_models import BaseModel
+from kedit_lightning.base_models.rows.encoding import EncodedRow, RowEncoder
+from kedit_lightning.base_models.taps import Visit, stop_after, visiting
+from kedit_lightning.edits.projections import projection_shape
+from kedit_lightning.statistics.covariance import SecondMoment
+from kedit_lightning.statistics.key_sums import KeySums, hash_name, hash_texts, no_texts
+
+#: Tokens a dimension from which on statistics may be called enough: 2 serve GPT models, and 10 all
+#: models that were tried in arXiv 2506.04226.
+TOKENS_PER_DIMENSION = 10
+
+
+class KeyCollector:
+    """Accumulates second moments of the inputs of modules, all in one forward pass a batch.
+
+    Args:
+        base: The base model; its edits are suspended while it reads.
+        modules: Names of the modules, in the order they run.
+        max_tokens: Longest row; the rest of a text is cut off.
+    """
+
+    def __init__(self, base: BaseModel, modules: Sequence[str], max_tokens: int = 512) -> None:
+        self.base = base
+        self.modules = tuple(modules)
+        self.max_tokens = min(max_tokens, base.max_tokens)
+        # Plain text is read as it is, also by a model whose prompts go into a chat template.
+        self._encoder = RowEncoder(base.tokenizer)
+        widths = {name: projection_shape(base.module(name))[0] for name in self.modules}
+        device = _device_of_sums(base.device, list(widths.values()))
+        self._sums = {name: KeySums(width, device) for name, width in widths.items()}
+        #: Tokens, sum of squared tokens a text, texts. Shape ``[3]``.
+        self._counts = torch.zeros(3, dtype=torch.int64)
+        self._hash = no_texts()
+
+    @torch.no_grad()
+    def read(self, texts: Sequence[str]) -> None:
+        """Add the keys at every token of the texts; blank texts are passed over."""
+        texts = [text for text in texts if text.strip()]
+        if not texts:
+            return
+        encoded = [self._encoder.encode(text) for text in texts]
+        rows = [EncodedRow(row.prompt[: self.max_tokens], ()) for row in encoded]
+        lengths = [len(row.prompt) for row in rows]
+        batch = self.base.pad(rows)
+        kept = None if len(set(lengths)) == 1 else batch.attention_mask.flatten().nonzero()[:, 0]
+
+        def visit(name: str) -> Visit:
+            def add(x: Tensor, y: Tensor) -> None:
+                keys = x.flatten(0, 1)
+                if kept is not None:
+                    keys = keys[kept.to(keys.device)]
+                self._sums[name].add(keys, lengths)
+
+            return add
+
+        with (
+            self.base.edits.suspended(),
+            visiting(self.base.model, {name: visit(name) for name in self.modules}),
+            stop_after(self.base.model, self.modules[-1]),
+        ):
+            self.base.forward(batch)
+        self._counts += torch.tensor(
+            [sum(lengths), sum(length**2 for length in lengths), len(lengths)]
+        )
+        self._hash += hash_texts(texts)
+
+    # ---- what was read
+
+    @property
+    def tokens(self) -> int:
+        """Tokens read so far."""
+        return int(self._counts[0])
+
+    @property
+    def corpus(self) -> str:
+        """Hash of the texts read so far."""
+        return hash_name(self._hash)
+
+    @property
+    def moments(self) -> dict[str, SecondMoment]:
+        """The second moment of each module's keys."""
+        return {name: sums.moment(self._counts) for name, sums in self._sums.items()}
+
+    @property
+    def error(self) -> float | None:
+        """Largest relative standard error of a moment; ``None`` before there are two texts."""
+        errors = [sums.error(self._counts) for sums in self._sums.values()]
+        return max((error for error in errors if error is not None), default=None)
+
+    def is_within(self, error: float, processes: int = 1) -> bool:
+        """Whether the moments are known to a relative standard error, with 10 tokens a dimension.
+
+        The error in the Frobenius norm says little of directions in which keys are small; that
+        there are many more keys than dimensions does.
+
+        Args:
+            error: The error, in the Frobenius norm.
+            processes: Number of processes that read their share of the text, as this one does.
+        """
+        width = max(sums.probes.shape[1] for sums in self._sums.values())
+        if self.tokens * processes < TOKENS_PER_DIMENSION * width:
+            return False
+        reached = self.error
+        return reached is not None and reached <= error * processes**0.5
+
+    # ---- state: sums, which add up over passes
+
+    def state(self) -> dict[str, Tensor]:
+        """All sums by name, as they are (no copies)."""
+        named = {
+            f"{kind}.{name}": tensor
+            for name, sums in self._sums.items()
+            for kind, tensor in sums.tensors.items()
+        }
+        return {"counts": self._counts, "hash": self._hash, **named}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take over sums that :meth:`state` gave."""
+        for name, tensor in self.state().items():
+            tensor.copy_(state[name])
+
+    def merge(self, total: Callable[[Tensor], Tensor]) -> None:
+        """Replace every sum by its total over processes.
+
+        Args:
+            total: Adds up a tensor over processes; called with each in the same order everywhere.
+        """
+        for tensor in self.state().values():
+            tensor.copy_(total(tensor.clone()))
+
+
+def _device_of_sums(device: torch.device, widths: Sequence[int]) -> torch.device:
+    """Beside the model where a CUDA device has room for them, else on the host."""
+    wanted = 2 * sum(8 * width**2 for width in widths)
+    if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] > wanted:
+        return device
+    return torch.device("cpu")

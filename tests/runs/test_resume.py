@@ -1,0 +1,214 @@
+"""A run that was broken off anywhere ends like one that was not."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from places import SAMPLES, TESTS
+from support import tiny_base
+from toys import Toy
+
+from kedit_lightning import EditTrainer
+from kedit_lightning.benchmark import Protocol
+from kedit_lightning.data import CounterFact
+from kedit_lightning.errors import NonFiniteError, ResumeError
+from kedit_lightning.runs import OutputFolder
+
+DATA = SAMPLES / "counterfact_nested.json"
+# A chunk broken off, a score after two edits, and the final score.
+MORE = [("single", 4), ("batch", 2), ("sequential", 1), ("sequential", 5), ("sequential", 13)]
+MODES = ("single", "batch", "sequential")
+
+
+def run(folder: Path, mode: Any = "single", resume: bool = False, **settings: Any) -> None:
+    protocol = Protocol(
+        mode=mode, chunk_size=2, max_new_tokens=4, every=2 if mode == "sequential" else None
+    )
+    method = Toy(base_model=settings.pop("base", None) or tiny_base("llama"), noise=0.01)
+    method.hparams.update(settings)
+    trainer = EditTrainer(accelerator="cpu", protocol=protocol)
+    where = {"resume" if resume else "output": folder}
+    trainer.test(method, CounterFact(path=DATA), verbose=False, **where)
+
+
+def content(folder: Path) -> dict[str, Any]:
+    """Everything a run has written, without time and memory."""
+    lines = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    results = json.loads((folder / "results.json").read_text())
+    for block in ("timing", "memory"):
+        for record in [*lines, results]:
+            record.pop(block, None)
+    return {
+        "lines": lines,
+        "results": results,
+        "stack": json.loads((folder / "stack.json").read_text()),
+        "csv": (folder / "results.csv").read_text(),
+        "edits": {p.name: p.read_bytes() for p in (folder / "edits").iterdir()},
+    }
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Any]]:
+    """Gives what a run of a mode writes that is not broken off."""
+
+    @cache
+    def written(mode: str) -> dict[str, Any]:
+        folder = tmp_path_factory.mktemp(mode) / "run"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("KEDIT_CACHE", str(folder.parent / "cache"))
+            run(folder, mode)
+        return content(folder)
+
+    return written
+
+
+def assert_equal(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    for name in expected:
+        assert found[name] == expected[name], name
+
+
+@pytest.mark.parametrize(
+    ("mode", "stop"),
+    [
+        *[("single", 1), ("batch", 1), ("sequential", 3)],
+        *[pytest.param(mode, stop, marks=pytest.mark.slow) for mode, stop in MORE],
+    ],
+)
+def test_a_run_broken_off_after_any_record_can_be_continued(
+    mode: Any,
+    stop: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    unbroken: Callable[[str], dict[str, Any]],
+) -> None:
+    class Broken(BaseException):
+        pass
+
+    expected = unbroken(mode)
+    append = OutputFolder.append
+    written: list[int] = []
+
+    def breaking(self: OutputFolder, record: Any) -> None:
+        append(self, record)
+        written.append(1)
+        if len(written) == stop:
+            raise Broken
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OutputFolder, "append", breaking)
+        with pytest.raises(Broken):
+            run(tmp_path / "run", mode)
+    with (tmp_path / "run/results.jsonl").open("a") as file:
+        file.write('{"id": "broken li')  # as a crash in the middle of a write would leave it
+    Toy.computed.clear()
+    run(tmp_path / "run", mode, resume=True)
+    assert_equal(content(tmp_path / "run"), expected)
+    # What was saved is not computed again; the two edits of a chunk are made before its records.
+    saved = {
+        "single": stop + stop % 2,
+        "batch": 1,
+        "sequential": {1: 1, 3: 1, 5: 2, 13: 3}.get(stop),
+    }[mode]
+    assert len(Toy.computed) == {"single": 5, "batch": 3, "sequential": 3}[mode] - saved
+
+
+@pytest.mark.parametrize("mode", [*MODES[:2], pytest.param(MODES[2], marks=pytest.mark.slow)])
+def test_a_finished_run_can_be_continued(
+    mode: Any, tmp_path: Path, unbroken: Callable[[str], dict[str, Any]]
+) -> None:
+    run(tmp_path / "run", mode)
+    Toy.computed.clear()
+    run(tmp_path / "run", mode, resume=True)
+    assert Toy.computed == []
+    assert_equal(content(tmp_path / "run"), unbroken(mode))
+
+
+def test_after_an_error_the_cause_can_be_removed(tmp_path: Path) -> None:
+    base = tiny_base("llama")
+    with pytest.raises(NonFiniteError):
+        run(tmp_path / "run", base=base, fail_on="Percy Lund")
+    with pytest.raises(ResumeError, match=r"fail_on: 'Percy Lund' -> None"):
+        run(tmp_path / "run", base=base, resume=True)
+
+
+def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
+    run(tmp_path / "run")
+    before = (tmp_path / "run/results.jsonl").read_bytes()
+    with pytest.raises(ResumeError) as caught:
+        run(tmp_path / "run", "batch", resume=True, strength=7.0, base=tiny_base("gpt2"))
+    for difference in (
+        "base_model.name: 'llama' -> 'gpt2'",
+        "method.settings.strength: 30.0 -> 7.0",
+        "protocol.mode: 'single' -> 'batch'",
+    ):
+        assert difference in str(caught.value)
+    assert (tmp_path / "run/results.jsonl").read_bytes() == before
+
+
+def test_there_must_be_something_to_continue(tmp_path: Path) -> None:
+    with pytest.raises(ResumeError, match="holds no run to continue"):
+        run(tmp_path / "nothing", resume=True)
+    with pytest.raises(ResumeError, match="leave out --output"):
+        EditTrainer(accelerator="cpu").test(
+            Toy(base_model="nosuch"), CounterFact(path=DATA), output="a", resume="b"
+        )
+
+
+def test_a_damaged_line_is_named(tmp_path: Path) -> None:
+    run(tmp_path / "run")
+    lines = (tmp_path / "run/results.jsonl").read_text().splitlines()
+    lines[1] = lines[1][:40]
+    (tmp_path / "run/results.jsonl").write_text("\n".join(lines) + "\n")
+    with pytest.raises(ResumeError, match=r"line 2 of .*results\.jsonl"):
+        run(tmp_path / "run", resume=True)
+
+
+SCRIPT = """
+import sys
+sys.path.insert(0, {tests!r})
+import torch
+torch.set_num_threads(1)
+from pathlib import Path
+from test_resume import run
+run(Path({folder!r}), {mode!r}, resume={resume})
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("mode", ["single", "sequential"])
+def test_killed_at_three_random_moments(
+    mode: Any, tmp_path: Path, unbroken: Callable[[str], dict[str, Any]]
+) -> None:
+    folder = tmp_path / "run"
+    chance = random.Random(mode)
+    environment = {**os.environ, "KEDIT_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+
+    def progress() -> int:
+        lines = folder / "results.jsonl"
+        edits = len(list(folder.glob("edits/*.safetensors")))
+        return edits + (lines.read_bytes().count(b"\n") if lines.exists() else 0)
+
+    for attempt in range(3):
+        code = SCRIPT.format(tests=str(TESTS), folder=str(folder), mode=mode, resume=bool(attempt))
+        goal = progress() + chance.randint(1, 3)
+        process = subprocess.Popen([sys.executable, "-c", code], env=environment)
+        while process.poll() is None and progress() < goal:
+            time.sleep(0.001)
+        time.sleep(chance.random() * 0.02)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL  # it was not over
+    assert not (folder / "results.json").exists()
+    run(folder, mode, resume=True)
+    assert_equal(content(folder), unbroken(mode))

@@ -1,0 +1,121 @@
+"""Write docs/model_support.md: what module location finds in every causal language model.
+
+Run ``python tools/model_support.py`` after an upgrade of transformers. It builds a tiny random
+model of every type that transformers registers; nothing is downloaded, and it takes a minute.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "model_support.md"
+
+if TYPE_CHECKING:
+    from tiny_decoders import Finding
+
+HEAD = """# Which models can be edited
+
+Module location goes by structure, not by names. This table says what it finds in a tiny random
+model of each of the {count} types that transformers {version} registers as causal language models:
+in {located} every block has an MLP that can be edited, in {partly} some blocks have one, {refused}
+are refused with a reason, and {unbuilt} could not be built as tiny models. Written by
+`python tools/model_support.py`; do not edit it by hand.
+
+The write path says how a change of the down projection reaches the block's output: added as a
+scaled copy (with its gain in the tiny model, which the configuration may set), or *normalised or
+gated*, so that no single factor describes it. In a mixture of experts, the dense layers and the
+shared experts are located; the routed experts are not.
+
+| model type | blocks | down projection | write path |
+|---|---|---|---|
+"""
+REFUSED = """
+## Refused
+
+Methods that edit weights refuse these with the reason; IKE, which edits none, works on them.
+
+| reason | model types |
+|---|---|
+"""
+UNBUILT = """
+## Not built
+
+These may work; no tiny model of them runs on text alone.
+
+| model type | reason |
+|---|---|
+"""
+
+
+def _cell(text: str, limit: int = 160) -> str:
+    text = text.replace("|", "\\\\|")
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def _row(finding: Finding) -> str:
+    paths = [
+        f"linear, gain {path.gain:.3g}" if path.is_linear else "normalised or gated"
+        for path in finding.paths
+    ]
+    paths = paths if len(set(paths)) > 1 else paths[:1]
+    places = ", ".join(f"`{place}`" for place in finding.places)
+    found, total = finding.layers
+    blocks = "all" if found == total else "some"
+    return f"| {finding.kind} | {blocks} | {places} | {', '.join(paths)} |\n"
+
+
+def page(findings: Sequence[Finding]) -> str:
+    """The Markdown page about the findings of ``tiny_decoders.survey``."""
+    of = {
+        verdict: [finding for finding in findings if finding.verdict == verdict]
+        for verdict in ("located", "in part", "refused", "not built")
+    }
+    text = HEAD.format(
+        count=len(findings),
+        version=version("transformers"),
+        located=len(of["located"]),
+        partly=len(of["in part"]),
+        refused=len(of["refused"]),
+        unbuilt=len(of["not built"]),
+    )
+    text += "".join(_row(finding) for finding in findings if finding.places)
+    reasons: dict[str, list[str]] = {}
+    for finding in of["refused"]:
+        reasons.setdefault(_reason(finding), []).append(finding.kind)
+    text += REFUSED + "".join(f"| {why} | {', '.join(kinds)} |\n" for why, kinds in reasons.items())
+    return text + UNBUILT + "".join(f"| {f.kind} | {_cell(f.reason)} |\n" for f in of["not built"])
+
+
+def _reason(finding: Finding) -> str:
+    """The reason without the number of the block and the ways out."""
+    said = finding.reason.partition(", so methods")[0].partition("; use IKE")[0]
+    return said.partition(f"of model type '{finding.kind}' ")[2] or said
+
+
+def main() -> None:
+    """Survey all types and write the page."""
+    warnings.simplefilter("ignore")  # what models of other libraries say about tiny settings
+    sys.path.insert(0, str(ROOT / "tests"))
+    import tiny_decoders
+    from rich.progress import track
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    findings = [
+        tiny_decoders.survey(kind) for kind in track(tiny_decoders.KINDS, "Surveying model types")
+    ]
+    failed = {finding.kind: finding.reason for finding in findings if finding.verdict == "failed"}
+    if failed:
+        raise SystemExit(f"the page is not written, since location failed: {failed}")
+    PAGE.write_text(page(findings), encoding="utf-8")
+    print(f"wrote {PAGE}")
+
+
+if __name__ == "__main__":
+    main()
