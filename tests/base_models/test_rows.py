@@ -20,7 +20,13 @@ from tokenizers import (
 from transformers import PreTrainedTokenizerFast
 
 from kedit_lightning import BaseModel
-from kedit_lightning.base_models.rows.encoding import EncodedRow, RowEncoder, join_text, positions
+from kedit_lightning.base_models.rows import (
+    EncodedRow,
+    RowEncoder,
+    join_text,
+    pad_tails,
+    positions,
+)
 from kedit_lightning.edits import PromptEdit, PromptEntry
 from kedit_lightning.errors import InvalidRequestError
 
@@ -325,6 +331,8 @@ def test_rows_without_a_subject_say_so():
     rows = base.rows(prompts, subjects=["Eiffel Tower", None])
     assert rows.subject_end[0] > 0
     assert rows.subject_end[1] == -1
+    assert rows.subject_start[1] == -1
+    assert rows.subject_mask.any(1).tolist() == [True, False]
 
 
 # ---- padding
@@ -352,6 +360,9 @@ def test_columns_point_at_the_tokens_they_name(family, side):
         assert int(rows.prompt_end[i]) == first + len(row.prompt) - 1
         assert int(ids[i, rows.subject_end[i]]) == row.prompt[row.subject_end]
         assert int(rows.subject_end[i]) == first + row.subject_end
+        assert int(rows.subject_start[i]) == first + row.subject_start
+        subject = row.prompt[row.subject_start : row.subject_end + 1]
+        assert tuple(ids[i][rows.subject_mask[i]].tolist()) == subject
         width = len(row.answer)
         assert rows.answer_mask[i].tolist() == [True] * width + [False] * (
             rows.answer_ids.shape[1] - width
@@ -476,6 +487,8 @@ def test_encoder_and_decoder_ids_stand_apart():
         decoder = rows.inputs["decoder_input_ids"][i][mask]
         assert tuple(decoder.tolist()) == (0, *row.answer[:-1])
         assert int(rows.inputs["input_ids"][i, rows.subject_end[i]]) == row.prompt[row.subject_end]
+        subject = row.prompt[row.subject_start : row.subject_end + 1]
+        assert tuple(rows.inputs["input_ids"][i][rows.subject_mask[i]].tolist()) == subject
     assert rows.prompt_end.tolist() == [0, 0]
     assert rows.answer_columns[:, 0].tolist() == [0, 0]
     bare = base.rows(["Rome is"])
@@ -590,8 +603,27 @@ def test_no_prompts_give_no_answers():
 
 def test_rows_that_are_tokens_already_can_be_padded_again():
     base = tiny_base("llama")
-    encoded = [EncodedRow((1, 5, 6), (7,), 2), EncodedRow((1, 5), (8, 9))]
+    encoded = [EncodedRow((1, 5, 6), (7,), 2, 1), EncodedRow((1, 5), (8, 9))]
     rows = base.pad(encoded, "left")
     assert rows.inputs["input_ids"].tolist() == [[1, 5, 6, 7], [1, 5, 8, 9]]
     assert rows.subject_end.tolist() == [2, -1]
     assert rows.answer_ids.tolist() == [[7, 0], [8, 9]]
+    assert rows.subject_start.tolist() == [1, -1]
+    assert rows.subject_mask.tolist() == [[False, True, True, False], [False] * 4]
+
+
+def test_tails_know_the_subject_tokens_behind_the_cut():
+    rows = [
+        EncodedRow((1, 5, 6, 7, 8), (9,), 3, 1),  # cut inside the subject
+        EncodedRow((1, 5, 6, 7), (9,), 3, 2),  # cut before it
+        EncodedRow((1, 5, 6), (9,)),  # without a subject
+        EncodedRow((1, 5, 6), (9,), 1, 1),  # cut behind it
+    ]
+    _, tails = pad_tails(rows, [2, 1, 1, 2], 0, True, torch.device("cpu"))
+    assert tails.subject_start.tolist() == [0, 1, -1, -1]
+    assert tails.subject_end.tolist() == [1, 2, -1, -1]
+    mask = tails.subject_mask
+    assert mask.shape == tails.inputs["input_ids"].shape
+    ids = [row[at].tolist() for row, at in zip(tails.inputs["input_ids"], mask, strict=True)]
+    assert ids == [[6, 7], [6, 7], [], []]
+    assert tails.select(torch.tensor([1, 2])).subject_mask.tolist() == mask[1:3].tolist()

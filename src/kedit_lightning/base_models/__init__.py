@@ -2,7 +2,7 @@
 
 from kedit_lightning.base_models.base_model import BaseModel
 from kedit_lightning.base_models.layout import Block, Layout, WritePath
-from kedit_lightning.base_models.rows.encoding import EncodedRow, PaddingSide, TokenRows
+from kedit_lightning.base_models.rows import EncodedRow, PaddingSide, TokenRows
 from kedit_lightning.base_models.spec import BaseModelSpec
 
 __all__ = [

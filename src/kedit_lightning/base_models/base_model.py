@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from kedit_lightning.base_models.fingerprint import model_fingerprint, tokenizer_fingerprint
 from kedit_lightning.base_models.generation import generate_texts
 from kedit_lightning.base_models.layout import Layout
-from kedit_lightning.base_models.rows.encoding import (
+from kedit_lightning.base_models.rows import (
     EncodedRow,
     PaddingSide,
     RowEncoder,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kedit_lightning.base_models.base_model import BaseModel
-from kedit_lightning.base_models.rows.encoding import EncodedRow, TokenRows, pad_tails
+from kedit_lightning.base_models.rows import EncodedRow, TokenRows, pad_tails
 from kedit_lightning.base_models.taps import skipping
 from kedit_lightning.edits.projections import first_tensor, with_first
 
@@ -141,8 +141,8 @@ def _tried(base: BaseModel) -> bool:
     size = int(base.model.config.get_text_config(decoder=True).vocab_size)
     ids = [(7 * i + 3) % size for i in range(12)]
     rows = [
-        EncodedRow(tuple(ids[:7]), tuple(ids[7:9]), subject_end=4),
-        EncodedRow(tuple(ids[2:6]), tuple(ids[6:7]), subject_end=1),
+        EncodedRow(tuple(ids[:7]), tuple(ids[7:9]), subject_end=4, subject_start=4),
+        EncodedRow(tuple(ids[2:6]), tuple(ids[6:7]), subject_end=1, subject_start=1),
     ]
     depth, tolerance = len(base.layout), _SAME[base.dtype.itemsize]
     for block in sorted({0, depth // 2, depth}):

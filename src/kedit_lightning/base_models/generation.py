@@ -12,7 +12,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from kedit_lightning.base_models.base_model import BaseModel
-    from kedit_lightning.base_models.rows.encoding import TokenRows
+    from kedit_lightning.base_models.rows import TokenRows
 
 #: Where a sentence may have ended: more must follow, or it could still turn out an abbreviation.
 _STOPPED = re.compile(r"[.!?][\"')\]\u201d\u2019]*\s+\S|[\u3002\uff01\uff1f]")

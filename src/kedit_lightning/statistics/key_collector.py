@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kedit_lightning.base_models import BaseModel
-from kedit_lightning.base_models.rows.encoding import EncodedRow, RowEncoder
+from kedit_lightning.base_models.rows import EncodedRow, RowEncoder
 from kedit_lightning.base_models.taps import Visit, stop_after, visiting
 from kedit_lightning.edits.projections import projection_shape
 from kedit_lightning.statistics.covariance import SecondMoment

@@ -12,7 +12,7 @@ from typing import Literal, TypeAlias
 
 import torch
 
-from kedit_lightning.base_models.rows.encoding import join_text
+from kedit_lightning.base_models.rows import join_text
 from kedit_lightning.requests import EditExample, EditRequest
 
 Form: TypeAlias = Literal["copy", "update", "retain"]

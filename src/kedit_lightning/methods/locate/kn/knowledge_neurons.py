@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kedit_lightning.base_models import BaseModel
-from kedit_lightning.base_models.rows.encoding import EncodedRow
+from kedit_lightning.base_models.rows import EncodedRow
 from kedit_lightning.base_models.taps import capture, change_inputs
 from kedit_lightning.edits.projections import compute_dtype
 

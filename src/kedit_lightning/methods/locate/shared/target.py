@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kedit_lightning.base_models import BaseModel
 from kedit_lightning.base_models.continuation import Continuation
-from kedit_lightning.base_models.rows.encoding import EncodedRow
+from kedit_lightning.base_models.rows import EncodedRow
 from kedit_lightning.base_models.taps import add_at, capture, visiting
 from kedit_lightning.edits.edit import check_finite
 from kedit_lightning.edits.projections import compute_dtype

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from kedit_lightning.base_models import BaseModel
-from kedit_lightning.base_models.rows.encoding import RowEncoder, join_text
+from kedit_lightning.base_models.rows import RowEncoder, join_text
 from kedit_lightning.base_models.taps import capture, stop_after
 from kedit_lightning.edits.kinds.scope.counterfactual import LanguageModel
 from kedit_lightning.edits.kinds.scope.scope_networks import ScopeNetworks

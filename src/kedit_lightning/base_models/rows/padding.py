@@ -1,0 +1,207 @@
+"""From rows of different lengths to the tensors of a forward pass.
+
+Position ids follow the attention mask, and every column is counted from the first token of its row.
+So padding side, batch size and order of rows never change a result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from kedit_lightning.base_models.rows.encoding import EncodedRow
+from kedit_lightning.base_models.rows.position import positions
+
+PaddingSide: TypeAlias = Literal["left", "right"]
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """Padded rows, ready for a forward pass.
+
+    Args:
+        inputs: What the model takes: ids, attention mask, and position ids or decoder ids where it
+            knows them. Shape ``[batch, tokens]`` each.
+        prompt_end: Column of each row's last prompt token. Shape ``[batch]``.
+        subject_start: Column of each row's first subject token, ``-1`` without one. Shape
+            ``[batch]``.
+        subject_end: Column of each row's last subject token, ``-1`` without one. Shape ``[batch]``.
+        answer_ids: Ids of the answers, padded on the right. Shape ``[batch, width]``.
+        answer_mask: Where ``answer_ids`` is no padding. Shape ``[batch, width]``.
+        answer_columns: Column whose logits predict each answer token. Shape ``[batch, width]``.
+    """
+
+    inputs: dict[str, Tensor]
+    prompt_end: Tensor
+    subject_start: Tensor
+    subject_end: Tensor
+    answer_ids: Tensor
+    answer_mask: Tensor
+    answer_columns: Tensor
+
+    def __len__(self) -> int:
+        return len(self.prompt_end)
+
+    @property
+    def attention_mask(self) -> Tensor:
+        """Where tokens are no padding. Shape ``[batch, tokens]``."""
+        return self.inputs["attention_mask"]
+
+    @property
+    def subject_mask(self) -> Tensor:
+        """Where the tokens of the subjects are, in the columns of ``input_ids``.
+
+        Returns:
+            Bool, shape ``[batch, tokens]``; all ``False`` in a row without a subject.
+        """
+        ids = self.inputs["input_ids"]
+        columns = torch.arange(ids.shape[1], device=ids.device)
+        start, end = self.subject_start[:, None], self.subject_end[:, None]
+        return (start >= 0) & (columns >= start) & (columns <= end)
+
+    def select(self, index: Tensor) -> TokenRows:
+        """Some of the rows, by number. Shape of ``index``: ``[n]``."""
+        return self._each(lambda tensor: tensor[index])
+
+    def to(self, device: torch.device) -> TokenRows:
+        """The same rows on a device."""
+        return self._each(lambda tensor: tensor.to(device))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> TokenRows:
+        rest = {f.name: change(getattr(self, f.name)) for f in fields(self) if f.name != "inputs"}
+        return TokenRows({name: change(tensor) for name, tensor in self.inputs.items()}, **rest)
+
+
+def _pad(
+    rows: Sequence[Sequence[int]], fill: int, side: PaddingSide
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids and mask, ``[batch, tokens]``, and the column of each row's first token, ``[batch]``."""
+    width = max(1, *(len(row) for row in rows)) if rows else 1
+    ids = torch.full((len(rows), width), fill, dtype=torch.long)
+    mask = torch.zeros((len(rows), width), dtype=torch.long)
+    first = torch.zeros(len(rows), dtype=torch.long)
+    for i, row in enumerate(rows):
+        start = width - len(row) if side == "left" else 0
+        ids[i, start : start + len(row)] = torch.tensor(row, dtype=torch.long)
+        mask[i, start : start + len(row)] = 1
+        first[i] = start
+    return ids, mask, first
+
+
+def _columns(indices: Sequence[int], first: Tensor) -> Tensor:
+    """Columns of tokens with an index in their row; ``-1`` stays. Shape ``[batch]``."""
+    index = torch.tensor(indices, dtype=torch.long)
+    return torch.where(index >= 0, index + first, -1)
+
+
+def pad_rows(
+    rows: Sequence[EncodedRow],
+    pad_id: int,
+    side: PaddingSide,
+    takes_positions: bool,
+    device: torch.device,
+) -> TokenRows:
+    """Align and pad rows of a decoder: prompt and answer in one sequence.
+
+    Args:
+        rows: The rows.
+        pad_id: Id put where there is no token; masked, so any valid id serves.
+        side: Where padding goes.
+        takes_positions: Whether the model's ``forward`` takes ``position_ids``.
+        device: Where the tensors go.
+    """
+    ids, mask, first = _pad([(*row.prompt, *row.answer) for row in rows], pad_id, side)
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if takes_positions:
+        inputs["position_ids"] = positions(mask)
+    prompt_end = first + torch.tensor([len(row.prompt) for row in rows], dtype=torch.long) - 1
+    answer_ids, answer_mask, _ = _pad([row.answer for row in rows], pad_id, "right")
+    columns = prompt_end[:, None] + torch.arange(answer_ids.shape[1])[None]
+    return TokenRows(
+        inputs,
+        prompt_end=prompt_end,
+        subject_start=_columns([row.subject_start for row in rows], first),
+        subject_end=_columns([row.subject_end for row in rows], first),
+        answer_ids=answer_ids,
+        answer_mask=answer_mask.bool(),
+        answer_columns=columns.clamp(max=ids.shape[1] - 1),
+    ).to(device)
+
+
+def pad_tails(
+    rows: Sequence[EncodedRow],
+    cuts: Sequence[int],
+    pad_id: int,
+    takes_positions: bool,
+    device: torch.device,
+) -> tuple[dict[str, Tensor], TokenRows]:
+    """Cut rows of a decoder in two: heads for a key-value cache, tails for passes on top of it.
+
+    Heads are padded on the left and tails on the right, so all tails start in the same column.
+
+    Args:
+        rows: The rows.
+        cuts: Number of tokens in each head; less than the length of the prompt.
+        pad_id: Id put where there is no token.
+        takes_positions: Whether the model's ``forward`` takes ``position_ids``.
+        device: Where the tensors go.
+
+    Returns:
+        Inputs of the heads, and the tails.  The attention mask of the tails covers heads too; their
+        columns count from the start of the tail.  Of a subject that begins in the head, the tail
+        knows the tokens behind the cut.
+    """
+    pairs = list(zip(rows, cuts, strict=True))
+    head, head_mask, _ = _pad([row.prompt[:at] for row, at in pairs], pad_id, "left")
+    tails = []
+    for row, at in pairs:
+        end = max(-1, row.subject_end - at)
+        start = -1 if min(row.subject_start, end) < 0 else max(0, row.subject_start - at)
+        tails.append(EncodedRow(row.prompt[at:], row.answer, end, start))
+    padded = pad_rows(tails, pad_id, "right", False, device)
+    mask = torch.cat([head_mask.to(device), padded.attention_mask], dim=1)
+    inputs = {"input_ids": padded.inputs["input_ids"], "attention_mask": mask}
+    first = {"input_ids": head.to(device), "attention_mask": head_mask.to(device)}
+    if takes_positions:
+        first["position_ids"], inputs["position_ids"] = positions(mask).split(
+            [head.shape[1], mask.shape[1] - head.shape[1]], dim=1
+        )
+    return first, replace(padded, inputs=inputs)
+
+
+def pad_encoder_decoder_rows(
+    rows: Sequence[EncodedRow],
+    pad_id: int,
+    start_id: int,
+    suffix: Sequence[int],
+    device: torch.device,
+) -> TokenRows:
+    """Pad rows of an encoder-decoder: the prompt goes to the encoder, the answer to the decoder.
+
+    The decoder's first column, the start token, predicts the first answer token; ``prompt_end`` is
+    that column, since in the decoder the prompt is the start token alone.  Columns of subjects are
+    those of the encoder.
+    """
+    ids, mask, first = _pad([(*row.prompt, *suffix) for row in rows], pad_id, "right")
+    shifted = [(start_id, *row.answer[:-1]) if row.answer else (start_id,) for row in rows]
+    decoder_ids, decoder_mask, _ = _pad(shifted, pad_id, "right")
+    answer_ids, answer_mask, _ = _pad([row.answer for row in rows], pad_id, "right")
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "decoder_input_ids": decoder_ids,
+        "decoder_attention_mask": decoder_mask,
+    }
+    return TokenRows(
+        inputs,
+        prompt_end=torch.zeros(len(rows), dtype=torch.long),
+        subject_start=_columns([row.subject_start for row in rows], first),
+        subject_end=_columns([row.subject_end for row in rows], first),
+        answer_ids=answer_ids,
+        answer_mask=answer_mask.bool(),
+        answer_columns=torch.arange(answer_ids.shape[1])[None].expand(len(rows), -1),
+    ).to(device)
