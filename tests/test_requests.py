@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import builtins
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 
 import lightning.pytorch as pl
 import pytest
 import torch
 
 from kedit_lightning import EditBatch, EditExample, EditRequest, Probe, errors
+from kedit_lightning.edits.edit import EditOrigin
 
 PROMPT = "The Eiffel Tower is in the city of"
 
@@ -26,7 +27,7 @@ def test_fields_stand_in_the_order_of_the_documentation():
     )
 
 
-@pytest.mark.parametrize("field", ["prompt", "target_new", "subject", "target_old", "id"])
+@pytest.mark.parametrize("field", ["prompt", "target_new", "subject", "target_old", "id", "image"])
 @pytest.mark.parametrize("value", ["", "  \n", 7])
 def test_a_text_that_is_empty_or_no_text_is_refused_by_name(field, value):
     fields = {"prompt": PROMPT, "target_new": "Rome", "id": "r1", field: value}
@@ -78,6 +79,7 @@ def test_answers_from_json_are_kept_as_a_tuple():
         ({"kind": "rewrite", "answers": (3,)}, "answers", "not empty"),
         ({"kind": "rewrite", "answers": "Rome"}, "answers", "list of texts"),
         ({"kind": "rewrite", "answers": ("Rome",), "contrast": ""}, "contrast", "not empty"),
+        ({"kind": "locality", "image": " "}, "image", "not empty"),
     ],
 )
 def test_a_bad_probe_is_refused_with_the_field(fields, named, reason):
@@ -96,6 +98,28 @@ def test_an_example_from_a_request_asks_for_its_rewrite_first():
     assert example.requests == (request,)
     assert example.probes == (Probe("rewrite", PROMPT, ("Rome",), contrast="Paris"), rephrase)
     assert example.id == "e1"
+
+
+def test_a_picture_goes_from_the_request_to_its_rewrite_probe():
+    request = EditRequest(PROMPT, "Rome", image="tower.png")
+    assert EditExample.from_request(request, "e1").probes[0].image == "tower.png"
+
+
+def test_plain_values_are_those_of_earlier_releases_where_there_is_no_picture():
+    plain = EditExample.from_request(EditRequest(PROMPT, "Rome"), "e1").to_json()
+    fields = ["prompt", "target_new", "subject", "target_old", "id", "task"]
+    assert list(plain["requests"][0]) == fields
+    assert list(plain["probes"][0]) == ["kind", "prompt", "answers", "group", "contrast"]
+    seen = EditExample.from_request(EditRequest(PROMPT, "Rome", image="a.png"), "e1").to_json()
+    assert seen["requests"][0]["image"] == seen["probes"][0]["image"] == "a.png"
+
+
+def test_an_edit_records_a_picture_only_where_there_is_one():
+    request = EditRequest(PROMPT, "Rome")
+    origin = EditOrigin("ROME", {}, (request,))
+    assert not {"task", "image"} & set(origin.to_json()["requests"][0])
+    seen = EditOrigin("ROME", {}, (replace(request, image="a.png"),))
+    assert EditOrigin.from_json(seen.to_json()) == seen
 
 
 def test_an_example_without_requests_is_refused():

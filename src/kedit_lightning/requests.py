@@ -1,12 +1,12 @@
-"""What is asked of an editing method, and what is asked of the edited model.
+"""Edit requests, probes, and the examples and batches that hold them.
 
-Everything here is text: tokens belong to :mod:`kedit_lightning.base_models`.
+Everything here is text: tokens and pixels belong to :mod:`kedit_lightning.base_models`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
 from kedit_lightning.errors import InvalidRequestError
@@ -29,6 +29,7 @@ class EditRequest:
         target_old: The answer the fact had before, where known.
         id: Name of the request in reports and file names.
         task: Name of the kind of fact, such as a relation; some methods need it.
+        image: Path or URL of the picture that the prompt is about, for vision-language models.
 
     Raises:
         InvalidRequestError: A text is empty or not text, or the subject is not part of the prompt.
@@ -40,13 +41,14 @@ class EditRequest:
     target_old: str | None = None
     id: str | None = None
     task: str | None = None
+    image: str | None = None
 
     def __post_init__(self) -> None:
         for field in ("prompt", "target_new"):
             value = getattr(self, field)
             if not isinstance(value, str) or not value.strip():
                 raise _refuse(self.label, field, f"must be text that is not empty, got {value!r}")
-        for field in ("subject", "target_old", "id", "task"):
+        for field in ("subject", "target_old", "id", "task", "image"):
             value = getattr(self, field)
             if value is not None and (not isinstance(value, str) or not value.strip()):
                 raise _refuse(
@@ -77,6 +79,7 @@ class Probe:
             which asks whether the base model's own answer has changed.
         group: Name under which scores are collected, such as ``neighborhood``; the kind if empty.
         contrast: An answer that should be less likely than ``answers[0]`` after the edit.
+        image: Path or URL of the picture that the prompt is about, for vision-language models.
 
     Raises:
         InvalidRequestError: The kind is unknown, a text is empty, or a needed answer is missing.
@@ -87,6 +90,7 @@ class Probe:
     answers: tuple[str, ...] = ()
     group: str = ""
     contrast: str | None = None
+    image: str | None = None
 
     def __post_init__(self) -> None:
         name = f"{self.kind} probe {self.prompt!r}"
@@ -100,11 +104,12 @@ class Probe:
         object.__setattr__(self, "answers", tuple(self.answers))
         if not self.answers and self.kind != "locality":
             raise _refuse(name, "answers", "must hold at least one answer")
-        contrast = () if self.contrast is None else (self.contrast,)
-        for field, texts in (("answers", self.answers), ("contrast", contrast)):
-            for text in texts:
-                if not isinstance(text, str) or not text.strip():
-                    raise _refuse(name, field, f"must hold text that is not empty, got {text!r}")
+        texts = [("answers", answer) for answer in self.answers]
+        texts += [("contrast", self.contrast)] if self.contrast is not None else []
+        texts += [("image", self.image)] if self.image is not None else []
+        for field, text in texts:
+            if not isinstance(text, str) or not text.strip():
+                raise _refuse(name, field, f"must hold text that is not empty, got {text!r}")
         if not self.group:
             object.__setattr__(self, "group", self.kind)
 
@@ -135,16 +140,28 @@ class EditExample:
     ) -> EditExample:
         """Pair a request with the rewrite probe that follows from it, and further probes."""
         rewrite = Probe(
-            "rewrite", request.prompt, (request.target_new,), contrast=request.target_old
+            "rewrite",
+            request.prompt,
+            (request.target_new,),
+            contrast=request.target_old,
+            image=request.image,
         )
         return cls((request,), (rewrite, *probes), id)
 
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; an absent ``image`` is left out, so that hashes made without it stay."""
+        values = asdict(self)
+        for item in (*values["requests"], *values["probes"]):
+            if item["image"] is None:
+                del item["image"]
+        return values
+
 
 class EditBatch:
-    """Examples that travel together through Lightning's loops, as text.
+    """A batch of examples in Lightning's loops, as text.
 
-    No dataclass or other collection, and with a ``to``: Lightning, when it moves or casts a batch,
-    would walk into one and fail on the frozen dataclasses inside.
+    It is a plain class with a ``to`` method: Lightning moves and casts batches, and would walk into
+    a dataclass or a collection and fail on the frozen dataclasses inside.
 
     Args:
         examples: The examples.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from os import PathLike, fspath
 from typing import Any
 
@@ -17,6 +17,7 @@ from kedit_lightning.base_models.generation import generate_texts
 from kedit_lightning.base_models.layout import Layout
 from kedit_lightning.base_models.rows import (
     EncodedRow,
+    ImageEncoder,
     PaddingSide,
     RowEncoder,
     TokenRows,
@@ -38,6 +39,7 @@ class BaseModel:
         name: Name in reports; taken from the model's configuration if not given.
         chat: Put prompts into the user turn of the tokenizer's chat template.
         padding_side: Side of padding when rows are scored; it never changes a result.
+        processor: Processor of a vision-language model, as ``AutoProcessor`` loads it.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class BaseModel:
         name: str | None = None,
         chat: bool = False,
         padding_side: PaddingSide = "right",
+        processor: Any = None,
     ) -> None:
         self.model: Any = model.eval().requires_grad_(False)
         self.tokenizer: Any = tokenizer
@@ -56,7 +59,8 @@ class BaseModel:
         self.revision: str | None = getattr(model.config, "_commit_hash", None)
         self.padding_side: PaddingSide = padding_side
         self.edits = EditStack(model)
-        self.encoder = RowEncoder(tokenizer, chat)
+        images = None if processor is None else ImageEncoder(processor)
+        self.encoder = RowEncoder(tokenizer, chat, images)
         self.layout = Layout(model)
         parameters = inspect.signature(model.forward).parameters
         #: Whether its ``forward`` takes ``position_ids``.
@@ -93,7 +97,7 @@ class BaseModel:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Number type of its weights."""
+        """Dtype of its weights."""
         return self.model.dtype  # type: ignore[no-any-return]
 
     @property
@@ -166,45 +170,66 @@ class BaseModel:
         answers: Sequence[str | None] | None = None,
         subjects: Sequence[str | None] | None = None,
         padding_side: PaddingSide | None = None,
+        images: Sequence[str | None] | None = None,
     ) -> TokenRows:
-        """Tokenise and pad prompts, with answers and places of subjects where given.
+        """Tokenise and pad prompts, with answers, subjects and pictures where given.
 
         Prompt edits on the stack rewrite the prompts first.
 
+        Args:
+            prompts: The prompts.
+            answers: The text that follows each of them.
+            subjects: The part of each prompt that the fact is about.
+            padding_side: Side of padding; that of the base model if not given.
+            images: Path or URL of the picture that each prompt is about.
+
         Raises:
             InvalidRequestError: A row is longer than the model allows, or lacks its subject.
+            UnsupportedUseError: A row has a picture, and the base model no processor.
         """
         _refuse_one_text(prompts)
-        answers = answers or [None] * len(prompts)
-        subjects = subjects or [None] * len(prompts)
-        encoded = [self.encode(*row) for row in zip(prompts, answers, subjects, strict=True)]
+        absent = [None] * len(prompts)
+        columns = (prompts, answers or absent, subjects or absent, images or absent)
+        encoded = [self.encode(*row) for row in zip(*columns, strict=True)]
         return self.pad(encoded, padding_side)
 
     def pad(
         self, encoded: Sequence[EncodedRow], padding_side: PaddingSide | None = None
     ) -> TokenRows:
-        """Align and pad rows that are tokens already."""
+        """Align and pad rows that are tokens already, and add the pixels of their pictures."""
         pad_id = self.pad_id
         if self.is_encoder_decoder:
             start = self.model.config.decoder_start_token_id
             suffix = self.encoder.suffix
-            return pad_encoder_decoder_rows(encoded, pad_id, start, suffix, self.device)
-        side = padding_side or self.padding_side
-        return pad_rows(encoded, pad_id, side, self.takes_positions, self.device)
+            rows = pad_encoder_decoder_rows(encoded, pad_id, start, suffix, self.device)
+        else:
+            side = padding_side or self.padding_side
+            rows = pad_rows(encoded, pad_id, side, self.takes_positions, self.device)
+        images = self.encoder.images
+        if images is None or not any(row.images for row in encoded):
+            return rows
+        pixels = partial(images.pixels, device=self.device, dtype=self.dtype)
+        return rows.with_pictures([[pixels(image) for image in row.images] for row in encoded])
 
     def encode(
-        self, prompt: str, answer: str | None = None, subject: str | None = None
+        self,
+        prompt: str,
+        answer: str | None = None,
+        subject: str | None = None,
+        image: str | None = None,
     ) -> EncodedRow:
         """Tokenise one row, its prompt rewritten by prompt edits on the stack.
 
         Raises:
             InvalidRequestError: It is longer than the model allows, or lacks its subject.
+            UnsupportedUseError: It has a picture, and the base model no processor.
         """
+        images = () if image is None else (image,)
         reserve = 32 if answer is None else self.encoder.count(answer) + 2
         rendered = self.edits.render(
-            prompt, lambda text: self.encoder.count(text) + reserve <= self.max_tokens
+            prompt, lambda text: self.encoder.count(text, images) + reserve <= self.max_tokens
         )
-        row = self.encoder.encode(rendered, answer, subject)
+        row = self.encoder.encode(rendered, answer, subject, images)
         length = len(row.prompt) + len(row.answer)
         if length > self.max_tokens:
             raise InvalidRequestError(
@@ -216,7 +241,7 @@ class BaseModel:
     # ---- answers
 
     def forward(self, rows: TokenRows, **options: Any) -> Any:
-        """Run the model on rows, with memory edits told where the prompts end."""
+        """Run the model on rows; memory edits learn where the prompts end."""
         with self.edits.prompts_end_at(rows.prompt_end):
             return self.model(**{**rows.inputs, "use_cache": False, **options})
 
@@ -286,6 +311,7 @@ class BaseModel:
         max_new_tokens: int = 64,
         batch_size: int = 32,
         stop_at_sentence: bool = False,
+        images: Sequence[str | None] | None = None,
         **options: Any,
     ) -> list[str]:
         """Continue prompts, greedily unless ``options`` say otherwise.
@@ -295,6 +321,7 @@ class BaseModel:
             max_new_tokens: Longest continuation.
             batch_size: Prompts answered together; it never changes an answer.
             stop_at_sentence: End once every row has ended a line or a sentence.
+            images: Path or URL of the picture that each prompt is about.
             **options: Passed to ``transformers``' ``generate``.
 
         Returns:
@@ -303,7 +330,10 @@ class BaseModel:
         _refuse_one_text(prompts)
         texts: list[str] = []
         for start in range(0, len(prompts), batch_size):
-            rows = self.rows(prompts[start : start + batch_size], padding_side="left")
+            part = slice(start, start + batch_size)
+            rows = self.rows(
+                prompts[part], padding_side="left", images=None if images is None else images[part]
+            )
             texts += generate_texts(self, rows, max_new_tokens, stop_at_sentence, options)
         return texts
 

@@ -51,7 +51,8 @@ class Continuation:
         self._below: tuple[str, ...] = ()
         self._held: Any = None
         if resume is None:
-            resume = can_resume(base)
+            # A picture is read together with the whole prompt.
+            resume = can_resume(base) and not any(row.images for row in rows)
         if not resume:
             self.rows = base.pad(rows, "right")
             return

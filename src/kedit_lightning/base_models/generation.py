@@ -1,19 +1,22 @@
-"""Free generation."""
+"""Free generation: continuations of prompts."""
 
 from __future__ import annotations
 
 import re
 from bisect import bisect_left
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from transformers import LogitsProcessorList, StoppingCriteriaList
 
-if TYPE_CHECKING:
-    from kedit_lightning.base_models.base_model import BaseModel
-    from kedit_lightning.base_models.rows import TokenRows
+from kedit_lightning.base_models.rows import TokenRows
+from kedit_lightning.edits import EditStack
+from kedit_lightning.metrics.functional.text_match import answer_text
 
+#: Inputs that ``generate`` makes itself.
+_MADE = ("position_ids", "decoder_input_ids", "decoder_attention_mask")
 #: Where a sentence may have ended: more must follow, or it could still turn out an abbreviation.
 _STOPPED = re.compile(r"[.!?][\"')\]\u201d\u2019]*\s+\S|[\u3002\uff01\uff1f]")
 
@@ -27,26 +30,39 @@ def sentence_ended(text: str) -> bool:
     text = text.lstrip()
     if "\n" in text or not _STOPPED.search(text):
         return "\n" in text
-    # Torchmetrics comes with it, which plain generation does without.
-    from kedit_lightning.metrics.functional.text_match import answer_text
-
     return answer_text(text) != text.rstrip()
+
+
+class Generator(Protocol):
+    """The parts of a base model that generation uses."""
+
+    model: Any
+    tokenizer: Any
+    edits: EditStack
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        """Whether the prompt goes to an encoder."""
+
+    @property
+    def pad_id(self) -> int:
+        """Id of padding."""
+
+    @property
+    def max_tokens(self) -> int:
+        """Longest row."""
 
 
 @torch.no_grad()
 def generate_texts(
-    base: BaseModel,
+    base: Generator,
     rows: TokenRows,
     max_new_tokens: int,
     stop_at_sentence: bool,
     options: dict[str, Any],
 ) -> list[str]:
     """Continue left-padded rows; see :meth:`BaseModel.generate`."""
-    from transformers import LogitsProcessorList, StoppingCriteriaList
-
     prompt = 1 if base.is_encoder_decoder else rows.inputs["input_ids"].shape[1]
-    pad = base.tokenizer.pad_token_id
-    pad = base.tokenizer.eos_token_id if pad is None else pad
 
     def decode(ids: Tensor) -> str:
         text: str = base.tokenizer.decode(ids, skip_special_tokens=True)
@@ -61,7 +77,7 @@ def generate_texts(
 
     settings: dict[str, Any] = {
         "do_sample": False,
-        "pad_token_id": 0 if pad is None else pad,
+        "pad_token_id": base.pad_id,
         "max_new_tokens": max_new_tokens,
         **options,
     }
@@ -70,10 +86,10 @@ def generate_texts(
     if not base.is_encoder_decoder:
         room = base.max_tokens - prompt
         settings["max_new_tokens"] = max(1, min(settings["max_new_tokens"], room))
-    # Said here, since without a key-value cache every step looks like the first one.
+    # The stack is told once: without a key-value cache every step looks like the first one.
     with base.edits.prompts_end_at(rows.prompt_end):
         ids: Tensor = base.model.generate(
-            **{name: rows.inputs[name] for name in ("input_ids", "attention_mask")},
+            **{name: value for name, value in rows.inputs.items() if name not in _MADE},
             stopping_criteria=StoppingCriteriaList(criteria),
             logits_processor=LogitsProcessorList(processors),
             **settings,

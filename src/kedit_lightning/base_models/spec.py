@@ -1,4 +1,4 @@
-"""Which base model to load, and loading it."""
+"""Specification of a base model, and its loader."""
 
 from __future__ import annotations
 
@@ -10,12 +10,20 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+)
+from transformers.utils import logging
 
 from kedit_lightning.errors import BaseModelNotFoundError, MissingExtraError, UnsupportedUseError
 
 #: Base models that come with the package.
 PACKAGED = ("nano",)
-#: What tokenizers leave in a folder.
+#: Files of a saved tokenizer.
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
 
 Dtype: TypeAlias = Literal["auto", "float32", "float64", "bfloat16", "float16"]
@@ -71,8 +79,6 @@ def _quantization(spec: BaseModelSpec) -> dict[str, Any]:
             f"loading '{spec.name}' in {spec.quantization} needs bitsandbytes: "
             "pip install bitsandbytes"
         ) from error
-    from transformers import BitsAndBytesConfig
-
     four = spec.quantization == "4bit"
     config = BitsAndBytesConfig(load_in_4bit=four, load_in_8bit=not four)
     return {"quantization_config": config}
@@ -81,8 +87,6 @@ def _quantization(spec: BaseModelSpec) -> dict[str, Any]:
 @contextmanager
 def _bar_for(name: str) -> Iterator[None]:
     """Show transformers' progress bar, except for packaged models: they load at once."""
-    from transformers.utils import logging
-
     shown = logging.is_progress_bar_enabled()
     if name in PACKAGED:
         logging.disable_progress_bar()
@@ -96,16 +100,15 @@ def _bar_for(name: str) -> Iterator[None]:
 def load_pretrained(spec: BaseModelSpec) -> tuple[Any, Any]:
     """Load model and tokenizer.
 
+    Args:
+        spec: Name, dtype, placement and kernels.
+
+    Returns:
+        The model and its tokenizer.
+
     Raises:
         BaseModelNotFoundError: There is no such model.
     """
-    from transformers import (
-        AutoConfig,
-        AutoModelForCausalLM,
-        AutoModelForSeq2SeqLM,
-        AutoTokenizer,
-    )
-
     where = resolve(spec.name)
     # The packaged model is stored in 16 bit and computes in 32.
     dtype = "float32" if spec.dtype == "auto" and spec.name in PACKAGED else spec.dtype
@@ -117,7 +120,7 @@ def load_pretrained(spec: BaseModelSpec) -> tuple[Any, Any]:
         options["attn_implementation"] = spec.attn_implementation
     folder = Path(where)
     try:
-        # For a folder without tokenizer transformers makes up an empty one.
+        # For a folder without a tokenizer transformers returns an empty one.
         if folder.is_dir() and not any(any(folder.glob(name)) for name in _TOKENIZER_FILES):
             raise OSError("it holds no tokenizer")
         config = AutoConfig.from_pretrained(where, **source)

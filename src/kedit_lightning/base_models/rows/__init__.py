@@ -1,6 +1,7 @@
-"""Rows of tokens: encoding, padding, positions."""
+"""Rows of tokens: encoding, padding, positions and pictures."""
 
 from kedit_lightning.base_models.rows.encoding import EncodedRow, RowEncoder, join_text
+from kedit_lightning.base_models.rows.image import ImageEncoder
 from kedit_lightning.base_models.rows.padding import (
     PaddingSide,
     TokenRows,
@@ -12,6 +13,7 @@ from kedit_lightning.base_models.rows.position import positions
 
 __all__ = [
     "EncodedRow",
+    "ImageEncoder",
     "PaddingSide",
     "RowEncoder",
     "TokenRows",

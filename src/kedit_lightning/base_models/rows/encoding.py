@@ -6,16 +6,18 @@ beginning-of-sequence token is put once, and the subject is found by character o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+from kedit_lightning.base_models.rows.image import ImageEncoder
 from kedit_lightning.base_models.rows.position import (
     is_unspaced,
     last_place,
     shared_length,
     token_span,
 )
-from kedit_lightning.errors import InvalidRequestError
+from kedit_lightning.errors import InvalidRequestError, UnsupportedUseError
 
 
 def join_text(prompt: str, answer: str) -> str:
@@ -40,25 +42,31 @@ class EncodedRow:
         answer: Ids of the answer; empty when there is none.
         subject_end: Index in ``prompt`` of the subject's last token; ``-1`` without a subject.
         subject_start: Index of its first token; ``-1`` without a subject.
+        images: Paths or URLs of the pictures whose placeholder ids the prompt holds, in order.
     """
 
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
     subject_end: int = -1
     subject_start: int = -1
+    images: tuple[str, ...] = ()
 
 
 class RowEncoder:
-    """Turns prompts and answers into ids with one tokenizer.
+    """Tokenises prompts and answers with one tokenizer.
 
     Args:
         tokenizer: The tokenizer of the base model.
         chat: Put each prompt into the user turn of the tokenizer's chat template.
+        images: Encoder of the pictures that prompts are about, where the base model sees.
     """
 
-    def __init__(self, tokenizer: Any, chat: bool = False) -> None:
+    def __init__(
+        self, tokenizer: Any, chat: bool = False, images: ImageEncoder | None = None
+    ) -> None:
         self.tokenizer = tokenizer
         self.chat = chat
+        self.images = images
         plain = tokenizer("a", add_special_tokens=False)["input_ids"]
         special = tokenizer("a")["input_ids"]
         #: Ids the tokenizer puts before a text by itself (a beginning-of-sequence token, or none).
@@ -72,11 +80,11 @@ class RowEncoder:
                 break
 
     def of(self, tokenizer: Any) -> RowEncoder:
-        """One that reads with another tokenizer, outside of any chat."""
+        """An encoder for another tokenizer, without a chat template."""
         return RowEncoder(tokenizer)
 
     def _ids(self, text: str) -> list[int]:
-        # Whoever asks compares the length with the model's own; transformers need not remark on it.
+        # Callers compare the length with the model's own; a warning of transformers adds nothing.
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def _offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]] | None:
@@ -85,9 +93,10 @@ class RowEncoder:
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         return list(encoded["input_ids"]), [tuple(pair) for pair in encoded["offset_mapping"]]
 
-    def count(self, text: str) -> int:
-        """How many tokens a prompt takes."""
-        return len(self.prefix) + len(self._ids(text))
+    def count(self, text: str, images: Sequence[str] = ()) -> int:
+        """Number of tokens of a prompt with its pictures."""
+        pictures = self.images.count(images) if self.images else 0
+        return len(self.prefix) + len(self._ids(text)) + pictures
 
     def wrap(self, prompt: str) -> str:
         """The prompt inside the chat template, or the prompt itself."""
@@ -99,18 +108,29 @@ class RowEncoder:
         return text
 
     def encode(
-        self, prompt: str, answer: str | None = None, subject: str | None = None
+        self,
+        prompt: str,
+        answer: str | None = None,
+        subject: str | None = None,
+        images: Sequence[str] = (),
     ) -> EncodedRow:
-        """Tokenise a prompt, with its answer and the place of its subject where given.
+        """Tokenise a prompt, with its answer and the span of its subject where given.
 
         Args:
-            prompt: The prompt, as edits of the context have left it.
+            prompt: The prompt, after prompt edits have rewritten it.
             answer: Text that follows.
             subject: Part of the prompt; its last occurrence as a whole word counts.
+            images: Paths or URLs of the pictures that the prompt is about.
+
+        Returns:
+            The ids, with the first and last token of the subject.
 
         Raises:
             InvalidRequestError: The subject is not part of the prompt, or a text is empty.
+            UnsupportedUseError: There are pictures, and the base model has no processor.
         """
+        if images:
+            return self._with_images(prompt, answer, subject, images)
         text = self.wrap(prompt)
         if not self.chat:
             text = text.rstrip()
@@ -129,6 +149,21 @@ class RowEncoder:
         if answer is not None and not (answer.strip() and answer_ids):
             raise InvalidRequestError(f"the answer {answer!r} has no token; give at least one word")
         return EncodedRow((*prefix, *ids), answer_ids, end, start)
+
+    def _with_images(
+        self, prompt: str, answer: str | None, subject: str | None, images: Sequence[str]
+    ) -> EncodedRow:
+        if self.images is None:
+            raise UnsupportedUseError(
+                f"prompt {prompt[:60]!r} has an image, and the base model no processor; give one: "
+                "BaseModel(model, tokenizer, processor=...)"
+            )
+        row = self.encode(self.images.prompt(prompt, images), answer, subject)
+        ids, index = self.images.expand(row.prompt, images)
+        start, end = (index[i] if i >= 0 else -1 for i in (row.subject_start, row.subject_end))
+        return replace(
+            row, prompt=tuple(ids), subject_start=start, subject_end=end, images=tuple(images)
+        )
 
     def _answer(self, text: str, ids: list[int], answer: str) -> list[int]:
         joined = text + answer.lstrip() if self.chat else join_text(text, answer)

@@ -6,9 +6,9 @@ So padding side, batch size and order of rows never change a result.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -33,6 +33,8 @@ class TokenRows:
         answer_ids: Ids of the answers, padded on the right. Shape ``[batch, width]``.
         answer_mask: Where ``answer_ids`` is no padding. Shape ``[batch, width]``.
         answer_columns: Column whose logits predict each answer token. Shape ``[batch, width]``.
+        pictures: Model inputs of the pictures of each row; ``inputs`` holds all of them joined
+            along their first axis. Empty without pictures.
     """
 
     inputs: dict[str, Tensor]
@@ -42,6 +44,7 @@ class TokenRows:
     answer_ids: Tensor
     answer_mask: Tensor
     answer_columns: Tensor
+    pictures: tuple[tuple[Mapping[str, Tensor], ...], ...] = ()
 
     def __len__(self) -> int:
         return len(self.prompt_end)
@@ -65,15 +68,31 @@ class TokenRows:
 
     def select(self, index: Tensor) -> TokenRows:
         """Some of the rows, by number. Shape of ``index``: ``[n]``."""
-        return self._each(lambda tensor: tensor[index])
+        rows = self._each(lambda tensor: tensor[index])
+        if not self.pictures:
+            return rows
+        return rows.with_pictures([self.pictures[i] for i in index.tolist()])
 
-    def to(self, device: torch.device) -> TokenRows:
-        """The same rows on a device."""
-        return self._each(lambda tensor: tensor.to(device))
+    def with_pictures(self, pictures: Sequence[Sequence[Mapping[str, Tensor]]]) -> TokenRows:
+        """The same rows with pictures.
+
+        Args:
+            pictures: For each row the model inputs of its pictures, such as ``pixel_values``.
+        """
+        every = [picture for row in pictures for picture in row]
+        names = dict.fromkeys(name for picture in every for name in picture)
+        pixels = {name: torch.cat([picture[name] for picture in every]) for name in names}
+        return replace(
+            self, inputs={**self.inputs, **pixels}, pictures=tuple(tuple(row) for row in pictures)
+        )
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> TokenRows:
-        rest = {f.name: change(getattr(self, f.name)) for f in fields(self) if f.name != "inputs"}
-        return TokenRows({name: change(tensor) for name, tensor in self.inputs.items()}, **rest)
+        """The rows after a change of each tensor with a value a row; pictures are left out."""
+        pixels = {name for row in self.pictures for picture in row for name in picture}
+        inputs = {name: change(value) for name, value in self.inputs.items() if name not in pixels}
+        names = [f.name for f in fields(self) if f.name not in ("inputs", "pictures")]
+        others: dict[str, Any] = {name: change(getattr(self, name)) for name in names}
+        return TokenRows(inputs, **others)
 
 
 def _pad(
@@ -129,7 +148,7 @@ def pad_rows(
         answer_ids=answer_ids,
         answer_mask=answer_mask.bool(),
         answer_columns=columns.clamp(max=ids.shape[1] - 1),
-    ).to(device)
+    )._each(lambda tensor: tensor.to(device))
 
 
 def pad_tails(
@@ -204,4 +223,4 @@ def pad_encoder_decoder_rows(
         answer_ids=answer_ids,
         answer_mask=answer_mask.bool(),
         answer_columns=torch.arange(answer_ids.shape[1])[None].expand(len(rows), -1),
-    ).to(device)
+    )._each(lambda tensor: tensor.to(device))

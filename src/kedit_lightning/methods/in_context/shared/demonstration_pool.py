@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -66,7 +66,7 @@ class Pool:
         """What an edit records about the pool."""
         digest = hashlib.sha256()
         for example in self.examples:
-            digest.update(json.dumps(asdict(example), sort_keys=True).encode())
+            digest.update(json.dumps(example.to_json(), sort_keys=True).encode())
         return {
             "name": self.name,
             "records": len(self.examples),
