@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from kedit_lightning.base_models.layout import Layout, WritePath
+from kedit_lightning.base_models import Layout, WritePath
 from kedit_lightning.edits.projections import first_tensor, projection_shape
 from kedit_lightning.errors import ModuleNotLocatedError
 

@@ -16,8 +16,8 @@ from support import REQUESTS, tiny_tokenizer
 from tiny_decoders import NORMALISING, Finding, survey
 
 from kedit_lightning import BaseModel
+from kedit_lightning.base_models import Block, Layout, WritePath
 from kedit_lightning.base_models.continuation import Continuation, can_resume
-from kedit_lightning.base_models.layout import Block, Layout, WritePath
 from kedit_lightning.methods import ROME
 from kedit_lightning.statistics.covariance_cache import estimate_from_few_samples, find_statistics
 

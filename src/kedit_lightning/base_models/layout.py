@@ -8,7 +8,8 @@ Rules (tried on tiny models of every type that transformers registers as a causa
   other matrices beside it feed token by token (those of attention and of state-space mixers feed
   theirs across tokens, the experts of a mixture see some tokens only, and what stands beside an
   MLP, such as adapters and per-layer embeddings, is narrower);
-* MLP projections: the matrices beside it that read ``hidden`` values and feed its width.
+* MLP projections: the matrices beside it that read ``hidden`` values and feed its width;
+* final norm: the module that turns the last block's output into the input of the head.
 """
 
 from __future__ import annotations
@@ -29,26 +30,24 @@ from kedit_lightning.base_models.blocks import (
     removing,
     text_config,
 )
+from kedit_lightning.base_models.unembedding import find_final_norm, find_head
+from kedit_lightning.base_models.write_path import WritePath, measure_write_path
 from kedit_lightning.edits.projections import (
     as_rows,
     first_tensor,
-    float_dtype,
     is_projection,
     projection_shape,
     with_first,
 )
 from kedit_lightning.errors import ModuleNotLocatedError
 
-#: A block output that follows the MLP output with less than this relative error is linear in it.
-#: Rounding in bfloat16 alone gives some 3e-3, a normalisation between the two 1e-1 and more.
-_LINEAR = 2e-2
 #: Relative size above which a value counts as moved: in 8-bit kernels tokens touch each other.
 _MOVES = 5e-2
 
 
 @dataclass(frozen=True)
 class Block:
-    """Names of the parts of one block that edits are about.
+    """Names of the parts of one block that methods edit.
 
     Args:
         name: The block.
@@ -63,24 +62,6 @@ class Block:
     projections: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class WritePath:
-    """How a change of a down projection's output reaches the block's output.
-
-    Args:
-        gain: Factor with which it arrives.
-        nonlinearity: Relative size of what a factor cannot explain.
-    """
-
-    gain: float
-    nonlinearity: float
-
-    @property
-    def is_linear(self) -> bool:
-        """Whether the block adds a scaled copy, rather than a normalised one."""
-        return self.nonlinearity < _LINEAR
-
-
 def _beside(down: str, order: list[str]) -> list[str]:
     """The projections that run before one and have the same owner.
 
@@ -93,7 +74,7 @@ def _beside(down: str, order: list[str]) -> list[str]:
 
 
 class Layout:
-    """The parts of a decoder, found when first asked for.
+    """The parts of a decoder, located on first use and remembered.
 
     Args:
         model: A causal language model, or a sequence-to-sequence one.
@@ -159,6 +140,33 @@ class Layout:
         """
         return tuple(self.block(index) for index in self.dense_layers)
 
+    @cached_property
+    def head(self) -> str:
+        """Name of the output embedding, which turns hidden states into logits.
+
+        Raises:
+            ModuleNotLocatedError: The model has none.
+        """
+        return find_head(self.model)
+
+    @cached_property
+    def final_norm(self) -> str | None:
+        """Name of the module that normalises the last hidden state for the head.
+
+        ``None`` where the head reads the last block's output itself.  With it, logits are
+        ``head(final_norm(hidden))``, up to a factor or soft cap of the model's own.
+
+        Raises:
+            ModuleNotLocatedError: No single module leads from the last block to the head, or this
+                is an encoder.
+        """
+        if self._of_encoder:
+            raise ModuleNotLocatedError(
+                "the encoder of an encoder-decoder has no head; ask for the final norm of its "
+                "decoder"
+            )
+        return find_final_norm(self.model, self.block_name(len(self) - 1), self.head)
+
     def __len__(self) -> int:
         return len(self._found[1])
 
@@ -197,29 +205,13 @@ class Layout:
         return projection_shape(up)[1] == 2 * projection_shape(down)[0]
 
     def write_path(self, index: int) -> WritePath:
-        """How the down projection of a block writes to its output; found once, without edits."""
-        name = self.block(index).name
-        if name not in self._paths:
-            self._paths[name] = self._measure_path(index)
-        return self._paths[name]
-
-    def _measure_path(self, index: int) -> WritePath:
+        """How the down projection of a block writes to its output; measured once, without edits."""
         block = self.block(index)
-        down = self.model.get_submodule(block.down)
-        owner = self.model.get_submodule(block.name)
-        plain = self._block_output(owner, down, None)
-        generator = torch.Generator().manual_seed(0)
-        noise = torch.randn(self.hidden_size, generator=generator) * plain.std().cpu()
-        # Rounded as the model will round it, so that rounding does not look like a nonlinearity.
-        noise = noise.to(plain.device, float_dtype(self.model)).double()
-        # Of two sizes, since a norm passes on the direction of what outweighs its other input.
-        added = torch.stack([noise, 4 * noise])[:, None]  # [2, 1, hidden]
-        moved = torch.stack([self._block_output(owner, down, x[0]) - plain for x in added])
-        # [2, tokens, hidden]; a block with several residual streams gives each token several rows
-        moved = moved.reshape(2, -1, self.hidden_size)
-        gain = (moved * added).sum() / added.expand_as(moved).square().sum()
-        rest = (moved - gain * added).norm() / moved.norm()
-        return WritePath(float(gain), float(rest))
+        if block.name not in self._paths:
+            self._paths[block.name] = measure_write_path(
+                self.model, block.name, block.down, self.hidden_size
+            )
+        return self._paths[block.name]
 
     def attention(self, index: int) -> str:
         """The last matrix outside the MLP that writes ``hidden`` values and that mixes tokens.
@@ -246,7 +238,7 @@ class Layout:
             "MEMIT, which needs none"
         )
 
-    # ---- how it is done
+    # ---- location by structure
 
     def _describe(self, name: str, block: nn.Module) -> Block:
         matrices = {key: m for key, m in block.named_modules() if is_projection(m)}
@@ -325,19 +317,3 @@ class Layout:
         moved = self._inputs_of({k: matrices[k] for k in (*beside, key)}, change=beside)[key]
         moves = (moved - plain).float().norm(dim=1) > _MOVES * plain.float().norm(dim=1)
         return bool(moves[0]) and not bool(moves[1:].any())
-
-    def _block_output(self, block: nn.Module, down: nn.Module, add: Tensor | None) -> Tensor:
-        seen: list[Tensor] = []
-        handles = [
-            block.register_forward_hook(lambda m, a, o: seen.append(first_tensor(o).detach()))
-        ]
-        if add is not None:
-
-            def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-                y = first_tensor(output)
-                return with_first(output, y + add.to(y))
-
-            handles.append(down.register_forward_hook(hook))
-        with removing(handles):
-            read_probe(self.model)
-        return seen[-1].double()
