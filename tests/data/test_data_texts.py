@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import sys
 from itertools import islice
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +12,7 @@ from places import SAMPLES
 
 import kedit_lightning.data.text.texts
 from kedit_lightning.data import TextBatch, Texts
+from kedit_lightning.data.text import hub_stream
 from kedit_lightning.errors import DataFileError, KEditError
 
 FOLDER = SAMPLES / "texts"
@@ -119,7 +118,7 @@ class Hub:
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
     hub = Hub([{"text": f"text {i}"} for i in range(3)] + [{"text": " "}, {"text": "x" * 9000}])
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=hub.load_dataset))
+    monkeypatch.setattr(hub_stream, "load_dataset", hub.load_dataset)
     return hub
 
 

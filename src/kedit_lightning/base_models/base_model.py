@@ -88,11 +88,11 @@ class BaseModel:
         base.revision = base.revision or spec.revision
         return base
 
-    # ---- what it is
+    # ---- properties
 
     @property
     def device(self) -> torch.device:
-        """Where its first weights are."""
+        """Device of its first weights."""
         return next(self.model.parameters()).device  # type: ignore[no-any-return]
 
     @property
@@ -120,12 +120,12 @@ class BaseModel:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Short hash that tells base models apart."""
+        """Short hash of configuration and weights."""
         return model_fingerprint(self.model)
 
     @cached_property
     def tokenizer_fingerprint(self) -> str:
-        """Short hash that tells tokenizers apart."""
+        """Short hash of the tokenizer."""
         return tokenizer_fingerprint(self.tokenizer)
 
     @property
@@ -149,7 +149,7 @@ class BaseModel:
         return module
 
     def check_finite(self) -> None:
-        """Make sure that the weights are numbers.
+        """Check that all weights are finite.
 
         Raises:
             NonFiniteError: A weight is NaN or infinite; the message names the tensor.

@@ -1,4 +1,4 @@
-"""Finding the list of a model's blocks, by running it on a few tokens where need be."""
+"""Location of a model's list of blocks, by a probe of a few tokens where needed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 from kedit_lightning.errors import ModuleNotLocatedError
 
-#: Tokens that are read to see what runs and what feeds what.
+#: Number of tokens of the probe.
 PROBE_TOKENS = 6
 
 
@@ -22,7 +22,7 @@ def text_config(model: nn.Module, encoder: bool = False) -> Any:
 
 
 def _layer_counts(config: Any, encoder: bool) -> tuple[int, ...]:
-    """What the configuration may mean by its number of layers, the likeliest first.
+    """Possible numbers of layers in a configuration, the likeliest first.
 
     ``num_hidden_layers`` is the encoder's number in decoders taken from a Blenderbot, and twice the
     number of blocks in a LongCat.
@@ -71,7 +71,7 @@ def find_blocks(model: nn.Module, encoder: bool = False) -> tuple[str, nn.Module
 def _that_run(
     model: nn.Module, lists: list[tuple[str, nn.ModuleList]]
 ) -> list[tuple[str, nn.ModuleList]]:
-    """Those of the lists whose modules are called when the model reads text."""
+    """Those of the lists whose modules run when the input is text."""
     ran: set[int] = set()
     handles = [
         modules[0].register_forward_pre_hook(lambda m, a: ran.add(id(m))) for _, modules in lists
@@ -83,7 +83,7 @@ def _that_run(
 
 @torch.no_grad()
 def read_probe(model: Any) -> None:
-    """Read a few tokens."""
+    """Run a forward pass on a few tokens."""
     device = next(model.parameters()).device
     vocabulary = int(text_config(model).vocab_size)
     ids = torch.arange(1, PROBE_TOKENS + 1, device=device)[None] % vocabulary
@@ -95,7 +95,7 @@ def read_probe(model: Any) -> None:
 
 @contextmanager
 def removing(handles: list[Any]) -> Iterator[None]:
-    """Take hooks off at the end."""
+    """Remove hooks at the end of the block."""
     try:
         yield
     finally:

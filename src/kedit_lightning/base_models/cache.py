@@ -1,4 +1,4 @@
-"""Where files that can be made again are kept."""
+"""Folder of the cache."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ from pathlib import Path
 
 
 def cache_dir() -> Path:
-    """Folder of the cache: ``KEDIT_CACHE``, or ``~/.cache/kedit-lightning``; made when needed."""
+    """``KEDIT_CACHE``, or ``~/.cache/kedit-lightning``: files that can be computed again."""
     named = os.environ.get("KEDIT_CACHE")
     return Path(named).expanduser() if named else Path.home() / ".cache" / "kedit-lightning"

@@ -1,8 +1,8 @@
-"""Forward passes that start again in the middle: at a column of each row, above a block.
+"""Forward passes that resume in the middle: at a column of each row, above a block.
 
-What an optimisation adds at one token changes neither earlier tokens nor the blocks below.  So the
-tokens before are read once into a key-value cache, the blocks below run once, and each further pass
-computes the rest alone.
+A change of one token's hidden state above a block changes neither earlier tokens nor the blocks
+below.  So earlier tokens are prefilled once into a key-value cache, the blocks below run once, and
+each further pass computes only the rest.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from kedit_lightning.base_models.rows import EncodedRow, TokenRows, pad_tails
 from kedit_lightning.base_models.taps import skipping
 from kedit_lightning.edits.projections import first_tensor, with_first
 
-#: What models raise whose caches or blocks have another form.
+#: Errors of models whose caches or blocks have another form.
 _OTHER_FORM = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-#: Relative difference of logits below which a model counts as one that can be resumed, by the
-#: number of bytes of its dtype.
+#: Largest relative difference of logits between resumed and complete passes, by the number of bytes
+#: of the dtype.
 _SAME = {8: 1e-9, 4: 1e-4, 2: 5e-2}
 
 
 class Continuation:
-    """Rows that are run again and again from a column on, above a block.
+    """Repeated forward passes of the same rows, resumed at a column and above a block.
 
-    Models that cannot be resumed, and edits that must see whole prompts, get complete passes; the
-    results are the same.
+    Models whose passes cannot be resumed, edits that must see whole prompts, and rows with pictures
+    get complete passes; the results are the same.
 
     Args:
         base: The base model, as its stack stands.
-        rows: The rows; each has a subject, at whose last token it is cut.
+        rows: The rows; each has a subject, at whose last token the passes resume.
         block: Number of the first block that runs again.
-        resume: Whether to cut at all; by default where it can be done.
+        resume: Whether to resume; by default where the model allows it.
     """
 
     def __init__(
@@ -49,9 +49,8 @@ class Continuation:
         self.base = base
         self._cache: Any = None
         self._below: tuple[str, ...] = ()
-        self._held: Any = None
+        self._output: Any = None
         if resume is None:
-            # A picture is read together with the whole prompt.
             resume = can_resume(base) and not any(row.images for row in rows)
         if not resume:
             self.rows = base.pad(rows, "right")
@@ -61,7 +60,7 @@ class Continuation:
 
     @torch.no_grad()
     def _fill(self, head: dict[str, Tensor], block: int) -> None:
-        """Read the heads into a cache, and what comes out below the block for the tails."""
+        """Prefill the cache with the heads, and run the tails through the blocks below once."""
         if bool(head["attention_mask"].any()):
             self._cache = self.base.model(**head, use_cache=True, logits_to_keep=1).past_key_values
         if block > 0:
@@ -73,7 +72,7 @@ class Continuation:
                 self.base.forward(self.rows, **self._options())
             finally:
                 handle.remove()
-            self._below, self._held = names, seen[-1]
+            self._below, self._output = names, seen[-1]
 
     def _cut(self, rows: Sequence[EncodedRow]) -> tuple[dict[str, Tensor], TokenRows]:
         cuts = [row.subject_end for row in rows]
@@ -88,13 +87,13 @@ class Continuation:
     def _options(self) -> dict[str, Any]:
         if self._cache is None:
             return {}
-        # A pass appends to the cache it is given; it must find the heads alone every time.
+        # A pass appends to its cache, and the next one must find the heads alone.
         cache = copy.copy(self._cache)
         cache.layers = [copy.copy(layer) for layer in cache.layers]
         return {"past_key_values": cache, "use_cache": True}
 
     def logits_of(self, places: tuple[Tensor, Tensor]) -> Tensor:
-        """Logits at single places of :attr:`rows`, as the hooks in force make them.
+        """Logits at single places of :attr:`rows`, with the hooks now on the model.
 
         Args:
             places: Row and column of each place. Shape ``[n]`` each.
@@ -102,7 +101,7 @@ class Continuation:
         Returns:
             Shape ``[n, vocab]``.
         """
-        outputs = dict.fromkeys(self._below, self._held)
+        outputs = dict.fromkeys(self._below, self._output)
         with skipping(self.base.model, outputs):
             return self.base.logits_of(self.rows, places, **self._options())
 
@@ -114,8 +113,8 @@ class Continuation:
         """
         part = copy.copy(self)
         part.rows = self.rows.select(index)
-        if self._held is not None:
-            part._held = with_first(self._held, first_tensor(self._held)[index])
+        if self._output is not None:
+            part._output = with_first(self._output, first_tensor(self._output)[index])
         if self._cache is not None:
             part._cache = self._options()["past_key_values"]
             part._cache.batch_select_indices(index)
@@ -123,10 +122,10 @@ class Continuation:
 
 
 def can_resume(base: BaseModel) -> bool:
-    """Whether passes of a base model can start in the middle, as it stands.
+    """Whether passes of a base model can resume in the middle.
 
-    Memory edits decide at the end of a prompt that is read in one call, so none may act.  Whether
-    the architecture allows it is tried once, on two short rows.
+    Memory edits decide at the end of a prompt that one call reads, so none may be applied.  The
+    architecture is tested once, on two short rows.
     """
     if base.is_encoder_decoder or base.edits.reads_rows:
         return False

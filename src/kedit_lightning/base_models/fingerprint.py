@@ -1,4 +1,4 @@
-"""Short hashes that tell whether two base models, or two tokenizers, are the same."""
+"""Fingerprints: short hashes that identify base models and tokenizers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-#: Values read from each tensor; enough to tell fine-tuned models apart, cheap at any size.
+#: Number of values of each tensor in the hash: enough to tell fine-tuned models apart.
 _SAMPLE = 64
 #: Settings of a configuration that do not change what the model computes, or that saving it adds.
 _IGNORED = frozenset(
@@ -44,7 +44,8 @@ def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
 def model_fingerprint(model: nn.Module) -> str:
     """Hash of configuration, tensor names, shapes, dtypes and a strided sample of the values.
 
-    Of a model that is sharded over processes it is that of the whole; all of them must ask for it.
+    A model that is sharded over processes has the hash of the whole model; all processes must call
+    this together.
     """
     config: Any = model.config
     parts = [json.dumps(_settings(config.to_dict()), sort_keys=True, default=str).encode()]

@@ -1,7 +1,7 @@
-"""Reading and changing what flows through a module, for the length of a ``with`` block.
+"""Forward hooks that read and change inputs and outputs of modules inside a ``with`` block.
 
-Inputs and outputs are seen as ``[batch, tokens, width]`` whatever the module's own form: a tensor,
-a tuple that starts with one, or rows that the block has flattened.
+They see ``[batch, tokens, width]`` whatever the module's own form is: a tensor, a tuple that starts
+with one, or rows that the block has flattened.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Visit: TypeAlias = Callable[[Tensor, Tensor], Tensor | None]
 
 @dataclass
 class Capture:
-    """What modules received and returned in the last forward pass, by module name.
+    """Inputs and outputs of modules in the last forward pass, by module name.
 
     Args:
         inputs: Shape ``[batch, tokens, d_in]`` each.
@@ -33,13 +33,13 @@ class Capture:
     outputs: dict[str, Tensor] = field(default_factory=dict)
 
 
-class _Stopped(Exception):  # noqa: N818 - no error: it ends a forward pass that has done its work
+class _Stopped(Exception):  # noqa: N818 - no error: it ends a forward pass early
     """Raised inside a forward pass once the last wanted module has run."""
 
 
 @contextmanager
 def _called(model: nn.Module) -> Iterator[Callable[[], int]]:
-    """Inside, gives the number of rows of the model's present call."""
+    """Give a function that returns the number of rows of the model's current call."""
     batch = 1
 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -55,9 +55,12 @@ def _called(model: nn.Module) -> Iterator[Callable[[], int]]:
 
 @contextmanager
 def visiting(model: nn.Module, visits: Mapping[str, Visit]) -> Iterator[None]:
-    """Call functions with what flows through modules, while the model runs inside the block.
+    """Call functions on inputs and outputs of modules when the model runs inside the block.
 
-    They see ``[batch, tokens, width]`` and act on top of whatever edits are applied.
+    Args:
+        model: The model.
+        visits: A function for each module name. Its tensors have shape ``[batch, tokens, width]``;
+            outputs are those after the edits that are applied.
     """
 
     def hook(visit: Visit, batch: Callable[[], int]) -> Callable[..., Any]:
@@ -99,7 +102,7 @@ def change_inputs(
 
 @contextmanager
 def capture(model: nn.Module, names: Sequence[str]) -> Iterator[Capture]:
-    """Record inputs and outputs of modules; a repeated call overwrites what it recorded before.
+    """Record inputs and outputs of modules; a further forward pass overwrites them.
 
     The tensors keep their autograd history.  Open it after edits are applied, so that outputs are
     those of the edited model.
@@ -118,10 +121,10 @@ def capture(model: nn.Module, names: Sequence[str]) -> Iterator[Capture]:
 
 @contextmanager
 def stop_after(model: nn.Module, name: str) -> Iterator[None]:
-    """End the forward pass run inside as soon as a module has run; nothing above it is computed.
+    """End the forward pass as soon as a module has run; nothing above it is computed.
 
     The statement that runs the model is left at that point, so it must be the last in the block.
-    Open it after the taps that are to see the module: hooks run in the order they were added.
+    Open it after the taps on the module: hooks run in the order in which they were added.
     """
 
     def halt(x: Tensor, y: Tensor) -> None:
@@ -133,11 +136,11 @@ def stop_after(model: nn.Module, name: str) -> Iterator[None]:
 
 @contextmanager
 def skipping(model: nn.Module, outputs: Mapping[str, Any]) -> Iterator[None]:
-    """Let modules return what they are given instead of running.
+    """Replace forward passes of modules by stored outputs.
 
     Args:
         model: The model.
-        outputs: What each returns, by module name; in the module's own form.
+        outputs: The output of each module, by name, in the module's own form.
     """
     modules = {name: model.get_submodule(name) for name in outputs}
     before = {name: vars(module).get("forward") for name, module in modules.items()}
@@ -181,9 +184,9 @@ def zero_leaves(
 ) -> Iterator[tuple[Capture, dict[str, Tensor]]]:
     """Add a zero that requires grad to the outputs of modules.
 
-    Gradients with respect to these zeros are the gradients with respect to the outputs, and no
-    weight gradient is ever built.  Gives the capture and the zeros, ``[batch, tokens, d_out]``
-    each, by module name.
+    Gradients with respect to these zeros are those with respect to the outputs, and no weight
+    gradient is built.  Gives the capture and the zeros, ``[batch, tokens, d_out]`` each, by module
+    name.
     """
     leaves: dict[str, Tensor] = {}
     seen = Capture()
@@ -191,8 +194,8 @@ def zero_leaves(
     def visit(name: str) -> Visit:
         def add(x: Tensor, y: Tensor) -> Tensor:
             leaf = leaves.get(name)
-            # Gradient checkpointing runs a block again on the way back: the zero of the first run
-            # is the one that gets the gradient.
+            # Gradient checkpointing runs a block again in the backward pass: the zero of the first
+            # run gets the gradient.
             if leaf is None or leaf.grad is not None or leaf.shape != y.shape:
                 leaf = leaves[name] = torch.zeros_like(y, requires_grad=True)
             seen.inputs[name], seen.outputs[name] = x.detach(), y

@@ -1,4 +1,4 @@
-"""The one loader of all datasets: batches of text, resumable and shared out over ranks."""
+"""The loader of all datasets: batches of text, resumable and sharded over ranks."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def chunks(rows: Sequence[Row], size: int) -> list[Sequence[Row]]:
 def evaluation_chunks(
     rows: Sequence[Row], size: int, rank: int = 0, world_size: int = 1
 ) -> list[Sequence[Row]]:
-    """The chunks of one rank: whole chunks dealt in turn.
+    """The chunks of one rank: whole chunks dealt to the ranks in turn.
 
-    A chunk holds the same rows for any number of ranks, so what is edited together stays together,
-    and no row comes twice, which would count it twice in the results.
+    A chunk holds the same rows for any number of ranks, so rows that are edited together stay
+    together.  No row comes twice, which would count it twice in the results.
     """
     return chunks(rows, size)[rank::world_size]
 
@@ -57,17 +57,17 @@ def training_chunks(
 
 
 class BatchLoader(Generic[Batch]):
-    """Gives batches to Lightning's loops and can be continued in the middle of an epoch.
+    """Loader for Lightning's loops that can resume in the middle of an epoch.
 
     Lightning saves and restores ``state_dict`` with the checkpoint of ``fit``.
 
     Args:
-        batches: Gives the batches of an epoch, by its number, from the first one on.
-        length: Batches an epoch, or ``None`` when the source does not tell.
-        identity: What fixes the order (file hash, batch size, seed, ...); a state saved under
+        batches: Function from the number of an epoch to its batches, from the first one on.
+        length: Number of batches in an epoch; ``None`` if it is not known.
+        identity: Values that fix the order (file hash, batch size, seed, ...); a state saved under
             another identity is refused in the middle of an epoch.
-        ahead: Batches that Lightning holds fetched but not yet used: one when it cannot know the
-            length, else none.
+        ahead: Number of batches that Lightning has fetched but not yet used: one when it does not
+            know the length, else none.
     """
 
     batch_sampler = None
@@ -100,13 +100,13 @@ class BatchLoader(Generic[Batch]):
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order of the next pass; a new epoch starts at its first batch."""
+        """Set the epoch; a new epoch starts at its first batch."""
         if epoch != self._epoch:
             self._epoch, self._start, self._given, self._ended = epoch, 0, 0, False
 
     def __iter__(self) -> Iterator[Batch]:
-        # A generator, so that nothing happens before the first batch is asked for: Lightning makes
-        # the iterator first and announces the epoch afterwards.
+        # A generator, so that nothing happens before the first ``next``: Lightning creates the
+        # iterator first and announces the epoch afterwards.
         start, self._start = self._start, 0
         self._given, self._ended = start, False
         for number, batch in enumerate(self._batches(self._epoch)):
@@ -116,7 +116,7 @@ class BatchLoader(Generic[Batch]):
         self._ended = True
 
     def state_dict(self) -> dict[str, Any]:
-        """Epoch, batches used in it, and what fixes their order."""
+        """Epoch, number of batches used in it, and the identity of their order."""
         used = self._given if self._ended else max(0, self._given - self._ahead)
         ended = self._ended or (self._length is not None and used >= self._length)
         return {
@@ -127,10 +127,10 @@ class BatchLoader(Generic[Batch]):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where a state was saved.
+        """Continue from a saved state.
 
         Raises:
-            ResumeError: The state stands in the middle of an epoch whose order was another one.
+            ResumeError: The state is from the middle of an epoch with another order.
         """
         if state["ended"] or not state["batches"]:
             self.set_epoch(state["epoch"] + int(state["ended"]))
@@ -154,7 +154,7 @@ class BatchLoader(Generic[Batch]):
 
 
 class NoLoaders(CombinedLoader):
-    """What ``val_dataloader`` gives when nothing is to be validated.
+    """Empty collection of loaders, for ``val_dataloader`` without validation data.
 
     Lightning takes an empty list for one loader of length zero and warns about it.
     """

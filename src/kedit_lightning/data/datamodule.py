@@ -1,4 +1,4 @@
-"""What all datasets of edits share: reading, validation, reports and loaders."""
+"""Base class of the datasets of edits: file reading, validation, error reports and loaders."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ from kedit_lightning.requests import EditBatch, EditExample
 Split: TypeAlias = Literal["train", "validation", "test"]
 
 _OPTION: dict[Split, str] = {"train": "train_path", "validation": "val_path", "test": "path"}
-# How many bad or skipped records a message spells out; results files list all of them.
+# Number of bad or skipped records that a message lists; results files list all of them.
 _SHOWN = 20
 
 
 class SkipRecord(Exception):  # noqa: N818 - not an error: the format allows such records
-    """Raised by ``EditDataModule.parse`` for a record that its format means to be left out."""
+    """Raised by ``EditDataModule.parse`` for a record that states no edit in its format."""
 
 
 @dataclass
 class LoadedSplit:
-    """The examples of a split, and what a results file says about them."""
+    """The examples of a split, with the facts about them that go into results files."""
 
     examples: list[EditExample]
     path: str | None
@@ -53,7 +53,7 @@ class LoadedSplit:
     contradictions: int = 0
 
     def source(self) -> dict[str, Any]:
-        """The same as plain values."""
+        """Plain values for results files."""
         return {
             "path": self.path,
             "sha256": self.sha256,
@@ -65,7 +65,10 @@ class LoadedSplit:
 
 
 class EditDataModule(LightningDataModule, ABC):
-    """Base of all datasets of edits; a dataset says how one of its records becomes an example.
+    """Base class of datasets of edits.
+
+    A dataset implements :meth:`parse`, which turns one record of its file into an example.  File
+    formats, error reports, limits and loaders are the same for all.
 
     Args:
         path: File with the facts to edit and test: a JSON list, JSON Lines or CSV.
@@ -112,10 +115,10 @@ class EditDataModule(LightningDataModule, ABC):
 
         Raises:
             InvalidRequestError: A field does not fit.
-            SkipRecord: The dataset's format means such records to be left out.
+            SkipRecord: The record states no edit, and the dataset's format allows that.
         """
 
-    # What a user asks of a dataset -------------------------------------------------------------
+    # Examples ----------------------------------------------------------------------------------
 
     def examples(self, split: Split = "test") -> list[EditExample]:
         """The examples of a split; its file is read when first asked for.
@@ -146,7 +149,7 @@ class EditDataModule(LightningDataModule, ABC):
         named = getattr(self, _OPTION[split])
         return None if named is None else Path(named).expanduser()
 
-    # Loaders; how many examples travel together is settled by the trainer and the method -------
+    # Loaders; the trainer's protocol and the method set the sizes of batches -------------------
 
     def train_dataloader(self) -> BatchLoader[EditBatch]:
         """Shuffled batches of ``fit_batch_size``, a setting of the method."""
@@ -191,7 +194,7 @@ class EditDataModule(LightningDataModule, ABC):
         size = int(getattr(protocol, "chunk_size", None) or 1)
         rank, world_size = process_rank()
         if getattr(protocol, "mode", None) == "sequential":
-            # Each edit of a stream is computed on the ones before it: all ranks see all of it.
+            # Each edit of a sequence is computed on the ones before it: all ranks get all of it.
             rank, world_size = 0, 1
         rows = evaluation_chunks(loaded.examples, size, rank, world_size)
         batches = [EditBatch(list(chunk)) for chunk in rows]
@@ -253,7 +256,7 @@ class EditDataModule(LightningDataModule, ABC):
         return loaded
 
     def _parse_all(self, records: list[Record]) -> tuple[list[EditExample], list[str], list[str]]:
-        """Give examples, a clause for each bad record, and one for each that is left out."""
+        """Examples of the records, a clause for each bad record, and one for each skipped one."""
         examples, bad, skipped = [], [], []
         own_ids = [self._own_id(record) for record in records]
         taken = set(own_ids)
@@ -263,7 +266,7 @@ class EditDataModule(LightningDataModule, ABC):
                 bad.append(f"{record.where}: {record.problem}")
                 continue
             place = record.where if own is None else f"{record.where} ({self.id_field} {own!r})"
-            # Records without a name are named by position, unless another record has that name.
+            # Records without an id are named by position, unless another record has that id.
             id = own or (f"record-{index}" if str(index) in taken else str(index))
             try:
                 fields = Fields(record.values)
@@ -275,7 +278,7 @@ class EditDataModule(LightningDataModule, ABC):
                         "records need different names"
                     )
             except InvalidRequestError as error:
-                # The clause names the record already; the request's own name would double it.
+                # The clause names the record already; the request's name would repeat it.
                 bad.append(f"{place}: {str(error).removeprefix(f'request {id!r}: ')}")
             except SkipRecord as reason:
                 skipped.append(f"{place}: {reason}")

@@ -1,4 +1,4 @@
-"""Data files as records that know where they stand, and typed access to their fields.
+"""Records of data files with their line or index, and typed access to their fields.
 
 ``datasets`` guesses a type for each column, and the guess changes facts: of a JSON file it turns
 the answer "2011-05-04" into a timestamp, of a CSV file "NA" into nothing and "007" into 7.0; it
@@ -27,8 +27,8 @@ class Record:
 
     Args:
         where: File name and line, or index in a JSON list.
-        values: What stands there; any JSON value, since files hold anything.
-        problem: Why the entry could not be read at all.
+        values: The entry as JSON parses it; any JSON value.
+        problem: Reason why the entry could not be parsed.
     """
 
     where: str
@@ -41,7 +41,7 @@ class Fields:
 
     Args:
         values: The object; anything but a mapping is refused.
-        path: Where it stands in its record, such as ``requested_rewrite.target_new``.
+        path: Its path in the record, such as ``requested_rewrite.target_new``.
 
     Raises:
         InvalidRequestError: From every method, naming the field, when a value does not fit.
@@ -62,7 +62,7 @@ class Fields:
         return f"{self.path}.{key}" if self.path else key
 
     def text(self, key: str) -> str:
-        """A text that must be there and not be empty."""
+        """A required text that is not empty."""
         if key not in self:
             names = ", ".join(map(str, self.values)) or "none"
             raise InvalidRequestError(

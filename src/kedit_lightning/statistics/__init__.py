@@ -1,4 +1,4 @@
-"""Second moments of the keys that edited layers see, collected once and kept in a cache."""
+"""Covariances of keys (uncentred second moments) and null spaces, with their cache."""
 
 from kedit_lightning.statistics.covariance import SecondMoment, factorise, shrunk
 from kedit_lightning.statistics.covariance_cache import (

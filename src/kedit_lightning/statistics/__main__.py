@@ -16,7 +16,7 @@ from kedit_lightning.statistics.covariance_import import import_second_moment
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Import files and say where they are kept."""
+    """Import files and print their places in the cache."""
     parser = argparse.ArgumentParser(
         prog="python -m kedit_lightning.statistics",
         description="Import second moments of keys that the ROME and MEMIT code has written.",

@@ -1,4 +1,4 @@
-"""Uncentred second moments of keys, and their factors."""
+"""Uncentred covariances of keys, ``C = E[k kᵀ]``, and their Cholesky factors."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import Tensor
 
 from kedit_lightning.errors import NonFiniteError
 
-#: Where escalation of the ridge starts, relative to the mean eigenvalue.
+#: Smallest ridge that is tried, relative to the mean eigenvalue.
 _FIRST_RIDGE = 1e-6
 
 
 @dataclass(frozen=True)
 class SecondMoment:
-    """What is known of ``E[k kᵀ]`` from the keys that were seen.
+    """Estimate of the uncentred covariance of keys, ``C = E[k kᵀ]`` (ROME, equation 2).
 
     Args:
         mean: ``C``, the mean of ``k kᵀ``. Shape ``[d_in, d_in]``, float64.
@@ -30,10 +30,13 @@ class SecondMoment:
 
 
 def shrunk(moment: SecondMoment) -> Tensor:
-    """Second moment pulled towards a multiple of the identity, for small samples.
+    """Second moment shrunk towards a multiple of the identity, for small samples.
 
     With ``n`` keys of width ``d`` the weight of the identity is ``d / (d + n)``: half when there
-    are as many keys as dimensions, next to nothing when there are many more.
+    are as many keys as dimensions, almost zero when there are many more.
+
+    Returns:
+        Shape ``[d, d]``, float64.
     """
     mean = moment.mean
     width = mean.shape[0]
@@ -47,7 +50,10 @@ def factorise(matrix: Tensor, layer: str) -> Tensor:
 
     Args:
         matrix: Symmetric, positive up to rounding. Shape ``[d, d]``.
-        layer: Name for the error.
+        layer: Name of the layer in errors.
+
+    Returns:
+        Shape ``[d, d]``, float64.
 
     Raises:
         NonFiniteError: The matrix holds NaN, or no ridge up to its own scale makes it positive.
@@ -61,9 +67,9 @@ def factorise(matrix: Tensor, layer: str) -> Tensor:
     while ridge < 1.0:
         shifted = matrix.clone() if ridge else matrix
         shifted.diagonal().add_(ridge * scale)
-        found: tuple[Tensor, Tensor] = torch.linalg.cholesky_ex(shifted)
-        if not bool(found[1]):
-            return found[0]
+        factor, failed = torch.linalg.cholesky_ex(shifted)
+        if not bool(failed):
+            return factor  # type: ignore[no-any-return]
         ridge = ridge * 10 if ridge else _FIRST_RIDGE
     raise NonFiniteError(
         f"the key statistics of layer '{layer}' are not positive definite; collect them again"

@@ -1,7 +1,7 @@
-"""Where key statistics are kept and found.
+"""Cache of key covariances.
 
-A file is known by what its numbers depend on: base model, tokenizer, text, number of tokens, length
-at which texts were cut, and number type.  Its name shows them, and its header decides.
+A file is identified by base model, tokenizer, text, number of tokens, length at which texts were
+cut, and dtype.  They are in its name, and its header is checked when it is read.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.progress import track
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
@@ -35,16 +36,16 @@ ENOUGH_ERROR = 0.05
 
 @dataclass(frozen=True)
 class Provenance:
-    """What statistics depend on.
+    """Origin of key covariances: model, tokenizer, text and dtype.
 
     Args:
         fingerprints: Base models they hold for: the one they were collected with, and others that
             are known to have the same keys.
         tokenizer: Fingerprint of the tokenizer.
         corpus: Hash of the text.
-        source: The text in words.
+        source: Description of the text.
         max_tokens: Tokens after which texts were cut; ``None`` where that is not known.
-        dtype: Number type the base model computed in.
+        dtype: Dtype in which the base model computed.
     """
 
     fingerprints: tuple[str, ...]
@@ -56,7 +57,7 @@ class Provenance:
 
     @classmethod
     def of(cls, base: BaseModel, corpus: str, source: str, max_tokens: int | None) -> Provenance:
-        """The provenance of what was collected with a base model."""
+        """The provenance of covariances that are collected with a base model."""
         dtype = str(base.dtype).removeprefix("torch.")
         prints = base.fingerprint, base.tokenizer_fingerprint
         return cls((prints[0],), prints[1], corpus, source, max_tokens, dtype)
@@ -76,11 +77,11 @@ class Provenance:
 
 @dataclass(frozen=True)
 class KeyStatistics:
-    """Second moment of the keys of one layer, and where it comes from.
+    """Covariance of the keys of one layer, with its origin.
 
     Args:
-        moment: The moment.
-        provenance: What it depends on.
+        moment: The uncentred second moment.
+        provenance: Its origin.
         path: The file it was read from.
     """
 
@@ -95,7 +96,7 @@ class KeyStatistics:
 
     @property
     def note(self) -> str:
-        """Source, hash, number of tokens and error bar in words."""
+        """Source, hash, number of tokens and error bar, for reports."""
         where = f"{self.provenance.source} {self.provenance.corpus[:8]}"
         error = self.moment.error
         bar = "" if error is None else f", ± {100 * error:.2g} %"
@@ -140,7 +141,7 @@ def read_header(path: Path) -> dict[str, Any]:
 def _matching(
     path: Path, module: str, base: BaseModel
 ) -> tuple[Provenance, int, float | None] | None:
-    """What the header of a file says of a layer: provenance, number of keys, and error."""
+    """Provenance, number of keys and error of a layer in a file; ``None`` for another model."""
     header = read_header(path)
     if module not in header.get("counts", {}):
         return None
@@ -154,7 +155,7 @@ def _matching(
 
 
 def packaged_statistics(name: str) -> Path:
-    """Where the statistics of a packaged base model lie."""
+    """File of the statistics of a packaged base model."""
     return Path(resolve(name)) / "statistics.safetensors"
 
 
@@ -164,9 +165,9 @@ def statistics_dir() -> Path:
 
 
 def find_statistics(base: BaseModel, module: str) -> KeyStatistics | None:
-    """The statistics of a layer with most tokens, from the cache or the package.
+    """Covariance of a layer's keys, from the cache or the package: the one with most tokens.
 
-    An estimate from few samples is taken only where nothing else is there.
+    An estimate from few samples is used only if there is no other.
     """
     places = [packaged_statistics(name) for name in PACKAGED]
     prefix = f"{base.fingerprint}-{base.tokenizer_fingerprint}-"
@@ -178,7 +179,7 @@ def find_statistics(base: BaseModel, module: str) -> KeyStatistics | None:
     ]
     if not found:
         return None
-    # One of the matrices is loaded: each takes as much memory as the layer's weight or more.
+    # Only the best is loaded: a matrix takes as much memory as the layer's weight or more.
     best = max(found, key=lambda one: (one[1].source != FEW_SAMPLE, one[2]))
     path, provenance, count, error = best
     with safe_open(path, framework="pt") as file:
@@ -187,7 +188,7 @@ def find_statistics(base: BaseModel, module: str) -> KeyStatistics | None:
 
 
 def save_to_cache(collector: KeyCollector, source: str) -> Path:
-    """Keep what a pass over text has collected.
+    """Write the covariances of a pass over text to the cache.
 
     Raises:
         NonFiniteError: A key was NaN or infinite.
@@ -204,13 +205,11 @@ def few_sample_texts() -> list[str]:
 
 
 def estimate_from_few_samples(base: BaseModel, batch_size: int = 8) -> Path:
-    """Estimate statistics of all layers from the small packaged text and keep them.
+    """Estimate covariances of all layers from the small packaged text and write them to the cache.
 
     It reads until there are 10 tokens a dimension and the relative standard error of every moment
     is below 5 %, or to the end of the text.
     """
-    from rich.progress import track
-
     collector = KeyCollector(base, [block.down for block in base.layout.dense_blocks])
     texts = few_sample_texts()
     starts = range(0, len(texts), batch_size)

@@ -1,4 +1,4 @@
-"""Second moments that others have published, brought into the cache."""
+"""Import of published key covariances into the cache."""
 
 from __future__ import annotations
 
@@ -19,22 +19,21 @@ from kedit_lightning.errors import DataFileError, DataFileNotFoundError, Unsuppo
 from kedit_lightning.statistics.covariance import SecondMoment
 from kedit_lightning.statistics.covariance_cache import Provenance, statistics_dir, write_statistics
 
-#: ``transformer.h.17.mlp.c_proj_float32_mom2_100000.npz``: module, number type, what it holds,
-#: length cap in tokens where there was one, number of documents.
+#: ``transformer.h.17.mlp.c_proj_float32_mom2_100000.npz``: module, dtype, kind of statistic, length
+#: cap in tokens if there was one, number of documents.
 _NAME = re.compile(r"(?P<module>.+)_float\d+_mom2(?:_t(?P<cap>\d+))?(?:_\d+)?\.npz")
 
 
 def import_second_moment(path: str | Path, base: BaseModel, module: str | None = None) -> Path:
-    """Bring a second moment in the format of the ROME and MEMIT code into the cache.
+    """Import a second moment in the format of the ROME and MEMIT code into the cache.
 
     The files at rome.baulab.info/data/stats are written by ``util/runningstats.py`` of
     github.com/kmeng01/rome: a ``CombinedStat`` of one ``SecondMoment`` saved with ``numpy.savez``.
     They hold ``mom2.mom2``, the *sum* of ``k kᵀ`` over tokens (float32, ``[d_in, d_in]``, every
     entry computed), ``mom2.count``, the number of tokens, the name of the class in
     ``mom2.constructor``, and the number of documents in ``sample_size``.  A ``SecondMoment`` saved
-    on its own has the same names without ``mom2.``.  Nothing in a file says which model it was
-    made with, so only the module's width can be checked: that the base model is the right one is
-    for whoever imports it to know.
+    on its own has the same names without ``mom2.``.  A file does not name its model, so only the
+    width of the module can be checked; the caller must name the right base model.
 
     Args:
         path: The ``.npz`` file.
@@ -45,8 +44,8 @@ def import_second_moment(path: str | Path, base: BaseModel, module: str | None =
         The file in the cache.
 
     Raises:
-        DataFileError: The file is no such file, or does not fit the module.
-        UnsupportedUseError: It is not known which module it belongs to, or it is another one.
+        DataFileError: The file has another format, or does not fit the module.
+        UnsupportedUseError: The module is not known, or the file's name says another one.
     """
     path = Path(path).expanduser()
     named = _NAME.fullmatch(path.name)
@@ -109,7 +108,7 @@ def _load(path: Path) -> tuple[Tensor, int]:
 
 
 def _is_symmetric(matrix: Tensor) -> bool:
-    """Up to the rounding of float32 sums."""
+    """Whether a matrix is symmetric up to the rounding of float32 sums."""
     return bool((matrix - matrix.T).abs().max() <= 1e-3 * matrix.abs().max())
 
 

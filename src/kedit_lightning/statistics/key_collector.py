@@ -1,4 +1,4 @@
-"""One pass over text that collects the keys of many layers."""
+"""Collection of key covariances of many layers in one pass over text."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from kedit_lightning.edits.projections import projection_shape
 from kedit_lightning.statistics.covariance import SecondMoment
 from kedit_lightning.statistics.key_sums import KeySums, hash_name, hash_texts, no_texts
 
-#: Tokens a dimension from which on statistics may be called enough: 2 serve GPT models, and 10 all
-#: models that were tried in arXiv 2506.04226.
+#: Tokens per dimension of the keys that are enough for a covariance: 2 are for GPT models, and 10
+#: for all models tried in arXiv 2506.04226.
 TOKENS_PER_DIMENSION = 10
 
 
 class KeyCollector:
-    """Accumulates second moments of the inputs of modules, all in one forward pass a batch.
+    """Accumulates second moments of the inputs of modules, in one forward pass per batch.
 
     Args:
-        base: The base model; its edits are suspended while it reads.
-        modules: Names of the modules, in the order they run.
+        base: The base model; its edits are suspended during the pass.
+        modules: Names of the modules, in the order in which they run.
         max_tokens: Longest row; the rest of a text is cut off.
     """
 
@@ -32,18 +32,18 @@ class KeyCollector:
         self.base = base
         self.modules = tuple(modules)
         self.max_tokens = min(max_tokens, base.max_tokens)
-        # Plain text is read as it is, also by a model whose prompts go into a chat template.
+        # Plain text goes into no chat template.
         self._encoder = RowEncoder(base.tokenizer)
         widths = {name: projection_shape(base.module(name))[0] for name in self.modules}
         device = _device_of_sums(base.device, list(widths.values()))
         self._sums = {name: KeySums(width, device) for name, width in widths.items()}
-        #: Tokens, sum of squared tokens a text, texts. Shape ``[3]``.
+        #: Tokens, sum over texts of squared tokens, texts. Shape ``[3]``.
         self._counts = torch.zeros(3, dtype=torch.int64)
         self._hash = no_texts()
 
     @torch.no_grad()
     def read(self, texts: Sequence[str]) -> None:
-        """Add the keys at every token of the texts; blank texts are passed over."""
+        """Add the keys at every token of the texts; blank texts are skipped."""
         texts = [text for text in texts if text.strip()]
         if not texts:
             return
@@ -73,7 +73,7 @@ class KeyCollector:
         )
         self._hash += hash_texts(texts)
 
-    # ---- what was read
+    # ---- results
 
     @property
     def tokens(self) -> int:
@@ -97,14 +97,14 @@ class KeyCollector:
         return max((error for error in errors if error is not None), default=None)
 
     def is_within(self, error: float, processes: int = 1) -> bool:
-        """Whether the moments are known to a relative standard error, with 10 tokens a dimension.
+        """Whether every moment is precise enough, with at least 10 tokens per dimension.
 
-        The error in the Frobenius norm says little of directions in which keys are small; that
-        there are many more keys than dimensions does.
+        The error in the Frobenius norm says little about directions in which keys are small; the
+        number of tokens covers those.
 
         Args:
-            error: The error, in the Frobenius norm.
-            processes: Number of processes that read their share of the text, as this one does.
+            error: Largest relative standard error, in the Frobenius norm.
+            processes: Number of processes that each read a share of the text.
         """
         width = max(sums.probes.shape[1] for sums in self._sums.values())
         if self.tokens * processes < TOKENS_PER_DIMENSION * width:
@@ -112,10 +112,10 @@ class KeyCollector:
         reached = self.error
         return reached is not None and reached <= error * processes**0.5
 
-    # ---- state: sums, which add up over passes
+    # ---- state: sums, which are additive over passes
 
     def state(self) -> dict[str, Tensor]:
-        """All sums by name, as they are (no copies)."""
+        """All sums by name, without copies."""
         named = {
             f"{kind}.{name}": tensor
             for name, sums in self._sums.items()
@@ -124,7 +124,7 @@ class KeyCollector:
         return {"counts": self._counts, "hash": self._hash, **named}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take over sums that :meth:`state` gave."""
+        """Restore sums from :meth:`state`."""
         for name, tensor in self.state().items():
             tensor.copy_(state[name])
 
@@ -132,14 +132,14 @@ class KeyCollector:
         """Replace every sum by its total over processes.
 
         Args:
-            total: Adds up a tensor over processes; called with each in the same order everywhere.
+            total: Sums a tensor over processes; called in the same order in all of them.
         """
         for tensor in self.state().values():
             tensor.copy_(total(tensor.clone()))
 
 
 def _device_of_sums(device: torch.device, widths: Sequence[int]) -> torch.device:
-    """Beside the model where a CUDA device has room for them, else on the host."""
+    """The model's CUDA device if it has room for the sums, else the host."""
     wanted = 2 * sum(8 * width**2 for width in widths)
     if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] > wanted:
         return device

@@ -1,7 +1,7 @@
-"""Sums over keys from which a second moment and its error bar are made.
+"""Sums over keys, from which a second moment and its error bar are computed.
 
-All of them are additive, so a pass over text can be stopped, continued, and shared out: the sums of
-two disjoint texts are those of the whole.
+All of them are additive: the sums of two disjoint texts are those of both together.  So a pass over
+text can be stopped, resumed, and sharded over processes.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from kedit_lightning.statistics.covariance import SecondMoment
 #: Keys whose products are summed in the keys' own precision before they join the float64 sum; the
 #: rounding of a float32 sum of this length is some 1e-7 of the result.
 CHUNK = 4096
-#: A matrix is computed in at most so many blocks of columns, none narrower than :data:`BLOCK`; of
-#: each only what is on and above the diagonal, which halves the work.
+#: Largest number of column blocks of a matrix, none narrower than :data:`BLOCK`; only blocks on and
+#: above the diagonal are computed, which halves the work.
 BLOCKS = 16
 BLOCK = 128
-#: Random directions in which the error is measured.
+#: Number of random directions in which the error is measured.
 PROBES = 8
 
 
@@ -56,7 +56,7 @@ class KeySums:
 
     Args:
         width: ``d_in``.
-        device: Where the sums are kept.
+        device: Device of the sums.
     """
 
     def __init__(self, width: int, device: torch.device) -> None:
@@ -118,7 +118,7 @@ class KeySums:
 
 @contextmanager
 def _full_precision() -> Iterator[None]:
-    """Inside, float32 products are not rounded to TF32, which would make moments indefinite."""
+    """Switch TF32 off inside the block: its rounding would make moments indefinite."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -127,13 +127,13 @@ def _full_precision() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-#: A corpus is known by the sum of the SHA-256 of its texts, in words of 32 bits: the same for any
-#: order, batch size and number of processes, and additive as the moments are.
+#: The hash of a corpus is the sum of the SHA-256 of its texts, in words of 32 bits: equal for any
+#: order, batch size and number of processes, and additive like the moments.
 _WORDS = 8
 
 
 def no_texts() -> Tensor:
-    """The hash of no text. Shape ``[8]``, int64."""
+    """The hash of an empty corpus. Shape ``[8]``, int64."""
     return torch.zeros(_WORDS, dtype=torch.int64)
 
 

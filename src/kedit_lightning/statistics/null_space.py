@@ -1,4 +1,4 @@
-"""Directions in which typical keys lie, and their cache: to decompose a wide layer is slow."""
+"""Null space of key covariances (AlphaEdit, arXiv 2410.02355), with a cache of decompositions."""
 
 from __future__ import annotations
 
@@ -13,19 +13,21 @@ from torch import Tensor
 from kedit_lightning.base_models.cache import cache_dir
 from kedit_lightning.edits.edit_file import write_atomically
 
-#: Layers at least this wide are kept on disk; those of narrower ones are found in a second.
+#: Width from which decompositions are cached on disk; a narrower one takes less than a second.
 CACHED_WIDTH = 1024
 
 
 def main_directions(
     moment: Tensor, energy: float, threshold: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Directions of keys that a change must avoid, and all eigenvalues.
+    """Orthogonal complement of the null space of a covariance, and all eigenvalues.
+
+    A change of weights that these directions do not see leaves typical keys alone.
 
     Args:
         moment: Second moment of keys. Shape ``[d, d]``, float64.
-        energy: Share of its trace that may lie outside the directions.
-        threshold: Smallest eigenvalue of the directions, instead of a share.
+        energy: Share of its trace that counts as the null space.
+        threshold: Smallest eigenvalue outside the null space, instead of a share.
 
     Returns:
         Orthonormal columns, ``[d, r]``, and the eigenvalues in rising order, ``[d]``.
@@ -41,7 +43,7 @@ def main_directions(
 
 
 def _place(moment: Tensor, energy: float, threshold: float | None) -> Path:
-    """File of a decomposition: its name is the content it was made from."""
+    """File of a decomposition, named by the hash of its inputs."""
     digest = hashlib.sha256(f"{energy} {threshold}".encode())
     digest.update(moment.contiguous().numpy().tobytes())
     return cache_dir() / "directions" / f"{digest.hexdigest()[:32]}.safetensors"

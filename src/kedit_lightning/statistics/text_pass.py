@@ -1,7 +1,7 @@
-"""A pass over text that survives being interrupted.
+"""Resumable pass over text.
 
-What was summed lies in a partial file of the cache, with how far it got.  A later pass over the
-same text, with the same base model and settings, starts from there.
+Sums and position are kept in a partial file of the cache.  A later pass over the same text, with
+the same base model and settings, resumes from it.
 """
 
 from __future__ import annotations
@@ -26,19 +26,20 @@ _HEADER = "kedit_partial_statistics"
 
 
 def pause_after(took: float) -> float:
-    """Seconds from one write of a partial file to the next, after one that took some seconds.
+    """Seconds to the next write of a partial file, so that writes take at most 5 % of the time.
 
-    Writing takes a twentieth of the time at most.
+    Args:
+        took: Seconds that the last write took.
     """
     return max(60.0, 20 * took)
 
 
 class TextPass:
-    """Reads batches of text once each, those of an interrupted pass included.
+    """Passes each batch of text to a collector once, also when a pass was interrupted.
 
     Args:
-        collector: What collects; it is filled from the partial file, if there is one.
-        identity: What fixes text and order of the batches (file hash, batch size, processes, ...).
+        collector: The collector; it is restored from the partial file, if there is one.
+        identity: Values that fix the order of batches (file hash, batch size, processes, ...).
         rank: Number of this process.
     """
 
@@ -58,30 +59,30 @@ class TextPass:
         self._key = json.dumps(key, sort_keys=True)
         name = hashlib.sha256(self._key.encode()).hexdigest()[:24]
         self.path = statistics_dir() / "partial" / f"{name}.safetensors"
-        #: Batches whose keys are in the sums.
+        #: Number of batches whose keys are in the sums.
         self.batches = 0
         self._load()
         self._done_before = self.batches
-        #: Batches seen, and those passed over from the first one on, with the hash of their texts.
-        self._seen = self._passed = 0
-        self._passed_hash = no_texts()
+        #: Batches seen, and those skipped from the first one on, with the hash of their texts.
+        self._seen = self._skipped = 0
+        self._skipped_hash = no_texts()
         self._whole = True
         self._saved_at, self._pause = time.monotonic(), pause_after(0.0)
 
     def read(self, number: int, texts: Sequence[str]) -> None:
-        """Take in a batch, or pass it over if an interrupted pass has read it.
+        """Collect the keys of a batch, or skip it if an interrupted pass has collected them.
 
         Args:
-            number: Its number in the pass, from 0 on.
+            number: Number of the batch in the pass, from 0 on.
             texts: Its texts.
 
         Raises:
-            ResumeError: Batches between are missing, or the texts passed over are not those that
-                the interrupted pass has read.
+            ResumeError: Batches are missing, or the skipped texts differ from those of the
+                interrupted pass.
         """
         self._seen = number + 1
         if number < self._done_before:
-            self._pass_over(number, texts)
+            self._skip(number, texts)
             return
         if number != self.batches:
             raise ResumeError(
@@ -95,24 +96,24 @@ class TextPass:
         if time.monotonic() - self._saved_at >= self._pause:
             self.save()
 
-    def _pass_over(self, number: int, texts: Sequence[str]) -> None:
-        if number != self._passed:
-            return  # a checkpoint has put us in the middle: there is nothing to compare
-        self._passed_hash += hash_texts([text for text in texts if text.strip()])
-        self._passed += 1
-        same = torch.equal(self._passed_hash, self.collector.state()["hash"])
-        if self._passed == self._done_before and not same:
+    def _skip(self, number: int, texts: Sequence[str]) -> None:
+        if number != self._skipped:
+            return  # the pass resumed from a checkpoint: there is nothing to compare
+        self._skipped_hash += hash_texts([text for text in texts if text.strip()])
+        self._skipped += 1
+        same = torch.equal(self._skipped_hash, self.collector.state()["hash"])
+        if self._skipped == self._done_before and not same:
             self._refuse_changed_text()
 
     def is_new(self, number: int) -> bool:
-        """Whether a batch is one that no interrupted pass has read."""
+        """Whether no interrupted pass has read a batch."""
         return number >= self._done_before
 
     def check_complete(self) -> None:
-        """Make sure that the text was not shorter than what an interrupted pass has read of it.
+        """Check that the text has all batches of an interrupted pass.
 
         Raises:
-            ResumeError: It was.
+            ResumeError: It has fewer.
         """
         if self._seen < self._done_before:
             self._refuse_changed_text()
@@ -127,7 +128,7 @@ class TextPass:
     # ---- the partial file
 
     def save(self) -> None:
-        """Write the sums and how far they go; does nothing in the middle of a batch."""
+        """Write sums and position; does nothing in the middle of a batch."""
         if not (self._whole and self.batches):
             return
         started = time.monotonic()
@@ -152,6 +153,6 @@ class TextPass:
                     return
                 state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, KeyError, ValueError):
-            return  # no whole file of ours: start over, and overwrite it
+            return  # an incomplete or foreign file: start over, and overwrite it
         self.collector.load_state(state)
         self.batches = int(header["batches"])

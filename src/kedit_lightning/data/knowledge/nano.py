@@ -1,4 +1,4 @@
-"""The benchmark that comes with the packaged base model."""
+"""Benchmark of the packaged base model ``nano``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plain text, for statistics of a model's keys."""
+"""Plain text, for covariances of keys."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from typing import Any
 
 from lightning.pytorch import LightningDataModule
 
+from kedit_lightning.data import text as hub
 from kedit_lightning.data.dataloader import BatchLoader, NoLoaders, process_rank
 from kedit_lightning.errors import DataFileError, DataFileNotFoundError, UnsupportedUseError
 
 
 @dataclass
 class TextBatch:
-    """Texts that travel together through Lightning's loops."""
+    """A batch of texts in Lightning's loops."""
 
     texts: list[str]
 
@@ -73,7 +74,7 @@ class Texts(LightningDataModule):
 
     @property
     def source(self) -> dict[str, Any]:
-        """Where the texts come from, how many there are, and a SHA-256 of the content.
+        """Path or hub name of the texts, their number, and a SHA-256 of their content.
 
         For the hub, number and hash are known after the first full pass.
         """
@@ -110,14 +111,17 @@ class Texts(LightningDataModule):
 
     def texts(self) -> Iterator[str]:
         """All texts in order, up to ``limit``."""
-        source = self._hub_texts() if self.path is None else self._file_texts()
+        if self.path is not None:
+            return islice(self._file_texts(), self.limit)
+        name, column = str(self.hub_name), self.text_column
+        source = hub.hub_texts(name, self.hub_config, self.split, column, self.max_chars)
         return islice(source, self.limit)
 
     def train_dataloader(self) -> BatchLoader[TextBatch]:
-        """Batches in the order of the source; with several processes each takes its turn.
+        """Batches in the order of the source, dealt to the processes in turn.
 
-        All get equally many, since Lightning's processes wait for each other at every batch: where
-        the last round does not go round, the rest get a batch without texts.
+        All processes get the same number of batches, since they wait for each other at every batch;
+        those that the last round does not reach get a batch without texts.
         """
         source = self.source
         rank, world_size = process_rank()
@@ -138,7 +142,7 @@ class Texts(LightningDataModule):
         return BatchLoader(lambda epoch: self._share(rank, world_size), length, identity, ahead)
 
     def val_dataloader(self) -> NoLoaders:
-        """Nothing: text has no requests to validate with, and Lightning is told so."""
+        """No loaders: text has no requests to validate with."""
         return NoLoaders()
 
     def _share(self, rank: int, world_size: int) -> Iterator[TextBatch]:
@@ -209,30 +213,6 @@ class Texts(LightningDataModule):
                 )
             if text.strip():
                 yield text[: self.max_chars]
-
-    def _hub_texts(self) -> Iterator[str]:
-        from datasets import load_dataset
-
-        name = str(self.hub_name)
-        try:
-            stream = load_dataset(name, self.hub_config, split=self.split, streaming=True)
-            for row in stream:
-                text = row.get(self.text_column)
-                if not isinstance(text, str):
-                    raise DataFileError(
-                        f"dataset '{name}' has no text in column '{self.text_column}' (columns: "
-                        f"{', '.join(row)}); name the right one with text_column"
-                    )
-                if text.strip():
-                    yield text[: self.max_chars]
-        except DataFileError:
-            raise
-        except Exception as error:  # the library and what it is built on raise many kinds
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise DataFileError(
-                f"dataset '{name}' cannot be read from the hub: {reason}; check hub_name, "
-                "hub_config and split, or give text of your own with path"
-            ) from error
 
 
 def _pack(lines: Iterator[str], max_chars: int) -> Iterator[str]:
