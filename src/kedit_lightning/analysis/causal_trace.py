@@ -16,8 +16,8 @@ from torch import Tensor
 
 from kedit_lightning.base_models import BaseModel, EncodedRow
 from kedit_lightning.base_models.taps import Visit, capture, visiting
-from kedit_lightning.benchmark.reader import wide
 from kedit_lightning.errors import UnsupportedUseError
+from kedit_lightning.metrics.functional import widened
 
 #: Which states are put back: outputs of whole blocks, of their MLPs, or of their attention.
 TraceKind: TypeAlias = Literal["block", "mlp", "attention"]
@@ -128,7 +128,7 @@ class Tracer:
         self._embedding = _embedding(base)
         rows = base.pad([self.row])
         with capture(base.model, [self._embedding, *self.names]) as seen:
-            logits = wide(base.logits_at(rows, rows.prompt_end[:, None]))[0, 0]
+            logits = widened(base.logits_at(rows, rows.prompt_end[:, None]))[0, 0]
         #: Id of the token that is measured.
         self.token: int = row.answer[0] if row.answer else int(logits.argmax())
         #: Probability of it in the clean run.
@@ -189,7 +189,7 @@ class Tracer:
                 visits[name] = put_back(layer, at)
         rows = self.base.pad([self.row] * len(patches))
         with visiting(self.base.model, visits):
-            logits = wide(self.base.logits_at(rows, rows.prompt_end[:, None]))[:, 0]
+            logits = widened(self.base.logits_at(rows, rows.prompt_end[:, None]))[:, 0]
         return logits.softmax(-1)[:, self.token].double().cpu()
 
 

@@ -1,12 +1,14 @@
-"""Whether answers that an edit should not touch are still what the base model says.
+"""How far the edited model's answers differ from the base model's.
 
-These compare with the base model's own answers, right or wrong; they do not ask for correctness.
+The comparison is with the base model's own answers, right or wrong; correctness plays no part.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from kedit_lightning.metrics.functional.teacher_forcing import widened
 
 
 def unchanged_text(base: str, edited: str) -> bool:
@@ -85,8 +87,7 @@ def kl_divergence(base_log_probs: Tensor, log_probs: Tensor, mask: Tensor) -> Te
         raise ValueError(
             f"`mask` must be [rows, tokens] = {list(log_probs.shape[:2])}, got {list(mask.shape)}"
         )
-    base = base_log_probs.to(torch.promote_types(base_log_probs.dtype, torch.float32))
-    edited = log_probs.to(torch.promote_types(log_probs.dtype, torch.float32))
+    base, edited = widened(base_log_probs), widened(log_probs)
     weight = base.exp()
     terms = torch.where(weight == 0, 0.0, weight * (base - edited))
     # The sum is never negative in exact arithmetic; rounding may bring it to -1e-8.

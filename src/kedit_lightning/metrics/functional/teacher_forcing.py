@@ -12,6 +12,11 @@ import torch
 from torch import Tensor
 
 
+def widened(values: Tensor) -> Tensor:
+    """Values in at least float32: half precision is converted, float64 stays."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
 def _check(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
     if value.dim() != 2 or value.shape != other.shape:
         raise ValueError(
@@ -113,9 +118,8 @@ def total_log_prob(log_probs: Tensor, mask: Tensor) -> Tensor:
     [-3.0]
     """
     _check("log_probs", log_probs, "mask", mask)
-    wide = log_probs.to(torch.promote_types(log_probs.dtype, torch.float32))
     # Not a product with the mask: a padding position may hold -inf.
-    return wide.masked_fill(~mask.bool(), 0.0).sum(dim=1)
+    return widened(log_probs).masked_fill(~mask.bool(), 0.0).sum(dim=1)
 
 
 def prefers(

@@ -1,14 +1,13 @@
-"""Metrics over cases, with confidence intervals.
+"""Means over cases, with confidence intervals.
 
-A case is one example of a benchmark at one stage. It counts once, however many prompts it holds,
+A case is one example of a benchmark at one stage. It counts once, however many probes it holds,
 and cases about one subject form a cluster.
 """
 
 from __future__ import annotations
 
 import hashlib
-from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -19,8 +18,8 @@ from torchmetrics.utilities import dim_zero_cat
 from kedit_lightning.errors import InvalidRequestError
 from kedit_lightning.metrics.example_record import ProbeRecord
 from kedit_lightning.metrics.functional.bootstrap import bootstrap_interval, share_interval
-from kedit_lightning.metrics.functional.divergence import unchanged_text
-from kedit_lightning.metrics.functional.text_match import generation_contains, generation_exact
+from kedit_lightning.metrics.measurement import Measurement
+from kedit_lightning.requests import ProbeKind
 
 _NO_NAME = -1
 
@@ -175,190 +174,31 @@ class CaseMean(Metric):
 
 
 class ProbeMean(CaseMean):
-    """Mean over cases of a score that is read from the records of probes."""
+    """Mean over cases of a score that is computed from the records of probes.
 
+    A subclass names its result, the kinds of probe it scores and the measurements it reads. Where
+    the score is not the value of its first measurement after the edit, it overrides :meth:`read`.
+    """
+
+    #: Last part of the result key, as in ``rewrite/tf_tok``.
     name: ClassVar[str]
+    #: Kinds of probe that are scored.
+    kinds: ClassVar[tuple[ProbeKind, ...]]
+    #: Measurements that the score reads; the reader measures them.
+    measurements: ClassVar[tuple[Measurement, ...]]
 
-    @staticmethod
-    @abstractmethod
-    def read(probe: ProbeRecord) -> float | None:
-        """Score of one probe, ``None`` where the record does not hold what it needs."""
+    @classmethod
+    def read(cls, probe: ProbeRecord) -> float | None:
+        """Score of one probe, ``None`` where what it needs was not measured.
+
+        Args:
+            probe: Its record.
+        """
+        value = cls.measurements[0].of(probe["after"])
+        return None if value is None else float(value)
 
     @classmethod
     def case_value(cls, probes: Iterable[ProbeRecord]) -> float | None:
         """Mean score of a case's probes, ``None`` if none of them has one."""
         scores = [score for score in map(cls.read, probes) if score is not None]
         return sum(scores) / len(scores) if scores else None
-
-
-class TokenMatch(ProbeMean):
-    """Share of the answer's tokens that are arg-max, teacher-forced."""
-
-    name = "tf_tok"
-    is_share = True
-
-    @staticmethod
-    def read(probe: ProbeRecord) -> float | None:
-        """The reading after the edit."""
-        return probe["after"].get("tf_tok")
-
-
-class ExactMatch(ProbeMean):
-    """Share of probes whose answer tokens are all arg-max, for any accepted answer."""
-
-    name = "tf_all"
-    is_share = True
-
-    @staticmethod
-    def read(probe: ProbeRecord) -> float | None:
-        """1 or 0, after the edit."""
-        right = probe["after"].get("tf_all")
-        return None if right is None else float(right)
-
-
-class ProbabilityPreference(ProbeMean):
-    """Share of probes whose answer is more likely than the contrast, by mean a token."""
-
-    name = "p_new_gt_old"
-    is_share = True
-
-    @staticmethod
-    def read(probe: ProbeRecord) -> float | None:
-        """1 or 0 after the edit; a tie is 0."""
-        new, old = probe["after"].get("log_prob"), probe["after"].get("contrast_log_prob")
-        return None if new is None or old is None else float(new > old)
-
-
-def _judge(probe: ProbeRecord, judge: Callable[[str, Sequence[str]], bool]) -> float | None:
-    """What a judge says of the free answer after the edit; ``None`` where there is none."""
-    text = probe["after"].get("text")
-    if text is None or not probe["answers"]:
-        return None
-    return float(judge(text, probe["answers"]))
-
-
-class GenerationExact(ProbeMean):
-    """Share of probes whose free generation is an accepted answer and then stops."""
-
-    name = "gen_em"
-    is_share = True
-
-    @staticmethod
-    def read(probe: ProbeRecord) -> float | None:
-        """1 or 0, after the edit."""
-        return _judge(probe, generation_exact)
-
-
-class GenerationContains(ProbeMean):
-    """Share of probes whose free generation states an accepted answer."""
-
-    name = "gen_contains"
-    is_share = True
-
-    @staticmethod
-    def read(probe: ProbeRecord) -> float | None:
-        """1 or 0, after the edit."""
-        return _judge(probe, generation_contains)
-
-
-class Inflation(ProbeMean):
-    """How far teacher forcing flatters: token match minus exact generation."""
-
-    name = "inflation"
-    higher_is_better = False
-
-    @staticmethod
-    def read(probe: ProbeRecord) -> float | None:
-        """Difference of the two scores, after the edit."""
-        forced, free = TokenMatch.read(probe), GenerationExact.read(probe)
-        return None if forced is None or free is None else forced - free
-
-
-class UnchangedText(ProbeMean):
-    """Share of probes to which the edited model writes what the base model writes."""
-
-    name = "keep_text"
-    is_share = True
-
-    @staticmethod
-    def read(probe: ProbeRecord) -> float | None:
-        """1 or 0: the text after the edit equals the base model's."""
-        base, after = probe["base"].get("text"), probe["after"].get("text")
-        return None if base is None or after is None else float(unchanged_text(base, after))
-
-
-class UnchangedTop1(ProbeMean):
-    """Share of probes whose arg-max is the base model's at every position."""
-
-    name = "keep_top1"
-    is_share = True
-
-    @staticmethod
-    def read(probe: ProbeRecord) -> float | None:
-        """1 or 0: the arg-max ids after the edit equal the base model's."""
-        base, after = probe["base"].get("top1"), probe["after"].get("top1")
-        return float(base == after) if base and after else None
-
-
-class StillKnown(ProbeMean):
-    """Share of answers still right among those that the base model had right."""
-
-    name = "known"
-    is_share = True
-
-    @staticmethod
-    def read(probe: ProbeRecord) -> float | None:
-        """1 or 0 after the edit where the base model was right, else ``None``."""
-        return ExactMatch.read(probe) if probe["base"].get("tf_all") else None
-
-
-class BaseKL(ProbeMean):
-    """KL divergence from the base model, mean over positions, in nats."""
-
-    name = "kl"
-    higher_is_better = False
-
-    @staticmethod
-    def read(probe: ProbeRecord) -> float | None:
-        """The reading after the edit."""
-        return probe["after"].get("kl")
-
-    def extras(self, values: Tensor) -> dict[str, float]:
-        """The 95th percentile over cases, where damage shows that a mean hides.
-
-        Args:
-            values: Values of all cases. Shape ``[cases]``.
-        """
-        return {"p95": torch.quantile(values, 0.95).item()}
-
-
-class CostMean(CaseMean):
-    """Mean cost of an edit, such as seconds or bytes; median and 95th percentile beside it.
-
-    >>> cost = CostMean()
-    >>> cost.update([1.0, 2.0, 3.0, 10.0])
-    >>> cost.compute(), cost.extras(cost.cases().values)["median"]
-    (tensor(4.), 2.5)
-    """
-
-    higher_is_better = False
-
-    def extras(self, values: Tensor) -> dict[str, float]:
-        """Median and 95th percentile over cases.
-
-        Args:
-            values: Values of all cases. Shape ``[cases]``.
-        """
-        half, high = torch.quantile(values, torch.tensor([0.5, 0.95], dtype=values.dtype)).tolist()
-        return {"median": half, "p95": high}
-
-
-ANSWER_SCORES: tuple[type[ProbeMean], ...] = (
-    TokenMatch,
-    ExactMatch,
-    ProbabilityPreference,
-    GenerationExact,
-    GenerationContains,
-    Inflation,
-)
-LOCALITY_SCORES: tuple[type[ProbeMean], ...] = (UnchangedText, UnchangedTop1, BaseKL, StillKnown)
