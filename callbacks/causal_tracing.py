@@ -11,8 +11,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 
+from kedit_lightning.analysis import figures
 from kedit_lightning.analysis.causal_trace import Trace, TraceKind, trace
-from kedit_lightning.analysis.figures.causal_trace_figure import draw_trace
 from kedit_lightning.errors import MissingNeedsError
 
 
@@ -103,7 +103,9 @@ class CausalTracing(Callback):
         content = [found.prompt, found.subject, edits, self._settings]
         digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:8]
         words = re.sub(r"[^a-z0-9]+", "-", found.prompt.lower()).strip("-")[:48]
-        path = draw_trace(found, self.folder / f"{words or 'prompt'}-{found.kind}-{digest}.png")
+        path = figures.draw_trace(
+            found, self.folder / f"{words or 'prompt'}-{found.kind}-{digest}.png"
+        )
         text = json.dumps({**found.facts(), "edits": edits}, indent=2, ensure_ascii=False)
         path.with_suffix(".json").write_text(f"{text}\n", encoding="utf-8")
         return path

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 
-from kedit_lightning.analysis.figures.training_figure import draw_training
+from kedit_lightning.analysis import figures
 from kedit_lightning.analysis.learning_curve import Curve
 from kedit_lightning.benchmark.quality import judged
 
@@ -100,7 +100,8 @@ class TrainingReport(Callback):
         base: Any = getattr(method, "base", None)
         title = f"{type(method).__name__} on {getattr(base, 'name', 'its base model')}"
         path = (self.folder or _beside_checkpoints(trainer)) / "training.png"
-        return draw_training(self.curves, path, f"{title}: fit")
+        figures.draw_training(self.curves, path, f"{title}: fit")
+        return path
 
 
 def _beside_checkpoints(trainer: Trainer) -> Path:

@@ -1,6 +1,6 @@
 """A metric with a measurement of its own: how certain the edited model is of its first token.
 
-A package offers it through the entry-point group `kedit_lightning.plugins`, which names this module.
+A package offers it in the entry-point group `kedit_lightning.plugins`, which names this module.
 """
 
 import torch

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+# Without pyplot there is no window and no global state, and a notebook keeps its own backend.
+from matplotlib import style
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from kedit_lightning.analysis.causal_trace import Trace
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 _INK, _MUTED, _SUBJECT = "#22303c", "#6b7885", "#b3541e"
 #: Colours of the paper's figures: purple for whole blocks, green for MLPs.
@@ -36,11 +37,6 @@ def draw_trace(trace: Trace, path: str | Path) -> Path:
     Returns:
         The path.
     """
-    # Imported here, as most runs draw nothing. Without pyplot there is no window and no global
-    # state, and a notebook keeps its own backend.
-    from matplotlib import style
-    from matplotlib.figure import Figure
-
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     depth, tokens = trace.restored.shape

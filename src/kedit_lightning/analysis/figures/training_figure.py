@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+# Without pyplot there is no window and no global state, and a notebook keeps its own backend.
+from matplotlib import colormaps, style
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from kedit_lightning.analysis.learning_curve import Curve
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 _INK, _MUTED = "#22303c", "#6b7885"
 #: Curves of a panel that a legend can still tell apart.
@@ -80,11 +81,6 @@ def draw_training(curves: Mapping[str, Curve], path: str | Path, title: str) -> 
     Returns:
         The path.
     """
-    # Imported here, as most runs draw nothing. Without pyplot there is no window and no global
-    # state, and a notebook keeps its own backend.
-    from matplotlib import style
-    from matplotlib.figure import Figure
-
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # A count that stayed at zero, such as that of skipped episodes, says nothing in a picture.
@@ -104,8 +100,6 @@ def draw_training(curves: Mapping[str, Curve], path: str | Path, title: str) -> 
 
 
 def _fill(axes: Axes, panel: Panel, curves: Mapping[str, Curve]) -> None:
-    from matplotlib import colormaps
-
     # Many curves, such as one a matrix, come in the order of the layers: let their colours too.
     many = len(curves) > 6
     for number, (name, curve) in enumerate(curves.items()):
