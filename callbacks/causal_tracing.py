@@ -103,9 +103,8 @@ class CausalTracing(Callback):
         content = [found.prompt, found.subject, edits, self._settings]
         digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:8]
         words = re.sub(r"[^a-z0-9]+", "-", found.prompt.lower()).strip("-")[:48]
-        path = figures.draw_trace(
-            found, self.folder / f"{words or 'prompt'}-{found.kind}-{digest}.png"
-        )
+        path = self.folder / f"{words or 'prompt'}-{found.kind}-{digest}.png"
+        figures.draw_trace(found, path)
         text = json.dumps({**found.facts(), "edits": edits}, indent=2, ensure_ascii=False)
         path.with_suffix(".json").write_text(f"{text}\n", encoding="utf-8")
         return path

@@ -53,12 +53,7 @@ def sweep_layers(
 
 
 def at_layer(method: Any, layer: int) -> Any:
-    """A method of the same class and settings that edits one layer.
-
-    Args:
-        method: A method with the setting ``layer`` or ``layers``.
-        layer: The layer.
-    """
+    """A method of the same class and settings, ``layer`` or ``layers`` aside."""
     settings = {key: value for key, value in method.hparams.items() if not key.startswith("_")}
     settings |= {"layer": layer} if "layer" in settings else {"layers": [layer]}
     return type(method)(base_model=method.base, **settings)
@@ -67,13 +62,7 @@ def at_layer(method: Any, layer: int) -> Any:
 def measure(
     method: Any, examples: Sequence[EditExample], protocol: Protocol, dataset: str = ""
 ) -> dict[str, Any]:
-    """Score a method on examples; the stack is restored afterwards.
-
-    Args:
-        method: The method.
-        examples: The examples.
-        protocol: How edits are applied and scored.
-        dataset: Hash of the data, under which base-model answers are cached.
+    """Score a method on examples, as :func:`sweep_layers` does; the stack is restored afterwards.
 
     Returns:
         The scores of :func:`judged` with their harmonic mean as ``score``, and all scores with
@@ -104,10 +93,7 @@ def measure(
 
 
 def best_layer(entries: Sequence[dict[str, Any]]) -> int | None:
-    """The layer with the highest score, the first of several; ``None`` without any score.
-
-    Args:
-        entries: Entries of :func:`sweep_layers`.
+    """The layer with the highest score in a sweep, the first of several; ``None`` without scores.
 
     >>> best_layer([{"layer": 0, "score": 0.5}, {"layer": 1, "score": 0.7}, {"layer": 2}])
     1

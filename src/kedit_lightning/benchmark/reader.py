@@ -29,17 +29,11 @@ _LOGITS = 1 << 26
 
 
 class ForcedRow(NamedTuple):
-    """A row whose answer tokens are fed to the model.
+    """A row whose answer tokens are fed to the model."""
 
-    Args:
-        edit: The edit that it carries.
-        tokens: Its tokens under the edits: prompt edits rewrite prompts.
-        plain: Its tokens without edits, where logits are compared with those of the base model.
-    """
-
-    edit: Carried
-    tokens: EncodedRow
-    plain: EncodedRow | None = None
+    edit: Carried  # the edit that the row carries
+    tokens: EncodedRow  # under the edits: prompt edits rewrite prompts
+    plain: EncodedRow | None = None  # without edits, where logits are compared with the base model
 
 
 #: Rows of a probe, by the source of measurements.
@@ -50,11 +44,10 @@ _PASSES: tuple[tuple[Source, ...], ...] = (("answer", "answers", "contrast"), ("
 
 
 class Reader:
-    """Measures probes on a base model as it stands.
+    """Measures what the metrics of a protocol's scoring declare, on a base model as it stands.
 
-    It measures the union of what the metrics of the protocol's scoring declare. Rows are told
-    apart by their tokens and the edit they carry, sorted by length and cut into batches, so a value
-    does not depend on how probes are ordered or grouped.
+    Rows are sorted by length and cut into batches, each row once for its tokens and the edit it
+    carries, so a value does not depend on how probes are ordered or grouped.
 
     Args:
         base: The base model.
@@ -82,11 +75,7 @@ class Reader:
         )
 
     def base_readings(self, probes: Sequence[Probe]) -> list[ProbeReading]:
-        """Readings of the base model without any edit; from the cache where they are known.
-
-        Args:
-            probes: The probes.
-        """
+        """Readings of the base model without any edit, from the cache where it has them."""
         keys = [self._cache_key(probe) for probe in probes]
         missing = {
             key: probe
@@ -150,7 +139,12 @@ class Reader:
             rows.append(self._rows(edit, probe, text, against is not None, encode))
         values: dict[tuple[ForcedRow, Compute], Value] = {}
         for sources in _PASSES:
-            computes = self._computes(sources)
+            computes = dict.fromkeys(
+                m.compute
+                for measurements in self.measurements.values()
+                for m in measurements
+                if m.source in sources
+            )
             forced = dict.fromkeys(row for own in rows for name in sources for row in own[name])
             for batch in self._batches(forced):
                 with self._carrying([row.edit for row in batch]):
@@ -185,15 +179,10 @@ class Reader:
         reading: dict[str, Value] = {measurement.name: None for measurement in RECORDED}
         for measurement in self.measurements[probe.kind]:
             source, compute = measurement.source, measurement.compute
-            found: list[Any] = [values[row, compute] for row in rows[source]]
-            if found:
-                reading[measurement.name] = max(found)
+            by_row: list[Any] = [values[row, compute] for row in rows[source]]
+            if by_row:
+                reading[measurement.name] = max(by_row)
         return cast(ProbeReading, {**reading, "text": text})
-
-    def _computes(self, sources: Sequence[Source]) -> list[Compute]:
-        """Functions of the measurements of some sources, each once."""
-        every = [m for measurements in self.measurements.values() for m in measurements]
-        return list(dict.fromkeys(m.compute for m in every if m.source in sources))
 
     def _carrying(self, edits: Sequence[Carried]) -> AbstractContextManager[None]:
         """Inside, each row of a pass carries its edit."""
@@ -256,8 +245,8 @@ class Reader:
             plain = base.encode(probe.prompt, answer)
         ids = plain.answer
         if answer is None:
-            # The ids as the model wrote them, not as they would be joined to the prompt; text that
-            # is cut into more tokens than it was written in is fed as far as there is room.
+            # The ids as the model generated them, not as they would be joined to the prompt; text
+            # of more tokens than were generated is fed as far as there is room.
             ids = tuple(base.tokenizer(text or "", add_special_tokens=False)["input_ids"])
             ids = ids[: min(self.protocol.max_new_tokens, base.max_tokens - len(plain.prompt))]
             # Without a text the position behind the prompt is read; the token there is not.

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
-from kedit_lightning.errors import InvalidRequestError
 from kedit_lightning.metrics.example_record import ExampleRecord
 from kedit_lightning.metrics.keyed_metrics import KeyedMetrics
 from kedit_lightning.metrics.scores.case_mean import CaseMean, Cases, ProbeMean
@@ -42,20 +42,8 @@ class EditMetrics(KeyedMetrics):
     ``forget/{kind}/{metric}`` is the mean loss between the two over these cases, for metrics of
     which more is better. A score that no record holds has no key.
 
-    Args:
-        level: Coverage of the intervals.
-        resamples: Draws of the bootstrap.
-        seed: Seed of the draws.
-        sync: Whether ``compute`` and ``summary`` gather the cases of all processes of a distributed
-            run. All of them must then call these together.
+    Its arguments are those of :class:`KeyedMetrics`.
     """
-
-    def __init__(
-        self, level: float = 0.95, resamples: int = 10_000, seed: int = 0, sync: bool = True
-    ) -> None:
-        super().__init__(level, resamples, seed, sync)
-        self._seen: set[tuple[str, str]] = set()
-        self._costs_seen: set[tuple[str, str]] = set()
 
     @classmethod
     def scores(cls) -> Sequence[type[ProbeMean]]:
@@ -65,20 +53,13 @@ class EditMetrics(KeyedMetrics):
     def key(
         self, score: type[ProbeMean], stage: str, kind: ProbeKind, group: str | None
     ) -> str | None:
-        """``{stage}{kind}/{metric}``, and the same with the group where it has a name of its own.
-
-        Args:
-            score: The score.
-            stage: Prefix of the stage, empty right after the edit.
-            kind: Kind of the probes.
-            group: Their group; ``None`` for the mean over groups.
-        """
+        """``{kind}/{metric}``, or ``{kind}/{group}/{metric}`` for a group with its own name."""
         if group is None:
             return f"{stage}{kind}/{score.name}"
         return None if group == kind else f"{stage}{kind}/{group}/{score.name}"
 
     def update(self, record: ExampleRecord) -> None:
-        """Add one scored example.
+        """Add the scores of an example, and its costs where no earlier stage had them.
 
         Args:
             record: Its record, as a line of ``results.jsonl`` holds it.
@@ -86,30 +67,16 @@ class EditMetrics(KeyedMetrics):
         Raises:
             InvalidRequestError: The stage is unknown, or the example was scored at it before.
         """
-        key = (record["stage"], record["id"])
-        if key in self._seen:
-            raise InvalidRequestError(
-                f"example {record['id']!r} was scored at stage {record['stage']!r} before; "
-                "give every example an id of its own, and reset the metrics between runs"
-            )
         super().update(record)
-        self._seen.add(key)
-        self._add_costs(record)
-
-    def _add_costs(self, record: ExampleRecord) -> None:
-        blocks: dict[str, Mapping[str, float | None]] = {
-            "edit": record.get("edit", {}),
-            "timing": record.get("timing", {}),
-            "memory": record.get("memory", {}),
-        }
-        for block, costs in blocks.items():
-            for name, cost in costs.items():
+        fields: Mapping[str, Any] = record
+        for block in COST_BLOCKS:
+            for name, cost in fields.get(block, {}).items():
                 key = f"{block}/{name}"
                 # True is an int to Python, but no cost.
                 if isinstance(cost, bool) or not isinstance(cost, int | float):
                     continue
-                if (key, record["id"]) not in self._costs_seen:
-                    self._costs_seen.add((key, record["id"]))
+                if (key, record["id"]) not in self.seen:
+                    self.seen.add((key, record["id"]))
                     self.add(record, key, CostMean, float(cost))
 
     def gathered(self) -> dict[str, tuple[CaseMean, Cases]]:
@@ -132,9 +99,3 @@ class EditMetrics(KeyedMetrics):
                 cases = Cases(loss, earlier.clusters[pairs[0]], earlier.ids[pairs[0]])
                 losses[_FORGET + key.removeprefix(_FINAL)] = difference, cases
         return gathered | losses
-
-    def reset(self) -> None:
-        """Forget all cases and keys."""
-        super().reset()
-        self._seen.clear()
-        self._costs_seen.clear()

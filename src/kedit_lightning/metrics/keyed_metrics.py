@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple, Self, TypeAlias, get_args
+from typing import Any, NamedTuple, Self, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
 
-from kedit_lightning.errors import UnsupportedUseError
+from kedit_lightning.errors import InvalidRequestError, UnsupportedUseError
 from kedit_lightning.metrics.example_record import ExampleRecord, ProbeRecord, stage_prefix
 from kedit_lightning.metrics.functional.bootstrap import (
     needs_wilson,
@@ -35,22 +35,8 @@ class SummaryRow(NamedTuple):
     n: int
 
 
-def by_group(probes: Iterable[ProbeRecord]) -> ProbeGroups:
-    """Probes by kind and group, in the order of their first appearance.
-
-    Args:
-        probes: Records of one example.
-    """
-    kinds: ProbeGroups = {}
-    for probe in probes:
-        kinds.setdefault(probe["kind"], {}).setdefault(probe["group"], []).append(probe)
-    return kinds
-
-
 class KeyedMetrics(nn.Module):
     """Means over cases by result key; a module, so that states follow the device of its owner.
-
-    A subclass names its scores and their keys.
 
     Args:
         level: Coverage of the intervals.
@@ -71,27 +57,21 @@ class KeyedMetrics(nn.Module):
         self.seed = seed
         self.sync = sync
         self.metrics = nn.ModuleDict()
+        #: Stages, and keys of costs, with the ids of the examples that were added.
+        self.seen: set[tuple[str, str]] = set()
         self._scores = self.scores()
         # Metrics created later go to the device that this has been moved to; nothing else does.
         self.register_buffer("_place", torch.zeros(1), persistent=False)
 
     @classmethod
-    def from_records(
-        cls,
-        records: Iterable[ExampleRecord],
-        level: float = 0.95,
-        resamples: int = 10_000,
-        seed: int = 0,
-    ) -> Self:
+    def from_records(cls, records: Iterable[ExampleRecord], **settings: Any) -> Self:
         """Score records that were written earlier, in this process alone.
 
         Args:
             records: One record an example and stage.
-            level: Coverage of the intervals.
-            resamples: Draws of the bootstrap.
-            seed: Seed of the draws.
+            **settings: ``level``, ``resamples`` and ``seed`` of the class.
         """
-        metrics = cls(level, resamples, seed, sync=False)
+        metrics = cls(**settings, sync=False)
         for record in records:
             metrics.update(record)
         return metrics
@@ -107,16 +87,13 @@ class KeyedMetrics(nn.Module):
     def key(
         self, score: type[ProbeMean], stage: str, kind: ProbeKind, group: str | None
     ) -> str | None:
-        """Result key of a score.
+        """Result key of a score over the probes of a kind, ``None`` to leave it out.
 
         Args:
             score: The score.
             stage: Prefix of the stage, empty right after the edit.
             kind: Kind of the probes.
             group: Their group; ``None`` for the mean over groups.
-
-        Returns:
-            The key, or ``None`` where the value has none.
         """
 
     @classmethod
@@ -151,9 +128,15 @@ class KeyedMetrics(nn.Module):
             record: Its record, as a line of ``results.jsonl`` holds it.
 
         Raises:
-            InvalidRequestError: The stage is unknown.
+            InvalidRequestError: The stage is unknown, or the example was scored at it before.
         """
         stage = stage_prefix(record)
+        if (record["stage"], record["id"]) in self.seen:
+            raise InvalidRequestError(
+                f"example {record['id']!r} was scored at stage {record['stage']!r} before; "
+                "give every example an id of its own, and reset the metrics between runs"
+            )
+        self.seen.add((record["stage"], record["id"]))
         for kind, groups in self.groups(record).items():
             for score in self._scores:
                 if kind not in score.kinds:
@@ -169,28 +152,20 @@ class KeyedMetrics(nn.Module):
                         self.add(record, key, score, value)
 
     def groups(self, record: ExampleRecord) -> ProbeGroups:
-        """Probes of a record, by kind and group."""
-        return by_group(record["probes"])
+        """Probes of a record by kind and group, in the order of their first appearance."""
+        kinds: ProbeGroups = {}
+        for probe in record["probes"]:
+            kinds.setdefault(probe["kind"], {}).setdefault(probe["group"], []).append(probe)
+        return kinds
 
     def add(self, record: ExampleRecord, key: str, score: type[CaseMean], value: float) -> None:
-        """Add the value of one case; cases of one subject form a cluster.
-
-        Args:
-            record: Record of the case.
-            key: Result key.
-            score: Class of the metric.
-            value: The value.
-        """
+        """Add the value of one case to the metric of a key; its subject is its cluster."""
         case, subject = name_id(record["id"]), record.get("subject")
         cluster = case if subject is None else name_id(subject)
         self.metric(key, score).update([value], [cluster], [case])
 
     def metric(self, key: str, score: type[CaseMean]) -> CaseMean:
         """The metric of a key, created at its first use.
-
-        Args:
-            key: Result key.
-            score: Class of the metric.
 
         Raises:
             UnsupportedUseError: A metric of another class has the key.
@@ -248,10 +223,9 @@ class KeyedMetrics(nn.Module):
         return numbers
 
     def summary(self) -> list[SummaryRow]:
-        """Mean, bounds of the interval and number of cases, by key.
+        """Mean, bounds of the metric's own ``interval`` and number of cases, by key.
 
-        Keys over the same cases share the draws of the bootstrap, with the result of each metric's
-        own ``interval``.
+        Keys over the same cases share the draws of the bootstrap.
         """
         gathered = self.gathered()
         bounds: dict[str, tuple[float, float]] = {}
@@ -276,3 +250,4 @@ class KeyedMetrics(nn.Module):
     def reset(self) -> None:
         """Forget all cases and keys."""
         self.metrics.clear()
+        self.seen.clear()

@@ -21,7 +21,7 @@ from kedit_lightning.metrics.functional.teacher_forcing import (
 )
 from kedit_lightning.requests import ProbeKind
 
-#: What a probe's record can hold: anything that JSON can.
+#: A value as JSON holds it.
 Value: TypeAlias = float | bool | str | list[int] | list[float] | None
 #: The tokens that are fed to the model, or ``text`` for what it generates freely:
 #: the preferred ``answer``; every accepted one of the ``answers``, of which the largest value
@@ -33,18 +33,14 @@ Source: TypeAlias = Literal["answer", "answers", "contrast", "continuation", "te
 class ForwardPass:
     """Logits of one teacher-forced pass, in at least float32.
 
-    Args:
-        logits: Logits that predict the fed tokens. Shape ``[rows, tokens, vocab]``.
-        ids: Fed tokens. Shape ``[rows, tokens]``.
-        mask: True where ``ids`` holds a token, False on padding. Shape ``[rows, tokens]``.
-        base_logits: Logits of the unedited model in the same pass, for the source
-            ``continuation``; ``None`` where the model is unedited. Shape as of ``logits``.
+    ``base_logits`` are those of the unedited model on the same rows, for the source
+    ``continuation``; ``None`` where the model itself is unedited.
     """
 
-    logits: Tensor
-    ids: Tensor
-    mask: Tensor
-    base_logits: Tensor | None = None
+    logits: Tensor  # that predict the fed tokens, [rows, tokens, vocab]
+    ids: Tensor  # fed tokens, [rows, tokens]
+    mask: Tensor  # True where `ids` holds a token, False on padding, [rows, tokens]
+    base_logits: Tensor | None = None  # [rows, tokens, vocab]
 
     @cached_property
     def predicted(self) -> Tensor:
@@ -73,72 +69,53 @@ class Measurement:
     compute: Callable[[ForwardPass], Sequence[Value]] = lambda forward: []
 
     def of(self, reading: Mapping[str, object]) -> Any:
-        """The measured value, ``None`` where it was not measured.
-
-        Args:
-            reading: Measurements of a probe, such as ``probe["after"]``.
-        """
+        """The value in a reading, such as ``probe["after"]``; ``None`` where it has none."""
         return reading.get(self.name)
 
 
-def _token_match(forward: ForwardPass) -> list[float]:
-    shares: list[float] = token_match(forward.predicted, forward.ids, forward.mask).tolist()
-    return shares
-
-
-def _exact_match(forward: ForwardPass) -> list[bool]:
-    exact: list[bool] = exact_match(forward.predicted, forward.ids, forward.mask).tolist()
-    return exact
-
-
-def _log_prob(forward: ForwardPass) -> list[float]:
+def _log_prob(forward: ForwardPass) -> Any:
     fed = forward.log_probs.gather(-1, forward.ids[..., None])[..., 0]
-    means: list[float] = mean_log_prob(fed, forward.mask).tolist()
-    return means
+    return mean_log_prob(fed, forward.mask).tolist()
 
 
-def _top1(forward: ForwardPass) -> list[list[int]]:
+def _top1(forward: ForwardPass) -> Any:
     rows = zip(forward.predicted, forward.mask, strict=True)
     return [ids[mask].tolist() for ids, mask in rows]
 
 
-def _kl(forward: ForwardPass) -> list[float]:
+def _kl(forward: ForwardPass) -> Any:
     if forward.base_logits is None:
         return [0.0] * len(forward.logits)
     base = forward.base_logits.log_softmax(-1)
-    divergences: list[float] = kl_divergence(base, forward.log_probs, forward.mask).tolist()
-    return divergences
+    return kl_divergence(base, forward.log_probs, forward.mask).tolist()
 
 
 #: Share of the preferred answer's tokens that are arg-max.
-TF_TOK = Measurement("tf_tok", "answer", _token_match)
+TF_TOK = Measurement("tf_tok", "answer", lambda f: token_match(f.predicted, f.ids, f.mask).tolist())
 #: Whether every token of an accepted answer is arg-max.
-TF_ALL = Measurement("tf_all", "answers", _exact_match)
-#: Mean log-probability of the preferred answer's tokens.
+TF_ALL = Measurement(
+    "tf_all", "answers", lambda f: exact_match(f.predicted, f.ids, f.mask).tolist()
+)
+#: Mean log-probability of the tokens of the preferred answer, and of the contrast.
 LOG_PROB = Measurement("log_prob", "answer", _log_prob)
-#: The same of the contrast answer.
 CONTRAST_LOG_PROB = Measurement("contrast_log_prob", "contrast", _log_prob)
-#: Greedy free generation up to the model's own stop; absent where the protocol generates nothing.
+#: Greedy free generation up to the model's own stop, where the protocol generates.
 TEXT = Measurement("text", "text")
-#: Arg-max ids along the base model's continuation.
+#: Arg-max ids along the base model's continuation, or (for EasyEdit) along the preferred answer.
 TOP1 = Measurement("top1", "continuation", _top1)
+ANSWER_TOP1 = Measurement("top1", "answer", _top1)
 #: KL divergence from the base model along its continuation, mean over positions, in nats.
 KL = Measurement("kl", "continuation", _kl)
-#: Arg-max ids along the preferred answer, where EasyEdit compares them.
-ANSWER_TOP1 = Measurement("top1", "answer", _top1)
 
 #: Measured of every probe under every scoring.
 RECORDED = (TF_TOK, TF_ALL, LOG_PROB, CONTRAST_LOG_PROB, TEXT)
 
 
 def built_in(kind: ProbeKind) -> tuple[str, ...]:
-    """Names of the measurements that this package's own metrics need of a kind of probe, in order.
-
-    Args:
-        kind: Kind of the probe.
+    """Names of the measurements that this package's own metrics read of a kind of probe.
 
     >>> built_in("locality")[-2:]
     ('top1', 'kl')
     """
-    more = (TOP1, KL) if kind == "locality" else ()
-    return tuple(measurement.name for measurement in (*RECORDED, *more))
+    measurements = (*RECORDED, TOP1, KL) if kind == "locality" else RECORDED
+    return tuple(measurement.name for measurement in measurements)

@@ -18,20 +18,20 @@ _COLOURS = {"block": "Purples", "mlp": "Greens", "attention": "Reds"}
 _STATES = {
     "block": "the block's output",
     "mlp": "the MLP's output",
-    "attention": "what attention adds",
+    "attention": "attention's output",
 }
 #: Characters of a token and of a prompt that are shown.
 _TOKEN, _PROMPT = 16, 70
 
 
 def draw_trace(trace: Trace, path: str | Path) -> Path:
-    """Draw the probability that each restored state brings back: layers across, tokens down.
+    """Draw the probability of the answer with each state restored: layers across, tokens down.
 
     The subject's tokens are marked. The scale begins at the corrupted probability.
     The same trace gives the same picture, whatever the user's own matplotlib settings say.
 
     Args:
-        trace: What is drawn.
+        trace: The trace.
         path: PNG to write; missing folders are made.
 
     Returns:

@@ -14,7 +14,7 @@ from kedit_lightning.metrics.functional.teacher_forcing import widened
 def unchanged_text(base: str, edited: str) -> bool:
     """Whether two generated texts are the same, character by character.
 
-    Nothing is normalised: greedy decoding of an unchanged model repeats itself exactly.
+    Nothing is normalised: greedy decoding of an unchanged model is deterministic.
 
     >>> unchanged_text(" Paris.", " Paris."), unchanged_text(" Paris.", " paris.")
     (True, False)

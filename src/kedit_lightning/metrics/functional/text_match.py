@@ -1,7 +1,7 @@
-"""Scores of text that the model wrote on its own and ended on its own.
+"""Scores of free generations, which the model begins and ends on its own.
 
-No tokens of the answer are shown and nothing is cut at the answer's length, so a model that runs
-on, or says the answer only to take it back, does not score.
+Nothing is cut at the answer's length, so a model that does not stop after the answer, or negates
+it, does not score.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""Whether the edited model gives the answers that were asked of it, teacher-forced and freely."""
+"""Efficacy, generalisation and portability: answers after the edit, forced and generated."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from abc import abstractmethod
+from collections.abc import Sequence
 
 from kedit_lightning.metrics.example_record import ProbeRecord
 from kedit_lightning.metrics.functional.text_match import generation_contains, generation_exact
@@ -46,36 +47,36 @@ class ProbabilityPreference(AnswerMean):
         return None if new is None or old is None else float(new > old)
 
 
-def _match(probe: ProbeRecord, match: Callable[[str, Sequence[str]], bool]) -> float | None:
-    """1 or 0 for the free generation after the edit; ``None`` without one or without answers."""
-    text = TEXT.of(probe["after"])
-    return None if text is None or not probe["answers"] else float(match(text, probe["answers"]))
+class GenerationMean(AnswerMean):
+    """Share of probes whose free generation matches an accepted answer."""
+
+    measurements = (TEXT,)
+    is_share = True
+
+    @staticmethod
+    @abstractmethod
+    def match(text: str, answers: Sequence[str]) -> bool:
+        """Whether a text matches one of the answers."""
+
+    @classmethod
+    def read(cls, probe: ProbeRecord) -> float | None:
+        """1 or 0 after the edit, ``None`` without a generation or without answers."""
+        text, answers = TEXT.of(probe["after"]), probe["answers"]
+        return None if text is None or not answers else float(cls.match(text, answers))
 
 
-class GenerationExact(AnswerMean):
+class GenerationExact(GenerationMean):
     """Share of probes whose free generation is an accepted answer and then stops."""
 
     name = "gen_em"
-    measurements = (TEXT,)
-    is_share = True
-
-    @classmethod
-    def read(cls, probe: ProbeRecord) -> float | None:
-        """1 or 0, after the edit."""
-        return _match(probe, generation_exact)
+    match = staticmethod(generation_exact)
 
 
-class GenerationContains(AnswerMean):
+class GenerationContains(GenerationMean):
     """Share of probes whose free generation states an accepted answer."""
 
     name = "gen_contains"
-    measurements = (TEXT,)
-    is_share = True
-
-    @classmethod
-    def read(cls, probe: ProbeRecord) -> float | None:
-        """1 or 0, after the edit."""
-        return _match(probe, generation_contains)
+    match = staticmethod(generation_contains)
 
 
 class Inflation(AnswerMean):

@@ -25,10 +25,7 @@ _NO_NAME = -1
 
 
 def name_id(name: str | None) -> int:
-    """A number for a name, the same on every machine and in every process.
-
-    Args:
-        name: Name of a case or subject; ``None`` gives -1, which equals no other.
+    """Hash of the name of a case or subject, equal in all processes; -1 for ``None``.
 
     >>> name_id("Eiffel Tower") == name_id("Eiffel Tower"), name_id(None)
     (True, -1)
@@ -50,9 +47,9 @@ class Cases(NamedTuple):
 class CaseMean(Metric):
     """Mean over cases, with a bootstrap interval over clusters of cases.
 
-    As input to ``update`` the metric accepts one value a case, and optionally one cluster id and
-    one case id a case (see :func:`name_id`; -1 for none). As output of ``compute`` it returns the
-    mean, a scalar tensor; ``interval`` returns the bounds of its confidence interval.
+    ``update`` takes one value a case, and optionally its cluster id and its case id (see
+    :func:`name_id`; -1 for none). ``compute`` returns the mean, a scalar tensor, and ``interval``
+    the bounds of its confidence interval.
 
     Args:
         level: Coverage of the interval.
@@ -69,7 +66,7 @@ class CaseMean(Metric):
     is_differentiable = False
     higher_is_better: bool | None = True
     full_state_update = False
-    # Whether values are shares in [0, 1], whose interval is honest at the borders.
+    # Whether values are shares in [0, 1], whose interval is that of `share_interval`.
     is_share: ClassVar[bool] = False
 
     # Rows of value bits, cluster, case. Integers, because a precision plugin that casts a module
@@ -120,7 +117,7 @@ class CaseMean(Metric):
             self.rows = [torch.cat(self.rows)]
 
     def sync(self, *args: Any, **kwargs: Any) -> None:
-        """Gather the cases of all processes; one without any takes part with an empty table."""
+        """Gather the cases of all processes; one without any contributes an empty table."""
         if isinstance(self.rows, list) and not self.rows:
             self.rows.append(torch.zeros(0, 3, dtype=torch.int64, device=self.device))
         super().sync(*args, **kwargs)
@@ -165,11 +162,7 @@ class CaseMean(Metric):
         return bounds(values, clusters, self.level, self.resamples, self.seed)
 
     def extras(self, values: Tensor) -> dict[str, float]:
-        """Further numbers that describe the values, by name.
-
-        Args:
-            values: Values of all cases. Shape ``[cases]``.
-        """
+        """Further statistics of the values ``[cases]`` of all cases, by name."""
         return {}
 
 
@@ -189,11 +182,7 @@ class ProbeMean(CaseMean):
 
     @classmethod
     def read(cls, probe: ProbeRecord) -> float | None:
-        """Score of one probe, ``None`` where what it needs was not measured.
-
-        Args:
-            probe: Its record.
-        """
+        """Score of one probe from its record, ``None`` where its measurements are missing."""
         value = cls.measurements[0].of(probe["after"])
         return None if value is None else float(value)
 

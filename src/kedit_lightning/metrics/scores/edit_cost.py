@@ -20,10 +20,6 @@ class CostMean(CaseMean):
     higher_is_better = False
 
     def extras(self, values: Tensor) -> dict[str, float]:
-        """Median and 95th percentile over cases.
-
-        Args:
-            values: Values of all cases. Shape ``[cases]``.
-        """
+        """Median and 95th percentile of the values ``[cases]``."""
         half, high = torch.quantile(values, torch.tensor([0.5, 0.95], dtype=values.dtype)).tolist()
         return {"median": half, "p95": high}

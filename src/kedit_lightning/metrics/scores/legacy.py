@@ -9,7 +9,7 @@ import torch
 
 from kedit_lightning.errors import InvalidRequestError
 from kedit_lightning.metrics.example_record import ExampleRecord, ProbeRecord
-from kedit_lightning.metrics.functional.legacy_easyedit import rewrite_acc
+from kedit_lightning.metrics.functional.teacher_forcing import token_match
 from kedit_lightning.metrics.keyed_metrics import KeyedMetrics, ProbeGroups
 from kedit_lightning.metrics.measurement import ANSWER_TOP1, TF_TOK
 from kedit_lightning.metrics.scores.case_mean import ProbeMean
@@ -51,15 +51,15 @@ class LegacyLocality(ProbeMean):
     def read(cls, probe: ProbeRecord) -> float | None:
         """Share of positions, ``None`` for an empty answer."""
         before, after = ANSWER_TOP1.of(probe["base"]), ANSWER_TOP1.of(probe["after"])
-        if before is None or after is None:
+        if not before or after is None:
             return None
         if len(before) != len(after):
             raise InvalidRequestError(
                 f"locality probe {probe['prompt']!r}: field 'top1' must hold equally many ids "
                 f"before and after, got {len(before)} and {len(after)}"
             )
-        pair = torch.tensor([before]), torch.tensor([after])
-        return next(iter(rewrite_acc(pair[1], pair[0], torch.ones_like(pair[0]))), None)
+        ids = torch.tensor([before])
+        return token_match(torch.tensor([after]), ids, torch.ones_like(ids)).item()
 
 
 class LegacyEasyEdit(KeyedMetrics):
@@ -71,12 +71,7 @@ class LegacyEasyEdit(KeyedMetrics):
     of the unedited base model (locality has none), ``final/`` and ``after_<n>/`` before those of
     later stages. Each is the mean over samples of a sample's mean over prompts.
 
-    Args:
-        level: Coverage of the intervals.
-        resamples: Draws of the bootstrap.
-        seed: Seed of the draws.
-        sync: Whether ``compute`` and ``summary`` gather the cases of all processes of a distributed
-            run.
+    Its arguments are those of :class:`KeyedMetrics`.
     """
 
     @classmethod
@@ -94,14 +89,7 @@ class LegacyEasyEdit(KeyedMetrics):
     def key(
         self, score: type[ProbeMean], stage: str, kind: ProbeKind, group: str | None
     ) -> str | None:
-        """``{kind}_acc``, or ``{kind}`` and ``{kind}/{group}_acc`` where there are groups.
-
-        Args:
-            score: The score.
-            stage: Prefix of the stage, empty right after the edit.
-            kind: Kind of the probes.
-            group: Their group; ``None`` for the mean over groups.
-        """
+        """``{kind}_acc``, or ``{kind}`` and ``{kind}/{group}_acc`` where there are groups."""
         if score is LegacyBaseMatch:
             if stage:
                 return None

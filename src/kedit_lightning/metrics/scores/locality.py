@@ -1,4 +1,4 @@
-"""Whether the edit left unrelated answers as the base model gives them."""
+"""Locality: whether unrelated answers are still those of the base model."""
 
 from __future__ import annotations
 
@@ -66,11 +66,7 @@ class BaseKL(LocalityMean):
     higher_is_better = False
 
     def extras(self, values: Tensor) -> dict[str, float]:
-        """The 95th percentile over cases, where damage shows that a mean hides.
-
-        Args:
-            values: Values of all cases. Shape ``[cases]``.
-        """
+        """95th percentile of the values ``[cases]``: damage to few cases, which a mean hides."""
         return {"p95": torch.quantile(values, 0.95).item()}
 
 
