@@ -90,7 +90,9 @@ def _label(axes: Axes, trace: Trace) -> None:
     axes.grid(which="minor", color="white", lw=0.8)
     axes.tick_params(which="minor", length=0)
     centre = "layer" if trace.window == 1 else f"centre of {trace.window} layers"
-    axes.set_xlabel(f"{centre} at which {_STATES[trace.kind]} is restored", fontsize=8, color=_INK)
+    axes.set_xlabel(
+        f"{centre} at which the {_STATES[trace.kind]} is restored", fontsize=8, color=_INK
+    )
     axes.set_title(
         f"{_short(trace.prompt, _PROMPT)} …\n"
         f"clean {trace.high:.3f}, subject under noise {trace.low:.3f}",
