@@ -1,4 +1,4 @@
-"""Measures which layer of the user's own model takes edits best."""
+"""Sweep over layers during ``validate`` or ``test``."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class LayerSweep(Callback):
     def __init__(self, layers: list[int] | None = None, console: Console | None = None) -> None:
         self.layers = layers
         self.console = console or Console()
-        #: What the last sweep found, layer by layer.
+        #: Scores of the last sweep, layer by layer.
         self.found: list[dict[str, Any]] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -88,10 +88,10 @@ class LayerSweep(Callback):
         return best_layer(self.found)
 
     def table(self, title: str) -> Table:
-        """What was found, the best layer marked.
+        """Scores by layer, the best layer marked.
 
         Args:
-            title: What stands above.
+            title: Title of the table.
         """
         table = Table(title=title)
         for name in ("layer", *JUDGED_BY, "score", ""):

@@ -1,7 +1,7 @@
 """Metrics of edits, with confidence intervals.
 
-:class:`EditMetrics` computes the registered metrics from records of examples; the classes of
-:mod:`.scores` are these metrics, a :class:`Measurement` is what they read of a forward pass, and
+:class:`EditMetrics` computes the registered metrics from records of examples. The classes of
+:mod:`.scores` are these metrics, each with the :class:`Measurement` objects that it reads;
 :mod:`.functional` holds the arithmetic.
 """
 

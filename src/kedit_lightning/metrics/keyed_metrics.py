@@ -112,8 +112,8 @@ class KeyedMetrics(nn.Module):
                 for new in score.measurements if kind in score.kinds else ():
                     if by_name.setdefault(new.name, new) != new:
                         raise UnsupportedUseError(
-                            f"measurement {new.name!r} of metric {score.__name__} is computed "
-                            "otherwise than another one of this name; give it a name of its own"
+                            f"measurement {new.name!r} of metric {score.__name__} differs from "
+                            "another measurement of this name; give it another name"
                         )
             order = dict.fromkeys([*built_in(kind), *sorted(by_name)])
             union[kind] = tuple(by_name[name] for name in order if name in by_name)

@@ -1,4 +1,4 @@
-"""Measurements: what a forward pass shows about a probe, as one plain value.
+"""Measurements of a probe: one plain value each, computed from the logits of a forward pass.
 
 A metric declares the measurements it reads and the kinds of probe it scores; the reader measures
 the union of what all metrics declare. Several measurements of one source share a forward pass.
@@ -23,9 +23,9 @@ from kedit_lightning.requests import ProbeKind
 
 #: A value as JSON holds it.
 Value: TypeAlias = float | bool | str | list[int] | list[float] | None
-#: The tokens that are fed to the model, or ``text`` for what it generates freely:
-#: the preferred ``answer``; every accepted one of the ``answers``, of which the largest value
-#: counts; the ``contrast`` answer; or the base model's own greedy ``continuation`` of the prompt.
+#: The tokens that are fed to the model: the preferred ``answer``; each of the accepted ``answers``,
+#: of which the largest value counts; the ``contrast``; or the base model's own greedy
+#: ``continuation`` of the prompt. ``text`` is a free generation.
 Source: TypeAlias = Literal["answer", "answers", "contrast", "continuation", "text"]
 
 

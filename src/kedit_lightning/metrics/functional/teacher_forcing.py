@@ -51,7 +51,7 @@ def token_match(predicted: Tensor, target: Tensor, mask: Tensor) -> Tensor:
 def exact_match(predicted: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """Whether every answer token is arg-max, for each row.
 
-    With greedy decoding that is what the model would write, if it also knew where to stop.
+    Greedy decoding then generates the answer, though it may go on after it.
 
     Args:
         predicted: Arg-max ids. Shape ``[rows, tokens]``.

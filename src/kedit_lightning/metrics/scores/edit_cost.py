@@ -1,4 +1,4 @@
-"""What edits cost: bytes, seconds, memory."""
+"""Costs of edits: bytes, seconds, memory."""
 
 from __future__ import annotations
 
