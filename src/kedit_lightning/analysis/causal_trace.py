@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kedit_lightning.base_models import BaseModel, EncodedRow
 from kedit_lightning.base_models.taps import Visit, capture, visiting
@@ -107,7 +107,8 @@ class Tracer:
         self.row: EncodedRow = replace(row, answer=())
         self.names = _states(base, kind)
         self._batch_size = batch_size
-        self._embedding = _embedding(base)
+        names: dict[nn.Module, str] = {module: name for name, module in base.model.named_modules()}
+        self._embedding = names[base.model.get_input_embeddings()]
         rows = base.pad([self.row])
         with capture(base.model, [self._embedding, *self.names]) as seen:
             logits = widened(base.logits_at(rows, rows.prompt_end[:, None]))[0, 0]
@@ -240,13 +241,6 @@ def _states(base: BaseModel, kind: TraceKind) -> list[str]:
         return [block.down for block in base.layout.blocks]
     name = base.layout.attention if kind == "attention" else base.layout.block_name
     return [name(index) for index in range(len(base.layout))]
-
-
-def _embedding(base: BaseModel) -> str:
-    """Name of the module that embeds tokens."""
-    module = base.model.get_input_embeddings()
-    names: dict[int, str] = {id(other): name for name, other in base.model.named_modules()}
-    return names[id(module)]
 
 
 def _check(base: BaseModel, kind: TraceKind, noise: float, counts: dict[str, int]) -> None:

@@ -194,7 +194,7 @@ class KeyedMetrics(nn.Module):
 
     # ---- results
 
-    def agree_on_keys(self) -> None:
+    def _agree_on_keys(self) -> None:
         """Create the metrics that only other processes have, so that all gather the same ones."""
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         if not (self.sync and distributed):
@@ -208,7 +208,7 @@ class KeyedMetrics(nn.Module):
 
     def gathered(self) -> dict[str, tuple[CaseMean, Cases]]:
         """Each metric with its cases from all processes, by key; those without cases left out."""
-        self.agree_on_keys()
+        self._agree_on_keys()
         # Every metric is gathered before any is left out: all processes take part in each.
         gathered = {key: (metric, metric.cases()) for key, metric in self.by_key().items()}
         return {key: entry for key, entry in gathered.items() if len(entry[1].values)}

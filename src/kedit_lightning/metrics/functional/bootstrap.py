@@ -1,7 +1,8 @@
 """Confidence intervals of means over cases.
 
 Cases about one subject are not independent: an edit that fails for a subject tends to fail for all
-its cases. So whole clusters are drawn with replacement (Efron 1979; Field and Welsh 2007).
+its cases. So whole clusters are drawn with replacement (Efron 1979; Field and Welsh 2007). Each
+function raises a ``ValueError`` without cases, or for clusters or a level that do not fit.
 """
 
 from __future__ import annotations
@@ -119,9 +120,6 @@ def bootstrap_interval(
     Returns:
         The bounds.
 
-    Raises:
-        ValueError: There is no case, clusters do not fit, or ``level`` is not between 0 and 1.
-
     >>> low, high = bootstrap_interval([0.0, 1.0] * 50)
     >>> round(low, 2), round(high, 2)
     (0.4, 0.6)
@@ -153,9 +151,6 @@ def paired_difference(
     Returns:
         Mean difference and the bounds of its interval.
 
-    Raises:
-        ValueError: ``a`` and ``b`` differ in length, or as for :func:`bootstrap_interval`.
-
     >>> paired_difference([1.0, 1.0, 0.0, 1.0], [0.5, 0.5, 0.0, 0.5])
     (0.375, 0.125, 0.5)
     """
@@ -176,9 +171,6 @@ def wilson_interval(share: float, cases: int, level: float = 0.95) -> tuple[floa
         share: Observed share in ``[0, 1]``; NaN gives NaN bounds.
         cases: Number of cases.
         level: Coverage.
-
-    Raises:
-        ValueError: ``share`` is no share, there is no case, or ``level`` is out of range.
 
     >>> low, high = wilson_interval(1.0, 100)
     >>> round(low, 3), high

@@ -1,6 +1,7 @@
 """How far the edited model's answers differ from the base model's.
 
 The comparison is with the base model's own answers, right or wrong; correctness plays no part.
+Functions of tensors raise a ``ValueError`` for shapes that do not fit.
 """
 
 from __future__ import annotations
@@ -30,14 +31,11 @@ def unchanged_top1(base_ids: Tensor, edited_ids: Tensor, mask: Tensor) -> Tensor
 
     Args:
         base_ids: Arg-max ids of the base model. Shape ``[rows, tokens]``.
-        edited_ids: Arg-max ids of the edited model. Shape ``[rows, tokens]``.
+        edited_ids: Those of the edited model. Shape ``[rows, tokens]``.
         mask: True at the positions to compare. Shape ``[rows, tokens]``.
 
     Returns:
         Booleans, True for a row without positions. Shape ``[rows]``.
-
-    Raises:
-        ValueError: The shapes differ or are not two-dimensional.
 
     >>> base = torch.tensor([[1, 2, 3], [1, 2, 3]])
     >>> edited = torch.tensor([[1, 2, 9], [1, 9, 3]])
@@ -66,9 +64,6 @@ def kl_divergence(base_log_probs: Tensor, log_probs: Tensor, mask: Tensor) -> Te
 
     Returns:
         Divergences, NaN for a row without positions. Shape ``[rows]``; at least float32.
-
-    Raises:
-        ValueError: The shapes do not fit each other.
 
     >>> base = torch.tensor([[[0.5, 0.5], [0.9, 0.1]]]).log()
     >>> edited = torch.tensor([[[0.25, 0.75], [0.9, 0.1]]]).log()

@@ -94,9 +94,6 @@ class CaseMean(Metric):
             values: One value a case. Shape ``[cases]``.
             clusters: Cluster ids; a case without one is a cluster of its own. Shape ``[cases]``.
             cases: Ids of the cases. Shape ``[cases]``.
-
-        Raises:
-            ValueError: The three differ in length.
         """
         numbers = torch.as_tensor(values, dtype=torch.float64, device="cpu").detach().reshape(-1)
         columns = [numbers.view(torch.int64)]
