@@ -1,4 +1,4 @@
-"""Heat maps of causal traces, drawn while prompts are answered."""
+"""Causal traces of the prompts of ``predict``, as heat maps."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 
+from kedit_lightning.analysis import figures
 from kedit_lightning.analysis.causal_trace import Trace, TraceKind, trace
-from kedit_lightning.analysis.figures.causal_trace_figure import draw_trace
 from kedit_lightning.errors import MissingNeedsError
 
 
@@ -25,12 +25,12 @@ class CausalTracing(Callback):
     Args:
         subject: Subject of the prompts; with ``--data`` each request's own if not given.
         answer: Text whose first token is measured; the model's own answer if not given.
-        kind: Which states are put back: outputs of a whole ``block``, of its ``mlp``, or of its
+        kind: Which states are restored: outputs of a whole ``block``, of its ``mlp``, or of its
             ``attention``.
-        window: Layers put back together; one of blocks, a fifth of the depth else if not given.
+        window: Layers restored together; one of blocks, a fifth of the depth else if not given.
         noise: Standard deviation of the noise, as a multiple of that of the subject's embeddings.
         samples: How often noise is drawn.
-        seed: Start of the noise.
+        seed: Seed of the noise.
         batch_size: Rows of a forward pass; it never changes a result.
         folder: Where pictures and numbers go.
     """
@@ -70,12 +70,12 @@ class CausalTracing(Callback):
         """Trace the prompts of a batch, before they are answered: a wrong subject shows at once."""
         base: Any = pl_module.base
         for prompt, subject in self._asked(batch):
-            found = trace(base, prompt, subject, **self._settings)
-            path = self._write(found, [*base.edits.ids])
-            effect = float(found.effect[found.best_layer, found.subject[1]])
+            result = trace(base, prompt, subject, **self._settings)
+            path = self._write(result, [*base.edits.ids])
+            effect = float(result.effect[result.best_layer, result.subject[1]])
             Console().print(
-                f"{prompt!r}: p({found.answer}) is {found.high:.3f}, and {found.low:.3f} with "
-                f"noise on {subject!r}; at its last token layer {found.best_layer} brings back "
+                f"{prompt!r}: p({result.answer}) is {result.high:.3f}, and {result.low:.3f} with "
+                f"noise on {subject!r}; at its last token layer {result.best_layer} brings back "
                 f"most ({effect:+.3f}); {path}",
                 highlight=False,
                 markup=False,
@@ -98,12 +98,13 @@ class CausalTracing(Callback):
             )
         return [(prompt, subject) for prompt, subject in pairs if subject is not None]
 
-    def _write(self, found: Trace, edits: list[str]) -> Path:
-        """Write picture and numbers, under a name that differs for other edits and settings."""
-        content = [found.prompt, found.subject, edits, self._settings]
+    def _write(self, result: Trace, edits: list[str]) -> Path:
+        """Write figure and numbers, under a name that differs for other edits and settings."""
+        content = [result.prompt, result.subject, edits, self._settings]
         digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:8]
-        words = re.sub(r"[^a-z0-9]+", "-", found.prompt.lower()).strip("-")[:48]
-        path = draw_trace(found, self.folder / f"{words or 'prompt'}-{found.kind}-{digest}.png")
-        text = json.dumps({**found.facts(), "edits": edits}, indent=2, ensure_ascii=False)
+        words = re.sub(r"[^a-z0-9]+", "-", result.prompt.lower()).strip("-")[:48]
+        path = self.folder / f"{words or 'prompt'}-{result.kind}-{digest}.png"
+        figures.draw_trace(result, path)
+        text = json.dumps({**result.facts(), "edits": edits}, indent=2, ensure_ascii=False)
         path.with_suffix(".json").write_text(f"{text}\n", encoding="utf-8")
         return path

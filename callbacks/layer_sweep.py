@@ -1,4 +1,4 @@
-"""Measures which layer of the user's own model takes edits best."""
+"""Sweep over layers during ``validate`` or ``test``."""
 
 from __future__ import annotations
 
@@ -8,13 +8,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.table import Table
 
-from kedit_lightning.benchmark import Protocol, ProtocolRunner
-from kedit_lightning.benchmark.quality import JUDGED_BY, judged
-from kedit_lightning.benchmark.run_context import run_seed
-from kedit_lightning.data.dataloader import chunks
-from kedit_lightning.errors import NonFiniteError, UnsupportedUseError
-from kedit_lightning.metrics import ExampleRecord
-from kedit_lightning.runs.results import summary_of
+from kedit_lightning.analysis.sweep import best_layer, sweep_layers
+from kedit_lightning.benchmark import Protocol
+from kedit_lightning.benchmark.quality import JUDGED_BY
+from kedit_lightning.errors import UnsupportedUseError
 
 
 class LayerSweep(Callback):
@@ -36,7 +33,7 @@ class LayerSweep(Callback):
     def __init__(self, layers: list[int] | None = None, console: Console | None = None) -> None:
         self.layers = layers
         self.console = console or Console()
-        #: What the last sweep found, layer by layer.
+        #: Scores of the last sweep, layer by layer.
         self.found: list[dict[str, Any]] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -67,24 +64,17 @@ class LayerSweep(Callback):
         self._sweep(trainer, pl_module, "test")
 
     def _sweep(self, trainer: Trainer, method: Any, split: str) -> None:
-        """Measure layer after layer; on several devices the first process does."""
+        """Sweep over all examples of a split; on several devices the first process does."""
         if not trainer.is_global_zero:
             return
-        if any(tensor.numel() for tensor in method.state_dict().values()):
-            raise UnsupportedUseError(
-                f"what {type(method).__name__} has learned belongs to its own layers, so "
-                "LayerSweep cannot move it to others; fit it anew for each choice of layers"
-            )
-        every = method.base.layout.dense_layers if self.layers is None else self.layers
-        layers = list(dict.fromkeys(every))
-        for layer in layers:
-            method.base.layout.block(layer)  # one that does not exist is refused before any work
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        protocol = getattr(trainer, "protocol", None) or Protocol()
+        dataset = str(data.source[split]["sha256"])
         self.found = []
-        for layer in layers:
-            entry = {"layer": layer, **measure(trainer, at_layer(method, layer), split)}
+        for entry in sweep_layers(method, data.examples(split), protocol, dataset, self.layers):
             self.found.append(entry)
-            said = f"score {_shown(entry)}" if "error" not in entry else str(entry["error"])
-            self.console.print(f"layer {layer}: {said}", highlight=False, markup=False)
+            result = f"score {_shown(entry)}" if "error" not in entry else str(entry["error"])
+            self.console.print(f"layer {entry['layer']}: {result}", highlight=False, markup=False)
         name = type(method).__name__
         self.console.print(self.table(f"{name}, layer by layer ({split})"))
         folder = getattr(trainer, "output_folder", None)
@@ -95,14 +85,13 @@ class LayerSweep(Callback):
     @property
     def best(self) -> int | None:
         """Layer with the highest score, the first of several; ``None`` when nothing was scored."""
-        scored = [entry for entry in self.found if entry.get("score") is not None]
-        return max(scored, key=lambda entry: entry["score"])["layer"] if scored else None
+        return best_layer(self.found)
 
     def table(self, title: str) -> Table:
-        """What was found, the best layer marked.
+        """Scores by layer, the best layer marked.
 
         Args:
-            title: What stands above.
+            title: Title of the table.
         """
         table = Table(title=title)
         for name in ("layer", *JUDGED_BY, "score", ""):
@@ -113,56 +102,6 @@ class LayerSweep(Callback):
             row = [str(entry["layer"]), *cells, "best" if best else ""]
             table.add_row(*row, style="bold green" if best else None)
         return table
-
-
-def at_layer(method: Any, layer: int) -> Any:
-    """The same method with the same settings, which edits one layer.
-
-    Args:
-        method: A method with the setting ``layer`` or ``layers``.
-        layer: The layer.
-    """
-    settings = {key: value for key, value in method.hparams.items() if not key.startswith("_")}
-    settings |= {"layer": layer} if "layer" in settings else {"layers": [layer]}
-    return type(method)(base_model=method.base, **settings)
-
-
-def measure(trainer: Any, method: Any, split: str) -> dict[str, Any]:
-    """Run a split through a method under the trainer's protocol; the stack is as before after it.
-
-    Args:
-        trainer: The trainer, with its data module attached.
-        method: The method.
-        split: Name of the split.
-
-    Returns:
-        The shown scores, their harmonic mean as ``score``, and all scores with intervals as
-        ``scores``; or the ``error`` with which the method refused to write.
-    """
-    protocol = getattr(trainer, "protocol", None) or Protocol()
-    parts = chunks(trainer.datamodule.examples(split), protocol.chunk_size)
-    data = str(trainer.datamodule.source[split]["sha256"])
-    runner = ProtocolRunner(
-        method.base,
-        method.edit,
-        protocol,
-        dataset=data,
-        seed=run_seed(),
-        edit_each=method.edit_each,
-    )
-    records: list[ExampleRecord] = []
-    try:
-        for index, part in enumerate(parts):
-            chunk = runner.chunk(part, index, last=index + 1 == len(parts))
-            records += [scored.record for scored in chunk]
-        records += [scored.record for scored in runner.finish()]
-    except NonFiniteError as error:  # no way to edit this layer; the others are still worth knowing
-        return {"error": str(error)}
-    finally:
-        runner.close()
-    scores = summary_of(records, protocol)["scores"]
-    means = {key: entry["mean"] for key, entry in scores.items()}
-    return {**judged(means), "scores": scores}
 
 
 def _shown(entry: dict[str, Any], name: str = "score") -> str:

@@ -1,4 +1,4 @@
-"""Draws how a fit went."""
+"""Learning curves of a fit, as a figure."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 
-from kedit_lightning.analysis.figures.training_figure import draw_training
+from kedit_lightning.analysis import figures
 from kedit_lightning.analysis.learning_curve import Curve
 from kedit_lightning.benchmark.quality import judged
 
@@ -18,10 +18,10 @@ _TRAIN, _VALIDATION = "train/", "val/"
 
 
 class TrainingReport(Callback):
-    """Draws what ``fit`` logs over its steps into one picture, ``training.png``.
+    """Draws the scalars that ``fit`` logs over its steps, as ``training.png``.
 
     It shows the losses, edit success and locality (in training, and on the validation split where
-    there is one), the learning rates of the edits, and what else a method logs under ``train/``.
+    there is one), the learning rates of the edits, and other scalars logged under ``train/``.
     It is written at the end of a fit, also of one that breaks off, and a resumed fit goes on where
     the first one stopped. A method that logs nothing gets no picture.
 
@@ -33,7 +33,7 @@ class TrainingReport(Callback):
     def __init__(self, folder: str | Path | None = None, console: Console | None = None) -> None:
         self.folder = None if folder is None else Path(folder)
         self.console = console or Console()
-        #: What was logged, by name; ``validation …`` is what edits were judged by.
+        #: Curves by name; ``validation …`` are the headline scores of the validation split.
         self.curves: dict[str, Curve] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -44,7 +44,7 @@ class TrainingReport(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Take in what the step has logged."""
+        """Add the scalars of the step."""
         logged = {
             name.removeprefix(_TRAIN): value
             for name, value in trainer.callback_metrics.items()
@@ -56,7 +56,7 @@ class TrainingReport(Callback):
             self._add(trainer, dict(zip(logged, values, strict=True)))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take in what edits were judged by."""
+        """Add the headline scores."""
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
         scores = {
@@ -64,8 +64,8 @@ class TrainingReport(Callback):
             for name, value in trainer.callback_metrics.items()
             if name.startswith(_VALIDATION)
         }
-        found = judged(scores).items()
-        self._add(trainer, {f"validation {k}": v for k, v in found if v is not None})
+        headline = judged(scores).items()
+        self._add(trainer, {f"validation {k}": v for k, v in headline if v is not None})
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw it."""
@@ -76,7 +76,7 @@ class TrainingReport(Callback):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Draw what there is of a fit that breaks off."""
+        """Draw the curves of a fit that breaks off."""
         if trainer.state.fn == "fit":
             with suppress(OSError):  # the exception that stopped the fit is the one to be seen
                 self._draw(trainer, pl_module)
@@ -100,11 +100,12 @@ class TrainingReport(Callback):
         base: Any = getattr(method, "base", None)
         title = f"{type(method).__name__} on {getattr(base, 'name', 'its base model')}"
         path = (self.folder or _beside_checkpoints(trainer)) / "training.png"
-        return draw_training(self.curves, path, f"{title}: fit")
+        figures.draw_training(self.curves, path, f"{title}: fit")
+        return path
 
 
 def _beside_checkpoints(trainer: Trainer) -> Path:
-    """The folder of a fit: what a logger keeps of one run, or else that of all output."""
+    """Folder of a fit: that of the logger's run, or else the root of all output."""
     found = getattr(trainer.checkpoint_callback, "dirpath", None)
     if found is None:
         return Path(trainer.log_dir or trainer.default_root_dir)

@@ -1,4 +1,4 @@
-"""What there is to choose from: one entry for each method, dataset and callback.
+"""The registry: one entry for each method, dataset, callback and metric.
 
 Lists, lazy exports, names of configs and tables of the documentation are derived from these entries
 or checked against them.  A plug-in adds its own with :func:`register`.
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Literal, TypeAlias
 
-Kind: TypeAlias = Literal["method", "dataset", "callback"]
+Kind: TypeAlias = Literal["method", "dataset", "callback", "metric"]
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,23 @@ class Entry:
         return getattr(import_module(self.module), self.name)
 
 
-_ENTRIES: dict[Kind, dict[str, Entry]] = {"method": {}, "dataset": {}, "callback": {}}
+_ENTRIES: dict[Kind, dict[str, Entry]] = {
+    "method": {},
+    "dataset": {},
+    "callback": {},
+    "metric": {},
+}
 
 
 def register(entry: Entry) -> Entry:
     """Add an entry; one of the same kind and name is replaced."""
     _ENTRIES[entry.kind][entry.name] = entry
     return entry
+
+
+def unregister(entry: Entry) -> None:
+    """Remove an entry, such as one of a plug-in."""
+    del _ENTRIES[entry.kind][entry.name]
 
 
 def entries(kind: Kind) -> dict[str, Entry]:
@@ -173,5 +183,21 @@ _add(
         ),
         "TrainingReport": ("training_report", "", "draws how a fit went"),
         "WandbTable": ("wandb_table", "", "a table of answers in Weights & Biases"),
+    },
+)
+_add(
+    "metric",
+    "metrics.scores",
+    {
+        "BaseKL": ("locality", "", "KL divergence from the base model"),
+        "ExactMatch": ("answers", "", "all tokens of an answer are arg-max, teacher-forced"),
+        "GenerationContains": ("answers", "", "the free generation states an answer"),
+        "GenerationExact": ("answers", "", "the free generation is an answer and stops"),
+        "Inflation": ("answers", "", "token match minus exact generation"),
+        "ProbabilityPreference": ("answers", "", "the answer is more likely than the contrast"),
+        "StillKnown": ("locality", "", "answers still right of those that were right"),
+        "TokenMatch": ("answers", "", "share of an answer's tokens that are arg-max"),
+        "UnchangedText": ("locality", "", "the free generation is the base model's"),
+        "UnchangedTop1": ("locality", "", "all arg-max tokens are the base model's"),
     },
 )

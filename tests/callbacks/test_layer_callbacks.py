@@ -15,11 +15,11 @@ from toys import Toy
 
 from kedit_lightning import BaseModel, EditRequest, EditTrainer
 from kedit_lightning.analysis.causal_trace import trace
+from kedit_lightning.analysis.sweep import at_layer
 from kedit_lightning.benchmark import Protocol
 from kedit_lightning.benchmark.quality import judged
 from kedit_lightning.benchmark.run_context import PromptBatch
 from kedit_lightning.callbacks import CausalTracing, LayerSweep
-from kedit_lightning.callbacks.layer_sweep import at_layer
 from kedit_lightning.cli.main import main
 from kedit_lightning.data import NanoFacts, Requests
 from kedit_lightning.errors import (

@@ -13,7 +13,6 @@ from kedit_lightning.errors import InvalidRequestError, KEditError
 from kedit_lightning.metrics import ANSWER_SCORES, LOCALITY_SCORES, EditMetrics, LegacyEasyEdit
 from kedit_lightning.metrics.functional import (
     bootstrap_interval,
-    legacy_easyedit,
     share_interval,
 )
 
@@ -302,33 +301,55 @@ def summary_metrics(samples):
     return means
 
 
-def test_legacy_functions_agree_with_the_incumbents_summary():
+def test_legacy_scores_agree_with_the_incumbents_summary():
     generator = torch.Generator().manual_seed(0)
 
-    def rows(count):
-        ids = torch.randint(3, (2, count, 4), generator=generator)
-        return ids[0], ids[1], torch.arange(4) < torch.tensor([[4], [2], [1]])[:count]
+    def match(kind, count, group=None):
+        """Probes of a kind, and the shares of their answers' tokens that are arg-max."""
+        shares = torch.rand(count, generator=generator).tolist()
+        return [probe(kind, group, {"tf_tok": share}) for share in shares], shares
 
-    samples = [
-        {
-            "rewrite_acc": legacy_easyedit.rewrite_acc(*rows(1)),
-            "rephrase_acc": legacy_easyedit.rephrase_acc(*rows(2)),
-            "locality": legacy_easyedit.locality({"near": rows(1 + index % 3), "far": rows(1)}),
-            "portability": legacy_easyedit.portability({"hop": rows(2)} if index % 2 else {}),
+    def unchanged(group, count):
+        """Locality probes, and the shares of arg-max ids that are the same before and after."""
+        probes, shares = [], []
+        for length in (4, 2, 1)[:count]:
+            before, after = torch.randint(3, (2, length), generator=generator).tolist()
+            probes.append(probe("locality", group, {"top1": after}, {"top1": before}))
+            shares.append(np.mean([a == b for a, b in zip(after, before, strict=True)]))
+        return probes, shares
+
+    records, samples = [], []
+    for index in range(6):
+        parts = {
+            "rewrite_acc": match("rewrite", 1),
+            "rephrase_acc": match("rephrase", 2),
+            "locality/near_acc": unchanged("near", 1 + index % 3),
+            "locality/far_acc": unchanged("far", 1),
         }
-        for index in range(6)
-    ]
-    found, expected = legacy_easyedit.summary(samples), summary_metrics(samples)
-    assert list(samples[0]["locality"]) == ["near_acc", "far_acc"]
-    assert [len(sample["locality"]["near_acc"]) for sample in samples] == [1, 2, 3, 1, 2, 3]
-    for key in ("rewrite_acc", "rephrase_acc", "locality", "portability"):
-        assert found[key] == pytest.approx(expected[key])
+        if index % 2:
+            parts["portability/hop_acc"] = match("portability", 2, "hop")
+        records.append(example(str(index), [p for probes, _ in parts.values() for p in probes]))
+        sample = {"locality": {}, "portability": {}}
+        for key, (_, shares) in parts.items():
+            kind, _, group = key.partition("/")
+            if group:
+                sample[kind][group] = shares
+            else:
+                sample[kind] = shares
+        samples.append(sample)
+    found, expected = LegacyEasyEdit.from_records(records).compute(), summary_metrics(samples)
+    assert len(expected["locality"]) == 2
+    for kind in ("locality", "portability"):
+        for group, value in expected.pop(kind).items():
+            assert found[f"{kind}/{group}"] == pytest.approx(value)
+    for key, value in expected.items():
+        assert found[key] == pytest.approx(value)
 
 
-def test_legacy_rows_are_shares_of_positions_before_and_after():
-    before, after = torch.tensor([[1, 2, 3]]), torch.tensor([[1, 9, 9]])
-    mask = torch.tensor([[True, True, False]])
-    assert legacy_easyedit.locality({"g": (before, after, mask)}) == {"g_acc": [0.5]}
-    assert legacy_easyedit.portability({"g": (before, after, ~mask)}) == {"g_acc": [0.0]}
-    empty = torch.tensor([[False, False, False]])
-    assert legacy_easyedit.rewrite_acc(before, before, empty) == []
+def test_legacy_locality_is_the_share_of_positions_before_and_after():
+    before, after = [1, 2, 3], [1, 9, 9]
+    for positions, share in (([0, 1], 0.5), ([2], 0.0), ([], None)):
+        base, edited = ({"top1": [ids[i] for i in positions]} for ids in (before, after))
+        record = example("1", [probe("locality", "g", base=base, after=edited)])
+        found = LegacyEasyEdit.from_records([record]).compute()
+        assert found == ({} if share is None else {"locality": share, "locality/g_acc": share})

@@ -1,1 +1,1 @@
-"""What is learned from runs and models."""
+"""Analysis of models and runs: causal tracing, layer sweeps, learning curves, figures."""

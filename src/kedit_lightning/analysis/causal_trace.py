@@ -1,8 +1,8 @@
-"""Causal tracing (Meng et al. 2022, section 2): which hidden states carry a fact.
+"""Causal tracing (Meng et al. 2022, arXiv 2202.05262, section 2): which states recall a fact.
 
 Noise on the embeddings of the subject makes the model lose the answer. Hidden states of the clean
-run are then put back, those of one layer and token at a time; the probability that returns is what
-the state carries.
+run are then restored, one layer and token at a time; the probability of the answer that returns is
+the indirect effect of the state.
 """
 
 from __future__ import annotations
@@ -12,46 +12,33 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kedit_lightning.base_models import BaseModel, EncodedRow
 from kedit_lightning.base_models.taps import Visit, capture, visiting
-from kedit_lightning.benchmark.reader import wide
 from kedit_lightning.errors import UnsupportedUseError
+from kedit_lightning.metrics.functional import widened
 
-#: Which states are put back: outputs of whole blocks, of their MLPs, or of their attention.
+#: Which states are restored: outputs of whole blocks, of their MLPs, or of their attention.
 TraceKind: TypeAlias = Literal["block", "mlp", "attention"]
 
-#: Parts are put back in ten layers of 48 together: that of one layer alone changes little.
+#: MLPs and attention are restored in 10 layers of 48 together, as in the paper.
 _PART_WINDOW = 10 / 48
 
 
 @dataclass(frozen=True)
 class Trace:
-    """What putting back hidden states does to the probability of an answer.
-
-    Args:
-        prompt: The prompt.
-        tokens: Its tokens as text, what the tokenizer or a prompt edit adds included.
-        subject: Indices of the subject's tokens, first and last.
-        answer: The token whose probability is measured, as text.
-        kind: Which states were put back.
-        window: How many layers at a time, the named one in their middle.
-        high: Probability in the clean run.
-        low: Probability under noise, mean over its samples.
-        restored: Probability with states put back, mean over the samples. Shape
-            ``[layers, tokens]``, float64, on the CPU.
-    """
+    """Probability of an answer with hidden states of the clean run restored."""
 
     prompt: str
-    tokens: tuple[str, ...]
-    subject: tuple[int, int]
-    answer: str
-    kind: TraceKind
-    window: int
-    high: float
-    low: float
-    restored: Tensor
+    tokens: tuple[str, ...]  # of the prompt, as text, those that a prompt edit adds included
+    subject: tuple[int, int]  # indices of the subject's first and last token
+    answer: str  # the token whose probability is measured, as text
+    kind: TraceKind  # which states were restored
+    window: int  # how many layers at a time, the named one in their middle
+    high: float  # probability in the clean run
+    low: float  # probability under noise, mean over its samples
+    restored: Tensor  # mean over the samples, [layers, tokens], float64, on the CPU
 
     @property
     def effect(self) -> Tensor:
@@ -65,45 +52,40 @@ class Trace:
 
     def facts(self) -> dict[str, Any]:
         """All of it as plain values, with the effects layer by layer."""
-        values = {**vars(self), "restored": self.restored.tolist(), "effect": self.effect.tolist()}
-        return {**values, "best_layer": self.best_layer}
+        tensors = {"restored": self.restored.tolist(), "effect": self.effect.tolist()}
+        return {**vars(self), **tensors, "best_layer": self.best_layer}
 
 
 @dataclass(frozen=True)
 class Patch:
-    """Hidden states that are put back together.
+    """Hidden states that are restored together."""
 
-    Args:
-        layers: Layers, counted from 0.
-        tokens: Positions in the prompt.
-    """
-
-    layers: range
-    tokens: range
+    layers: range  # counted from 0
+    tokens: range  # positions in the prompt
 
 
 class Tracer:
-    """One prompt, run under noise with hidden states of its clean run put back.
+    """One prompt, run under noise with hidden states of its clean run restored.
 
-    The noise is drawn once and the same for every patch, so that patches compare, and batch size
-    changes nothing. Edits that are applied stay applied: the model is traced as it stands.
+    The noise is drawn once and is the same for every patch, so that patches compare. Edits that are
+    applied stay applied: the model is traced as it stands.
 
     Args:
         base: The base model.
         prompt: The prompt.
         subject: Part of the prompt whose embeddings get the noise.
         answer: Text whose first token is measured; the model's own greedy answer if not given.
-        kind: Which states are put back.
+        kind: Which states are restored: outputs of a ``block``, its ``mlp`` or its ``attention``.
         noise: Standard deviation of the noise, as a multiple of that of all numbers in the
             embeddings of the subject's tokens.
         samples: How often noise is drawn.
-        seed: Start of the noise.
-        batch_size: Rows of a forward pass.
+        seed: Seed of the noise.
+        batch_size: Rows of a forward pass; it never changes a result.
 
     Raises:
         UnsupportedUseError: The model has an encoder, or a setting is out of range.
         InvalidRequestError: The subject is not in the prompt.
-        ModuleNotLocatedError: The model has no blocks, or no dense MLP where these are asked for.
+        ModuleNotLocatedError: The model has no blocks, or no dense MLP for the kind ``mlp``.
     """
 
     @torch.no_grad()
@@ -125,10 +107,11 @@ class Tracer:
         self.row: EncodedRow = replace(row, answer=())
         self.names = _states(base, kind)
         self._batch_size = batch_size
-        self._embedding = _embedding(base)
+        names: dict[nn.Module, str] = {module: name for name, module in base.model.named_modules()}
+        self._embedding = names[base.model.get_input_embeddings()]
         rows = base.pad([self.row])
         with capture(base.model, [self._embedding, *self.names]) as seen:
-            logits = wide(base.logits_at(rows, rows.prompt_end[:, None]))[0, 0]
+            logits = widened(base.logits_at(rows, rows.prompt_end[:, None]))[0, 0]
         #: Id of the token that is measured.
         self.token: int = row.answer[0] if row.answer else int(logits.argmax())
         #: Probability of it in the clean run.
@@ -148,18 +131,18 @@ class Tracer:
         """Probability of the answer under noise, mean over its samples.
 
         Args:
-            patches: What is put back, one patch at a time; ``None`` for nothing.
+            patches: States that are restored, one patch at a time; ``None`` for none.
 
         Returns:
             Shape ``[patches]``, float64, on the CPU.
         """
         samples = len(self._noise)
-        total, found = len(patches) * samples, []
+        total, batches = len(patches) * samples, []
         for start in range(0, total, self._batch_size):
-            own = range(start, min(start + self._batch_size, total))
-            drawn = [i % samples for i in own]
-            found.append(self._pass([patches[i // samples] for i in own], self._noise[drawn]))
-        return torch.cat(found).reshape(len(patches), samples).mean(1)
+            rows = range(start, min(start + self._batch_size, total))
+            noise = self._noise[[i % samples for i in rows]]
+            batches.append(self._pass([patches[i // samples] for i in rows], noise))
+        return torch.cat(batches).reshape(len(patches), samples).mean(1)
 
     def _pass(self, patches: list[Patch | None], noise: Tensor) -> Tensor:
         """One forward pass: row ``i`` has ``noise[i]`` and ``patches[i]``. Shape ``[rows]``."""
@@ -169,27 +152,23 @@ class Tracer:
             y[:, self._span] += noise.to(y)
             return y
 
-        def put_back(layer: int, at: list[tuple[int, slice]]) -> Visit:
+        def restore(layer: int) -> Visit:
             def visit(x: Tensor, y: Tensor) -> Tensor:
                 y = y.clone()
-                for i, tokens in at:
-                    y[i, tokens] = self._clean[layer][tokens]
+                for i, patch in enumerate(patches):
+                    if patch is not None and layer in patch.layers:
+                        tokens = slice(patch.tokens.start, patch.tokens.stop)
+                        y[i, tokens] = self._clean[layer][tokens]
                 return y
 
             return visit
 
-        visits: dict[str, Visit] = {self._embedding: corrupt}
-        for layer, name in enumerate(self.names):
-            at = [
-                (i, slice(patch.tokens.start, patch.tokens.stop))
-                for i, patch in enumerate(patches)
-                if patch is not None and layer in patch.layers
-            ]
-            if at:
-                visits[name] = put_back(layer, at)
+        restored = {layer for patch in patches if patch is not None for layer in patch.layers}
+        visits = {self.names[layer]: restore(layer) for layer in restored}
+        visits[self._embedding] = corrupt
         rows = self.base.pad([self.row] * len(patches))
         with visiting(self.base.model, visits):
-            logits = wide(self.base.logits_at(rows, rows.prompt_end[:, None]))[:, 0]
+            logits = widened(self.base.logits_at(rows, rows.prompt_end[:, None]))[:, 0]
         return logits.softmax(-1)[:, self.token].double().cpu()
 
 
@@ -212,27 +191,23 @@ def trace(
         prompt: The prompt.
         subject: Part of the prompt whose embeddings get the noise.
         answer: Text whose first token is measured; the model's own greedy answer if not given.
-        kind: Which states are put back: outputs of a ``block``, of its ``mlp``, or of its
-            ``attention``.
-        window: Layers that are put back together. If not given, one of blocks, and of parts the
-            share of the depth that the paper takes (10 of 48).
-        noise: Standard deviation of the noise, as a multiple of that of the subject's embeddings.
-        samples: How often noise is drawn.
-        seed: Start of the noise.
-        batch_size: Rows of a forward pass; it never changes a result.
+        kind: Which states are restored, as for :class:`Tracer`.
+        window: Layers that are restored together. If not given, one of blocks, and of MLPs or
+            attention the share of the depth that the paper takes (10 of 48).
+        noise: Standard deviation of the noise, as for :class:`Tracer`, like the other settings.
+        samples: Draws of the noise.
+        seed: Seed of the noise.
+        batch_size: Rows of a forward pass.
 
     Raises:
-        UnsupportedUseError: The model has an encoder, or a setting is out of range.
-        InvalidRequestError: The subject is not in the prompt.
-        ModuleNotLocatedError: The model has no blocks, or no dense MLP where these are asked for.
+        KEditError: As for :class:`Tracer`.
     """
-    if window is not None:
-        _at_least_one("window", window)
+    _check(base, kind, noise, {"window": 1 if window is None else window})
     tracer = Tracer(base, prompt, subject, answer, kind, noise, samples, seed, batch_size)
     depth, row = len(tracer.names), tracer.row
     if window is None:
         window = 1 if kind == "block" else max(1, round(_PART_WINDOW * depth))
-    # What stands before the subject never sees it, so there is nothing to put back.
+    # Tokens before the subject do not attend to it, so there is nothing to restore.
     tokens = range(row.subject_start, len(row.prompt))
     patches = [
         Patch(
@@ -242,9 +217,9 @@ def trace(
         for layer in range(depth)
         for token in tokens
     ]
-    low, *found = tracer.probabilities([None, *patches]).tolist()
+    low, *effects = tracer.probabilities([None, *patches]).tolist()
     restored = torch.full((depth, len(row.prompt)), low, dtype=torch.double)
-    restored[:, tokens.start :] = torch.tensor(found, dtype=torch.double).reshape(depth, -1)
+    restored[:, tokens.start :] = torch.tensor(effects, dtype=torch.double).reshape(depth, -1)
     texts = [str(base.tokenizer.decode([id])) for id in (*row.prompt, tracer.token)]
     return Trace(
         prompt=prompt,
@@ -260,25 +235,12 @@ def trace(
 
 
 def _states(base: BaseModel, kind: TraceKind) -> list[str]:
-    """Names of the modules whose outputs are put back, from the first layer to the last."""
+    """Names of the modules whose outputs are restored, from the first layer to the last."""
     if kind == "mlp":
         # The projection and not the module around it, which in BLOOM and MPT adds the residual.
         return [block.down for block in base.layout.blocks]
-    if kind == "attention":
-        return [base.layout.attention(index) for index in range(len(base.layout))]
-    return [base.layout.block_name(index) for index in range(len(base.layout))]
-
-
-def _embedding(base: BaseModel) -> str:
-    """Name of the module that embeds tokens."""
-    module = base.model.get_input_embeddings()
-    names: dict[int, str] = {id(other): name for name, other in base.model.named_modules()}
-    return names[id(module)]
-
-
-def _at_least_one(name: str, value: int) -> None:
-    if value < 1:
-        raise UnsupportedUseError(f"{name} of a trace must be at least 1, got {value}")
+    name = base.layout.attention if kind == "attention" else base.layout.block_name
+    return [name(index) for index in range(len(base.layout))]
 
 
 def _check(base: BaseModel, kind: TraceKind, noise: float, counts: dict[str, int]) -> None:
@@ -294,4 +256,5 @@ def _check(base: BaseModel, kind: TraceKind, noise: float, counts: dict[str, int
     if not noise >= 0:
         raise UnsupportedUseError(f"noise of a trace must be 0 or more, got {noise}")
     for name, value in counts.items():
-        _at_least_one(name, value)
+        if value < 1:
+            raise UnsupportedUseError(f"{name} of a trace must be at least 1, got {value}")

@@ -1,4 +1,4 @@
-"""Scalars over the steps of a fit, kept in bounded space."""
+"""Learning curves: scalars over the steps of a fit, in bounded memory."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-#: Points a curve holds at most; of more, noise hides where it goes.
+#: Points that a curve keeps at most; more would show noise only.
 MOST = 200
 
 
 class Curve:
-    """A scalar over steps: all of its values, or means over ever more of them as they grow many.
+    """A scalar over steps: all values, or means over equally many each once there are too many.
 
     Values that are not finite are left out.
 
@@ -27,12 +27,11 @@ class Curve:
 
     def __init__(self, most: int = MOST) -> None:
         self.most = most
-        #: Values that a point is the mean of; the last point may still lack some.
-        self._span = 1
+        self._span = 1  # values that a point is the mean of; the last point may still lack some
         self._points: list[tuple[int, float, int]] = []  # last step, sum of values, their number
 
     def add(self, step: int, value: float) -> None:
-        """Take in the value of a step."""
+        """Add the value of a step."""
         if not math.isfinite(value):
             return
         if self._points and self._points[-1][2] < self._span:
@@ -49,7 +48,7 @@ class Curve:
 
     @property
     def steps(self) -> list[int]:
-        """The last step that each point stands for."""
+        """The last step of each point."""
         return [step for step, _, _ in self._points]
 
     @property

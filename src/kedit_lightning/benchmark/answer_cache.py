@@ -1,4 +1,4 @@
-"""Answers of unedited base models, kept on disk so that they are computed once."""
+"""Disk cache of base-model answers, so that they are computed once."""
 
 from __future__ import annotations
 
@@ -15,23 +15,19 @@ from kedit_lightning.metrics import ProbeReading
 
 
 def key_of(*parts: Any) -> str:
-    """Name of a piece of content.
-
-    Args:
-        parts: Plain values that fix the content.
-    """
+    """Hash of plain values, as a cache key."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
 
 
 class AnswersCache:
-    """Readings of probes on one base model, by what was asked.
+    """Readings of probes on an unedited base model, in one JSONL file for each set of settings.
 
-    A file a base model, data file and setting of what is read; a line for all probes that were
-    read together.  A line that a crash has cut off is passed over when the file is read again.
+    A line holds the readings that were measured together. A line that a crash has cut off is
+    skipped.
 
     Args:
         settings: Plain values that readings depend on beside the probe itself.
-        folder: Where the file lies; the cache folder of this machine if not given.
+        folder: Folder of the file; the cache folder of this machine if not given.
     """
 
     def __init__(self, settings: Mapping[str, Any], folder: Path | None = None) -> None:
@@ -57,10 +53,10 @@ class AnswersCache:
         return self.known.get(key)
 
     def add(self, readings: Mapping[str, ProbeReading]) -> None:
-        """Keep readings that were computed together."""
+        """Add readings that were measured together, in memory and on disk."""
         if not readings:
             return
-        # What was just computed and what a later run reads back are the same values.
+        # Through JSON, so that this run uses the same values as a later one that reads the file.
         line = json.dumps(readings)
         self.known.update(json.loads(line))
         try:
@@ -76,8 +72,8 @@ class AnswersCache:
 
     def _append(self, line: str) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        # One write of one line, after a line break that shuts a line a crash has cut off: several
-        # processes may add to the file at once.
+        # One write, as several processes may append at once; the first line break ends a line that
+        # a crash has cut off.
         handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
             os.write(handle, f"\n{line}\n".encode())

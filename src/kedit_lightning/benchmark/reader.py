@@ -1,70 +1,65 @@
-"""What a model is asked about an example, in as few forward passes as possible."""
+"""Measures probes on a base model, in as few forward passes as possible."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
-from typing import TypeAlias, TypeVar
+from dataclasses import replace
+from functools import cache
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
-from torch import Tensor
 
 from kedit_lightning.base_models import BaseModel, EncodedRow
 from kedit_lightning.benchmark.answer_cache import AnswersCache, key_of
 from kedit_lightning.benchmark.protocol import READING_VERSION, Protocol
 from kedit_lightning.data.dataloader import chunks
 from kedit_lightning.edits import Edit
-from kedit_lightning.metrics import ProbeReading
-from kedit_lightning.metrics.functional import (
-    exact_match,
-    kl_divergence,
-    mean_log_prob,
-    token_match,
-)
+from kedit_lightning.metrics import SCORINGS, ForwardPass, ProbeReading
+from kedit_lightning.metrics.functional import widened
+from kedit_lightning.metrics.measurement import RECORDED, Source, Value, built_in
 from kedit_lightning.requests import Probe
 
-Row = TypeVar("Row")
 #: The edit that a row carries on top of the stack, or none.
 Carried: TypeAlias = Edit | None
+Compute: TypeAlias = Callable[[ForwardPass], Sequence[Value]]
 
-#: Logits held at a time (numbers); rows are cut finer where the vocabulary is large.
+#: Logits held at a time (numbers); batches are cut finer where the vocabulary is large.
 _LOGITS = 1 << 26
 
 
-@dataclass(frozen=True)
-class AnswerScore:
-    """What one teacher-forced answer showed."""
+class ForcedRow(NamedTuple):
+    """A row whose answer tokens are fed to the model."""
 
-    token_match: float
-    exact: bool
-    log_prob: float
-    top1: list[int]
+    edit: Carried  # the edit that the row carries
+    tokens: EncodedRow  # under the edits: prompt edits rewrite prompts
+    plain: EncodedRow | None = None  # without edits, where logits are compared with the base model
 
 
-@dataclass(frozen=True)
-class PathScore:
-    """What was seen along the base model's own continuation."""
+#: Rows of a probe, by the source of measurements.
+Rows: TypeAlias = dict[Source, list[ForcedRow]]
 
-    top1: list[int]
-    kl: float
+#: Sources whose rows share forward passes.
+_PASSES: tuple[tuple[Source, ...], ...] = (("answer", "answers", "contrast"), ("continuation",))
 
 
 class Reader:
-    """Asks a base model, as it stands, what probes want to know.
+    """Measures what the metrics of a protocol's scoring declare, on a base model as it stands.
 
-    Rows are told apart by their content and the edit they carry, sorted by length and cut into
-    passes, so a reading does not depend on how probes are ordered or grouped.
+    Rows are sorted by length and cut into batches, each row once for its tokens and the edit it
+    carries, so a value does not depend on how probes are ordered or grouped.
 
     Args:
         base: The base model.
-        protocol: What is measured, and how many rows a pass takes.
+        protocol: What is measured, and how many rows a forward pass takes.
         dataset: Hash of the data the probes come from; the cache has a file a dataset.
     """
 
     def __init__(self, base: BaseModel, protocol: Protocol, dataset: str = "") -> None:
         self.base = base
         self.protocol = protocol
+        #: Measurements of a probe, by its kind.
+        self.measurements = SCORINGS[protocol.scoring].measurements()
         self.cache = AnswersCache(
             {
                 "version": READING_VERSION,
@@ -80,11 +75,8 @@ class Reader:
         )
 
     def base_readings(self, probes: Sequence[Probe]) -> list[ProbeReading]:
-        """What the base model says without any edit; from the cache where it is known."""
-        keys = [
-            key_of(probe.kind == "locality", probe.prompt, probe.answers, probe.contrast)
-            for probe in probes
-        ]
+        """Readings of the base model without any edit, from the cache where it has them."""
+        keys = [self._cache_key(probe) for probe in probes]
         missing = {
             key: probe
             for key, probe in zip(keys, probes, strict=True)
@@ -102,12 +94,12 @@ class Reader:
         base_readings: Sequence[ProbeReading],
         carried: Sequence[Carried] | None = None,
     ) -> list[ProbeReading]:
-        """What the model says under the edits that are applied now.
+        """Readings of the model under the edits that are applied now.
 
         Args:
             probes: The probes.
-            base_readings: What :meth:`base_readings` gave for them.
-            carried: An edit for each probe, or ``None``, under which it alone is read beside.
+            base_readings: Their readings from :meth:`base_readings`.
+            carried: An edit for each probe, or ``None``, that only the rows of this probe carry.
 
         Raises:
             UnsupportedUseError: An edit is of a kind that rows cannot carry.
@@ -117,7 +109,13 @@ class Reader:
             return list(base_readings)
         return self._read(probes, base_readings, carried)
 
-    # ---- putting readings together
+    def _cache_key(self, probe: Probe) -> str:
+        names = {measurement.name for measurement in self.measurements[probe.kind]}
+        added = sorted(names.difference(built_in(probe.kind)))
+        local = probe.kind == "locality"
+        return key_of(local, probe.prompt, probe.answers, probe.contrast, *added)
+
+    # ---- forward passes
 
     @torch.no_grad()
     def _read(
@@ -126,66 +124,79 @@ class Reader:
         against: Sequence[ProbeReading] | None,
         carried: Sequence[Carried],
     ) -> list[ProbeReading]:
-        """Readings of the model as it stands; ``against`` is ``None`` on the base model itself."""
+        """Readings of the model as it stands; ``against`` is ``None`` on the base model itself.
+
+        All forward passes run here, one batch after another: first along the answers, then along
+        the base model's continuations.
+        """
         asked = list(zip(carried, probes, strict=True))
-        prompts = [(edit, probe.prompt) for edit, probe in asked]
-        texts = self._texts(prompts)
-        answers = self._answers(
-            [
-                (edit, probe.prompt, answer)
-                for edit, probe in asked
-                for answer in (*probe.answers, *([probe.contrast] if probe.contrast else []))
-            ]
-        )
-        local = [i for i, p in enumerate(probes) if p.kind == "locality"]
-        default = self.protocol.scoring == "default"
-        # What is followed is what the base model said: under edits it has been read before.
-        said = against or [ProbeReading(text=texts.get(own)) for own in prompts]
-        along = {i: said[i].get("text") for i in (local if default else [])}
-        paths = self._paths([(*asked[i], text) for i, text in along.items()], against is not None)
-        seen = dict(zip(along, paths, strict=True))
+        texts = self._texts(asked)
+        encode = cache(self.base.encode)
+        rows: list[Rows] = []
+        for i, (edit, probe) in enumerate(asked):
+            # Under edits the continuation is the one that was read of the base model before.
+            text = against[i].get("text") if against else texts.get((edit, probe.prompt))
+            rows.append(self._rows(edit, probe, text, against is not None, encode))
+        values: dict[tuple[ForcedRow, Compute], Value] = {}
+        for sources in _PASSES:
+            computes = dict.fromkeys(
+                m.compute
+                for measurements in self.measurements.values()
+                for m in measurements
+                if m.source in sources
+            )
+            forced = dict.fromkeys(row for own in rows for name in sources for row in own[name])
+            for batch in self._batches(forced):
+                with self._carrying([row.edit for row in batch]):
+                    tokens = self.base.pad([row.tokens for row in batch])
+                    logits = widened(self.base.answer_logits(tokens))  # [batch, width, vocab]
+                    base_logits = None
+                    plain = [row.plain for row in batch if row.plain is not None]
+                    if plain:
+                        # In the same pass on the same rows, so that no change gives exactly 0.
+                        same = all(row.tokens == row.plain for row in batch)
+                        base_tokens = tokens if same else self.base.pad(plain)
+                        with self.base.edits.suspended():
+                            base_logits = widened(self.base.answer_logits(base_tokens))
+                forward = ForwardPass(logits, tokens.answer_ids, tokens.answer_mask, base_logits)
+                for compute in computes:
+                    by_row = zip(batch, compute(forward), strict=True)
+                    values.update({(row, compute): value for row, value in by_row})
+                del logits, base_logits, forward  # before the next pass takes as much memory
         return [
-            self._reading(edit, probe, texts.get(prompts[i]), answers, seen.get(i))
-            for i, (edit, probe) in enumerate(asked)
+            self._reading(probe, own, texts.get((edit, probe.prompt)), values)
+            for (edit, probe), own in zip(asked, rows, strict=True)
         ]
 
     def _reading(
         self,
-        edit: Carried,
         probe: Probe,
+        rows: Rows,
         text: str | None,
-        answers: dict[tuple[Carried, str, str], AnswerScore],
-        path: PathScore | None,
+        values: dict[tuple[ForcedRow, Compute], Value],
     ) -> ProbeReading:
-        scores = [answers[edit, probe.prompt, answer] for answer in probe.answers]
-        first = scores[0] if scores else None
-        contrast = answers[edit, probe.prompt, probe.contrast] if probe.contrast else None
-        reading = ProbeReading(
-            tf_tok=first.token_match if first else None,
-            tf_all=any(score.exact for score in scores) if scores else None,
-            log_prob=first.log_prob if first else None,
-            contrast_log_prob=contrast.log_prob if contrast else None,
-            text=text,
-        )
-        if path is not None:
-            reading["top1"] = path.top1
-            reading["kl"] = path.kl
-        elif probe.kind == "locality" and first is not None:
-            reading["top1"] = first.top1
-        return reading
-
-    # ---- asking
+        """The measured values of one probe, by name."""
+        reading: dict[str, Value] = {measurement.name: None for measurement in RECORDED}
+        for measurement in self.measurements[probe.kind]:
+            source, compute = measurement.source, measurement.compute
+            by_row: list[Any] = [values[row, compute] for row in rows[source]]
+            if by_row:
+                reading[measurement.name] = max(by_row)
+        return cast(ProbeReading, {**reading, "text": text})
 
     def _carrying(self, edits: Sequence[Carried]) -> AbstractContextManager[None]:
         """Inside, each row of a pass carries its edit."""
         return self.base.edits.carried(edits) if any(edits) else nullcontext()
 
-    def _texts(self, asked: Sequence[tuple[Carried, str]]) -> dict[tuple[Carried, str], str]:
-        """Free answers by edit and prompt."""
+    # ---- rows
+
+    def _texts(self, asked: Iterable[tuple[Carried, Probe]]) -> dict[tuple[Carried, str], str]:
+        """Free generations by edit and prompt."""
         if not self.protocol.generates:
             return {}
         unique = sorted(
-            dict.fromkeys(asked), key=lambda own: (self.base.encoder.count(own[1]), own[1])
+            dict.fromkeys((edit, probe.prompt) for edit, probe in asked),
+            key=lambda key: (self.base.encoder.count(key[1]), key[1]),
         )
         size = self.protocol.score_batch_size
         texts: dict[tuple[Carried, str], str] = {}
@@ -200,109 +211,68 @@ class Reader:
             texts |= zip(batch, answers, strict=True)
         return texts
 
-    def _answers(
-        self, asked: Sequence[tuple[Carried, str, str]]
-    ) -> dict[tuple[Carried, str, str], AnswerScore]:
-        """Scores of teacher-forced answers by edit, prompt and answer."""
-        rows = {own: (own[0], self.base.encode(*own[1:])) for own in dict.fromkeys(asked)}
-        scores: dict[tuple[Carried, EncodedRow], AnswerScore] = {}
-        for batch in self._batches(list(dict.fromkeys(rows.values())), lambda row: row[1]):
-            with self._carrying([edit for edit, _ in batch]):
-                found = self._score_answers([row for _, row in batch])
-            scores |= zip(batch, found, strict=True)
-        return {own: scores[row] for own, row in rows.items()}
+    def _rows(
+        self,
+        edit: Carried,
+        probe: Probe,
+        text: str | None,
+        compare: bool,
+        encode: Callable[[str, str], EncodedRow],
+    ) -> Rows:
+        """Rows of a probe by source; that of ``text``, the continuation, only where measured."""
+        accepted = [ForcedRow(edit, encode(probe.prompt, answer)) for answer in probe.answers]
+        contrast = [encode(probe.prompt, probe.contrast)] if probe.contrast else []
+        continued = any(m.source == "continuation" for m in self.measurements[probe.kind])
+        return {
+            "answer": accepted[:1],
+            "answers": accepted,
+            "contrast": [ForcedRow(edit, tokens) for tokens in contrast],
+            "continuation": [self._continuation(edit, probe, text, compare)] if continued else [],
+            "text": [],
+        }
 
-    def _score_answers(self, batch: Sequence[EncodedRow]) -> list[AnswerScore]:
-        rows = self.base.pad(batch)
-        logits = wide(self.base.answer_logits(rows))  # [batch, width, vocab]
-        top1, mask = logits.argmax(-1), rows.answer_mask
-        chosen = logits.log_softmax(-1).gather(-1, rows.answer_ids[..., None])[..., 0]
-        shares = token_match(top1, rows.answer_ids, mask).tolist()
-        exact = exact_match(top1, rows.answer_ids, mask).tolist()
-        log_probs = mean_log_prob(chosen, mask).tolist()
-        ids = [own[at].tolist() for own, at in zip(top1, mask, strict=True)]
-        return [AnswerScore(*score) for score in zip(shares, exact, log_probs, ids, strict=True)]
+    def _continuation(
+        self, edit: Carried, probe: Probe, text: str | None, compare: bool
+    ) -> ForcedRow:
+        """The row of the base model's continuation ``text`` of a prompt.
 
-    def _paths(
-        self, asked: Sequence[tuple[Carried, Probe, str | None]], compare: bool
-    ) -> list[PathScore]:
-        """What is seen along the base model's continuation of each prompt.
-
-        Without free answers it is the probe's own answer that is followed, or else the position
-        behind the prompt.
+        Where nothing was generated, the probe's own answer is fed, or else only the position behind
+        the prompt is read.
         """
-        rows = [(edit, *self._path_rows(probe, text, compare)) for edit, probe, text in asked]
-        scores: dict[tuple[Carried, EncodedRow, EncodedRow], PathScore] = {}
-        for batch in self._batches(list(dict.fromkeys(rows)), lambda row: row[1]):
-            with self._carrying([edit for edit, *_ in batch]):
-                found = self._score_paths([(row, plain) for _, row, plain in batch], compare)
-            scores |= zip(batch, found, strict=True)
-        return [scores[row] for row in rows]
-
-    def _path_rows(
-        self, probe: Probe, text: str | None, compare: bool
-    ) -> tuple[EncodedRow, EncodedRow]:
-        """The row under the edits, and the row without them: prompt edits rewrite prompts."""
         base = self.base
         with base.edits.suspended():
             answer = probe.answers[0] if text is None and probe.answers else None
             plain = base.encode(probe.prompt, answer)
         ids = plain.answer
         if answer is None:
-            # The ids as the model wrote them, not as they would be joined to the prompt; text that
-            # is cut into more tokens than it was written in is followed as far as there is room.
+            # The ids as the model generated them, not as they would be joined to the prompt; text
+            # of more tokens than were generated is fed as far as there is room.
             ids = tuple(base.tokenizer(text or "", add_special_tokens=False)["input_ids"])
             ids = ids[: min(self.protocol.max_new_tokens, base.max_tokens - len(plain.prompt))]
-            # Without a text the position behind the prompt is read; what stands there is not.
+            # Without a text the position behind the prompt is read; the token there is not.
             ids = ids or (base.tokenizer.eos_token_id or 0,)
-        row = plain
-        if compare:
-            room = base.max_tokens - len(ids) - 2
-            prompt = base.edits.render(probe.prompt, lambda text: base.encoder.count(text) <= room)
-            row = plain if prompt == probe.prompt else base.encoder.encode(prompt)
-        return replace(row, answer=ids), replace(plain, answer=ids)
+        if not compare:
+            return ForcedRow(edit, replace(plain, answer=ids))
+        room = base.max_tokens - len(ids) - 2
+        prompt = base.edits.render(probe.prompt, lambda text: base.encoder.count(text) <= room)
+        row = plain if prompt == probe.prompt else base.encoder.encode(prompt)
+        return ForcedRow(edit, replace(row, answer=ids), replace(plain, answer=ids))
 
-    def _score_paths(
-        self, batch: Sequence[tuple[EncodedRow, EncodedRow]], compare: bool
-    ) -> list[PathScore]:
-        rows = self.base.pad([row for row, _ in batch])
-        logits = wide(self.base.answer_logits(rows))  # [batch, width, vocab]
-        top1, mask = logits.argmax(-1), rows.answer_mask
-        divergences = [0.0] * len(batch)
-        if compare:
-            # Computed on the same rows in the same pass, so that no change gives exactly 0.
-            same = all(row == plain for row, plain in batch)
-            base_rows = rows if same else self.base.pad([plain for _, plain in batch])
-            with self.base.edits.suspended():
-                base_logits = wide(self.base.answer_logits(base_rows))
-            divergences = kl_divergence(
-                base_logits.log_softmax(-1), logits.log_softmax(-1), mask
-            ).tolist()
-        ids = [own[at].tolist() for own, at in zip(top1, mask, strict=True)]
-        return [PathScore(*score) for score in zip(ids, divergences, strict=True)]
+    def _batches(self, rows: Iterable[ForcedRow]) -> Iterator[list[ForcedRow]]:
+        """Cut rows into batches of a forward pass: sorted by length, so that padding is short."""
 
-    def _batches(
-        self, rows: list[Row], encoded: Callable[[Row], EncodedRow]
-    ) -> Iterator[list[Row]]:
-        """Cut rows into passes: sorted by length, so that little is padding."""
-
-        def order(row: Row) -> tuple[int, int, tuple[int, ...], tuple[int, ...]]:
-            own = encoded(row)
-            return len(own.answer), len(own.prompt), own.prompt, own.answer
+        def order(row: ForcedRow) -> tuple[int, int, tuple[int, ...], tuple[int, ...]]:
+            prompt, answer = row.tokens.prompt, row.tokens.answer
+            return len(answer), len(prompt), prompt, answer
 
         vocabulary = int(self.base.model.config.get_text_config().vocab_size)
-        batch: list[Row] = []
+        batch: list[ForcedRow] = []
         for row in sorted(rows, key=order):
             # The longest answer comes last, and with it the width of the logits.
-            numbers = (len(batch) + 1) * max(1, len(encoded(row).answer)) * vocabulary
+            numbers = (len(batch) + 1) * max(1, len(row.tokens.answer)) * vocabulary
             if batch and (len(batch) == self.protocol.score_batch_size or numbers > _LOGITS):
                 yield batch
                 batch = []
             batch.append(row)
         if batch:
             yield batch
-
-
-def wide(logits: Tensor) -> Tensor:
-    """Logits in at least float32."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -1,37 +1,45 @@
-"""What an edit did, in numbers with intervals.
+"""Metrics of edits, with confidence intervals.
 
-:class:`EditMetrics` scores records of examples; the classes of :mod:`.scores` are its parts, and
+:class:`EditMetrics` computes the registered metrics from records of examples. The classes of
+:mod:`.scores` are these metrics, each with the :class:`Measurement` objects that it reads;
 :mod:`.functional` holds the arithmetic.
 """
 
 from kedit_lightning.metrics.edit_metrics import COST_BLOCKS, EditMetrics
 from kedit_lightning.metrics.example_record import ExampleRecord, ProbeReading, ProbeRecord
-from kedit_lightning.metrics.keyed import KeyedMetrics, SummaryRow
-from kedit_lightning.metrics.scores.case_mean import (
+from kedit_lightning.metrics.keyed_metrics import KeyedMetrics, SummaryRow
+from kedit_lightning.metrics.measurement import ForwardPass, Measurement
+from kedit_lightning.metrics.scores.answers import (
     ANSWER_SCORES,
-    LOCALITY_SCORES,
-    BaseKL,
-    CaseMean,
-    Cases,
-    CostMean,
     ExactMatch,
     GenerationContains,
     GenerationExact,
     Inflation,
     ProbabilityPreference,
-    ProbeMean,
-    StillKnown,
     TokenMatch,
+)
+from kedit_lightning.metrics.scores.case_mean import CaseMean, Cases, ProbeMean, name_id
+from kedit_lightning.metrics.scores.edit_cost import CostMean
+from kedit_lightning.metrics.scores.legacy import LegacyEasyEdit
+from kedit_lightning.metrics.scores.locality import (
+    LOCALITY_SCORES,
+    BaseKL,
+    StillKnown,
     UnchangedText,
     UnchangedTop1,
-    name_id,
 )
-from kedit_lightning.metrics.scores.legacy import LegacyEasyEdit
+
+#: Metrics of a protocol's scoring.
+SCORINGS: dict[str, type[KeyedMetrics]] = {
+    "default": EditMetrics,
+    "legacy_easyedit": LegacyEasyEdit,
+}
 
 __all__ = [
     "ANSWER_SCORES",
     "COST_BLOCKS",
     "LOCALITY_SCORES",
+    "SCORINGS",
     "BaseKL",
     "CaseMean",
     "Cases",
@@ -39,11 +47,13 @@ __all__ = [
     "EditMetrics",
     "ExactMatch",
     "ExampleRecord",
+    "ForwardPass",
     "GenerationContains",
     "GenerationExact",
     "Inflation",
     "KeyedMetrics",
     "LegacyEasyEdit",
+    "Measurement",
     "ProbabilityPreference",
     "ProbeMean",
     "ProbeReading",

@@ -1,7 +1,6 @@
-"""The shape of one scored example: what ``results.jsonl`` holds and what metrics read.
+"""One scored example as ``results.jsonl`` holds it, from which all metrics are computed.
 
-Everything is plain data, so that the numbers of ``results.json`` can be computed again from
-``results.jsonl`` alone, without a model.
+It is plain data: the numbers of ``results.json`` follow from ``results.jsonl`` without a model.
 """
 
 from __future__ import annotations
@@ -17,9 +16,9 @@ _STAGE = re.compile(r"immediate|final|after_\d+")
 
 
 class ProbeReading(TypedDict, total=False):
-    """What was measured of one probe on one state of the model.
+    """Measurements of one probe on one state of the model; those of plug-ins stand beside these.
 
-    An entry that was not measured is absent or ``None``; metrics then leave the probe out.
+    A value that was not measured is absent or ``None``; metrics then leave the probe out.
     """
 
     tf_tok: float | None  # share of the preferred answer's tokens that are arg-max
@@ -68,7 +67,7 @@ class ExampleRecord(_Scored, total=False):
 
 
 def stage_prefix(record: ExampleRecord) -> str:
-    """What the keys of a record's scores begin with.
+    """Prefix of the result keys of a record's stage.
 
     Raises:
         InvalidRequestError: The stage is none of the known ones.

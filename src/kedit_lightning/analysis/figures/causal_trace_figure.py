@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+# Without pyplot there is no window and no global state, and a notebook keeps its own backend.
+from matplotlib import style
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from kedit_lightning.analysis.causal_trace import Trace
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 _INK, _MUTED, _SUBJECT = "#22303c", "#6b7885", "#b3541e"
 #: Colours of the paper's figures: purple for whole blocks, green for MLPs.
@@ -17,30 +18,25 @@ _COLOURS = {"block": "Purples", "mlp": "Greens", "attention": "Reds"}
 _STATES = {
     "block": "the block's output",
     "mlp": "the MLP's output",
-    "attention": "what attention adds",
+    "attention": "attention's output",
 }
 #: Characters of a token and of a prompt that are shown.
 _TOKEN, _PROMPT = 16, 70
 
 
 def draw_trace(trace: Trace, path: str | Path) -> Path:
-    """Draw the probability that each restored state brings back: layers across, tokens down.
+    """Draw the probability of the answer with each state restored: layers across, tokens down.
 
     The subject's tokens are marked. The scale begins at the corrupted probability.
     The same trace gives the same picture, whatever the user's own matplotlib settings say.
 
     Args:
-        trace: What is drawn.
+        trace: The trace.
         path: PNG to write; missing folders are made.
 
     Returns:
         The path.
     """
-    # Imported here, as most runs draw nothing. Without pyplot there is no window and no global
-    # state, and a notebook keeps its own backend.
-    from matplotlib import style
-    from matplotlib.figure import Figure
-
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     depth, tokens = trace.restored.shape
@@ -94,7 +90,9 @@ def _label(axes: Axes, trace: Trace) -> None:
     axes.grid(which="minor", color="white", lw=0.8)
     axes.tick_params(which="minor", length=0)
     centre = "layer" if trace.window == 1 else f"centre of {trace.window} layers"
-    axes.set_xlabel(f"{centre} at which {_STATES[trace.kind]} is restored", fontsize=8, color=_INK)
+    axes.set_xlabel(
+        f"{centre} at which the {_STATES[trace.kind]} is restored", fontsize=8, color=_INK
+    )
     axes.set_title(
         f"{_short(trace.prompt, _PROMPT)} …\n"
         f"clean {trace.high:.3f}, subject under noise {trace.low:.3f}",

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+# Without pyplot there is no window and no global state, and a notebook keeps its own backend.
+from matplotlib import colormaps, style
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from kedit_lightning.analysis.learning_curve import Curve
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 _INK, _MUTED = "#22303c", "#6b7885"
 #: Curves of a panel that a legend can still tell apart.
@@ -19,21 +20,13 @@ _NAMED = 12
 
 @dataclass(frozen=True)
 class Panel:
-    """Curves that are drawn on one pair of axes.
-
-    Args:
-        title: What stands above.
-        unit: What the vertical axis measures, with its unit.
-        holds: Whether a scalar of this name belongs here.
-        cut: Start of a name that the legend leaves out.
-        scale: Scale of the vertical axis.
-    """
+    """One pair of axes, with its title."""
 
     title: str
-    unit: str
-    holds: Callable[[str], bool]
-    cut: str = ""
-    scale: str = "linear"
+    unit: str  # label of the vertical axis
+    holds: Callable[[str], bool]  # whether a scalar of this name belongs here
+    cut: str = ""  # prefix of names that the legend leaves out
+    scale: str = "linear"  # of the vertical axis
 
 
 def _judgement(name: str) -> bool:
@@ -55,16 +48,12 @@ PANELS = (
 
 def panels_of(names: Sequence[str]) -> list[tuple[Panel, list[str]]]:
     """Sort scalars into panels; panels without any are left out."""
-    left = list(names)
-    found: list[tuple[Panel, list[str]]] = []
-    for panel in PANELS:
-        own = [name for name in left if panel.holds(name)]
-        left = [name for name in left if name not in own]
-        found += [(panel, own)] if own else []
-    for name in left:
-        words = name.replace("_", " ").replace("/", ", ")
-        found.append((Panel(words.capitalize(), words, lambda _: True), [name]))
-    return found
+    panels = [(panel, [name for name in names if panel.holds(name)]) for panel in PANELS]
+    for name in names:
+        if not any(panel.holds(name) for panel in PANELS):
+            words = name.replace("_", " ").replace("/", ", ")
+            panels.append((Panel(words.capitalize(), words, lambda _: True), [name]))
+    return [(panel, scalars) for panel, scalars in panels if scalars]
 
 
 def draw_training(curves: Mapping[str, Curve], path: str | Path, title: str) -> Path:
@@ -75,16 +64,11 @@ def draw_training(curves: Mapping[str, Curve], path: str | Path, title: str) -> 
     Args:
         curves: Curves by name; ``validation …`` are drawn with a mark at each of their points.
         path: PNG to write; missing folders are made.
-        title: What stands above all.
+        title: Title of the figure.
 
     Returns:
         The path.
     """
-    # Imported here, as most runs draw nothing. Without pyplot there is no window and no global
-    # state, and a notebook keeps its own backend.
-    from matplotlib import style
-    from matplotlib.figure import Figure
-
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # A count that stayed at zero, such as that of skipped episodes, says nothing in a picture.
@@ -104,23 +88,14 @@ def draw_training(curves: Mapping[str, Curve], path: str | Path, title: str) -> 
 
 
 def _fill(axes: Axes, panel: Panel, curves: Mapping[str, Curve]) -> None:
-    from matplotlib import colormaps
-
     # Many curves, such as one a matrix, come in the order of the layers: let their colours too.
     many = len(curves) > 6
     for number, (name, curve) in enumerate(curves.items()):
         colour = colormaps["viridis"](0.92 * number / len(curves)) if many else f"C{number}"
         few = name.startswith("validation ") or len(curve.steps) < 2
         label = name.removeprefix(panel.cut).replace("_", " " if not panel.cut else "_")
-        axes.plot(
-            curve.steps,
-            curve.values,
-            color=colour,
-            lw=1.3,
-            marker="o" if few else None,
-            ms=4,
-            label=label,
-        )
+        marker = "o" if few else None
+        axes.plot(curve.steps, curve.values, color=colour, lw=1.3, marker=marker, ms=4, label=label)
     positive = all(value > 0 for curve in curves.values() for value in curve.values)
     axes.set_yscale(panel.scale if positive else "linear")
     if panel.unit.endswith("(0 to 1)"):

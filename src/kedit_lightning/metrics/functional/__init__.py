@@ -17,6 +17,7 @@ from kedit_lightning.metrics.functional.teacher_forcing import (
     prefers,
     token_match,
     total_log_prob,
+    widened,
 )
 from kedit_lightning.metrics.functional.text_match import (
     answer_text,
@@ -47,5 +48,6 @@ __all__ = [
     "total_log_prob",
     "unchanged_text",
     "unchanged_top1",
+    "widened",
     "wilson_interval",
 ]

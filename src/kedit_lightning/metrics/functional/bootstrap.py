@@ -1,7 +1,8 @@
 """Confidence intervals of means over cases.
 
-Cases about the same subject are not independent: an edit that fails for a subject tends to fail
-for all its cases. So whole clusters are drawn with replacement, and their cases come along.
+Cases about one subject are not independent: an edit that fails for a subject tends to fail for all
+its cases. So whole clusters are drawn with replacement (Efron 1979; Field and Welsh 2007). Each
+function raises a ``ValueError`` without cases, or for clusters or a level that do not fit.
 """
 
 from __future__ import annotations
@@ -12,8 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# Draws held in memory at a time: 4 million of 8 bytes, twice.
-_DRAWS = 1 << 22
+_DRAWS = 1 << 22  # held in memory at a time: 4 million of 8 bytes, twice
 
 
 def _as_double(values: Tensor | Sequence[float], name: str) -> Tensor:
@@ -34,8 +34,8 @@ def _cluster_index(clusters: Tensor | Sequence[int] | None, cases: int) -> tuple
         raise ValueError(
             f"`clusters` must hold one id for each of {cases} cases, got {list(ids.shape)}"
         )
-    found, index = torch.unique(ids, return_inverse=True)
-    return index, len(found)
+    unique, index = torch.unique(ids, return_inverse=True)
+    return index, len(unique)
 
 
 def resampled_means(
@@ -86,14 +86,7 @@ def _tails(level: float) -> tuple[float, float]:
 
 
 def percentile_interval(means: Tensor, level: float = 0.95) -> tuple[float, float]:
-    """The middle ``level`` of resampled means.
-
-    Args:
-        means: Means under resampling. Shape ``[resamples]``.
-        level: Coverage, such as 0.95.
-
-    Raises:
-        ValueError: ``level`` is not between 0 and 1.
+    """The middle ``level`` of resampled means ``[resamples]``; NaN if one of them is.
 
     >>> percentile_interval(torch.arange(101.0), level=0.5)
     (25.0, 75.0)
@@ -114,9 +107,8 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of the mean, cases clustered by subject.
 
-    Equal values, a single case or a single cluster give a degenerate interval: resampling cannot
-    show what was never seen. For shares in ``[0, 1]`` use :func:`share_interval`, which does not
-    claim certainty there.
+    Equal values, a single case or a single cluster give an interval without width. For shares in
+    ``[0, 1]`` use :func:`share_interval`, which does not claim certainty there.
 
     Args:
         values: One value a case. Shape ``[cases]``.
@@ -128,22 +120,14 @@ def bootstrap_interval(
     Returns:
         The bounds.
 
-    Raises:
-        ValueError: There is no case, clusters do not fit, or ``level`` is not between 0 and 1.
-
     >>> low, high = bootstrap_interval([0.0, 1.0] * 50)
     >>> round(low, 2), round(high, 2)
     (0.4, 0.6)
-    >>> low, high = bootstrap_interval([0.0, 1.0] * 50, clusters=[0, 1] * 50)  # two subjects only
-    >>> low, high
+    >>> bootstrap_interval([0.0, 1.0] * 50, clusters=[0, 1] * 50)  # two subjects only
     (0.0, 1.0)
-
-    Source: Efron 1979; Field and Welsh 2007 for resampling clusters.
     """
-    tensor = _as_double(values, "values")
-    return percentile_interval(
-        resampled_means(tensor[:, None], clusters, resamples, seed)[:, 0], level
-    )
+    columns = _as_double(values, "values")[:, None]
+    return percentile_interval(resampled_means(columns, clusters, resamples, seed)[:, 0], level)
 
 
 def paired_difference(
@@ -159,19 +143,15 @@ def paired_difference(
     Args:
         a: Values of one method. Shape ``[cases]``.
         b: Values of another on the same cases, in the same order. Shape ``[cases]``.
-        clusters: Cluster of each case. Shape ``[cases]``.
+        clusters: As for :func:`bootstrap_interval`, like the other settings.
         level: Coverage.
-        resamples: How many times the clusters are drawn.
+        resamples: Number of draws.
         seed: Seed of the draws.
 
     Returns:
         Mean difference and the bounds of its interval.
 
-    Raises:
-        ValueError: ``a`` and ``b`` differ in length, or as for :func:`bootstrap_interval`.
-
-    >>> mean, low, high = paired_difference([1.0, 1.0, 0.0, 1.0], [0.5, 0.5, 0.0, 0.5])
-    >>> mean, low, high
+    >>> paired_difference([1.0, 1.0, 0.0, 1.0], [0.5, 0.5, 0.0, 0.5])
     (0.375, 0.125, 0.5)
     """
     first, second = _as_double(a, "a"), _as_double(b, "b")
@@ -192,12 +172,6 @@ def wilson_interval(share: float, cases: int, level: float = 0.95) -> tuple[floa
         cases: Number of cases.
         level: Coverage.
 
-    Returns:
-        The bounds.
-
-    Raises:
-        ValueError: ``share`` is no share, there is no case, or ``level`` is out of range.
-
     >>> low, high = wilson_interval(1.0, 100)
     >>> round(low, 3), high
     (0.963, 1.0)
@@ -217,16 +191,16 @@ def wilson_interval(share: float, cases: int, level: float = 0.95) -> tuple[floa
 
 
 def needs_wilson(values: Tensor, clusters: Tensor | Sequence[int] | None = None) -> int:
-    """Clusters to use in a Wilson interval, or 0 where the bootstrap can be trusted.
+    """Number of clusters for a Wilson interval, or 0 where the bootstrap has a width.
 
-    The bootstrap is blind where all shares are 0, or all are 1, or there is one cluster only.
+    It has none where all shares are 0, or all are 1, or there is one cluster only.
 
     >>> needs_wilson(torch.ones(8)), needs_wilson(torch.tensor([1.0, 0.0]))
     (8, 0)
     """
     _, count = _cluster_index(clusters, len(values))
-    blind = count == 1 or bool((values == 0).all()) or bool((values == 1).all())
-    return count if blind else 0
+    certain = count == 1 or bool((values == 0).all()) or bool((values == 1).all())
+    return count if certain else 0
 
 
 def share_interval(
@@ -236,24 +210,11 @@ def share_interval(
     resamples: int = 10_000,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Interval of a mean of shares in ``[0, 1]`` that stays honest at the borders.
+    """Interval of a mean of shares in ``[0, 1]`` that claims no certainty at 0 and 1.
 
-    Where all values are 0, or all are 1, or all cases belong to one cluster, a bootstrap would
-    claim certainty. There the Wilson interval with one vote a cluster is given (for shares that
-    are not 0 or 1 it errs on the wide side); elsewhere :func:`bootstrap_interval`.
-
-    Args:
-        values: One share a case. Shape ``[cases]``.
-        clusters: Cluster of each case. Shape ``[cases]``.
-        level: Coverage.
-        resamples: How many times the clusters are drawn.
-        seed: Seed of the draws.
-
-    Returns:
-        The bounds.
-
-    Raises:
-        ValueError: As for :func:`bootstrap_interval`.
+    Where all values are 0, or all are 1, or all cases belong to one cluster, the bootstrap gives no
+    width. There it is the Wilson interval with one vote a cluster (for shares between 0 and 1 it
+    errs on the wide side); elsewhere it is :func:`bootstrap_interval`, with the same arguments.
 
     >>> low, high = share_interval([1.0] * 100)
     >>> round(low, 3), high

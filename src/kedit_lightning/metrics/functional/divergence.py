@@ -1,6 +1,7 @@
-"""Whether answers that an edit should not touch are still what the base model says.
+"""How far the edited model's answers differ from the base model's.
 
-These compare with the base model's own answers, right or wrong; they do not ask for correctness.
+The comparison is with the base model's own answers, right or wrong; correctness plays no part.
+Functions of tensors raise a ``ValueError`` for shapes that do not fit.
 """
 
 from __future__ import annotations
@@ -8,11 +9,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kedit_lightning.metrics.functional.teacher_forcing import widened
+
 
 def unchanged_text(base: str, edited: str) -> bool:
     """Whether two generated texts are the same, character by character.
 
-    Nothing is normalised: greedy decoding of an unchanged model repeats itself exactly.
+    Nothing is normalised: greedy decoding of an unchanged model is deterministic.
 
     >>> unchanged_text(" Paris.", " Paris."), unchanged_text(" Paris.", " paris.")
     (True, False)
@@ -28,14 +31,11 @@ def unchanged_top1(base_ids: Tensor, edited_ids: Tensor, mask: Tensor) -> Tensor
 
     Args:
         base_ids: Arg-max ids of the base model. Shape ``[rows, tokens]``.
-        edited_ids: Arg-max ids of the edited model. Shape ``[rows, tokens]``.
+        edited_ids: Those of the edited model. Shape ``[rows, tokens]``.
         mask: True at the positions to compare. Shape ``[rows, tokens]``.
 
     Returns:
         Booleans, True for a row without positions. Shape ``[rows]``.
-
-    Raises:
-        ValueError: The shapes differ or are not two-dimensional.
 
     >>> base = torch.tensor([[1, 2, 3], [1, 2, 3]])
     >>> edited = torch.tensor([[1, 2, 9], [1, 9, 3]])
@@ -65,9 +65,6 @@ def kl_divergence(base_log_probs: Tensor, log_probs: Tensor, mask: Tensor) -> Te
     Returns:
         Divergences, NaN for a row without positions. Shape ``[rows]``; at least float32.
 
-    Raises:
-        ValueError: The shapes do not fit each other.
-
     >>> base = torch.tensor([[[0.5, 0.5], [0.9, 0.1]]]).log()
     >>> edited = torch.tensor([[[0.25, 0.75], [0.9, 0.1]]]).log()
     >>> mask = torch.tensor([[True, True]])
@@ -85,8 +82,7 @@ def kl_divergence(base_log_probs: Tensor, log_probs: Tensor, mask: Tensor) -> Te
         raise ValueError(
             f"`mask` must be [rows, tokens] = {list(log_probs.shape[:2])}, got {list(mask.shape)}"
         )
-    base = base_log_probs.to(torch.promote_types(base_log_probs.dtype, torch.float32))
-    edited = log_probs.to(torch.promote_types(log_probs.dtype, torch.float32))
+    base, edited = widened(base_log_probs), widened(log_probs)
     weight = base.exp()
     terms = torch.where(weight == 0, 0.0, weight * (base - edited))
     # The sum is never negative in exact arithmetic; rounding may bring it to -1e-8.

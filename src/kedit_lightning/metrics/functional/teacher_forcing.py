@@ -1,7 +1,7 @@
-"""Scores of an answer whose tokens are fed to the model.
+"""Scores of an answer whose tokens are fed to the model (teacher forcing).
 
-Teacher forcing shows the model the right prefix and the right length, so these numbers bound what
-free generation reaches; they are what most papers report.
+The model sees the right prefix and length, so these numbers bound those of free generation from
+above; most papers report them. Each function raises a ``ValueError`` for shapes that do not fit.
 """
 
 from __future__ import annotations
@@ -10,6 +10,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+
+
+def widened(values: Tensor) -> Tensor:
+    """Values in at least float32: half precision is converted, float64 stays."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def _check(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
@@ -31,9 +36,6 @@ def token_match(predicted: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     Returns:
         Shares in ``[0, 1]``, NaN for a row without answer tokens. Shape ``[rows]``.
 
-    Raises:
-        ValueError: The shapes differ or are not two-dimensional.
-
     >>> predicted = torch.tensor([[5, 7, 9], [5, 0, 0]])
     >>> target = torch.tensor([[5, 7, 8], [5, 6, 0]])
     >>> mask = torch.tensor([[True, True, True], [True, True, False]])
@@ -49,7 +51,7 @@ def token_match(predicted: Tensor, target: Tensor, mask: Tensor) -> Tensor:
 def exact_match(predicted: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """Whether every answer token is arg-max, for each row.
 
-    With greedy decoding that is what the model would write, if it also knew where to stop.
+    Greedy decoding then generates the answer, though it may go on after it.
 
     Args:
         predicted: Arg-max ids. Shape ``[rows, tokens]``.
@@ -58,9 +60,6 @@ def exact_match(predicted: Tensor, target: Tensor, mask: Tensor) -> Tensor:
 
     Returns:
         Booleans, False for a row without answer tokens. Shape ``[rows]``.
-
-    Raises:
-        ValueError: The shapes differ or are not two-dimensional.
 
     >>> predicted = torch.tensor([[5, 7, 9], [5, 6, 0]])
     >>> target = torch.tensor([[5, 7, 8], [5, 6, 9]])
@@ -84,9 +83,6 @@ def mean_log_prob(log_probs: Tensor, mask: Tensor) -> Tensor:
     Returns:
         Means, NaN for a row without answer tokens. Shape ``[rows]``; at least float32.
 
-    Raises:
-        ValueError: The shapes differ or are not two-dimensional.
-
     >>> log_probs = torch.tensor([[-1.0, -2.0, 0.0], [-0.5, -1.0, -1.5]])
     >>> mask = torch.tensor([[True, True, False], [True, True, True]])
     >>> mean_log_prob(log_probs, mask).tolist()
@@ -106,16 +102,12 @@ def total_log_prob(log_probs: Tensor, mask: Tensor) -> Tensor:
     Returns:
         Sums. Shape ``[rows]``; at least float32.
 
-    Raises:
-        ValueError: The shapes differ or are not two-dimensional.
-
     >>> total_log_prob(torch.tensor([[-1.0, -2.0, -9.0]]), torch.tensor([[1, 1, 0]])).tolist()
     [-3.0]
     """
     _check("log_probs", log_probs, "mask", mask)
-    wide = log_probs.to(torch.promote_types(log_probs.dtype, torch.float32))
     # Not a product with the mask: a padding position may hold -inf.
-    return wide.masked_fill(~mask.bool(), 0.0).sum(dim=1)
+    return widened(log_probs).masked_fill(~mask.bool(), 0.0).sum(dim=1)
 
 
 def prefers(
@@ -127,11 +119,10 @@ def prefers(
 ) -> Tensor:
     """Whether the new answer is more likely than the old one, ``P(new) > P(old)``, for each row.
 
-    Answers of unequal length make the comparison depend on how tokens are pooled. ``mean``
-    compares mean log-probabilities a token, as the released code of ROME and MEMIT does for its
-    efficacy, paraphrase and neighbourhood scores; ``total`` compares the probabilities of whole
-    answers, as the formula in the papers reads, and favours the shorter one. A tie is not a
-    preference.
+    For answers of unequal length the reduction matters. ``mean`` compares mean log-probabilities a
+    token, as the released code of ROME and MEMIT does for efficacy, paraphrase and neighbourhood;
+    ``total`` compares the probabilities of whole answers, as the papers' formula reads, and favours
+    the shorter one. A tie is not a preference.
 
     Args:
         new_log_probs: Log-probabilities of the new answer's tokens. Shape ``[rows, new_tokens]``.
@@ -142,9 +133,6 @@ def prefers(
 
     Returns:
         Booleans. Shape ``[rows]``.
-
-    Raises:
-        ValueError: A mask does not fit its log-probabilities, or the rows differ in number.
 
     >>> new, old = torch.tensor([[-0.6, -0.6]]), torch.tensor([[-1.0]])
     >>> prefers(new, old).tolist(), prefers(new, old, reduction="total").tolist()

@@ -1,7 +1,7 @@
-"""Scores of text that the model wrote on its own and ended on its own.
+"""Scores of free generations, which the model begins and ends on its own.
 
-No tokens of the answer are shown and nothing is cut at the answer's length, so a model that runs
-on, or says the answer only to take it back, does not score.
+Nothing is cut at the answer's length, so a model that does not stop after the answer, or negates
+it, does not score.
 """
 
 from __future__ import annotations
@@ -82,12 +82,11 @@ def generation_exact(text: str, answers: Sequence[str]) -> bool:
     """Whether a generation is one of the answers and then stops.
 
     The first line of ``text`` up to the end of a sentence must equal an answer after
-    :func:`normalise_answer`. Any full stop before a space may be that end, so answers that hold
-    full stops themselves are found; after an answer that ends in a full stop the next word must
-    not continue in lower case.
+    :func:`normalise_answer`. Any full stop before a space may be that end, as answers may hold full
+    stops; after an answer that ends in one the next word must not continue in lower case.
 
     Args:
-        text: What the model wrote after the prompt, up to its own stop.
+        text: The generation, up to the model's own stop.
         answers: Accepted answers.
 
     >>> generation_exact(" Paris. It is", ["Paris"]), generation_exact("Paris is big", ["Paris"])
@@ -137,7 +136,7 @@ def generation_contains(text: str, answers: Sequence[str]) -> bool:
     Rome" does not count, and irony does.
 
     Args:
-        text: What the model wrote after the prompt, up to its own stop.
+        text: The generation, up to the model's own stop.
         answers: Accepted answers.
 
     >>> generation_contains("It is in the city of Rome, Italy.", ["Rome"])
@@ -193,9 +192,8 @@ def ngram_entropy(text: str) -> float:
     """Fluency: weighted entropy of the bigrams and trigrams of a text, in bits.
 
     The mean of 2/3 times the bigram and 4/3 times the trigram entropy. Repetitive text scores low.
-    Words are split by a rule of our own (a word with its apostrophes, or one mark), not by nltk's
-    tokenizer, so values differ slightly from published ones. The score grows with length: compare
-    texts of equal length only. Text of one word gives 0.
+    Words are split by a rule (a word with its apostrophes, or one mark), not by nltk's tokenizer,
+    so values differ slightly from published ones. Compare texts of equal length only.
 
     >>> round(ngram_entropy("the tower stands in the city of Rome"), 4)
     2.6591

@@ -1,1 +1,1 @@
-"""Metrics over cases."""
+"""The metrics: means over cases, a module a group of scores."""

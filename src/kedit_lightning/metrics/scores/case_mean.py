@@ -1,14 +1,13 @@
-"""Metrics over cases, with confidence intervals.
+"""Means over cases, with confidence intervals.
 
-A case is one example of a benchmark at one stage. It counts once, however many prompts it holds,
+A case is one example of a benchmark at one stage. It counts once, however many probes it holds,
 and cases about one subject form a cluster.
 """
 
 from __future__ import annotations
 
 import hashlib
-from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -19,17 +18,14 @@ from torchmetrics.utilities import dim_zero_cat
 from kedit_lightning.errors import InvalidRequestError
 from kedit_lightning.metrics.example_record import ProbeRecord
 from kedit_lightning.metrics.functional.bootstrap import bootstrap_interval, share_interval
-from kedit_lightning.metrics.functional.divergence import unchanged_text
-from kedit_lightning.metrics.functional.text_match import generation_contains, generation_exact
+from kedit_lightning.metrics.measurement import Measurement
+from kedit_lightning.requests import ProbeKind
 
 _NO_NAME = -1
 
 
 def name_id(name: str | None) -> int:
-    """A number for a name, the same on every machine and in every process.
-
-    Args:
-        name: Name of a case or subject; ``None`` gives -1, which equals no other.
+    """Hash of the name of a case or subject, equal in all processes; -1 for ``None``.
 
     >>> name_id("Eiffel Tower") == name_id("Eiffel Tower"), name_id(None)
     (True, -1)
@@ -51,9 +47,9 @@ class Cases(NamedTuple):
 class CaseMean(Metric):
     """Mean over cases, with a bootstrap interval over clusters of cases.
 
-    As input to ``update`` the metric accepts one value a case, and optionally one cluster id and
-    one case id a case (see :func:`name_id`; -1 for none). As output of ``compute`` it returns the
-    mean, a scalar tensor; ``interval`` returns the bounds of its confidence interval.
+    ``update`` takes one value a case, and optionally its cluster id and its case id (see
+    :func:`name_id`; -1 for none). ``compute`` returns the mean, a scalar tensor, and ``interval``
+    the bounds of its confidence interval.
 
     Args:
         level: Coverage of the interval.
@@ -70,7 +66,7 @@ class CaseMean(Metric):
     is_differentiable = False
     higher_is_better: bool | None = True
     full_state_update = False
-    # Whether values are shares in [0, 1], whose interval is honest at the borders.
+    # Whether values are shares in [0, 1], whose interval is that of `share_interval`.
     is_share: ClassVar[bool] = False
 
     # Rows of value bits, cluster, case. Integers, because a precision plugin that casts a module
@@ -98,9 +94,6 @@ class CaseMean(Metric):
             values: One value a case. Shape ``[cases]``.
             clusters: Cluster ids; a case without one is a cluster of its own. Shape ``[cases]``.
             cases: Ids of the cases. Shape ``[cases]``.
-
-        Raises:
-            ValueError: The three differ in length.
         """
         numbers = torch.as_tensor(values, dtype=torch.float64, device="cpu").detach().reshape(-1)
         columns = [numbers.view(torch.int64)]
@@ -121,7 +114,7 @@ class CaseMean(Metric):
             self.rows = [torch.cat(self.rows)]
 
     def sync(self, *args: Any, **kwargs: Any) -> None:
-        """Gather the cases of all processes; one without any takes part with an empty table."""
+        """Gather the cases of all processes; one without any contributes an empty table."""
         if isinstance(self.rows, list) and not self.rows:
             self.rows.append(torch.zeros(0, 3, dtype=torch.int64, device=self.device))
         super().sync(*args, **kwargs)
@@ -166,199 +159,32 @@ class CaseMean(Metric):
         return bounds(values, clusters, self.level, self.resamples, self.seed)
 
     def extras(self, values: Tensor) -> dict[str, float]:
-        """Further numbers that describe the values, by name.
-
-        Args:
-            values: Values of all cases. Shape ``[cases]``.
-        """
+        """Further statistics of the values ``[cases]`` of all cases, by name."""
         return {}
 
 
 class ProbeMean(CaseMean):
-    """Mean over cases of a score that is read from the records of probes."""
+    """Mean over cases of a score that is computed from the records of probes.
 
+    A subclass names its result, the kinds of probe it scores and the measurements it reads. Where
+    the score is not the value of its first measurement after the edit, it overrides :meth:`read`.
+    """
+
+    #: Last part of the result key, as in ``rewrite/tf_tok``.
     name: ClassVar[str]
+    #: Kinds of probe that are scored.
+    kinds: ClassVar[tuple[ProbeKind, ...]]
+    #: Measurements that the score reads; the reader measures them.
+    measurements: ClassVar[tuple[Measurement, ...]]
 
-    @staticmethod
-    @abstractmethod
-    def read(probe: ProbeRecord) -> float | None:
-        """Score of one probe, ``None`` where the record does not hold what it needs."""
+    @classmethod
+    def read(cls, probe: ProbeRecord) -> float | None:
+        """Score of one probe from its record, ``None`` where its measurements are missing."""
+        value = cls.measurements[0].of(probe["after"])
+        return None if value is None else float(value)
 
     @classmethod
     def case_value(cls, probes: Iterable[ProbeRecord]) -> float | None:
         """Mean score of a case's probes, ``None`` if none of them has one."""
         scores = [score for score in map(cls.read, probes) if score is not None]
         return sum(scores) / len(scores) if scores else None
-
-
-class TokenMatch(ProbeMean):
-    """Share of the answer's tokens that are arg-max, teacher-forced."""
-
-    name = "tf_tok"
-    is_share = True
-
-    @staticmethod
-    def read(probe: ProbeRecord) -> float | None:
-        """The reading after the edit."""
-        return probe["after"].get("tf_tok")
-
-
-class ExactMatch(ProbeMean):
-    """Share of probes whose answer tokens are all arg-max, for any accepted answer."""
-
-    name = "tf_all"
-    is_share = True
-
-    @staticmethod
-    def read(probe: ProbeRecord) -> float | None:
-        """1 or 0, after the edit."""
-        right = probe["after"].get("tf_all")
-        return None if right is None else float(right)
-
-
-class ProbabilityPreference(ProbeMean):
-    """Share of probes whose answer is more likely than the contrast, by mean a token."""
-
-    name = "p_new_gt_old"
-    is_share = True
-
-    @staticmethod
-    def read(probe: ProbeRecord) -> float | None:
-        """1 or 0 after the edit; a tie is 0."""
-        new, old = probe["after"].get("log_prob"), probe["after"].get("contrast_log_prob")
-        return None if new is None or old is None else float(new > old)
-
-
-def _judge(probe: ProbeRecord, judge: Callable[[str, Sequence[str]], bool]) -> float | None:
-    """What a judge says of the free answer after the edit; ``None`` where there is none."""
-    text = probe["after"].get("text")
-    if text is None or not probe["answers"]:
-        return None
-    return float(judge(text, probe["answers"]))
-
-
-class GenerationExact(ProbeMean):
-    """Share of probes whose free generation is an accepted answer and then stops."""
-
-    name = "gen_em"
-    is_share = True
-
-    @staticmethod
-    def read(probe: ProbeRecord) -> float | None:
-        """1 or 0, after the edit."""
-        return _judge(probe, generation_exact)
-
-
-class GenerationContains(ProbeMean):
-    """Share of probes whose free generation states an accepted answer."""
-
-    name = "gen_contains"
-    is_share = True
-
-    @staticmethod
-    def read(probe: ProbeRecord) -> float | None:
-        """1 or 0, after the edit."""
-        return _judge(probe, generation_contains)
-
-
-class Inflation(ProbeMean):
-    """How far teacher forcing flatters: token match minus exact generation."""
-
-    name = "inflation"
-    higher_is_better = False
-
-    @staticmethod
-    def read(probe: ProbeRecord) -> float | None:
-        """Difference of the two scores, after the edit."""
-        forced, free = TokenMatch.read(probe), GenerationExact.read(probe)
-        return None if forced is None or free is None else forced - free
-
-
-class UnchangedText(ProbeMean):
-    """Share of probes to which the edited model writes what the base model writes."""
-
-    name = "keep_text"
-    is_share = True
-
-    @staticmethod
-    def read(probe: ProbeRecord) -> float | None:
-        """1 or 0: the text after the edit equals the base model's."""
-        base, after = probe["base"].get("text"), probe["after"].get("text")
-        return None if base is None or after is None else float(unchanged_text(base, after))
-
-
-class UnchangedTop1(ProbeMean):
-    """Share of probes whose arg-max is the base model's at every position."""
-
-    name = "keep_top1"
-    is_share = True
-
-    @staticmethod
-    def read(probe: ProbeRecord) -> float | None:
-        """1 or 0: the arg-max ids after the edit equal the base model's."""
-        base, after = probe["base"].get("top1"), probe["after"].get("top1")
-        return float(base == after) if base and after else None
-
-
-class StillKnown(ProbeMean):
-    """Share of answers still right among those that the base model had right."""
-
-    name = "known"
-    is_share = True
-
-    @staticmethod
-    def read(probe: ProbeRecord) -> float | None:
-        """1 or 0 after the edit where the base model was right, else ``None``."""
-        return ExactMatch.read(probe) if probe["base"].get("tf_all") else None
-
-
-class BaseKL(ProbeMean):
-    """KL divergence from the base model, mean over positions, in nats."""
-
-    name = "kl"
-    higher_is_better = False
-
-    @staticmethod
-    def read(probe: ProbeRecord) -> float | None:
-        """The reading after the edit."""
-        return probe["after"].get("kl")
-
-    def extras(self, values: Tensor) -> dict[str, float]:
-        """The 95th percentile over cases, where damage shows that a mean hides.
-
-        Args:
-            values: Values of all cases. Shape ``[cases]``.
-        """
-        return {"p95": torch.quantile(values, 0.95).item()}
-
-
-class CostMean(CaseMean):
-    """Mean cost of an edit, such as seconds or bytes; median and 95th percentile beside it.
-
-    >>> cost = CostMean()
-    >>> cost.update([1.0, 2.0, 3.0, 10.0])
-    >>> cost.compute(), cost.extras(cost.cases().values)["median"]
-    (tensor(4.), 2.5)
-    """
-
-    higher_is_better = False
-
-    def extras(self, values: Tensor) -> dict[str, float]:
-        """Median and 95th percentile over cases.
-
-        Args:
-            values: Values of all cases. Shape ``[cases]``.
-        """
-        half, high = torch.quantile(values, torch.tensor([0.5, 0.95], dtype=values.dtype)).tolist()
-        return {"median": half, "p95": high}
-
-
-ANSWER_SCORES: tuple[type[ProbeMean], ...] = (
-    TokenMatch,
-    ExactMatch,
-    ProbabilityPreference,
-    GenerationExact,
-    GenerationContains,
-    Inflation,
-)
-LOCALITY_SCORES: tuple[type[ProbeMean], ...] = (UnchangedText, UnchangedTop1, BaseKL, StillKnown)

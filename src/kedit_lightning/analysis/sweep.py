@@ -1,0 +1,102 @@
+"""Sweep over layers: which layer of a base model a method edits best."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from kedit_lightning.benchmark import Protocol, ProtocolRunner
+from kedit_lightning.benchmark.quality import judged
+from kedit_lightning.benchmark.run_context import run_seed
+from kedit_lightning.data.dataloader import chunks
+from kedit_lightning.errors import NonFiniteError, UnsupportedUseError
+from kedit_lightning.metrics import ExampleRecord
+from kedit_lightning.requests import EditExample
+from kedit_lightning.runs.results import summary_of
+
+
+def sweep_layers(
+    method: Any,
+    examples: Sequence[EditExample],
+    protocol: Protocol,
+    dataset: str = "",
+    layers: Sequence[int] | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Score a method at one layer after another, its other settings unchanged.
+
+    Args:
+        method: A method with the setting ``layer`` or ``layers``, its base model loaded.
+        examples: Examples that are edited and scored at each layer.
+        protocol: How edits are applied and scored.
+        dataset: Hash of the data, under which base-model answers are cached.
+        layers: Layers, counted from 0; all with a dense MLP if not given.
+
+    Yields:
+        For each layer its number as ``layer``, and the result of :func:`measure`.
+
+    Raises:
+        UnsupportedUseError: The method has learned weights, which belong to its own layers.
+        ModuleNotLocatedError: There is no such layer.
+    """
+    if any(tensor.numel() for tensor in method.state_dict().values()):
+        raise UnsupportedUseError(
+            f"what {type(method).__name__} has learned belongs to its own layers, so "
+            "LayerSweep cannot move it to others; fit it anew for each choice of layers"
+        )
+    layout = method.base.layout
+    layers = list(dict.fromkeys(layout.dense_layers if layers is None else layers))
+    for layer in layers:
+        layout.block(layer)  # one that does not exist is refused before any work
+    for layer in layers:
+        scores = measure(at_layer(method, layer), examples, protocol, dataset)
+        yield {"layer": layer, **scores}
+
+
+def at_layer(method: Any, layer: int) -> Any:
+    """A method of the same class and settings, ``layer`` or ``layers`` aside."""
+    settings = {key: value for key, value in method.hparams.items() if not key.startswith("_")}
+    settings |= {"layer": layer} if "layer" in settings else {"layers": [layer]}
+    return type(method)(base_model=method.base, **settings)
+
+
+def measure(
+    method: Any, examples: Sequence[EditExample], protocol: Protocol, dataset: str = ""
+) -> dict[str, Any]:
+    """Score a method on examples, as :func:`sweep_layers` does; the stack is restored afterwards.
+
+    Returns:
+        The scores of :func:`judged` with their harmonic mean as ``score``, and all scores with
+        intervals as ``scores``; or the ``error`` of a method that computed non-finite values.
+    """
+    runner = ProtocolRunner(
+        method.base,
+        method.edit,
+        protocol,
+        dataset=dataset,
+        seed=run_seed(),
+        edit_each=method.edit_each,
+    )
+    parts = chunks(examples, protocol.chunk_size)
+    records: list[ExampleRecord] = []
+    try:
+        for index, part in enumerate(parts):
+            chunk = runner.chunk(part, index, last=index + 1 == len(parts))
+            records += [scored.record for scored in chunk]
+        records += [scored.record for scored in runner.finish()]
+    except NonFiniteError as error:  # this layer cannot be edited; the others may be
+        return {"error": str(error)}
+    finally:
+        runner.close()
+    scores = summary_of(records, protocol)["scores"]
+    means = {key: entry["mean"] for key, entry in scores.items()}
+    return {**judged(means), "scores": scores}
+
+
+def best_layer(entries: Sequence[dict[str, Any]]) -> int | None:
+    """The layer with the highest score in a sweep, the first of several; ``None`` without scores.
+
+    >>> best_layer([{"layer": 0, "score": 0.5}, {"layer": 1, "score": 0.7}, {"layer": 2}])
+    1
+    """
+    scored = [entry for entry in entries if entry.get("score") is not None]
+    return max(scored, key=lambda entry: entry["score"])["layer"] if scored else None

@@ -1,0 +1,121 @@
+"""Measurements of a probe: one plain value each, computed from the logits of a forward pass.
+
+A metric declares the measurements it reads and the kinds of probe it scores; the reader measures
+the union of what all metrics declare. Several measurements of one source share a forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, TypeAlias
+
+from torch import Tensor
+
+from kedit_lightning.metrics.functional.divergence import kl_divergence
+from kedit_lightning.metrics.functional.teacher_forcing import (
+    exact_match,
+    mean_log_prob,
+    token_match,
+)
+from kedit_lightning.requests import ProbeKind
+
+#: A value as JSON holds it.
+Value: TypeAlias = float | bool | str | list[int] | list[float] | None
+#: The tokens that are fed to the model: the preferred ``answer``; each of the accepted ``answers``,
+#: of which the largest value counts; the ``contrast``; or the base model's own greedy
+#: ``continuation`` of the prompt. ``text`` is a free generation.
+Source: TypeAlias = Literal["answer", "answers", "contrast", "continuation", "text"]
+
+
+@dataclass(frozen=True)
+class ForwardPass:
+    """Logits of one teacher-forced pass, in at least float32.
+
+    ``base_logits`` are those of the unedited model on the same rows, for the source
+    ``continuation``; ``None`` where the model itself is unedited.
+    """
+
+    logits: Tensor  # that predict the fed tokens, [rows, tokens, vocab]
+    ids: Tensor  # fed tokens, [rows, tokens]
+    mask: Tensor  # True where `ids` holds a token, False on padding, [rows, tokens]
+    base_logits: Tensor | None = None  # [rows, tokens, vocab]
+
+    @cached_property
+    def predicted(self) -> Tensor:
+        """Arg-max ids. Shape ``[rows, tokens]``."""
+        return self.logits.argmax(-1)
+
+    @cached_property
+    def log_probs(self) -> Tensor:
+        """Log-probabilities. Shape ``[rows, tokens, vocab]``."""
+        return self.logits.log_softmax(-1)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One plain value of a probe, measured on one state of the model.
+
+    Args:
+        name: Key of the value in records (``probe["after"][name]``). A measurement that is
+            computed differently needs another name: base-model values are cached under it.
+        source: The tokens of the forward pass that it is computed from.
+        compute: Function from a forward pass to one value a row; unused for the source ``text``.
+    """
+
+    name: str
+    source: Source
+    compute: Callable[[ForwardPass], Sequence[Value]] = lambda forward: []
+
+    def of(self, reading: Mapping[str, object]) -> Any:
+        """The value in a reading, such as ``probe["after"]``; ``None`` where it has none."""
+        return reading.get(self.name)
+
+
+def _log_prob(forward: ForwardPass) -> Any:
+    fed = forward.log_probs.gather(-1, forward.ids[..., None])[..., 0]
+    return mean_log_prob(fed, forward.mask).tolist()
+
+
+def _top1(forward: ForwardPass) -> Any:
+    rows = zip(forward.predicted, forward.mask, strict=True)
+    return [ids[mask].tolist() for ids, mask in rows]
+
+
+def _kl(forward: ForwardPass) -> Any:
+    if forward.base_logits is None:
+        return [0.0] * len(forward.logits)
+    base = forward.base_logits.log_softmax(-1)
+    return kl_divergence(base, forward.log_probs, forward.mask).tolist()
+
+
+#: Share of the preferred answer's tokens that are arg-max.
+TF_TOK = Measurement("tf_tok", "answer", lambda f: token_match(f.predicted, f.ids, f.mask).tolist())
+#: Whether every token of an accepted answer is arg-max.
+TF_ALL = Measurement(
+    "tf_all", "answers", lambda f: exact_match(f.predicted, f.ids, f.mask).tolist()
+)
+#: Mean log-probability of the tokens of the preferred answer, and of the contrast.
+LOG_PROB = Measurement("log_prob", "answer", _log_prob)
+CONTRAST_LOG_PROB = Measurement("contrast_log_prob", "contrast", _log_prob)
+#: Greedy free generation up to the model's own stop, where the protocol generates.
+TEXT = Measurement("text", "text")
+#: Arg-max ids along the base model's continuation, or (for EasyEdit) along the preferred answer.
+TOP1 = Measurement("top1", "continuation", _top1)
+ANSWER_TOP1 = Measurement("top1", "answer", _top1)
+#: KL divergence from the base model along its continuation, mean over positions, in nats.
+KL = Measurement("kl", "continuation", _kl)
+
+#: Measured of every probe under every scoring.
+RECORDED = (TF_TOK, TF_ALL, LOG_PROB, CONTRAST_LOG_PROB, TEXT)
+
+
+def built_in(kind: ProbeKind) -> tuple[str, ...]:
+    """Names of the measurements that this package's own metrics read of a kind of probe.
+
+    >>> built_in("locality")[-2:]
+    ('top1', 'kl')
+    """
+    measurements = (*RECORDED, TOP1, KL) if kind == "locality" else RECORDED
+    return tuple(measurement.name for measurement in measurements)

@@ -1,0 +1,103 @@
+"""Efficacy, generalisation and portability: answers after the edit, forced and generated."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+
+from kedit_lightning.metrics.example_record import ProbeRecord
+from kedit_lightning.metrics.functional.text_match import generation_contains, generation_exact
+from kedit_lightning.metrics.measurement import CONTRAST_LOG_PROB, LOG_PROB, TEXT, TF_ALL, TF_TOK
+from kedit_lightning.metrics.scores.case_mean import ProbeMean
+
+
+class AnswerMean(ProbeMean):
+    """Mean over cases of a score of probes that have a right answer after the edit."""
+
+    kinds = ("rewrite", "rephrase", "portability")
+
+
+class TokenMatch(AnswerMean):
+    """Share of the answer's tokens that are arg-max, teacher-forced."""
+
+    name = "tf_tok"
+    measurements = (TF_TOK,)
+    is_share = True
+
+
+class ExactMatch(AnswerMean):
+    """Share of probes of which an accepted answer's tokens are all arg-max, teacher-forced."""
+
+    name = "tf_all"
+    measurements = (TF_ALL,)
+    is_share = True
+
+
+class ProbabilityPreference(AnswerMean):
+    """Share of probes whose answer is more likely than the contrast, by mean a token."""
+
+    name = "p_new_gt_old"
+    measurements = (LOG_PROB, CONTRAST_LOG_PROB)
+    is_share = True
+
+    @classmethod
+    def read(cls, probe: ProbeRecord) -> float | None:
+        """1 or 0 after the edit; a tie is 0."""
+        new, old = LOG_PROB.of(probe["after"]), CONTRAST_LOG_PROB.of(probe["after"])
+        return None if new is None or old is None else float(new > old)
+
+
+class GenerationMean(AnswerMean):
+    """Share of probes whose free generation matches an accepted answer."""
+
+    measurements = (TEXT,)
+    is_share = True
+
+    @staticmethod
+    @abstractmethod
+    def match(text: str, answers: Sequence[str]) -> bool:
+        """Whether a text matches one of the answers."""
+
+    @classmethod
+    def read(cls, probe: ProbeRecord) -> float | None:
+        """1 or 0 after the edit, ``None`` without a generation or without answers."""
+        text, answers = TEXT.of(probe["after"]), probe["answers"]
+        return None if text is None or not answers else float(cls.match(text, answers))
+
+
+class GenerationExact(GenerationMean):
+    """Share of probes whose free generation is an accepted answer and then stops."""
+
+    name = "gen_em"
+    match = staticmethod(generation_exact)
+
+
+class GenerationContains(GenerationMean):
+    """Share of probes whose free generation states an accepted answer."""
+
+    name = "gen_contains"
+    match = staticmethod(generation_contains)
+
+
+class Inflation(AnswerMean):
+    """How far teacher forcing flatters: token match minus exact generation."""
+
+    name = "inflation"
+    measurements = (TF_TOK, TEXT)
+    higher_is_better = False
+
+    @classmethod
+    def read(cls, probe: ProbeRecord) -> float | None:
+        """Difference of the two scores, after the edit."""
+        forced, free = TokenMatch.read(probe), GenerationExact.read(probe)
+        return None if forced is None or free is None else forced - free
+
+
+ANSWER_SCORES: tuple[type[ProbeMean], ...] = (
+    TokenMatch,
+    ExactMatch,
+    ProbabilityPreference,
+    GenerationExact,
+    GenerationContains,
+    Inflation,
+)
