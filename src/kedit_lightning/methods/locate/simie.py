@@ -11,8 +11,8 @@ from torch import Tensor
 from kedit_lightning.base_models import BaseModel
 from kedit_lightning.edits import LowRankEdit, memories
 from kedit_lightning.errors import EditOrderError, UnsupportedUseError
-from kedit_lightning.methods.locate.shared.reading import read
-from kedit_lightning.methods.locate.shared.solve import ridge_update, size_prior, with_history
+from kedit_lightning.methods.locate.shared.subject_states import subject_states
+from kedit_lightning.methods.locate.shared.least_squares import ridge_update, size_prior, with_history
 from kedit_lightning.requests import EditRequest
 
 _KEYS = ".keys"
@@ -31,7 +31,7 @@ def subject_keys(
     Returns:
         Shape ``[d_in, n]`` by module.
     """
-    inputs = read(base, modules, requests).inputs
+    inputs = subject_states(base, modules, requests).inputs
     return {name: inputs[name][:, 0].T for name in modules}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kedit_lightning.methods.locate.shared.solve import ridge_update, size_prior
+from kedit_lightning.methods.locate.shared.least_squares import ridge_update, size_prior
 from kedit_lightning.methods.shared.running_moments import Moments
 
 #: A column whose standard deviation is below this share of its mean counts as constant: what is
