@@ -11,8 +11,12 @@ from torch import Tensor
 from kedit_lightning.base_models import BaseModel
 from kedit_lightning.edits import LowRankEdit, memories
 from kedit_lightning.errors import EditOrderError, UnsupportedUseError
+from kedit_lightning.methods.locate.shared.least_squares import (
+    ridge_update,
+    size_prior,
+    with_history,
+)
 from kedit_lightning.methods.locate.shared.subject_states import subject_states
-from kedit_lightning.methods.locate.shared.least_squares import ridge_update, size_prior, with_history
 from kedit_lightning.requests import EditRequest
 
 _KEYS = ".keys"
