@@ -51,7 +51,7 @@ class Alignment:
     def start(self, initial: Tensor) -> Tensor:
         """First changes, ``[n, sites, d_out]``: the direction of ``z``, as long as the key."""
         size = self._keys(len(initial)).to(initial).norm(dim=1)
-        scale = size[:, None] / initial.norm(dim=2).clamp(min=1e-30)
+        scale: Tensor = size[:, None] / initial.norm(dim=2).clamp(min=1e-30)
         return initial * scale[..., None]
 
     def radius(self, size: Tensor) -> Tensor:

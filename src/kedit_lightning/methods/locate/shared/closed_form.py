@@ -1,8 +1,8 @@
 """Base of the methods that optimise values at a located layer and solve for its weights.
 
 A method declares where its values are outputs, the prior of a change, how a residual is spread over
-layers, and which keys count.  What other papers add is an option object beside this module: ways to
-find values (``value_targets``), early stopping, aligned values, history, constraints on weights.
+layers, and which keys count.  What other papers add is an object beside this module: value targets,
+early stopping, alignment, norm anchor, history, weight constraints.
 """
 
 from __future__ import annotations
@@ -20,12 +20,7 @@ from torch import Tensor
 from kedit_lightning.base_models import BaseModel, BaseModelSpec
 from kedit_lightning.edits import Edit, LowRankDelta, memories
 from kedit_lightning.edits.projections import compute_dtype
-from kedit_lightning.methods.locate.shared.closed_form_settings import (
-    ClosedFormSettings,
-    LayerSettings,
-    LayersSettings,
-    Targets,
-)
+from kedit_lightning.methods.locate.shared.closed_form_settings import LocatedSettings, Targets
 from kedit_lightning.methods.locate.shared.contexts import sample_contexts
 from kedit_lightning.methods.locate.shared.covariance_factors import (
     CovarianceFactors,
@@ -47,6 +42,7 @@ from kedit_lightning.methods.locate.shared.locate_defaults import (
 )
 from kedit_lightning.methods.locate.shared.statistics_fit import StatisticsFit
 from kedit_lightning.methods.locate.shared.subject_states import (
+    Carried,
     SubjectStates,
     SubjectTokens,
     subject_states,
@@ -58,7 +54,7 @@ from kedit_lightning.methods.locate.shared.value_targets import (
     NormAnchor,
 )
 from kedit_lightning.methods.locate.shared.weight_constraints import WeightConstraints
-from kedit_lightning.methods.method import Capabilities, EditMethod, MethodSettings
+from kedit_lightning.methods.method import Capabilities, EditMethod
 from kedit_lightning.requests import EditRequest
 
 #: Share of the residual that a layer takes, given how many layers are left.
@@ -107,21 +103,17 @@ class ClosedForm(EditMethod):
 
     needs = frozenset({"subject"})
     can = Capabilities(adapter=True, weights=True)
-    _stand_in: torch.nn.Parameter | None
     learns = "second moments of the keys of every layer, from plain text"
-    settings_type: ClassVar[type[MethodSettings]] = ClosedFormSettings
-    settings: LayerSettings | LayersSettings
+    settings: LocatedSettings
     published: ClassVar[Mapping[ModelKey, LocateSettings]] = MappingProxyType({})
     #: Settings where the model is in no table.
     otherwise: ClassVar[LocateSettings] = LocateSettings()
-    #: What values are: outputs of the block, of its MLP, or of its attention and its MLP.
     site_of_values: ClassVar[SiteOfValues] = "block"
     #: Subject tokens whose inputs of the MLP's down projection are the key.
     subject_tokens: ClassVar[SubjectTokens] = "last"
     spread: ClassVar[str] = "linear"
     #: Whether edits keep a history of keys unless told otherwise.
     keeps_history: ClassVar[bool] = False
-    #: Whether the loss of an answer that is the likeliest is weighed down (PMET).
     relaxed: ClassVar[bool] = False
     #: Lengths in tokens of the texts put before prompts; each makes an equal part of them.
     context_lengths: ClassVar[tuple[int, ...]] = (10,)
@@ -157,15 +149,15 @@ class ClosedForm(EditMethod):
         super().__init__(base_model, seed)
         self._solved: dict[tuple[EditRequest, ...], Edit] = {}
         self._fit: StatisticsFit | None = None
+        self._stand_in: torch.nn.Parameter | None = None
         # Statistics are a pass over text without an optimizer.
         self.automatic_optimization = False
-        self.register_parameter("_stand_in", None)
 
     @cached_property
     def context_texts(self) -> tuple[str, ...]:
         """Context prefixes that the base model wrote once for this method object."""
-        settings = self.settings
-        return sample_contexts(self.base, settings.contexts, settings.seed, self.context_lengths)
+        count, seed = self.settings.contexts, self.settings.seed
+        return sample_contexts(self.base, count, seed, self.context_lengths)
 
     @cached_property
     def covariances(self) -> CovarianceFactors:
@@ -184,11 +176,10 @@ class ClosedForm(EditMethod):
         used = given.over(self.published.get(model_key(self.base), self.otherwise))
         default = VALUE_TARGETS[given.targets].default_layers
         layers = given.chosen_layers or default(used.layers or self.default_layers())
-        for layer in layers:
-            layout.block(layer)  # refuses one that does not exist
-        # In the order they run, each once.
-        self.layers = tuple(sorted({layer % len(layout) for layer in layers}))
-        self.edited = tuple(layout.block(layer).down for layer in self.layers)
+        # Each once, in the order they run; ``block`` refuses one that does not exist.
+        modules = {layer % len(layout): layout.block(layer).down for layer in layers}
+        self.layers = tuple(sorted(modules))
+        self.edited = tuple(modules[layer] for layer in self.layers)
         if self.site_of_values == "block":
             with self.base.edits.suspended():
                 for layer in self.layers:
@@ -205,7 +196,7 @@ class ClosedForm(EditMethod):
         """Where the values of a layer are outputs."""
         return Site.of(self.base.layout, layer, self.site_of_values)
 
-    # ---- what a method declares
+    # ---- the method's own part
 
     def prior(self, layer: int) -> Prior:
         """The cost of a change of a layer, without the history of earlier edits."""
@@ -265,51 +256,41 @@ class ClosedForm(EditMethod):
                 residuals = values.residuals(layer, carried)
                 states = self._states([module], batch.requests, carried)
             share = self._share(layer) if values.spreads else 1.0
-            residuals = residuals * share / self._gain(layer, values.site(layer))
+            inside, path = values.site(layer).inside, self.base.layout.write_path
+            residuals = residuals * share / (1.0 if inside else path(layer).gain)
             prior = self._prior_with_history(layer, module)
             for changes, part in zip(batch.changes, batch.parts, strict=True):
                 delta = self.update(module, states.part(part), residuals[part], prior)
                 changes.append(self.constraints.edit(self.base, module, delta))
+            del prior  # wide layers have large ones
         self._remember(batch, values.anchor)
-        notes = {"statistics": self.covariances.note, "layers": list(self.edited)}
+        notes: dict[str, Any] = {"statistics": self.covariances.note, "layers": [*self.edited]}
         return batch.edits(partial(self.origin, **notes))
 
     def layer_values(self, requests: Sequence[EditRequest]) -> LastLayerValues:
         """Values of requests at the edited layers, optimised when first needed."""
+
+        def mean_keys(module: str) -> Tensor:
+            return self.mean_keys(self._states([module], requests).inputs[module])
+
         return VALUE_TARGETS[self.settings.targets](
             self.base,
             requests,
             {layer: self.site(layer) for layer in self.layers},
             self.context_texts,
             self.locate,
-            (lambda name: self._keys([name], requests)[name]) if self.settings.aligned else None,
+            mean_keys if self.settings.aligned else None,
             NormAnchor(self._memories()) if self.settings.norm_anchor else None,
         )
 
     def _states(
-        self,
-        modules: Sequence[str],
-        requests: Sequence[EditRequest],
-        carried: Sequence[Edit | None] | None = None,
+        self, modules: Sequence[str], requests: Sequence[EditRequest], carried: Carried = None
     ) -> SubjectStates:
         tokens, contexts = self.subject_tokens, self.context_texts
         return subject_states(self.base, modules, requests, contexts, carried, tokens=tokens)
 
-    def _keys(
-        self,
-        modules: Sequence[str],
-        requests: Sequence[EditRequest],
-        carried: Sequence[Edit | None] | None = None,
-    ) -> dict[str, Tensor]:
-        """Mean keys of requests, ``[n, d_in]`` by module."""
-        inputs = self._states(modules, requests, carried).inputs
-        return {name: self.mean_keys(inputs[name]) for name in modules}
-
     def _share(self, layer: int) -> float:
         return SPREADS[self.spread](len(self.layers) - self.layers.index(layer))
-
-    def _gain(self, layer: int, site: Site) -> float:
-        return 1.0 if site.inside else self.base.layout.write_path(layer).gain
 
     def _prior_with_history(self, layer: int, module: str) -> Prior:
         prior, name = self.prior(layer), f"{module}.keys"
@@ -325,9 +306,10 @@ class ClosedForm(EditMethod):
         """Give edits their memory: keys as they are now, and norms of values without an anchor."""
         if self.settings.history:
             with batch.in_force() as carried:
-                keys = self._keys(self.edited, batch.requests, carried)
+                inputs = self._states(self.edited, batch.requests, carried).inputs
             for module in self.edited:
-                batch.remember(f"{module}.keys", keys[module].T.to(compute_dtype(self.base.dtype)))
+                keys = self.mean_keys(inputs[module]).to(compute_dtype(self.base.dtype))
+                batch.remember(f"{module}.keys", keys.T)
         for name, norms in anchor.memory.items() if anchor else ():
             batch.remember(name, norms)
 
@@ -346,7 +328,8 @@ class ClosedForm(EditMethod):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
         """End the pass once it has read enough."""
-        return -1 if self._fit is not None and self._fit.has_enough(batch_idx) else None
+        assert self._fit is not None
+        return -1 if self._fit.has_enough(batch_idx) else None
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """Add the keys of a batch of texts."""

@@ -86,3 +86,7 @@ class LayersSettings(ClosedFormSettings):
     def at_layers(self, layers: tuple[int, ...]) -> Self:
         """The same settings at the layers that are edited."""
         return replace(self, layers=list(layers))
+
+
+#: Settings of the two kinds of methods, with :attr:`chosen_layers` and :meth:`at_layers`.
+LocatedSettings: TypeAlias = LayerSettings | LayersSettings

@@ -24,23 +24,20 @@ from kedit_lightning.statistics import (
 #: packaged text, ``required`` refuses to fall back, ``identity`` takes the identity matrix.
 StatisticsMode: TypeAlias = Literal["auto", "required", "identity"]
 
+#: A matrix with the number that belongs to it.
+Factor: TypeAlias = tuple[Tensor, float]
 #: The cache keeps matrices of several layers up to this many bytes.
 _CACHE_BYTES = 32 << 20
 
 
 class FactorCache:
-    """Keeps the factors of all layers while they are small, else those of the last layer alone.
-
-    So a loop over layers never holds the matrices of two wide ones.
-    """
+    """Keeps the factors of all layers while they are small, else those of one layer alone."""
 
     def __init__(self) -> None:
-        self._factors: dict[Hashable, tuple[Tensor, float]] = {}
+        self._factors: dict[Hashable, Factor] = {}
 
-    def get(
-        self, key: Hashable, compute: Callable[[], tuple[Tensor, float]]
-    ) -> tuple[Tensor, float]:
-        """The matrix of a key with its number, computed unless the cache has it."""
+    def get(self, key: Hashable, compute: Callable[[], Factor]) -> Factor:
+        """The factor of a key, computed unless the cache has it."""
         if key not in self._factors:
             if sum(matrix.nbytes for matrix, _ in self._factors.values()) > _CACHE_BYTES:
                 self._factors.clear()
@@ -68,16 +65,9 @@ class CovarianceFactors:
         self._cache = FactorCache()
 
     def cholesky(self, module: str, ridge: float = 0.0) -> Tensor:
-        """Lower Cholesky factor of ``C + ridge · I``.
+        """Lower Cholesky factor of ``C + ridge · I``, ``[d_in, d_in]`` in float64 on the CPU."""
 
-        Returns:
-            Shape ``[d_in, d_in]``, float64, on the CPU.
-
-        Raises:
-            StatisticsNotFoundError: None were collected and the mode is ``required``.
-        """
-
-        def compute() -> tuple[Tensor, float]:
+        def compute() -> Factor:
             moment = self.second_moment(module)
             moment.diagonal().add_(ridge)
             # Decomposed beside the model, where a wide layer takes a fraction of a second.
@@ -85,10 +75,8 @@ class CovarianceFactors:
 
         return self._cache.get(("cholesky", module, ridge), compute)[0]
 
-    def null_space(
-        self, module: str, energy: float, threshold: float | None
-    ) -> tuple[Tensor, float]:
-        """Complement of the null space of the keys of plain text.
+    def null_space(self, module: str, energy: float, threshold: float | None) -> Factor:
+        """Complement of the null space of keys, and their mean squared norm inside it.
 
         Args:
             module: The projection.
@@ -96,17 +84,15 @@ class CovarianceFactors:
             threshold: Largest eigenvalue inside the null space, instead of a share.
 
         Returns:
-            Orthonormal basis of the directions outside the null space, ``[d_in, r]`` in float64,
-            and the mean squared norm of the keys inside it.
+            Orthonormal basis of the complement, ``[d_in, r]`` in float64, and the norm.
 
         Raises:
-            StatisticsNotFoundError: None were collected and the mode is ``required``.
             UnsupportedUseError: The null space holds nothing of the keys.
         """
         if self.mode == "identity":  # nothing is known of the keys
             return self.second_moment(module)[:, :0], 1.0
 
-        def compute() -> tuple[Tensor, float]:
+        def compute() -> Factor:
             basis, values = main_directions(self.second_moment(module), energy, threshold)
             inside = float(values[: len(values) - basis.shape[1]].sum())
             if inside <= 0:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kedit_lightning.base_models import BaseModel
 from kedit_lightning.edits import CompositeEdit, DenseEdit, Edit, EditOrigin, LowRankEdit
+from kedit_lightning.methods.locate.shared.subject_states import Carried
 from kedit_lightning.requests import EditRequest
 
 
@@ -31,11 +32,8 @@ class EditGroups:
         self.memories: list[dict[str, Tensor]] = [{} for _ in groups]
 
     @contextmanager
-    def in_force(self) -> Iterator[list[Edit | None] | None]:
-        """Apply the changes so far: of one group to all rows, of several to the rows of each.
-
-        Gives the edit that each request must carry, or ``None`` where all rows have the same.
-        """
+    def in_force(self) -> Iterator[Carried]:
+        """Apply the changes so far: of one group to all rows, of several to the rows of each."""
         edits = [CompositeEdit(self.base, parts) if parts else None for parts in self.changes]
         if len(edits) > 1 and any(edits):
             yield [e for e, group in zip(edits, self.groups, strict=True) for _ in group]
@@ -52,20 +50,14 @@ class EditGroups:
 
     def edits(self, origin: Callable[[Sequence[EditRequest]], EditOrigin]) -> list[Edit]:
         """One edit for each group, with what later edits must know."""
-        numbered = enumerate(self.groups)
-        return [self._joined(number, origin(requests)) for number, requests in numbered]
+        parts = zip(self.groups, self.changes, self.memories, strict=True)
+        return [self._joined(edits, origin(group), memory) for group, edits, memory in parts]
 
-    def _joined(self, number: int, origin: EditOrigin) -> Edit:
-        changes, memory = self.changes[number], self.memories[number]
-        low_rank = [edit.factors for edit in changes if isinstance(edit, LowRankEdit)]
-        dense = [edit.changes for edit in changes if isinstance(edit, DenseEdit)]
-        factors = {name: delta for by_module in low_rank for name, delta in by_module.items()}
+    def _joined(self, edits: list[Edit], origin: EditOrigin, memory: dict[str, Tensor]) -> Edit:
+        factors = {k: v for e in edits if isinstance(e, LowRankEdit) for k, v in e.factors.items()}
+        dense = {k: v for e in edits if isinstance(e, DenseEdit) for k, v in e.changes.items()}
+        low_rank = LowRankEdit(self.base, factors, origin, memory)
         if not dense:
-            return LowRankEdit(self.base, factors, origin, memory)
-        whole = DenseEdit(
-            self.base, {n: c for by_module in dense for n, c in by_module.items()}, origin
-        )
-        if not memory:
-            return whole
-        remembered = LowRankEdit(self.base, {}, origin, memory)
-        return CompositeEdit(self.base, [remembered, whole], origin)
+            return low_rank
+        whole = DenseEdit(self.base, dense, origin)
+        return CompositeEdit(self.base, [low_rank, whole], origin) if memory else whole

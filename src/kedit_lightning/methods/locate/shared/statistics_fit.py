@@ -16,8 +16,7 @@ from kedit_lightning.statistics import KeyCollector, TextPass, save_to_cache
 class StatisticsFit:
     """One pass over text that sums the second moments of the keys of every layer.
 
-    The sums live in the cache alone, so no checkpoint holds any of them.  A pass that was
-    interrupted is continued.
+    The sums live in the cache alone.  A pass that was interrupted is continued.
 
     Args:
         method: The method that is fitted, attached to its trainer.
@@ -40,9 +39,14 @@ class StatisticsFit:
 
     def has_enough(self, batch_idx: int) -> bool:
         """Whether the processes together have read enough, before a batch."""
-        if self._settings.fit_tokens is None and self._settings.fit_error is None:
+        tokens, error = self._settings.fit_tokens, self._settings.fit_error
+        if tokens is None and error is None:
             return False
-        enough = self._pass.is_new(batch_idx) and self._has_read_its_share()
+        # Each judges its share by its own sums.
+        collector, processes = self._collector, self._trainer.world_size
+        enough = tokens is not None and collector.tokens * processes >= tokens
+        enough = enough or (error is not None and collector.is_within(error, processes))
+        enough = enough and self._pass.is_new(batch_idx)
         # Decided together, as Lightning's processes wait for each other at every batch.
         return bool(self._trainer.strategy.reduce_boolean_decision(enough))
 
@@ -86,15 +90,7 @@ class StatisticsFit:
         self._pass.discard()
         self._trainer.should_stop = True
 
-    def _has_read_its_share(self) -> bool:
-        """Whether this process has read enough, judged by its own sums."""
-        processes = self._trainer.world_size
-        tokens, error = self._settings.fit_tokens, self._settings.fit_error
-        if tokens is not None and self._collector.tokens * processes >= tokens:
-            return True
-        return error is not None and self._collector.is_within(error, processes)
-
     def _text_source(self) -> str:
-        datamodule = self._trainer.datamodule
+        datamodule: object = self._trainer.datamodule  # type: ignore[attr-defined]
         source = datamodule.source if isinstance(datamodule, Texts) else {}
         return str(source.get("path") or source.get("hub") or "text")

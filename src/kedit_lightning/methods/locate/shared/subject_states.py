@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from kedit_lightning.base_models import BaseModel, EncodedRow, TokenRows
-from kedit_lightning.base_models.taps import add_at, capture, change_output, stop_after
+from kedit_lightning.base_models.taps import Visit, add_at, capture, stop_after, visiting
 from kedit_lightning.edits import Edit
 from kedit_lightning.edits.projections import compute_dtype
 from kedit_lightning.requests import EditRequest
@@ -20,6 +21,8 @@ from kedit_lightning.requests import EditRequest
 ROWS_PER_PASS = 256
 #: Subject tokens whose inputs are the key: the ``last``, the ``first``, or the mean over ``all``.
 SubjectTokens: TypeAlias = Literal["last", "first", "all"]
+#: An edit for each request that acts on its rows alone; ``None`` where all have the same.
+Carried: TypeAlias = Sequence[Edit | None] | None
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ def subject_states(
     modules: Sequence[str],
     requests: Sequence[EditRequest],
     contexts: Sequence[str] = (),
-    carried: Sequence[Edit | None] | None = None,
+    carried: Carried = None,
     added: tuple[str, Tensor] | None = None,
     tokens: SubjectTokens = "last",
 ) -> SubjectStates:
@@ -75,12 +78,20 @@ def subject_states(
         part = slice(start, start + ROWS_PER_PASS)
         in_force = nullcontext() if edits is None else base.edits.carried(edits[part])
         batch = base.pad(rows[part])
-        with in_force, _adding(base, batch, added, part, len(prefixes)):
-            with capture(base.model, modules) as seen, stop_after(base.model, modules[-1]):
-                base.forward(batch)
-            for name in modules:
-                inputs[name].append(_at_subject(seen.inputs[name], batch, tokens))
-                outputs[name].append(_at_subject(seen.outputs[name], batch, "last"))
+        visits: dict[str, Visit] = {}
+        if added is not None:
+            vectors = added[1].repeat_interleave(len(prefixes), dim=0)[part]
+            visits[added[0]] = partial(_add, batch.subject_end, vectors)
+        with (
+            in_force,
+            visiting(base.model, visits),
+            capture(base.model, modules) as seen,
+            stop_after(base.model, modules[-1]),
+        ):
+            base.forward(batch)
+        for name in modules:
+            inputs[name].append(_at_subject(seen.inputs[name], batch, tokens))
+            outputs[name].append(_at_subject(seen.outputs[name], batch, "last"))
     shape = (len(requests), len(prefixes), -1)
     return SubjectStates(
         {name: torch.cat(parts).reshape(shape) for name, parts in inputs.items()},
@@ -95,6 +106,10 @@ def _encode(base: BaseModel, prefix: str, request: EditRequest) -> EncodedRow:
     return replace(row, prompt=row.prompt[: row.subject_end + 1])
 
 
+def _add(columns: Tensor, vectors: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    return add_at(y, columns, vectors)
+
+
 def _at_subject(states: Tensor, rows: TokenRows, tokens: SubjectTokens) -> Tensor:
     """States at subjects, ``[batch, width]`` from ``[batch, tokens, width]``."""
     if tokens == "all":
@@ -104,16 +119,3 @@ def _at_subject(states: Tensor, rows: TokenRows, tokens: SubjectTokens) -> Tenso
         return subject.sum(1) / mask.sum(1)
     column = rows.subject_end if tokens == "last" else rows.subject_start
     return states[torch.arange(len(rows), device=column.device), column]
-
-
-@contextmanager
-def _adding(
-    base: BaseModel, rows: TokenRows, added: tuple[str, Tensor] | None, part: slice, contexts: int
-) -> Iterator[None]:
-    if added is None:
-        yield
-        return
-    name, vectors = added
-    by_row = vectors.repeat_interleave(contexts, dim=0)[part]
-    with change_output(base.model, name, lambda y: add_at(y, rows.subject_end, by_row)):
-        yield

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -97,21 +97,13 @@ class _Adam:
         return torch.where(active, value - self.lr * mean / (square.sqrt() + 1e-8), value)
 
 
-@dataclass(frozen=True)
-class _PassResult:
-    """Result of a forward pass, by request.
+class _PassResult(NamedTuple):
+    """Result of a forward pass, by request: ``[n]`` each, and ``[n, vocab]``."""
 
-    Args:
-        nll: Mean negative log-likelihood of the answer over contexts. Shape ``[n]``.
-        essence: Log-probabilities after "{subject} is a". Shape ``[n, vocab]``.
-        likeliest: Whether the answer is the likeliest under every context. Shape ``[n]``.
-        distance: Mean distance of contexts in later blocks. Shape ``[n]``.
-    """
-
-    nll: Tensor
-    essence: Tensor
-    likeliest: Tensor
-    distance: Tensor
+    nll: Tensor  # mean negative log-likelihood of the answer over contexts
+    likeliest: Tensor  # whether the answer is the likeliest under every context
+    distance: Tensor  # mean distance of contexts in later blocks
+    essence: Tensor  # log-probabilities after "{subject} is a"
 
 
 class _ForwardPass:
@@ -123,11 +115,8 @@ class _ForwardPass:
         self.base = base
         self.site = site
         self.contexts = len(encoded[0]) - 1
-        self.monitored = (
-            [base.layout.block_name(i) for i in range(site.resumes_at, len(base.layout))]
-            if monitor
-            else []
-        )
+        later = range(site.resumes_at, len(base.layout)) if monitor else ()
+        self.monitored = [base.layout.block_name(block) for block in later]
         rows = [row for request in encoded for row in request]
         self._place(Continuation(base, rows, site.resumes_at), len(encoded))
 
@@ -221,7 +210,7 @@ class EarlyStopping:
 
 
 class ValueOptimizer:
-    """Finds what must be added to outputs at the subject for the new answers to follow.
+    """Optimises the change of outputs at the subject that makes the new answers follow.
 
     Requests are independent: their losses are summed, each has an Adam state of its own, and those
     that are finished drop out, so the result is that of one at a time.  Only the blocks above the

@@ -16,7 +16,7 @@ from kedit_lightning.errors import UnsupportedUseError
 
 @dataclass(frozen=True)
 class WeightConstraints:
-    """Constraints on the update of a weight, in the order they apply.
+    """Constraints on an update, in the order they apply.
 
     Args:
         off_main: Strength of taking the update off the main directions of the weight (SPHERE).
