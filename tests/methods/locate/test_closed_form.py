@@ -9,7 +9,7 @@ from support import FAMILIES, REQUESTS, tiny_base, tiny_model, tiny_tokenizer
 from kedit_lightning import BaseModel, Edit, EditRequest, methods
 from kedit_lightning.base_models.continuation import Continuation, can_resume
 from kedit_lightning.base_models.taps import capture
-from kedit_lightning.edits import DenseEdit
+from kedit_lightning.edits import DenseEdit, LowRankEdit
 from kedit_lightning.errors import EditOrderError, ModuleNotLocatedError, UnsupportedUseError
 from kedit_lightning.methods import EMMET, MEMIT, PMET, RROME, AlphaEdit
 from kedit_lightning.methods.locate.shared.alignment import Alignment
@@ -546,6 +546,47 @@ def test_settings_follow_the_model():
     assert chosen.layers == (2,)
     assert chosen.settings.clamp == 3.0
     assert chosen.settings.steps == 7
+
+
+@pytest.mark.parametrize("name", ["ROME", "RROME", "MEMIT", "PMET", "EMMET", "AlphaEdit"])
+def test_edits_record_the_values_that_were_used(name):
+    base = tiny_base("llama")
+    method = getattr(methods, name)(base, statistics="identity", contexts=0, steps=2)
+    recorded = method.edit(REQUESTS[:1]).origin.settings
+    layers = recorded.get("layers") or [recorded["layer"]]
+    assert layers == list(method.layers)
+    for setting in ("lr", "weight_decay", "clamp", "kl_factor", "preserve"):
+        assert recorded[setting] == getattr(method.locate, setting)
+        assert recorded[setting] is not None
+    assert recorded["steps"] == 2
+    assert recorded["history"] is (name == "AlphaEdit")
+    again = getattr(methods, name)(base, **recorded).edit(REQUESTS[:1])
+    assert all(
+        torch.equal(again.deltas()[n], d) for n, d in method.edit(REQUESTS[:1]).deltas().items()
+    )
+
+
+def test_ultraedit_records_its_projections_and_rate():
+    base = tiny_base("llama")
+    method = methods.UltraEdit(base)
+    with pytest.warns(UserWarning, match="answer tokens so far"):
+        recorded = method.edit(REQUESTS).origin.settings
+    assert recorded["modules"] == list(method.projections)
+    assert recorded["lr"] == method.lr
+
+
+def test_a_subclass_that_changes_its_edits_does_so_for_edits_computed_together():
+    class Reversed(MEMIT):
+        def compute_edit(self, requests):
+            edit = super().compute_edit(requests)
+            return LowRankEdit(self.base, {n: (a, -b) for n, (a, b) in edit.factors.items()})
+
+    base = tiny_base("llama")
+    plain, other = (kind(base, **LAYERS) for kind in (MEMIT, Reversed))
+    groups = [[request] for request in REQUESTS]
+    for one, changed in zip(plain.edit_each(groups), other.edit_each(groups), strict=True):
+        assert all(torch.equal(changed.deltas()[n], -d) for n, d in one.deltas().items())
+    assert close(other.edit(REQUESTS[:1]), next(iter(other.edit_each(groups))), 1e-8)
 
 
 def test_a_request_about_a_repeated_subject_is_written_too():
