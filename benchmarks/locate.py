@@ -27,15 +27,15 @@ from torch import Tensor
 from kedit_lightning import BaseModel, EditRequest
 from kedit_lightning.base_models.taps import add_at, change_output
 from kedit_lightning.data import NanoFacts
-from kedit_lightning.methods.locate.shared.locate_defaults import one_layer
-from kedit_lightning.methods.locate.shared.reading import read
-from kedit_lightning.methods.locate.shared.solve import covariance_prior, ridge_update
-from kedit_lightning.methods.locate.shared.target import Site, TargetOptimizer, TargetSettings
+from kedit_lightning.methods.locate.shared.least_squares import covariance_prior, ridge_update
+from kedit_lightning.methods.locate.shared.locate_defaults import LocateSettings, one_layer
+from kedit_lightning.methods.locate.shared.subject_states import subject_states
+from kedit_lightning.methods.locate.shared.value_optimizer import Site, ValueOptimizer
 
 CONTEXTS, STEPS, REQUESTS, REPEATS = 20, 20, 32, 5
 #: Which of the requests are timed one at a time.
 TIMED_ALONE = (0, 10, 20, 30)
-SETTINGS = TargetSettings(steps=STEPS, stop_loss=0.0)
+SETTINGS = LocateSettings(steps=STEPS, clamp=4.0, weight_decay=1e-3, stop_loss=0.0)
 
 
 def contexts() -> list[str]:
@@ -102,8 +102,8 @@ def check_equal(
     base: BaseModel, site: Site, requests: Sequence[EditRequest], checked: Sequence[int]
 ) -> None:
     """Compare values and answers of a batch with those found alone, in float64."""
-    initial = read(base, site.modules, requests).outputs[site.modules[0]]
-    together = TargetOptimizer(base, site, contexts(), SETTINGS).run(requests, initial)[:, 0]
+    initial = subject_states(base, site.modules, requests).outputs[site.modules[0]]
+    together = ValueOptimizer(base, site, contexts(), SETTINGS).run(requests, initial)[:, 0]
     for i in checked:
         request, found = requests[i], together[i]
         alone = one_at_a_time(base, site, request, initial[i, 0])
@@ -121,8 +121,8 @@ def targets(kind: str, vocabulary: int, repeats: int, checked: int) -> tuple[flo
     base.model.double()
     check_equal(base, site, requests, range(0, REQUESTS, REQUESTS // checked))
     base.model.float()
-    initial = read(base, site.modules, requests).outputs[site.modules[0]]
-    optimizer = TargetOptimizer(base, site, contexts(), SETTINGS)
+    initial = subject_states(base, site.modules, requests).outputs[site.modules[0]]
+    optimizer = ValueOptimizer(base, site, contexts(), SETTINGS)
 
     def alone() -> None:
         for i in TIMED_ALONE:

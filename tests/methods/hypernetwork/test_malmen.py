@@ -22,7 +22,7 @@ from kedit_lightning.methods.hypernetwork.malmen import massive
 from kedit_lightning.methods.hypernetwork.malmen.normal_equations import NormalEquations
 from kedit_lightning.methods.hypernetwork.malmen.tensor_file import TensorFile
 from kedit_lightning.methods.hypernetwork.shared.outer_loss import episode_losses
-from kedit_lightning.methods.locate.shared.solve import ridge_update, size_prior
+from kedit_lightning.methods.locate.shared.least_squares import ridge_update, size_prior
 
 SMALL = {"rank": 8, "lr": 1e-4, "edit_lr": 1e-2, "n_edits": 2}
 #: All tokens of the tests' requests are more than the inputs of the first projection of an MLP.

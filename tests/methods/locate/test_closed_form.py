@@ -9,20 +9,19 @@ from support import FAMILIES, REQUESTS, tiny_base, tiny_model, tiny_tokenizer
 from kedit_lightning import BaseModel, Edit, EditRequest, methods
 from kedit_lightning.base_models.continuation import Continuation, can_resume
 from kedit_lightning.base_models.taps import capture
-from kedit_lightning.edits import DenseEdit
+from kedit_lightning.edits import DenseEdit, LowRankEdit
 from kedit_lightning.errors import EditOrderError, ModuleNotLocatedError, UnsupportedUseError
 from kedit_lightning.methods import EMMET, MEMIT, PMET, RROME, AlphaEdit
 from kedit_lightning.methods.locate.shared.alignment import Alignment
-from kedit_lightning.methods.locate.shared.locate_defaults import model_key
-from kedit_lightning.methods.locate.shared.post import weight_of
-from kedit_lightning.methods.locate.shared.reading import read
-from kedit_lightning.methods.locate.shared.target import (
+from kedit_lightning.methods.locate.shared.locate_defaults import LocateSettings, model_key
+from kedit_lightning.methods.locate.shared.subject_states import subject_states
+from kedit_lightning.methods.locate.shared.value_optimizer import (
+    EarlyStopping,
     Site,
-    TargetOptimizer,
-    TargetSettings,
-    _Stopping,
+    ValueOptimizer,
     shortened,
 )
+from kedit_lightning.methods.locate.shared.weight_constraints import weight_of
 
 QUICK = {"statistics": "identity", "contexts": 2, "steps": 4, "preserve": 1.0}
 LAYERS = {**QUICK, "layers": [0, 1]}
@@ -50,8 +49,8 @@ def answers(base: BaseModel) -> torch.Tensor:
 def values(method, requests):
     """The values a method finds for its last layer, and the site they belong to."""
     with torch.enable_grad():
-        wanted, _ = method._wanted(method.layers[-1], requests, None)
-    return wanted[method.layers[-1]]
+        found = method.layer_values(requests)
+        return found.site(method.layers[-1]), found.values(method.layers[-1])
 
 
 # ---- passes that start in the middle
@@ -92,8 +91,10 @@ def test_values_do_not_depend_on_where_passes_start(inside, monkeypatch):
     base = tiny_base("gpt2")
     block = base.layout.block(1)
     site = Site((block.down if inside else block.name,), 1, inside)
-    initial = read(base, site.modules, REQUESTS).outputs[site.modules[0]]
-    optimizer = TargetOptimizer(base, site, ("He said. ",), TargetSettings(steps=6))
+    initial = subject_states(base, site.modules, REQUESTS).outputs[site.modules[0]]
+    optimizer = ValueOptimizer(
+        base, site, ("He said. ",), LocateSettings(steps=6, clamp=4.0, weight_decay=1e-3)
+    )
     with torch.enable_grad():
         resumed = optimizer.run(REQUESTS, initial)
         monkeypatch.setattr(
@@ -101,7 +102,8 @@ def test_values_do_not_depend_on_where_passes_start(inside, monkeypatch):
         )
         whole = optimizer.run(REQUESTS, initial)
         monkeypatch.setattr(
-            "kedit_lightning.methods.locate.shared.target.requests_at_a_time", lambda *args: 3
+            "kedit_lightning.methods.locate.shared.value_optimizer.requests_at_a_time",
+            lambda *args: 3,
         )
         parts = optimizer.run(REQUESTS, initial)
     assert resumed.norm() > 0.1
@@ -120,7 +122,7 @@ def test_the_live_site_has_the_value_where_equality_is_demanded(family):
     site, wanted = values(method, REQUESTS[:2])
     assert site.inside == (family in ("gemma2", "olmo2"))  # they normalise the MLP's output
     with method.edit(REQUESTS[:2]):
-        present = read(base, site.modules, REQUESTS[:2]).outputs[site.modules[0]][:, 0]
+        present = subject_states(base, site.modules, REQUESTS[:2]).outputs[site.modules[0]][:, 0]
     torch.testing.assert_close(present, wanted, rtol=0, atol=1e-8)
 
 
@@ -134,7 +136,7 @@ def test_with_little_to_preserve_all_layers_together_reach_the_value(method):
     edit = solver.edit(REQUESTS)
     assert {name.split(".")[2] for name in edit.deltas()} == {"0", "1"}
     with edit:
-        present = read(base, site.modules, REQUESTS).outputs[site.modules[-1]][:, 0]
+        present = subject_states(base, site.modules, REQUESTS).outputs[site.modules[-1]][:, 0]
     torch.testing.assert_close(present, wanted, rtol=0, atol=1e-5)
 
 
@@ -146,9 +148,11 @@ def test_the_first_layer_takes_its_share_of_what_is_missing(family, method):
     solver = method(base, **{**LAYERS, "preserve": 1e-9})
     solver.configure_model()
     site, wanted = values(solver, REQUESTS)
-    missing = wanted - read(base, site.modules, REQUESTS).outputs[site.modules[-1]][:, 0]
+    missing = wanted - subject_states(base, site.modules, REQUESTS).outputs[site.modules[-1]][:, 0]
     module = solver.edited[0]
-    keys = solver.mean_keys(read(base, [module], REQUESTS, solver.context_texts).inputs[module])
+    keys = solver.mean_keys(
+        subject_states(base, [module], REQUESTS, solver.context_texts).inputs[module]
+    )
     delta = solver.edit(REQUESTS).deltas()[f"{module}.weight"]
     written = keys @ (delta if family == "gpt2" else delta.T)
     share = 0.5 if method is MEMIT else 0.5**0.5
@@ -222,9 +226,9 @@ def test_fe_takes_the_values_of_later_layers_off_one_pass():
     method = MEMIT(base, targets="forward", **LAYERS)
     method.configure_model()
     with torch.enable_grad():
-        wanted, _ = method._wanted(0, REQUESTS, None)
-    (first, value), (second, passed) = wanted[0], wanted[1]
-    at = read(base, first.modules, REQUESTS).outputs[first.modules[0]][:, 0]
+        found = method.layer_values(REQUESTS)
+        (first, value), (second, passed) = ((found.site(i), found.values(i)) for i in (0, 1))
+    at = subject_states(base, first.modules, REQUESTS).outputs[first.modules[0]][:, 0]
     rows = base.rows([r.prompt for r in REQUESTS], subjects=[r.subject for r in REQUESTS])
     index = torch.arange(len(rows))
 
@@ -262,15 +266,15 @@ def test_in_a_parallel_block_both_changes_add_up():
     method = PMET(base, layers=[1], **QUICK)
     method.configure_model()
     site, block = method.site(1), base.layout.block(1).name
-    found = read(base, [*site.modules, block], REQUESTS).outputs
+    found = subject_states(base, [*site.modules, block], REQUESTS).outputs
     initial = torch.stack([found[name][:, 0] for name in site.modules], 1)
-    optimizer = TargetOptimizer(base, site, (), method.target_settings)
+    optimizer = ValueOptimizer(base, site, (), method.locate)
     with torch.enable_grad():
         delta = optimizer.run(REQUESTS, initial)
     assert (delta.norm(dim=2) > 0).all()
     (one, two), (a, b) = site.modules, delta.unbind(1)
-    moved = read(base, [block], REQUESTS, added=(one, a)).outputs[block]
-    moved = moved + read(base, [block], REQUESTS, added=(two, b)).outputs[block]
+    moved = subject_states(base, [block], REQUESTS, added=(one, a)).outputs[block]
+    moved = moved + subject_states(base, [block], REQUESTS, added=(two, b)).outputs[block]
     both = (moved - 2 * found[block])[:, 0]
     torch.testing.assert_close(both, a + b, rtol=1e-9, atol=1e-9)
 
@@ -279,13 +283,13 @@ def test_in_a_parallel_block_both_changes_add_up():
 
 
 def test_a_value_is_left_alone_some_steps_after_its_answer_is_the_likeliest():
-    settings = TargetSettings(stop_loss=0.0, patience=2)
-    stopping = _Stopping(settings, torch.zeros(2))
+    settings = LocateSettings(stop_loss=0.0, patience=2)
+    stopping = EarlyStopping(settings, torch.zeros(2))
     loss, kept = torch.ones(2), torch.ones(2)
     seen = [(True, False), (False, False), (False, True), (True, True)]
     done = [stopping.finished(loss, kept, torch.tensor(step), [0, 1]).tolist() for step in seen]
     assert done == [[False, False], [False, False], [True, False], [True, False]]
-    at_once = _Stopping(TargetSettings(stop_loss=0.0, patience=0), torch.zeros(2))
+    at_once = EarlyStopping(LocateSettings(stop_loss=0.0, patience=0), torch.zeros(2))
     assert at_once.finished(loss, kept, torch.tensor([True, False]), [0, 1]).tolist() == [
         True,
         False,
@@ -293,7 +297,7 @@ def test_a_value_is_left_alone_some_steps_after_its_answer_is_the_likeliest():
 
 
 def test_pmet_weighs_a_likeliest_answer_down_and_ends_when_little_else_changed():
-    stopping = _Stopping(TargetSettings(stop_loss=0.0, relaxed=True), torch.zeros(3))
+    stopping = EarlyStopping(LocateSettings(stop_loss=0.0, relaxed=True), torch.zeros(3))
     kept = torch.tensor([1.0, 1.0, 0.005])
     done = stopping.finished(torch.ones(3), kept, torch.tensor([True, False, True]), [0, 1, 2])
     assert done.tolist() == [False, False, True]
@@ -305,12 +309,12 @@ def test_pmet_weighs_a_likeliest_answer_down_and_ends_when_little_else_changed()
 def test_patience_shortens_the_optimisation():
     base = tiny_base("llama")
     site = Site((base.layout.block(2).down,), 2)
-    initial = read(base, site.modules, REQUESTS).outputs[site.modules[0]]
+    initial = subject_states(base, site.modules, REQUESTS).outputs[site.modules[0]]
 
     def run(patience):
-        settings = TargetSettings(lr=2.0, clamp=1e3, weight_decay=0, stop_loss=0, patience=patience)
+        settings = LocateSettings(lr=2.0, clamp=1e3, weight_decay=0, stop_loss=0, patience=patience)
         with torch.enable_grad():
-            return TargetOptimizer(base, site, (), settings).run(REQUESTS, initial)
+            return ValueOptimizer(base, site, (), settings).run(REQUESTS, initial)
 
     sizes = [run(patience).norm(dim=2).sum() for patience in (0, 2, None)]
     assert sizes == sorted(sizes)
@@ -323,7 +327,7 @@ def test_patience_shortens_the_optimisation():
 def test_core_pulls_contexts_together():
     base = tiny_base("llama")
     site = Site((base.layout.block(1).name,), 1, inside=False)
-    initial = read(base, site.modules, REQUESTS).outputs[site.modules[0]]
+    initial = subject_states(base, site.modules, REQUESTS).outputs[site.modules[0]]
     contexts = ("He said. ", "It is a long way from there. ")
 
     def spread(delta, contexts=contexts):
@@ -331,16 +335,20 @@ def test_core_pulls_contexts_together():
         total = 0.0
         for request, change in zip(REQUESTS, delta, strict=True):
             names = [base.layout.block_name(i) for i in (2, 3)]
-            found = read(base, names, [request], contexts, added=(site.modules[0], change)).outputs
+            found = subject_states(
+                base, names, [request], contexts, added=(site.modules[0], change)
+            ).outputs
             for name in names:
                 hidden = found[name][0]
                 total += float(torch.cdist(hidden, hidden).square().sum()) / 2
         return total / (2 * initial.shape[-1])
 
     def run(weight, contexts=contexts):
-        settings = TargetSettings(steps=12, stop_loss=0.0, consistency=weight)
+        settings = LocateSettings(
+            steps=12, clamp=4.0, weight_decay=1e-3, stop_loss=0.0, consistency=weight
+        )
         with torch.enable_grad():
-            return TargetOptimizer(base, site, contexts, settings).run(REQUESTS, initial)
+            return ValueOptimizer(base, site, contexts, settings).run(REQUESTS, initial)
 
     plain, pulled = run(0.0), run(3.0)
     assert spread(pulled) < 0.9 * spread(plain)
@@ -436,8 +444,7 @@ def test_each_layer_of_blue_has_an_anchor_of_its_own():
     assert sorted(first.memory) == names
     with first, torch.enable_grad():
         for layer, name in zip((0, 1), names, strict=True):
-            wanted, _ = method._wanted(layer, REQUESTS[2:], None)
-            norms = wanted[layer][1].norm(dim=1)
+            norms = method.layer_values(REQUESTS[2:]).values(layer).norm(dim=1)
             torch.testing.assert_close(norms, first.memory[name].mean().expand(2).to(norms))
 
 
@@ -491,9 +498,9 @@ def test_history_is_that_of_the_stack_and_matters():
     keys = {n.removesuffix(".keys"): t for n, t in first.memory.items()}
     assert keys.keys() == set(seq.edited)
     with first:
-        reading = read(base, seq.edited, REQUESTS[:2], seq.context_texts)
+        states = subject_states(base, seq.edited, REQUESTS[:2], seq.context_texts)
         for module, held in keys.items():  # keys as they are after the edit
-            torch.testing.assert_close(held.T, seq.mean_keys(reading.inputs[module]))
+            torch.testing.assert_close(held.T, seq.mean_keys(states.inputs[module]))
         kept, forgot = (method.edit(REQUESTS[2:]) for method in (seq, plain))
         assert not close(kept, forgot)
         held = keys[seq.edited[0]]
@@ -511,11 +518,12 @@ def test_alphaedit_leaves_typical_keys_alone_where_memit_does_not():
     torch.manual_seed(0)
     used = torch.randn(96, 20, dtype=torch.float64)
     alpha, memit = (
-        m(base, layers=[1], **{**QUICK, "statistics": "auto"}) for m in (AlphaEdit, MEMIT)
+        m(base, layers=[1], **{**QUICK, "statistics": "auto"}, **more)
+        for m, more in ((AlphaEdit, {"threshold": 0.5}), (MEMIT, {}))
     )
     for method in (alpha, memit):
-        method._second_moment = lambda name: used @ used.T / 20 + 0.01 * torch.eye(96).double()
-    alpha.hparams["threshold"] = 0.5
+        moment = used @ used.T / 20 + 0.01 * torch.eye(96).double()
+        method.covariances.second_moment = lambda name, moment=moment: moment.clone()
     change = {m: m.edit(REQUESTS).deltas()[f"{module}.weight"] @ used for m in (alpha, memit)}
     assert change[alpha].norm() < 1e-8
     assert change[memit].norm() > 1e-5
@@ -528,7 +536,7 @@ def test_settings_follow_the_model():
     memit = MEMIT(tiny_base("llama", num_hidden_layers=16, intermediate_size=40))
     memit.configure_model()
     assert memit.layers == (2, 3, 4)
-    assert memit.preserve is None
+    assert memit.settings.preserve == 1.5 * 40
     published = MEMIT.published["gpt2", 48, 1600]
     assert published.layers == (13, 14, 15, 16, 17)
     assert published.preserve == 20_000
@@ -536,8 +544,49 @@ def test_settings_follow_the_model():
     chosen = AlphaEdit(tiny_base("llama"), layers=[2], clamp=3.0, steps=7)
     chosen.configure_model()
     assert chosen.layers == (2,)
-    assert chosen.target_settings.clamp == 3.0
-    assert chosen.target_settings.steps == 7
+    assert chosen.settings.clamp == 3.0
+    assert chosen.settings.steps == 7
+
+
+@pytest.mark.parametrize("name", ["ROME", "RROME", "MEMIT", "PMET", "EMMET", "AlphaEdit"])
+def test_edits_record_the_values_that_were_used(name):
+    base = tiny_base("llama")
+    method = getattr(methods, name)(base, statistics="identity", contexts=0, steps=2)
+    recorded = method.edit(REQUESTS[:1]).origin.settings
+    layers = recorded.get("layers") or [recorded["layer"]]
+    assert layers == list(method.layers)
+    for setting in ("lr", "weight_decay", "clamp", "kl_factor", "preserve"):
+        assert recorded[setting] == getattr(method.locate, setting)
+        assert recorded[setting] is not None
+    assert recorded["steps"] == 2
+    assert recorded["history"] is (name == "AlphaEdit")
+    again = getattr(methods, name)(base, **recorded).edit(REQUESTS[:1])
+    assert all(
+        torch.equal(again.deltas()[n], d) for n, d in method.edit(REQUESTS[:1]).deltas().items()
+    )
+
+
+def test_ultraedit_records_its_projections_and_rate():
+    base = tiny_base("llama")
+    method = methods.UltraEdit(base)
+    with pytest.warns(UserWarning, match="answer tokens so far"):
+        recorded = method.edit(REQUESTS).origin.settings
+    assert recorded["modules"] == list(method.projections)
+    assert recorded["lr"] == method.lr
+
+
+def test_a_subclass_that_changes_its_edits_does_so_for_edits_computed_together():
+    class Reversed(MEMIT):
+        def compute_edit(self, requests):
+            edit = super().compute_edit(requests)
+            return LowRankEdit(self.base, {n: (a, -b) for n, (a, b) in edit.factors.items()})
+
+    base = tiny_base("llama")
+    plain, other = (kind(base, **LAYERS) for kind in (MEMIT, Reversed))
+    groups = [[request] for request in REQUESTS]
+    for one, changed in zip(plain.edit_each(groups), other.edit_each(groups), strict=True):
+        assert all(torch.equal(changed.deltas()[n], -d) for n, d in one.deltas().items())
+    assert close(other.edit(REQUESTS[:1]), next(iter(other.edit_each(groups))), 1e-8)
 
 
 def test_a_request_about_a_repeated_subject_is_written_too():

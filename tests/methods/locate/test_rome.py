@@ -14,13 +14,14 @@ from kedit_lightning.errors import (
     StatisticsNotFoundError,
 )
 from kedit_lightning.methods import ROME, RROME
-from kedit_lightning.methods.locate.shared.reading import read
-from kedit_lightning.methods.locate.shared.solve import (
+from kedit_lightning.methods.locate.shared.least_squares import (
     covariance_prior,
     rank_one_update,
     ridge_update,
 )
-from kedit_lightning.methods.locate.shared.target import Site, TargetOptimizer, TargetSettings
+from kedit_lightning.methods.locate.shared.locate_defaults import LocateSettings
+from kedit_lightning.methods.locate.shared.subject_states import subject_states
+from kedit_lightning.methods.locate.shared.value_optimizer import Site, ValueOptimizer
 from kedit_lightning.statistics.covariance import SecondMoment, shrunk
 from kedit_lightning.statistics.covariance_cache import Provenance, statistics_dir, write_statistics
 
@@ -36,13 +37,13 @@ def spd(size: int) -> torch.Tensor:
 def spy(method: ROME, monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     """Keep the targets' changes that the method computes."""
     seen: list[torch.Tensor] = []
-    original = TargetOptimizer.run
+    original = ValueOptimizer.run
 
-    def run(self: TargetOptimizer, *args: object) -> torch.Tensor:
+    def run(self: ValueOptimizer, *args: object) -> torch.Tensor:
         seen.append(original(self, *args))  # type: ignore[arg-type]
         return seen[-1]
 
-    monkeypatch.setattr(TargetOptimizer, "run", run)
+    monkeypatch.setattr(ValueOptimizer, "run", run)
     return seen
 
 
@@ -59,7 +60,7 @@ def test_live_module_maps_the_key_to_the_target(family, method, monkeypatch):
     deltas = spy(rome, monkeypatch)
     edit = rome.edit(REQUESTS[:1])
     (module,) = rome.edited
-    reading = read(base, [module], REQUESTS[:1], rome.context_texts)
+    reading = subject_states(base, [module], REQUESTS[:1], rome.context_texts)
     keys, outputs = reading.inputs[module][0], reading.outputs[module][0]
     key = keys.mean(0) if method is RROME else keys[0]
     target = outputs[0] + deltas[0][0, 0]
@@ -82,8 +83,8 @@ def test_update_has_rank_one_along_the_whitened_mean_key(family):
     assert delta.shape == base.model.get_parameter(name).shape
     assert torch.linalg.matrix_rank(delta) == 1
     (module,) = rome.edited
-    keys = read(base, [module], REQUESTS[1:2], rome.context_texts).inputs[module][0]
-    whitened = torch.cholesky_solve(keys.mean(0)[:, None], rome.factor(module))[:, 0]
+    keys = subject_states(base, [module], REQUESTS[1:2], rome.context_texts).inputs[module][0]
+    whitened = torch.cholesky_solve(keys.mean(0)[:, None], rome.covariances.cholesky(module))[:, 0]
     rows = delta.T if family == "gpt2" else delta
     elsewhere = torch.randn(len(whitened), 3, dtype=torch.float64)
     elsewhere -= whitened[:, None] * (whitened @ elsewhere) / whitened.square().sum()
@@ -138,7 +139,9 @@ def test_identity_statistics_are_a_prior_of_ones():
     base = tiny_base("llama")
     rome = ROME(base, statistics="identity", **QUICK)
     rome.configure_model()
-    assert torch.equal(rome.factor(rome.edited[0]), torch.eye(48, dtype=torch.float64))
+    assert torch.equal(
+        rome.covariances.cholesky(rome.edited[0]), torch.eye(48, dtype=torch.float64)
+    )
 
 
 def test_without_contexts_all_key_modes_agree():
@@ -169,9 +172,9 @@ def test_targets_together_equal_one_at_a_time(family, side):
     base.padding_side = side
     site = Site((base.layout.block(1).down,), 1)
     contexts = ("He said. ", "It is a long way from there. ")
-    settings = TargetSettings(steps=9, stop_loss=5.6, kl_factor=0.1)
-    initial = read(base, site.modules, REQUESTS).outputs[site.modules[0]]
-    optimizer = TargetOptimizer(base, site, contexts, settings)
+    settings = LocateSettings(steps=9, stop_loss=5.6, kl_factor=0.1, clamp=4.0, weight_decay=1e-3)
+    initial = subject_states(base, site.modules, REQUESTS).outputs[site.modules[0]]
+    optimizer = ValueOptimizer(base, site, contexts, settings)
     with torch.enable_grad():
         together = optimizer.run(REQUESTS, initial)
         single = [optimizer.run([r], initial[i : i + 1])[0] for i, r in enumerate(REQUESTS)]
@@ -183,10 +186,10 @@ def test_targets_together_equal_one_at_a_time(family, side):
 def test_change_of_the_value_stays_in_its_ball():
     base = tiny_base("llama")
     site = Site((base.layout.block(1).down,), 1)
-    initial = read(base, site.modules, REQUESTS).outputs[site.modules[0]]
-    settings = TargetSettings(lr=5.0, steps=8, clamp=0.5, stop_loss=0.0)
+    initial = subject_states(base, site.modules, REQUESTS).outputs[site.modules[0]]
+    settings = LocateSettings(lr=5.0, steps=8, clamp=0.5, stop_loss=0.0, weight_decay=1e-3)
     with torch.enable_grad():
-        delta = TargetOptimizer(base, site, (), settings).run(REQUESTS, initial)
+        delta = ValueOptimizer(base, site, (), settings).run(REQUESTS, initial)
     ratio = delta.norm(dim=2) / initial.norm(dim=2)
     torch.testing.assert_close(ratio, torch.full_like(ratio, 0.5))
 
@@ -251,7 +254,7 @@ def test_statistics_of_fewer_keys_than_dimensions_are_shrunk():
     moment = SecondMoment(keys.T @ keys / 3, count=3)
     provenance = Provenance.of(base, "0" * 64, "text", 512)
     write_statistics(statistics_dir() / provenance.file_name(3), {name: moment}, provenance)
-    factor = ROME(base, **QUICK).factor(name)
+    factor = ROME(base, **QUICK).covariances.cholesky(name)
     torch.testing.assert_close(factor @ factor.T, shrunk(moment), rtol=1e-5, atol=1e-6)
 
 
@@ -265,7 +268,7 @@ def test_settings_follow_the_model():
     chosen = ROME(tiny_base("gpt2"), layer=3, steps=7)
     chosen.configure_model()
     assert chosen.edited[0] == "transformer.h.3.mlp.c_proj"
-    assert chosen.target_settings.steps == 7
+    assert chosen.settings.steps == 7
 
 
 def test_saved_edit_gives_equal_logits(tmp_path):

@@ -10,7 +10,11 @@ from support import REQUESTS, tiny_base
 from kedit_lightning import Edit
 from kedit_lightning.edits import LowRankEdit
 from kedit_lightning.errors import EditOrderError, UnsupportedUseError
-from kedit_lightning.methods.locate.shared.solve import ridge_update, size_prior, with_history
+from kedit_lightning.methods.locate.shared.least_squares import (
+    ridge_update,
+    size_prior,
+    with_history,
+)
 from kedit_lightning.methods.locate.simie import simie, subject_keys
 
 LAM = 3.0

@@ -206,7 +206,7 @@ def test_places_are_chosen_by_layer_or_by_name():
     method = UltraEdit(base, layers=[0, -2])
     method.configure_model()
     blocks = base.layout.blocks
-    assert method.places == (*blocks[0].projections, *blocks[2].projections)
+    assert method.projections == (*blocks[0].projections, *blocks[2].projections)
     with pytest.raises(UnsupportedUseError, match=r"'model\.norm'.*RMSNorm"):
         UltraEdit(base, modules=["model.norm"]).edit(FACTS)
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from kedit_lightning.base_models import BaseModel, BaseModelSpec
+from kedit_lightning.edits import LowRankDelta
 from kedit_lightning.methods.locate.shared.closed_form import ClosedForm
+from kedit_lightning.methods.locate.shared.closed_form_settings import LayerSettings, LayersSettings
+from kedit_lightning.methods.locate.shared.least_squares import Prior, ridge_update
 from kedit_lightning.methods.locate.shared.locate_defaults import (
     EMMET_PUBLISHED,
     MEMIT_PUBLISHED,
@@ -15,8 +19,7 @@ from kedit_lightning.methods.locate.shared.locate_defaults import (
     LocateSettings,
     one_layer,
 )
-from kedit_lightning.methods.locate.shared.reading import Reading
-from kedit_lightning.methods.locate.shared.solve import Prior, ridge_update
+from kedit_lightning.methods.locate.shared.subject_states import SubjectStates
 
 
 class MEMIT(ClosedForm):
@@ -30,6 +33,8 @@ class MEMIT(ClosedForm):
         **settings: Those of all closed-form methods.
     """
 
+    settings_type = LayersSettings
+    settings: LayersSettings
     published = MEMIT_PUBLISHED
 
     def __init__(
@@ -42,9 +47,9 @@ class MEMIT(ClosedForm):
 
 
 class PMET(MEMIT):
-    """MEMIT whose values are outputs of the MLP, optimised together with those of attention.
+    """MEMIT whose values are outputs of the MLP, optimised together with outputs of attention.
 
-    What attention would have to say is found but not written.
+    The change of attention's output is optimised but not written.
 
     Args:
         base_model: The model to edit: an object, a specification, or a name.
@@ -57,6 +62,14 @@ class PMET(MEMIT):
     site_of_values = "attention and mlp"
     spread = "square_root"
     relaxed = True
+
+
+@dataclass(frozen=True)
+class EMMETSettings(LayerSettings):
+    """Settings of :class:`EMMET`."""
+
+    eps: float
+    legacy_absolute_eps: bool
 
 
 class EMMET(ClosedForm):
@@ -74,6 +87,8 @@ class EMMET(ClosedForm):
         **settings: Those of all closed-form methods.
     """
 
+    settings_type = EMMETSettings
+    settings: EMMETSettings
     published = EMMET_PUBLISHED
 
     def __init__(
@@ -91,9 +106,9 @@ class EMMET(ClosedForm):
         return one_layer(self.base)
 
     def update(
-        self, module: str, reading: Reading, residuals: Tensor, prior: Prior
-    ) -> tuple[Tensor, Tensor]:
+        self, module: str, states: SubjectStates, residuals: Tensor, prior: Prior
+    ) -> LowRankDelta:
         """The change that meets all residuals, or nearly."""
-        keys = self.mean_keys(reading.inputs[module])
-        relative = not self.hparams["legacy_absolute_eps"]
-        return ridge_update(keys.T, residuals.T, prior, self.hparams["eps"], relative)
+        keys, settings = self.mean_keys(states.inputs[module]), self.settings
+        relative = not settings.legacy_absolute_eps
+        return ridge_update(keys.T, residuals.T, prior, settings.eps, relative)

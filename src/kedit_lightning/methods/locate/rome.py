@@ -7,19 +7,21 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from kedit_lightning.base_models import BaseModel, BaseModelSpec
+from kedit_lightning.edits import LowRankDelta
 from kedit_lightning.methods.locate.shared.closed_form import ClosedForm
+from kedit_lightning.methods.locate.shared.closed_form_settings import LayerSettings
+from kedit_lightning.methods.locate.shared.least_squares import Prior, rank_one_update
 from kedit_lightning.methods.locate.shared.locate_defaults import (
     ROME_PUBLISHED,
     LocateSettings,
     one_layer,
 )
-from kedit_lightning.methods.locate.shared.reading import Reading
-from kedit_lightning.methods.locate.shared.solve import Prior, rank_one_update
+from kedit_lightning.methods.locate.shared.subject_states import SubjectStates
 from kedit_lightning.methods.method import Capabilities
 
 
 class ROME(ClosedForm):
-    """Rank-one model editing: makes one MLP layer map the subject to a value that gives the answer.
+    """Rank-one model editing: one MLP layer maps the subject's key to a value for the new answer.
 
     Settings left at ``None`` follow the base model: published ones where it is known, else a rule.
 
@@ -30,6 +32,8 @@ class ROME(ClosedForm):
         **settings: Those of all closed-form methods.
     """
 
+    settings_type = LayerSettings
+    settings: LayerSettings
     can = Capabilities(batch=False, adapter=True, weights=True)
     published = ROME_PUBLISHED
     otherwise = LocateSettings(clamp=4.0, weight_decay=1e-3)
@@ -56,10 +60,10 @@ class ROME(ClosedForm):
         return inputs.double().mean(1)
 
     def update(
-        self, module: str, reading: Reading, residuals: Tensor, prior: Prior
-    ) -> tuple[Tensor, Tensor]:
+        self, module: str, states: SubjectStates, residuals: Tensor, prior: Prior
+    ) -> LowRankDelta:
         """The rank-one change for one request."""
-        keys, outputs = reading.inputs[module][0].double(), reading.outputs[module][0].double()
+        keys, outputs = states.inputs[module][0].double(), states.outputs[module][0].double()
         mean, key, residual = keys.mean(0), keys[0], residuals[0]
         if self.mean_key:
             key, residual = mean, residual + outputs[0] - outputs.mean(0)

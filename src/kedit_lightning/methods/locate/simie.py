@@ -1,18 +1,22 @@
-"""SimIE: makes a low-rank edit of any method fit for a long row of edits."""
+"""SimIE: turns low-rank edits of any method into the joint regression of a sequence of edits."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from kedit_lightning.base_models import BaseModel
-from kedit_lightning.edits import LowRankEdit, memories
+from kedit_lightning.edits import LowRankDelta, LowRankEdit, memories
 from kedit_lightning.errors import EditOrderError, UnsupportedUseError
-from kedit_lightning.methods.locate.shared.reading import read
-from kedit_lightning.methods.locate.shared.solve import ridge_update, size_prior, with_history
+from kedit_lightning.methods.locate.shared.least_squares import (
+    ridge_update,
+    size_prior,
+    with_history,
+)
+from kedit_lightning.methods.locate.shared.subject_states import subject_states
 from kedit_lightning.requests import EditRequest
 
 _KEYS = ".keys"
@@ -21,7 +25,7 @@ _KEYS = ".keys"
 def subject_keys(
     base: BaseModel, modules: Sequence[str], requests: Sequence[EditRequest]
 ) -> dict[str, Tensor]:
-    """What projections receive at the last token of each request's subject.
+    """Keys of projections: their inputs at the last token of each request's subject.
 
     Args:
         base: The base model, as its stack stands.
@@ -31,7 +35,7 @@ def subject_keys(
     Returns:
         Shape ``[d_in, n]`` by module.
     """
-    inputs = read(base, modules, requests).inputs
+    inputs = subject_states(base, modules, requests).inputs
     return {name: inputs[name][:, 0].T for name in modules}
 
 
@@ -41,17 +45,17 @@ def simie(
     history: Mapping[str, Tensor] | None = None,
     lam: float = 1e4,
 ) -> LowRankEdit:
-    """The edit as the ridge regression of all edits of a row would have it.
+    """The step of an edit in the ridge regression of all edits of a sequence.
 
     ``W_t = W_{t-1} + (W_edit − W_{t-1}) K Kᵀ P_t⁻¹`` with ``P_t = P_{t-1} + K Kᵀ`` and
-    ``P_0 = λI``: after any number of steps, ``W_t`` is what comes closest to every ``W_edit`` on
-    its own keys and to the unedited weight everywhere, weighed by ``λ``.  The keys are the result's
-    memory, so that the next call finds them on the stack.
+    ``P_0 = λI``: after any number of steps, ``W_t`` is closest to every ``W_edit`` on its own keys
+    and to the unedited weight everywhere, weighed by ``λ``.  The keys are the result's memory, so
+    that the next call finds them on the stack.
 
     Args:
         edit: A low-rank edit of any method, computed on the stack as it stands and not applied.
-        keys: What the edited projections receive for the facts it writes, ``[d_in, n]`` by module;
-            see :func:`subject_keys`.
+        keys: Keys of the facts that it writes, ``[d_in, n]`` by edited projection; see
+            :func:`subject_keys`.
         history: The same of the edits before it, ``[d_in, m]`` by module; those that the edits on
             the stack remember if absent.
         lam: Weight of keeping the unedited weight.  It counts against the squared length of the
@@ -82,23 +86,23 @@ def simie(
                 f"edit {edit.id} by {edit.origin.method} was computed on another stack than the "
                 "one whose keys SimIE would read; compute it again, or give the history"
             )
-        history = _remembered(edit, edit.factors)
-    factors, memory = {}, {}
+        history = _earlier_keys(edit)
+    deltas, memory = {}, {}
     for name, (a, b) in edit.factors.items():
-        own = keys[name].detach().to(a.device)
-        earlier = history.get(name, own[:, :0]).to(own)
-        moves = b.double() @ (a.double() @ own.double())  # of the outputs at the keys
+        present = keys[name].detach().to(a.device)
+        earlier = history.get(name, present[:, :0]).to(present)
+        residuals = b.double() @ (a.double() @ present.double())
         prior = with_history(size_prior(lam), earlier.double())
-        new_a, new_b = ridge_update(own, moves, prior, eps=1.0)
-        factors[name] = (new_a.to(a), new_b.to(b))
-        memory[name + _KEYS] = own.contiguous()
+        delta = ridge_update(present, residuals, prior, eps=1.0)
+        deltas[name] = LowRankDelta(delta.a.to(a), delta.b.to(b))
+        memory[name + _KEYS] = present.contiguous()
     notes = {**edit.origin.notes, "host": edit.origin.method, "lam": lam}
     origin = replace(edit.origin, method="SimIE", notes=notes)
-    return LowRankEdit(edit.base, factors, origin, memory)
+    return LowRankEdit(edit.base, deltas, origin, memory)
 
 
-def _remembered(edit: LowRankEdit, modules: Iterable[str]) -> dict[str, Tensor]:
+def _earlier_keys(edit: LowRankEdit) -> dict[str, Tensor]:
     """Keys of the SimIE edits on the stack, oldest first. Shape ``[d_in, m]`` by module."""
     past = memories(edit.base, "SimIE")
-    found = {name: [m[name + _KEYS] for m in past if name + _KEYS in m] for name in modules}
-    return {name: torch.cat(parts, dim=1) for name, parts in found.items() if parts}
+    keys = {name: [m[name + _KEYS] for m in past if name + _KEYS in m] for name in edit.factors}
+    return {name: torch.cat(parts, dim=1) for name, parts in keys.items() if parts}

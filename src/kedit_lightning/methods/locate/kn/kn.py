@@ -1,24 +1,36 @@
-"""Knowledge neurons (Dai et al. 2022): swaps the answer in the neurons that carry the old one."""
+"""Knowledge neurons (Dai et al. 2022): swaps answers in the neurons that express the old one."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from kedit_lightning.base_models import BaseModel, BaseModelSpec
-from kedit_lightning.edits import Edit, LowRankEdit
+from kedit_lightning.edits import Edit, LowRankDelta, LowRankEdit
 from kedit_lightning.edits.edit import check_finite
 from kedit_lightning.edits.projections import compute_dtype, projection_shape
 from kedit_lightning.errors import UnsupportedUseError
 from kedit_lightning.methods.locate.kn.knowledge_neurons import attributions, strongest
-from kedit_lightning.methods.method import Capabilities, EditMethod
+from kedit_lightning.methods.method import Capabilities, EditMethod, MethodSettings
 from kedit_lightning.requests import EditRequest
 
 
+@dataclass(frozen=True)
+class KNSettings(MethodSettings):
+    """Settings of :class:`KN`."""
+
+    steps: int
+    threshold: float
+    suppress: float
+    enhance: float
+    batch_size: int
+
+
 class KN(EditMethod):
-    """Knowledge neurons: finds the neurons that bring the old answer, and makes them bring the new.
+    """Knowledge neurons: finds the neurons that express the old answer, and swaps in the new one.
 
     The neurons come from the request's own prompt, without the refinement over other prompts.  A
     baseline of historical interest: it writes few facts, and disturbs others.
@@ -26,13 +38,15 @@ class KN(EditMethod):
     Args:
         base_model: The model to edit: an object, a specification, or a name.
         steps: Points of the integral along which gradients are summed.
-        threshold: A neuron counts if it brings this share of what the strongest one brings.
-        suppress: How much of the old answer's embedding is taken from what the neurons write.
-        enhance: How much of the new answer's embedding is added to it.
+        threshold: A neuron counts if its attribution is this share of the largest.
+        suppress: Multiple of the old answer's embedding that the neurons' columns lose.
+        enhance: Multiple of the new answer's embedding that they gain.
         batch_size: Points of one pass through the model; it changes no result.
         seed: Start of all random choices.
     """
 
+    settings_type = KNSettings
+    settings: KNSettings
     needs = frozenset({"target_old"})
     can = Capabilities(batch=False, adapter=True, weights=True)
 
@@ -49,15 +63,15 @@ class KN(EditMethod):
         super().__init__(base_model, seed)
 
     def build(self) -> None:
-        """Find the embeddings of answers, and the projections that read the neurons.
+        """Find the projections that read the neurons.
 
         Raises:
             UnsupportedUseError: Embeddings and MLP outputs differ in width.
         """
-        self.places = [block.down for block in self.base.layout.blocks]
+        self.projections = [block.down for block in self.base.layout.blocks]
         head = self.base.model.get_output_embeddings()
         width = None if head is None else head.weight.shape[1]
-        for name in self.places:
+        for name in self.projections:
             written = projection_shape(self.base.module(name))[1]
             if width != written:
                 raise UnsupportedUseError(
@@ -67,19 +81,18 @@ class KN(EditMethod):
                 )
 
     def compute_edit(self, requests: Sequence[EditRequest]) -> Edit:
-        """Change the columns of the neurons that one request's old answer hangs on.
+        """Change the columns of the knowledge neurons of one request's old answer.
 
         Raises:
-            UnsupportedUseError: No neuron brings the old answer.
+            UnsupportedUseError: No neuron expresses the old answer.
             NonFiniteError: An attribution is NaN or infinite.
         """
-        (request,) = requests
-        settings = self.hparams
+        (request,), settings = requests, self.settings
         row = self.base.encode(request.prompt, request.target_old)
-        found = attributions(self.base, row, self.places, settings["steps"], settings["batch_size"])
-        for name, held in found.items():
-            check_finite("attribution", name, held)
-        neurons = strongest(found, settings["threshold"])
+        scores = attributions(self.base, row, self.projections, settings.steps, settings.batch_size)
+        for name, values in scores.items():
+            check_finite("attribution", name, values)
+        neurons = strongest(scores, settings.threshold)
         if not neurons:
             raise UnsupportedUseError(
                 f"no neuron of '{self.base.name}' makes {request.target_old!r} likelier after the "
@@ -87,11 +100,11 @@ class KN(EditMethod):
                 "model gives now as target_old, or use another method"
             )
         new = self.base.encode(request.prompt, request.target_new)
-        change = settings["enhance"] * self._embedding(new.answer)
-        change -= settings["suppress"] * self._embedding(row.answer)
+        change = settings.enhance * self._embedding(new.answer)
+        change -= settings.suppress * self._embedding(row.answer)
         counts = {name: len(numbers) for name, numbers in neurons.items()}
-        factors = {name: self._columns(name, held, change) for name, held in neurons.items()}
-        return LowRankEdit(self.base, factors, self.origin(requests, neurons=counts))
+        deltas = {name: self._delta(name, numbers, change) for name, numbers in neurons.items()}
+        return LowRankEdit(self.base, deltas, self.origin(requests, neurons=counts))
 
     def _embedding(self, tokens: Sequence[int]) -> Tensor:
         """Output embedding of an answer, summed over its tokens. Shape ``[hidden]``."""
@@ -99,8 +112,8 @@ class KN(EditMethod):
         at = torch.tensor(tokens, device=weight.device)
         return weight[at].detach().to(compute_dtype(weight.dtype)).sum(0)
 
-    def _columns(self, module: str, neurons: Tensor, change: Tensor) -> tuple[Tensor, Tensor]:
-        """Factors that add the change to some columns of a projection, ``[d_out, d_in]``."""
+    def _delta(self, module: str, neurons: Tensor, change: Tensor) -> LowRankDelta:
+        """The update that adds a change ``[d_out]`` to the columns of some neurons."""
         d_in, _ = projection_shape(self.base.module(module))
-        picks = torch.nn.functional.one_hot(neurons, d_in).to(change)
-        return picks, change[:, None].expand(-1, len(neurons)).contiguous()
+        columns = torch.nn.functional.one_hot(neurons, d_in).to(change)
+        return LowRankDelta(columns, change[:, None].expand(-1, len(neurons)).contiguous())

@@ -1,4 +1,4 @@
-"""Which neurons of the MLPs an answer hangs on: integrated gradients (Dai et al. 2022).
+"""Attribution of an answer to neurons of the MLPs by integrated gradients (Dai et al. 2022).
 
 A neuron is an entry of what a down projection receives: the values after the activation, and after
 the gate where there is one.
@@ -66,7 +66,7 @@ def probabilities(
 def attributions(
     base: BaseModel, row: EncodedRow, modules: Sequence[str], steps: int, rows_at_once: int
 ) -> dict[str, Tensor]:
-    """How much of the answer's probability each neuron brings, summed over the answer's tokens.
+    """Attribution of the answer's probability to each neuron, summed over the answer's tokens.
 
     ``A_i = w_i ∫₀¹ ∂P(y | α w) / ∂w_i dα`` with all neurons ``w`` of a layer scaled together, by
     the midpoint rule: the sum over a layer is ``P(w) − P(0)``.  The tokens before each are those of
@@ -83,10 +83,10 @@ def attributions(
         Shape ``[d_in]`` by module, in at least float32.
     """
     neurons = {
-        name: held.to(compute_dtype(held.dtype))
-        for name, held in read_neurons(base, row, modules).items()
+        name: values.to(compute_dtype(values.dtype))
+        for name, values in read_neurons(base, row, modules).items()
     }
-    found = {name: torch.zeros_like(held[0]) for name, held in neurons.items()}
+    scores = {name: torch.zeros_like(values[0]) for name, values in neurons.items()}
     runs = [(name, (step + 0.5) / steps) for name in modules for step in range(steps)]
     for token in range(len(row.answer)):
         for start in range(0, len(runs), rows_at_once):
@@ -95,22 +95,22 @@ def attributions(
             total = probabilities(base, row, token, scaled).sum()
             gradients = torch.autograd.grad(total, [vector for _, vector in scaled])
             for (name, _), gradient in zip(some, gradients, strict=True):
-                found[name] += neurons[name][token] * gradient / steps
-    return found
+                scores[name] += neurons[name][token] * gradient / steps
+    return scores
 
 
-def strongest(found: dict[str, Tensor], threshold: float) -> dict[str, Tensor]:
-    """Numbers of the neurons that bring at least a share of what the strongest one brings.
+def strongest(scores: dict[str, Tensor], threshold: float) -> dict[str, Tensor]:
+    """Numbers of the neurons whose attribution is at least a share of the largest.
 
     Args:
-        found: Attributions, ``[d_in]`` by module.
+        scores: Attributions, ``[d_in]`` by module.
         threshold: That share.
 
     Returns:
         Shape ``[neurons]`` by module, for modules that have any; nothing if none is positive.
     """
-    top = max(float(held.max()) for held in found.values())
+    top = max(float(values.max()) for values in scores.values())
     if not top > 0:
         return {}
-    chosen = {name: (held >= threshold * top).nonzero()[:, 0] for name, held in found.items()}
+    chosen = {name: (v >= threshold * top).nonzero()[:, 0] for name, v in scores.items()}
     return {name: numbers for name, numbers in chosen.items() if len(numbers)}

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+#: Largest norm of a change in norms of its key.
+ALIGNED_CLAMP = 2.0
 #: Temperature of the softmax over similarities.
 TEMPERATURE = 0.07
 #: Weights of the divergence of the similarities, and of their squared differences.
 DIVERGENCE_WEIGHT, DIFFERENCE_WEIGHT = 2.0, 8.0
-#: Requests whose values are found together; later ones follow those before, and do not move them.
+#: Requests whose values are optimised together; they do not move those optimised earlier.
 ALIGNED_TOGETHER = 64
 #: The squared differences are those to this many nearest keys.
 NEAREST = 50
@@ -21,10 +23,10 @@ NEAREST = 50
 
 @dataclass(frozen=True)
 class Alignment:
-    """Ties the values of requests written together to their keys.
+    """Gives values of a batch the similarities of their keys.
 
-    A request follows those before it in the published code; here those optimised together follow
-    each other, and those optimised earlier are fixed.
+    In the published code a request is aligned with those before it; here those optimised together
+    are aligned with each other, and those optimised earlier are fixed.
 
     Args:
         keys: Mean key of each request. Shape ``[n, d_in]``.
@@ -39,28 +41,26 @@ class Alignment:
     known: Tensor | None = None
 
     def part(self, first: int, done: Sequence[Tensor]) -> Alignment:
-        """The same for the requests from a number on, given the changes of those before."""
+        """The alignment of the requests from a number on, given the changes of those before."""
         known = torch.cat([delta[:, -1] for delta in done]) if done else None
         return replace(self, first=first, known=known)
 
-    def _own(self, count: int) -> Tensor:
+    def _keys(self, count: int) -> Tensor:
         return self.keys[self.first : self.first + count]
 
     def start(self, initial: Tensor) -> Tensor:
         """First changes, ``[n, sites, d_out]``: the direction of ``z``, as long as the key."""
-        size = self._own(len(initial)).to(initial).norm(dim=1)
-        started: Tensor = (
-            initial * (size[:, None] / initial.norm(dim=2).clamp(min=1e-30))[..., None]
-        )
-        return started
+        size = self._keys(len(initial)).to(initial).norm(dim=1)
+        scale: Tensor = size[:, None] / initial.norm(dim=2).clamp(min=1e-30)
+        return initial * scale[..., None]
 
     def radius(self, size: Tensor) -> Tensor:
         """Largest norms, ``[n, sites]``."""
-        norms: Tensor = self._own(len(size)).to(size).norm(dim=1)
+        norms: Tensor = self._keys(len(size)).to(size).norm(dim=1)
         return self.clamp * norms[:, None].expand_as(size)
 
     def penalty(self, delta: Tensor) -> Tensor:
-        """Loss of each request, ``[n]`` from ``[n, d_out]``; the other requests' part is fixed."""
+        """Loss of each request, ``[n]`` from ``[n, d_out]``; changes of the others are fixed."""
         others = delta.detach() if self.known is None else torch.cat([self.known, delta.detach()])
         keys = self.keys[: len(others)].to(delta)
         own = torch.arange(len(delta), device=delta.device) + self.first
@@ -70,8 +70,8 @@ class Alignment:
         apart[torch.arange(len(delta)), own] = False
 
         def similar(rows: Tensor, to: Tensor) -> Tensor:
-            found = normalize(rows, dim=1) @ normalize(to, dim=1).T
-            return found[apart].reshape(len(rows), -1)
+            cosines = normalize(rows, dim=1) @ normalize(to, dim=1).T
+            return cosines[apart].reshape(len(rows), -1)
 
         wanted, present = similar(keys[own], keys), similar(delta, others)
         log_p = (wanted / TEMPERATURE).log_softmax(1)

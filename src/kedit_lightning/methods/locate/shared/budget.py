@@ -1,4 +1,4 @@
-"""How many requests are optimised together, so that what autograd keeps fits into memory."""
+"""Memory budget of target optimisation: requests whose activations fit into memory together."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from kedit_lightning.base_models import BaseModel, EncodedRow
 from kedit_lightning.edits.projections import projection_shape
 
-#: What passes may keep on a CPU, in bytes; on a CUDA device it is half of what is free.
+#: Bytes that a pass may keep on a CPU; on a CUDA device it is half of the free memory.
 CPU_BUDGET = 2 << 30
 #: Activations that autograd keeps of a block, in widths of the residual stream and of the MLP.
 _HIDDEN, _INNER = 12, 4
@@ -18,12 +18,12 @@ _LOGITS = 3
 
 
 def requests_at_a_time(base: BaseModel, block: int, encoded: Sequence[Sequence[EncodedRow]]) -> int:
-    """Requests whose rows fit into the budget together; at least one.
+    """Number of requests whose rows fit into the budget together; at least one.
 
     Args:
         base: The base model.
         block: First block that runs.
-        encoded: Rows of each request, cut at the subject when they run.
+        encoded: Rows of each request.
     """
     inner = projection_shape(base.module(base.layout.block(0).down))[0]
     width = _HIDDEN * base.layout.hidden_size + _INNER * inner

@@ -1,26 +1,38 @@
-"""The core of all editors that find values at a located layer and solve for its weights.
+"""Base of the methods that optimise values at a located layer and solve for its weights.
 
-A method declares where its values are optimised, what a change may cost (its prior), how a residual
-is spread over layers, and which keys count.  One walk over the layers does the rest.
+A method declares where its values are outputs, the prior of a change, how a residual is spread over
+layers, and which keys count.  What other papers add is an object beside this module: value targets,
+early stopping, alignment, norm anchor, history, weight constraints.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property, partial
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from kedit_lightning.base_models import BaseModel, BaseModelSpec
-from kedit_lightning.edits import CompositeEdit, DenseEdit, Edit, LowRankEdit, memories
+from kedit_lightning.edits import Edit, LowRankDelta, memories
 from kedit_lightning.edits.projections import compute_dtype
-from kedit_lightning.methods.locate.shared import post
-from kedit_lightning.methods.locate.shared.alignment import Alignment
+from kedit_lightning.methods.locate.shared.closed_form_settings import LocatedSettings, Targets
+from kedit_lightning.methods.locate.shared.contexts import sample_contexts
+from kedit_lightning.methods.locate.shared.covariance_factors import (
+    CovarianceFactors,
+    StatisticsMode,
+)
+from kedit_lightning.methods.locate.shared.edit_groups import EditGroups
+from kedit_lightning.methods.locate.shared.least_squares import (
+    Prior,
+    covariance_prior,
+    ridge_update,
+    with_history,
+)
 from kedit_lightning.methods.locate.shared.locate_defaults import (
     LocateSettings,
     ModelKey,
@@ -28,53 +40,51 @@ from kedit_lightning.methods.locate.shared.locate_defaults import (
     model_key,
     several_layers,
 )
-from kedit_lightning.methods.locate.shared.locate_method import LocateMethod
-from kedit_lightning.methods.locate.shared.reading import Reading, read
-from kedit_lightning.methods.locate.shared.solve import (
-    Prior,
-    covariance_prior,
-    ridge_update,
-    with_history,
+from kedit_lightning.methods.locate.shared.statistics_fit import StatisticsFit
+from kedit_lightning.methods.locate.shared.subject_states import (
+    Carried,
+    SubjectStates,
+    SubjectTokens,
+    subject_states,
 )
-from kedit_lightning.methods.locate.shared.target import Site, TargetOptimizer, TargetSettings
-from kedit_lightning.methods.method import Capabilities
+from kedit_lightning.methods.locate.shared.value_optimizer import Site, SiteOfValues
+from kedit_lightning.methods.locate.shared.value_targets import (
+    VALUE_TARGETS,
+    LastLayerValues,
+    NormAnchor,
+)
+from kedit_lightning.methods.locate.shared.weight_constraints import WeightConstraints
+from kedit_lightning.methods.method import Capabilities, EditMethod
 from kedit_lightning.requests import EditRequest
 
-#: Where values are found: at the ``last`` layer, for all (MEMIT); at each layer its ``own`` (BLUE);
-#: or at the first, with those of the others read off one pass ``forward`` from it (FE).
-Targets: TypeAlias = Literal["last", "own", "forward"]
-
-#: Share of what is still missing that a layer takes, given how many layers are left.
+#: Share of the residual that a layer takes, given how many layers are left.
 SPREADS: Mapping[str, Callable[[int], float]] = {
     "linear": lambda left: 1 / left,
     "square_root": lambda left: 1 / math.sqrt(left),
 }
-#: Largest norm of a change in norms of its key, when values are aligned (EAMET).
-ALIGNED_CLAMP = 2.0
-#: Share of the largest norms that an anchor leaves out (NAS).
-OUTLIERS = 0.05
 
 
-class ClosedForm(LocateMethod):
+class ClosedForm(EditMethod):
     """Base of methods that optimise values and solve for weights.
 
     Settings left at ``None`` follow the base model: published ones where it is known, else rules.
+    ``fit`` collects the second moments of keys; they live in the cache, not in checkpoints.
 
     Args:
         base_model: The model to edit: an object, a specification, or a name.
-        steps: Passes of the optimisation of values.
-        lr: Learning rate of that optimisation.
+        steps: Passes of the target optimisation.
+        lr: Learning rate of the target optimisation.
         weight_decay: Weight of the size of the change of a value.
         clamp: Largest change of a value, relative to its size.
-        kl_factor: Weight of keeping what the model says about the subject in general.
+        kl_factor: Weight of the divergence of the model's essence of the subject.
         stop_loss: The optimisation of a value ends once its loss is below this.
         preserve: How many keys of plain text count against one of a fact (lambda of the papers).
-        history: Keep what earlier edits of this method wrote (MEMIT_seq, ENCORE).
+        history: Keep the outputs at the keys of earlier edits of this method (MEMIT_seq, ENCORE).
         ridge: Cost of the size of the change, in keys (ENCORE).
-        targets: Where values are found: at the last layer, at each layer its own (BLUE), or at the
-            first and forward from there (FE).
-        patience: Steps after which a value is left alone once its answer is the likeliest under
-            every context (MPES, ENCORE).
+        targets: Where values are optimised: at the last layer, at each layer its own (BLUE), or at
+            the first and forward from there (FE).
+        patience: Steps after which the optimisation of a value ends once its answer is the
+            likeliest under every context (MPES, ENCORE).
         consistency: Weight of the differences between contexts in later blocks (CORE).
         aligned: Give similar keys similar values (EAMET); the clamp then counts in norms of keys.
         norm_anchor: Give all values the norm that those of the first edit have (NAS).
@@ -82,21 +92,31 @@ class ClosedForm(LocateMethod):
         restrain: Compress singular values of an edit above the largest of the weight (PRUNE). In a
             sequence it is each edit that is restrained, and not their sum.
         off_main: Take the change off the main directions of the weight, 1 for wholly (SPHERE).
-        contexts: Number of texts put before each prompt.
-        **settings: Those of the statistics of keys, and the seed.
+        contexts: Number of texts put before each prompt while its value is optimised.
+        statistics: Where the statistics of keys come from: ``auto``, ``required`` or ``identity``.
+        fit_length: Tokens after which ``fit`` cuts a text.
+        fit_tokens: Tokens after which ``fit`` stops; it reads all text if not given.
+        fit_error: Relative standard error of the statistics at which ``fit`` stops, once it has
+            read 10 tokens a dimension; it reads all text if not given.
+        seed: Start of all random choices.
     """
 
     needs = frozenset({"subject"})
     can = Capabilities(adapter=True, weights=True)
+    learns = "second moments of the keys of every layer, from plain text"
+    settings: LocatedSettings
     published: ClassVar[Mapping[ModelKey, LocateSettings]] = MappingProxyType({})
     #: Settings where the model is in no table.
     otherwise: ClassVar[LocateSettings] = LocateSettings()
-    #: What values are: outputs of the block, of its MLP, or of its attention and its MLP.
-    site_of_values: ClassVar[Literal["block", "mlp", "attention and mlp"]] = "block"
+    site_of_values: ClassVar[SiteOfValues] = "block"
+    #: Subject tokens whose inputs of the MLP's down projection are the key.
+    subject_tokens: ClassVar[SubjectTokens] = "last"
     spread: ClassVar[str] = "linear"
-    #: Whether edits remember their keys unless told otherwise.
-    remembers: ClassVar[bool] = False
+    #: Whether edits keep a history of keys unless told otherwise.
+    keeps_history: ClassVar[bool] = False
     relaxed: ClassVar[bool] = False
+    #: Lengths in tokens of the texts put before prompts; each makes an equal part of them.
+    context_lengths: ClassVar[tuple[int, ...]] = (10,)
 
     def __init__(
         self,
@@ -119,9 +139,30 @@ class ClosedForm(LocateMethod):
         restrain: bool = False,
         off_main: float = 0.0,
         contexts: int = 5,
-        **settings: Any,
+        statistics: StatisticsMode = "auto",
+        *,
+        fit_length: int = 512,
+        fit_tokens: int | None = None,
+        fit_error: float | None = None,
+        seed: int = 0,
     ) -> None:
-        super().__init__(base_model, contexts=contexts, **settings)
+        super().__init__(base_model, seed)
+        self._solved: dict[tuple[EditRequest, ...], Edit] = {}
+        self._fit: StatisticsFit | None = None
+        self._stand_in: torch.nn.Parameter | None = None
+        # Statistics are a pass over text without an optimizer.
+        self.automatic_optimization = False
+
+    @cached_property
+    def context_texts(self) -> tuple[str, ...]:
+        """Context prefixes that the base model wrote once for this method object."""
+        count, seed = self.settings.contexts, self.settings.seed
+        return sample_contexts(self.base, count, seed, self.context_lengths)
+
+    @cached_property
+    def covariances(self) -> CovarianceFactors:
+        """Factors of the covariances of keys."""
+        return CovarianceFactors(self.base, self.settings.statistics, type(self).__name__)
 
     # ---- settings
 
@@ -130,57 +171,39 @@ class ClosedForm(LocateMethod):
         return several_layers(self.base)
 
     def build(self) -> None:
-        """Derive settings that follow the base model, and find the layers."""
-        given = dict(self.hparams)
-        known = self.published.get(model_key(self.base), self.otherwise)
-        if given["aligned"] and given["clamp"] is None:
-            given["clamp"] = ALIGNED_CLAMP
-        derived = {**asdict(known), **{k: v for k, v in given.items() if v is not None}}
-        chosen = given.get("layers") or ([given["layer"]] if given.get("layer") is not None else [])
-        layers = tuple(chosen) or known.layers or self.default_layers()
-        if given["targets"] == "own" and not chosen:
-            layers = tuple(dict.fromkeys((layers[0], layers[-1])))
-        layout = self.base.layout
-        for layer in layers:
-            layout.block(layer)  # one that does not exist is refused
-        # In the order they run, each once.
-        self.layers = tuple(sorted({layer % len(layout) for layer in layers}))
-        self.edited = tuple(layout.block(layer).down for layer in self.layers)
+        """Resolve settings that follow the base model, and find the layers."""
+        given, layout = self.settings, self.base.layout
+        used = given.over(self.published.get(model_key(self.base), self.otherwise))
+        default = VALUE_TARGETS[given.targets].default_layers
+        layers = given.chosen_layers or default(used.layers or self.default_layers())
+        # Each once, in the order they run; ``block`` refuses one that does not exist.
+        modules = {layer % len(layout): layout.block(layer).down for layer in layers}
+        self.layers = tuple(sorted(modules))
+        self.edited = tuple(modules[layer] for layer in self.layers)
         if self.site_of_values == "block":
             with self.base.edits.suspended():
                 for layer in self.layers:
                     layout.write_path(layer)
-        self.preserve: float | None = derived["preserve"]
-        self.remember = self.remembers if given["history"] is None else bool(given["history"])
-        names = ("lr", "steps", "weight_decay", "clamp", "kl_factor", "stop_loss")
-        self.target_settings = TargetSettings(
-            **{name: derived[name] for name in names},
-            patience=given["patience"],
-            relaxed=self.relaxed,
-            consistency=given["consistency"],
-        )
+        weights = {default_weight(self.base, layer) for layer in self.layers}
+        if used.preserve is None and len(weights) == 1:
+            used = replace(used, preserve=weights.pop())
+        self.locate = replace(used, layers=self.layers, relaxed=self.relaxed)
+        history = self.keeps_history if given.history is None else given.history
+        self.settings = given.resolved(self.locate, history=history).at_layers(self.layers)
+        self.constraints = WeightConstraints(given.off_main, given.restrain, given.keep_share)
 
     def site(self, layer: int) -> Site:
-        """Where the values of a layer are optimised."""
-        layout = self.base.layout
-        block, index = layout.block(layer), layer % len(layout)
-        if self.site_of_values == "attention and mlp":
-            return Site((layout.attention(layer), block.down), index)
-        if self.site_of_values == "block" and layout.write_path(layer).is_linear:
-            return Site((block.name,), index, inside=False)
-        # A block that normalises the MLP's output does not pass on what is added to it.
-        return Site((block.down,), index)
+        """Where the values of a layer are outputs."""
+        return Site.of(self.base.layout, layer, self.site_of_values)
 
-    def _gain(self, layer: int, site: Site) -> float:
-        return 1.0 if site.inside else self.base.layout.write_path(layer).gain
-
-    # ---- what a method declares
+    # ---- the method's own part
 
     def prior(self, layer: int) -> Prior:
-        """What a change of a layer costs, without what earlier edits remember."""
+        """The cost of a change of a layer, without the history of earlier edits."""
+        preserve = self.settings.preserve
+        weight = default_weight(self.base, layer) if preserve is None else preserve
         module = self.base.layout.block(layer).down
-        weight = default_weight(self.base, layer) if self.preserve is None else self.preserve
-        factor = self.factor(module, self.hparams["ridge"] / weight)
+        factor = self.covariances.cholesky(module, self.settings.ridge / weight)
         return covariance_prior(factor.to(self.base.device), weight)
 
     def mean_keys(self, inputs: Tensor) -> Tensor:
@@ -189,207 +212,139 @@ class ClosedForm(LocateMethod):
         return (bare + rest.mean(1)) / 2 if rest.shape[1] else bare
 
     def update(
-        self, module: str, reading: Reading, residuals: Tensor, prior: Prior
-    ) -> tuple[Tensor, Tensor]:
-        """Factors ``(A, B)`` of the change of a module.
+        self, module: str, states: SubjectStates, residuals: Tensor, prior: Prior
+    ) -> LowRankDelta:
+        """The change of a module that maps its keys to its values.
 
         Args:
             module: The down projection.
-            reading: What it sees and returns, by request and context.
-            residuals: Wanted minus present values. Shape ``[n, d_out]``.
-            prior: What a change costs.
+            states: Its keys and present outputs, by request and context.
+            residuals: Values minus present outputs. Shape ``[n, d_out]``.
+            prior: The cost of a change.
         """
-        keys = self.mean_keys(reading.inputs[module])
+        keys = self.mean_keys(states.inputs[module])
         return ridge_update(keys.T, residuals.T, prior, eps=1.0)
 
     # ---- editing
 
     def compute_edit(self, requests: Sequence[EditRequest]) -> Edit:
         """Write all requests in one change."""
-        return self.solve([requests])[0]
+        return self._solved.pop(tuple(requests), None) or self.solve([requests])[0]
 
     def edit_each(self, requests_of_examples: Sequence[Sequence[EditRequest]]) -> Iterable[Edit]:
         """Edits of several examples, apart from each other; their values are found together."""
-        groups = list(requests_of_examples)
-        given = self.hparams
-        # Values that depend on what they are found with, and dense changes, of which few fit.
-        tied = given["targets"] == "own" or given["aligned"] or given["norm_anchor"]
-        alone = tied or given["keep_share"] is not None or len(groups) < 2
-        # A subclass that computes its edits in another way is asked for each of them.
-        alone = alone or type(self).compute_edit is not ClosedForm.compute_edit
-        if alone or not (self.can.batch or all(len(group) == 1 for group in groups)):
+        groups, settings = list(requests_of_examples), self.settings
+        # Values that depend on those found with them, and dense changes, of which few fit.
+        apart = settings.aligned or settings.norm_anchor or settings.keep_share is not None
+        apart = apart or not VALUE_TARGETS[settings.targets].independent or len(groups) < 2
+        if apart or not (self.can.batch or all(len(group) == 1 for group in groups)):
             return super().edit_each(groups)
         with self.computing([request for group in groups for request in group]):
-            return self.solve(groups)
+            solved = self.solve(groups)
+        try:  # a subclass may do more in compute_edit
+            self._solved = dict(zip(map(tuple, groups), solved, strict=True))
+            return [self.edit(group) for group in groups]
+        finally:
+            self._solved = {}
 
     def solve(self, groups: Sequence[Sequence[EditRequest]]) -> list[Edit]:
-        """One edit for each group of requests, none of which knows of the others."""
-        requests = [request for group in groups for request in group]
-        changes: list[list[Edit]] = [[] for _ in groups]
-        norms: dict[str, Tensor] = {}
-        wanted: dict[int, tuple[Site, Tensor]] = {}
-        for number, layer in enumerate(self.layers):
-            with self._acting(groups, changes) as carried:
-                if layer not in wanted:
-                    wanted, found = self._wanted(layer, requests, carried)
-                    norms |= found
-                site, values = wanted[layer]
-                missing = values - self._present(site, requests, carried)
-                reading = self._read_keys([self.edited[number]], requests, carried)
-            missing = missing * self._share(number) / self._gain(layer, site)
-            solved = self._changes(layer, reading, missing, [len(group) for group in groups])
-            for own, change in zip(changes, solved, strict=True):
-                own.append(change)
-        memory = self._memory(groups, changes, norms)
-        notes = {"statistics": self.statistics_note, "layers": list(self.edited)}
-        return [
-            post.combined(self.base, own, self.origin(group, **notes), held)
-            for group, own, held in zip(groups, changes, memory, strict=True)
-        ]
+        """One edit for each group of requests, independent of the others."""
+        batch = EditGroups(self.base, groups)
+        values = self.layer_values(batch.requests)
+        for layer, module in zip(self.layers, self.edited, strict=True):
+            with batch.in_force() as carried:
+                residuals = values.residuals(layer, carried)
+                states = self._states([module], batch.requests, carried)
+            share = self._share(layer) if values.spreads else 1.0
+            inside, path = values.site(layer).inside, self.base.layout.write_path
+            residuals = residuals * share / (1.0 if inside else path(layer).gain)
+            prior = self._prior_with_history(layer, module)
+            for changes, part in zip(batch.changes, batch.parts, strict=True):
+                delta = self.update(module, states.part(part), residuals[part], prior)
+                changes.append(self.constraints.edit(self.base, module, delta))
+            del prior  # wide layers have large ones
+        self._remember(batch, values.anchor)
+        notes: dict[str, Any] = {"statistics": self.covariances.note, "layers": [*self.edited]}
+        return batch.edits(partial(self.origin, **notes))
 
-    def _changes(
-        self, layer: int, reading: Reading, missing: Tensor, sizes: Sequence[int]
-    ) -> list[Edit]:
-        """The change of one layer for each group of requests; its prior is dropped with it."""
-        prior, start, changes = self._whole_prior(layer), 0, []
-        module = self.base.layout.block(layer).down
-        for size in sizes:
-            part = slice(start, start := start + size)
-            changes.append(self._change(module, reading.part(part), missing[part], prior))
-        return changes
+    def layer_values(self, requests: Sequence[EditRequest]) -> LastLayerValues:
+        """Values of requests at the edited layers, optimised when first needed."""
 
-    @contextmanager
-    def _acting(
-        self, groups: Sequence[Sequence[EditRequest]], changes: Sequence[Sequence[Edit]]
-    ) -> Iterator[list[Edit | None] | None]:
-        """Put what is solved so far in force: for all rows, or each group's for its own."""
-        whole = [CompositeEdit(self.base, own) if own else None for own in changes]
-        if len(whole) > 1 and any(whole):
-            yield [edit for edit, group in zip(whole, groups, strict=True) for _ in group]
-            return
-        with self.base.edits.restored():
-            if whole[0] is not None:
-                whole[0].apply()
-            yield None
+        def mean_keys(module: str) -> Tensor:
+            return self.mean_keys(self._states([module], requests).inputs[module])
 
-    def _read_keys(
-        self,
-        modules: Sequence[str],
-        requests: Sequence[EditRequest],
-        carried: Sequence[Edit | None] | None,
-    ) -> Reading:
-        return read(self.base, modules, requests, self.context_texts, carried)
+        return VALUE_TARGETS[self.settings.targets](
+            self.base,
+            requests,
+            {layer: self.site(layer) for layer in self.layers},
+            self.context_texts,
+            self.locate,
+            mean_keys if self.settings.aligned else None,
+            NormAnchor(self._memories()) if self.settings.norm_anchor else None,
+        )
 
-    def _present(
-        self, site: Site, requests: Sequence[EditRequest], carried: Sequence[Edit | None] | None
-    ) -> Tensor:
-        """Outputs of a site for the bare prompts as they are now. Shape ``[n, d_out]``, float64."""
-        module = site.modules[-1]
-        return read(self.base, [module], requests, (), carried).outputs[module][:, 0].double()
+    def _states(
+        self, modules: Sequence[str], requests: Sequence[EditRequest], carried: Carried = None
+    ) -> SubjectStates:
+        tokens, contexts = self.subject_tokens, self.context_texts
+        return subject_states(self.base, modules, requests, contexts, carried, tokens=tokens)
 
-    def _share(self, number: int) -> float:
-        if self.hparams["targets"] != "last":
-            return 1.0
-        return SPREADS[self.spread](len(self.layers) - number)
+    def _share(self, layer: int) -> float:
+        return SPREADS[self.spread](len(self.layers) - self.layers.index(layer))
 
-    def _whole_prior(self, layer: int) -> Prior:
-        prior, module = self.prior(layer), self.base.layout.block(layer).down
-        if not self.remember:
-            return prior
-        keys = [held[f"{module}.keys"] for held in self._memories() if f"{module}.keys" in held]
-        if not keys:
-            return prior
+    def _prior_with_history(self, layer: int, module: str) -> Prior:
+        prior, name = self.prior(layer), f"{module}.keys"
+        past = self._memories() if self.settings.history else []
         # Those of edits that were read from files are on the CPU.
-        moved = [own.to(self.base.device, torch.float64) for own in keys]
-        return with_history(prior, torch.cat(moved, dim=1))
+        keys = [m[name].to(self.base.device, torch.float64) for m in past if name in m]
+        return with_history(prior, torch.cat(keys, dim=1)) if keys else prior
 
     def _memories(self) -> list[dict[str, Tensor]]:
         return memories(self.base, type(self).__name__)
 
-    # ---- values
-
-    def _wanted(
-        self, layer: int, requests: Sequence[EditRequest], carried: Sequence[Edit | None] | None
-    ) -> tuple[dict[int, tuple[Site, Tensor]], dict[str, Tensor]]:
-        """Sites and values ``[n, d_out]`` for a layer and those that share its optimisation.
-
-        Besides, the norms of the values by the module they were found at.
-        """
-        targets = self.hparams["targets"]
-        site = self.site(self.layers[-1] if targets == "last" else layer)
-        found = read(self.base, site.modules, requests)
-        initial = torch.stack([found.outputs[name][:, 0] for name in site.modules], dim=1)
-        optimizer = TargetOptimizer(self.base, site, self.context_texts, self.target_settings)
-        alignment = self._alignment(site, requests) if self.hparams["aligned"] else None
-        delta = optimizer.run(requests, initial, alignment)[:, -1].double()
-        values = initial[:, -1].double() + delta
-        own_norms = values.norm(dim=1)
-        norms = {f"{site.modules[-1]}.norms": own_norms}
-        if self.hparams["norm_anchor"]:
-            values = values * (self._anchor(norms) / own_norms)[:, None]
-        if targets == "own":
-            return {layer: (site, values)}, norms
-        if targets == "last":
-            return dict.fromkeys(self.layers, (site, values)), norms
-        sites = {own: self.site(own) for own in self.layers}
-        names = list(dict.fromkeys(own.modules[-1] for own in sites.values()))
-        change = values - initial[:, -1].double()
-        passed = read(self.base, names, requests, added=(site.modules[-1], change))
-        return {
-            own: (place, passed.outputs[place.modules[-1]][:, 0].double())
-            for own, place in sites.items()
-        }, norms
-
-    def _alignment(self, site: Site, requests: Sequence[EditRequest]) -> Alignment:
-        module = self.base.layout.block(site.block).down
-        keys = self.mean_keys(self._read_keys([module], requests, None).inputs[module])
-        return Alignment(keys, self.target_settings.clamp)
-
-    def _anchor(self, norms: Mapping[str, Tensor]) -> Tensor:
-        """Mean norm of the values of the first edit of this method on the stack, or of this one."""
-        ((name, own),) = norms.items()
-        first = next((held[name] for held in self._memories() if name in held), own)
-        usual = first.double().sort().values[: max(1, round((1 - OUTLIERS) * len(first)))]
-        return usual.mean().to(own)
-
-    # ---- changes
-
-    def _change(self, module: str, reading: Reading, residuals: Tensor, prior: Prior) -> Edit:
-        """The change of one module, as an edit of its own."""
-        given = self.hparams
-        a, b = self.update(module, reading, residuals, prior)
-        if given["off_main"]:
-            a = post.off_main_directions(a, self._weight(module, edited=True), given["off_main"])
-        if given["restrain"]:
-            a, b = post.restrained(a, b, self._weight(module, edited=False))
-        dtype = compute_dtype(self.base.dtype)
-        if given["keep_share"] is None:
-            return LowRankEdit(self.base, {module: (a.to(dtype), b.to(dtype))})
-        delta = post.keep_largest(b @ a, self._weight(module, edited=True), given["keep_share"])
-        return DenseEdit(self.base, {module: (delta.to(dtype), None)})
-
-    def _weight(self, module: str, edited: bool) -> Tensor:
-        return post.weight_of(self.base, module, edited)
-
-    def _memory(
-        self,
-        groups: Sequence[Sequence[EditRequest]],
-        changes: Sequence[Sequence[Edit]],
-        norms: Mapping[str, Tensor],
-    ) -> list[dict[str, Tensor]]:
-        """What later edits must know of each: its keys as they are now, and the first norms."""
-        memory: list[dict[str, Tensor]] = [{} for _ in groups]
-        sizes = [len(group) for group in groups]
-        if self.remember:
-            requests = [request for group in groups for request in group]
-            with self._acting(groups, changes) as carried:
-                reading = self._read_keys(self.edited, requests, carried)
+    def _remember(self, batch: EditGroups, anchor: NormAnchor | None) -> None:
+        """Give edits their memory: keys as they are now, and norms of values without an anchor."""
+        if self.settings.history:
+            with batch.in_force() as carried:
+                inputs = self._states(self.edited, batch.requests, carried).inputs
             for module in self.edited:
-                keys = self.mean_keys(reading.inputs[module]).split(sizes)
-                for held, own in zip(memory, keys, strict=True):
-                    held[f"{module}.keys"] = own.T.to(compute_dtype(self.base.dtype)).contiguous()
-        known = {name for held in self._memories() for name in held}
-        for name in norms.keys() - known if self.hparams["norm_anchor"] else ():
-            for held, own in zip(memory, norms[name].split(sizes), strict=True):
-                held[name] = own
-        return memory
+                keys = self.mean_keys(inputs[module]).to(compute_dtype(self.base.dtype))
+                batch.remember(f"{module}.keys", keys.T)
+        for name, norms in anchor.memory.items() if anchor else ():
+            batch.remember(name, norms)
+
+    # ---- fit
+
+    def configure_model(self) -> None:
+        """Build what the method needs, and a stand-in for the parameters it does not have."""
+        super().configure_model()
+        if self._stand_in is None and self._trainer is not None:
+            # DistributedDataParallel refuses a module that has no parameter at all.
+            self._stand_in = torch.nn.Parameter(torch.zeros(0))
+
+    def on_train_start(self) -> None:
+        """Start a pass over text, or continue an interrupted one."""
+        self._fit = StatisticsFit(self, self.settings)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+        """End the pass once it has read enough."""
+        assert self._fit is not None
+        return -1 if self._fit.has_enough(batch_idx) else None
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        """Add the keys of a batch of texts."""
+        assert self._fit is not None
+        self._fit.read(batch, batch_idx)
+
+    def on_train_epoch_end(self) -> None:
+        """Write the statistics to the cache; one pass is all there is to do."""
+        assert self._fit is not None
+        self._fit.finish()
+        self._fit = None
+        self.covariances.clear()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Write the sums so far to the cache, as far as the checkpoint stands."""
+        super().on_save_checkpoint(checkpoint)
+        if self._fit is not None:
+            self._fit.save()

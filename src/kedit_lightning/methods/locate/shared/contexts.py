@@ -1,4 +1,4 @@
-"""Texts put before a prompt, so that an edit does not depend on what stands there."""
+"""Context prefixes: texts put before a prompt, so that an edit does not depend on them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ STARTERS = ("The", "Therefore", "Because", "I", "You")
 def sample_contexts(
     base: BaseModel, count: int, seed: int, lengths: Sequence[int]
 ) -> tuple[str, ...]:
-    """Short texts that the unedited base model writes, each ready to stand before a prompt.
+    """Context prefixes that the unedited base model writes, by top-k sampling with k = 5 (ROME).
 
-    They are sampled from the 5 likeliest next tokens, as in the code of the ROME paper.  The same
-    model, count, seed and lengths give the same texts.
+    The same model, count, seed and lengths give the same texts.
 
     Args:
         base: The base model.

@@ -1,4 +1,4 @@
-"""Published settings of known models, and rules for all others.
+"""Published settings of the closed-form methods by model, and rules for all other models.
 
 Sources: Meng et al. 2022 and 2023, Li et al. 2024, Fang et al. 2025 and their code, and the
 settings files of EasyEdit for the models those did not edit.
@@ -37,16 +37,22 @@ WIDTHS = 1.5
 
 @dataclass(frozen=True)
 class LocateSettings:
-    """Settings that depend on the model.
+    """Where a method edits, and how it optimises values.
 
     Args:
         layers: Blocks whose MLPs are edited.
         preserve: How many keys of plain text count against one of a fact, ``λ``.
-        steps: Passes of the optimisation of values; the last one only measures.
-        lr: Its learning rate.
+        steps: Passes of the target optimisation; the last one only measures.
+        lr: Learning rate of Adam.
         clamp: Largest ``‖δ‖ / ‖z‖``.
-        weight_decay: Weight of ``‖δ‖ / ‖z‖²`` in its loss.
-        kl_factor: Weight of the divergence in its loss.
+        weight_decay: Weight of ``‖δ‖ / ‖z‖²``.
+        kl_factor: Weight of the divergence from the unedited answer to "{subject} is a".
+        stop_loss: A request is finished once its loss is below this.
+        patience: A request is finished this many steps after its answer has become the likeliest
+            under every context (MPES of ENCORE); ``None`` for never.
+        relaxed: Weigh the loss of an answer that is the likeliest down until the divergence is
+            small (PMET).
+        consistency: Weight of the distance of contexts in later blocks (CORE).
     """
 
     layers: tuple[int, ...] = ()
@@ -56,6 +62,10 @@ class LocateSettings:
     clamp: float = 0.75
     weight_decay: float = 0.5
     kl_factor: float = 0.0625
+    stop_loss: float = 0.05
+    patience: int | None = None
+    relaxed: bool = False
+    consistency: float = 0.0
 
 
 def _span(first: int, last: int) -> tuple[int, ...]:
@@ -115,7 +125,7 @@ EMMET_PUBLISHED: Mapping[ModelKey, LocateSettings] = MappingProxyType(
 
 
 def model_key(base: BaseModel) -> ModelKey:
-    """What tells known models apart."""
+    """Key of a model in the tables of published settings."""
     return base.model.config.model_type, len(base.layout), base.layout.hidden_size
 
 

@@ -1,70 +1,76 @@
-"""How ``fit`` collects statistics of keys: one pass over text, for all layers."""
+"""``fit`` of the closed-form methods: one pass over text that collects statistics of keys."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from kedit_lightning.data.text.texts import TextBatch
+from kedit_lightning.data.text.texts import TextBatch, Texts
 from kedit_lightning.errors import UnsupportedUseError
+from kedit_lightning.methods.locate.shared.closed_form_settings import ClosedFormSettings
 from kedit_lightning.methods.method import EditMethod
 from kedit_lightning.statistics import KeyCollector, TextPass, save_to_cache
 
 
-class StatisticsFit(EditMethod):
-    """Base of methods whose ``fit`` collects second moments of keys.
+class StatisticsFit:
+    """One pass over text that sums the second moments of the keys of every layer.
 
-    Subclasses take the settings ``fit_length``, ``fit_tokens`` and ``fit_error``.  What was summed
-    lives in the cache alone, so no checkpoint holds any of it.
+    The sums live in the cache alone.  A pass that was interrupted is continued.
+
+    Args:
+        method: The method that is fitted, attached to its trainer.
+        settings: Its settings; ``fit_length``, ``fit_tokens`` and ``fit_error`` count.
     """
 
-    learns = "second moments of the keys of every layer, from plain text"
-    _pass: TextPass | None = None
-
-    def configure_model(self) -> None:
-        """Build what the method needs, and a stand-in for the parameters it does not have."""
-        super().configure_model()
-        if getattr(self, "_stand_in", None) is None and self._trainer is not None:
-            # DistributedDataParallel refuses a module that has no parameter at all.
-            self._stand_in = torch.nn.Parameter(torch.zeros(0))
-
-    def on_train_start(self) -> None:
-        """Start a pass, or continue an interrupted one."""
-        modules = [block.down for block in self.base.layout.dense_blocks]
-        collector = KeyCollector(self.base, modules, self.hparams["fit_length"])
-        loader: Any = self.trainer.train_dataloader
+    def __init__(self, method: EditMethod, settings: ClosedFormSettings) -> None:
+        self._method, self._settings, self._trainer = method, settings, method.trainer
+        modules = [block.down for block in method.base.layout.dense_blocks]
+        self._collector = KeyCollector(method.base, modules, settings.fit_length)
+        loader: Any = self._trainer.train_dataloader
         state = loader.state_dict() if hasattr(loader, "state_dict") else {}
-        self._pass = TextPass(collector, state.get("identity", {}), self.trainer.global_rank)
+        identity = state.get("identity", {})
+        self._pass = TextPass(self._collector, identity, self._trainer.global_rank)
         if self._pass.batches:
-            self.print(
+            method.print(
                 f"continuing a fit that was interrupted after {self._pass.batches} batches "
-                f"({collector.tokens} tokens); they are not read again"
+                f"({self._collector.tokens} tokens); they are not read again"
             )
 
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
-        """End the pass once it has read enough."""
-        if self.hparams["fit_tokens"] is None and self.hparams["fit_error"] is None:
-            return None
-        reading = self._reading
-        enough = reading.is_new(batch_idx) and self._is_enough(reading.collector)
-        # Together, as Lightning's processes wait for each other at every batch.
-        return -1 if self.trainer.strategy.reduce_boolean_decision(enough) else None
+    def has_enough(self, batch_idx: int) -> bool:
+        """Whether the processes together have read enough, before a batch."""
+        tokens, error = self._settings.fit_tokens, self._settings.fit_error
+        if tokens is None and error is None:
+            return False
+        # Each judges its share by its own sums.
+        collector, processes = self._collector, self._trainer.world_size
+        enough = tokens is not None and collector.tokens * processes >= tokens
+        enough = enough or (error is not None and collector.is_within(error, processes))
+        enough = enough and self._pass.is_new(batch_idx)
+        # Decided together, as Lightning's processes wait for each other at every batch.
+        return bool(self._trainer.strategy.reduce_boolean_decision(enough))
 
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        """Add the keys of a batch of texts."""
+    def read(self, batch: object, batch_idx: int) -> None:
+        """Add the keys of a batch of texts.
+
+        Raises:
+            UnsupportedUseError: The batch is no plain text.
+        """
         if not isinstance(batch, TextBatch):
             raise UnsupportedUseError(
-                f"{type(self).__name__} is fitted on plain text; use --data Texts "
+                f"{type(self._method).__name__} is fitted on plain text; use --data Texts "
                 "--data.path FOLDER"
             )
-        self._reading.read(batch_idx, batch.texts)
+        self._pass.read(batch_idx, batch.texts)
 
-    def on_train_epoch_end(self) -> None:
-        """Keep what was collected; one pass is all there is to do."""
-        reading, strategy = self._reading, self.trainer.strategy
-        reading.check_complete()
+    def save(self) -> None:
+        """Write the sums so far to the cache."""
+        self._pass.save()
+
+    def finish(self) -> None:
+        """Add up the sums of all processes and write the statistics to the cache."""
+        strategy = self._trainer.strategy
+        self._pass.check_complete()
 
         def total(tensor: Tensor) -> Tensor:
             # On the strategy's device: NCCL knows no other.
@@ -72,41 +78,19 @@ class StatisticsFit(EditMethod):
             assert isinstance(summed, Tensor)
             return summed
 
-        collector = reading.collector
-        collector.merge(total)
-        if self.trainer.is_global_zero:
-            path = save_to_cache(collector, self._source_of_text())
-            error = collector.error
-            bar = "" if error is None else f" (± {100 * error:.2g} %)"
-            self.print(f"key statistics of {collector.tokens} tokens{bar} are in {path}")
+        self._collector.merge(total)
+        if self._trainer.is_global_zero:
+            path = save_to_cache(self._collector, self._text_source())
+            error = self._collector.error
+            margin = "" if error is None else f" (± {100 * error:.2g} %)"
+            self._method.print(
+                f"key statistics of {self._collector.tokens} tokens{margin} are in {path}"
+            )
         strategy.barrier()
-        reading.discard()
-        self._pass = None
-        self.forget_statistics()
-        self.trainer.should_stop = True
+        self._pass.discard()
+        self._trainer.should_stop = True
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Bring the cache up to where the checkpoint stands."""
-        super().on_save_checkpoint(checkpoint)
-        if self._pass is not None:
-            self._pass.save()
-
-    def forget_statistics(self) -> None:
-        """Drop what was derived from statistics that are replaced now."""
-
-    @property
-    def _reading(self) -> TextPass:
-        assert self._pass is not None
-        return self._pass
-
-    def _is_enough(self, collector: KeyCollector) -> bool:
-        """Whether this process has read its share, by what it has read itself."""
-        processes = self.trainer.world_size
-        tokens, wanted = self.hparams["fit_tokens"], self.hparams["fit_error"]
-        if tokens is not None and collector.tokens * processes >= tokens:
-            return True
-        return wanted is not None and collector.is_within(wanted, processes)
-
-    def _source_of_text(self) -> str:
-        source = getattr(getattr(self.trainer, "datamodule", None), "source", {})
+    def _text_source(self) -> str:
+        datamodule: object = self._trainer.datamodule  # type: ignore[attr-defined]
+        source = datamodule.source if isinstance(datamodule, Texts) else {}
         return str(source.get("path") or source.get("hub") or "text")

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kedit_lightning.methods.locate.shared.solve import ridge_update, size_prior
+from kedit_lightning.edits import LowRankDelta
+from kedit_lightning.methods.locate.shared.least_squares import ridge_update, size_prior
 from kedit_lightning.methods.shared.running_moments import Moments
 
-#: A column whose standard deviation is below this share of its mean counts as constant: what is
-#: left of it is rounding, in half precision inputs as well, since those are exact in float64.
+#: A column whose standard deviation is below this share of its mean counts as constant: the rest is
+#: rounding, in half precision inputs as well, since those are exact in float64.
 _CONSTANT = 1e-10
 
 
@@ -33,7 +34,7 @@ def normalised(rows: Tensor, statistics: Moments) -> Tensor:
 
 def regress_normalised(
     inputs: Tensor, gradients: Tensor, statistics: Moments, lr: float
-) -> tuple[Tensor, Tensor]:
+) -> LowRankDelta:
     """The change of a weight that moves each token's output against its normalised gradient.
 
     ``V' = -lr · ‖ĥ‖² · v̂`` and ``Δᵀ = (HᵀH + I)⁻¹ HᵀV'``, with hats for normalised rows and ``H``
@@ -47,8 +48,7 @@ def regress_normalised(
         lr: Learning rate.
 
     Returns:
-        ``A`` of shape ``[rank, d_in]`` and ``B`` of shape ``[d_out, rank]`` with ``Δ = B A`` and
-        ``rank = min(n, d_in)``, float64.
+        ``Δ`` of rank ``min(n, d_in)``, float64.
     """
     inputs, gradients = inputs.double(), gradients.double()
     both = normalised(torch.cat([inputs, gradients], dim=1), statistics)

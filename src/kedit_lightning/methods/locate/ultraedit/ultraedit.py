@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import ClassVar
 
@@ -16,13 +17,26 @@ from kedit_lightning.edits.edit import check_finite
 from kedit_lightning.edits.projections import check_editable, compute_dtype, projection_shape
 from kedit_lightning.methods.locate.ultraedit.normalised_regression import regress_normalised
 from kedit_lightning.methods.locate.ultraedit.ultraedit_defaults import default_lr, default_modules
-from kedit_lightning.methods.method import Capabilities, EditMethod
+from kedit_lightning.methods.method import Capabilities, EditMethod, MethodSettings
 from kedit_lightning.methods.shared.gradient_factors import Factors, capture_factors, predicting
 from kedit_lightning.methods.shared.running_moments import Moments, merge, moments
 from kedit_lightning.requests import EditRequest
 
 #: Answer tokens below which the statistics say little; one token alone gives an edit of zeros.
 _FEW = 10
+#: Names of moments in the memory of an edit.
+_PARTS = ("mean", "squares", "count")
+
+
+@dataclass(frozen=True)
+class UltraEditSettings(MethodSettings):
+    """Settings of :class:`UltraEdit`."""
+
+    layers: list[int] | None
+    modules: list[str] | None
+    lr: float | None
+    batch_size: int
+    legacy_shared_statistics: bool
 
 
 class UltraEdit(EditMethod):
@@ -46,6 +60,8 @@ class UltraEdit(EditMethod):
         seed: Start of all random choices.
     """
 
+    settings_type = UltraEditSettings
+    settings: UltraEditSettings
     can: ClassVar[Capabilities] = Capabilities(adapter=True, weights=True)
 
     def __init__(
@@ -61,17 +77,18 @@ class UltraEdit(EditMethod):
         super().__init__(base_model, seed)
 
     def build(self) -> None:
-        """Derive settings that follow the base model, and find the projections.
+        """Resolve settings that follow the base model, and find the projections.
 
         Raises:
             UnsupportedUseError: A projection cannot be edited.
         """
-        given = self.hparams
-        modules = given["modules"] or default_modules(self.base, given["layers"])
-        self.places = tuple(dict.fromkeys(modules))
-        self.lr = default_lr(self.base) if given["lr"] is None else float(given["lr"])
-        for name in self.places:
+        given = self.settings
+        modules = given.modules or default_modules(self.base, given.layers)
+        self.projections = tuple(dict.fromkeys(modules))
+        self.lr = default_lr(self.base) if given.lr is None else float(given.lr)
+        for name in self.projections:
             check_editable(self.base.model, name)
+        self.settings = replace(given, modules=list(self.projections), lr=self.lr)
 
     def compute_edit(self, requests: Sequence[EditRequest]) -> Edit:
         """Regress the normalised gradients of the requests' answers into the weights.
@@ -83,28 +100,28 @@ class UltraEdit(EditMethod):
         batch = {n: moments(torch.cat([h, v], 1).double()) for n, (h, v) in captured.items()}
         statistics = self._statistics(batch)
         self._warn_if_few(statistics)
-        dtype, factors = compute_dtype(self.base.dtype), {}
+        deltas = {}
         for name, (inputs, gradients) in captured.items():
             check_finite("inputs", name, inputs)
             check_finite("output gradients", name, gradients)
-            a, b = regress_normalised(inputs, gradients, statistics[name], self.lr)
-            factors[name] = (a.to(dtype), b.to(dtype))
+            delta = regress_normalised(inputs, gradients, statistics[name], self.lr)
+            deltas[name] = delta.to(compute_dtype(self.base.dtype))
         origin = self.origin(requests, modules=list(captured), lr=self.lr)
-        return LowRankEdit(self.base, factors, origin, _to_memory(batch))
+        return LowRankEdit(self.base, deltas, origin, _to_memory(batch))
 
     # ---- gradients
 
     def _capture(self, requests: Sequence[EditRequest]) -> dict[str, tuple[Tensor, Tensor]]:
         """Inputs and output gradients of the projections at the answers' tokens."""
-        size, parts = self.hparams["batch_size"], []
+        size, parts = self.settings.batch_size, []
         for start in range(0, len(requests), size):
             some = requests[start : start + size]
             rows = self.base.rows([r.prompt for r in some], [r.target_new for r in some])
-            factors = capture_factors(self.base, rows, self.places, predicting(rows))
-            parts.append({name: _of_the_sum(held, rows) for name, held in factors.items()})
+            factors = capture_factors(self.base, rows, self.projections, predicting(rows))
+            parts.append({name: _of_summed_loss(f, rows) for name, f in factors.items()})
         return {
             name: (torch.cat([p[name][0] for p in parts]), torch.cat([p[name][1] for p in parts]))
-            for name in self.places
+            for name in self.projections
         }
 
     # ---- statistics, which live in the edits
@@ -112,11 +129,13 @@ class UltraEdit(EditMethod):
     def _statistics(self, batch: Mapping[str, Moments]) -> dict[str, Moments]:
         """Moments of all tokens so far: those that the stack remembers, then those of the batch."""
         past = memories(self.base, type(self).__name__)
-        running = {
-            name: reduce(merge, [*_remembered(past, name, new[0].device), new])
-            for name, new in batch.items()
-        }
-        if not self.hparams["legacy_shared_statistics"]:
+        running = {}
+        for name, new in batch.items():
+            known = [m for m in past if f"{name}.mean" in m]
+            running[name] = reduce(
+                merge, [*(_from_memory(m, name, new[0].device) for m in known), new]
+            )
+        if not self.settings.legacy_shared_statistics:
             return running
         shapes: dict[tuple[int, int], list[str]] = {}
         for name in running:
@@ -137,11 +156,8 @@ class UltraEdit(EditMethod):
         )
 
 
-def _of_the_sum(factors: Factors, rows: TokenRows) -> tuple[Tensor, Tensor]:
-    """Inputs, and gradients of the summed loss of all answer tokens, which weigh alike.
-
-    (What was captured are those of each row's mean.)
-    """
+def _of_summed_loss(factors: Factors, rows: TokenRows) -> tuple[Tensor, Tensor]:
+    """Inputs and gradients of the loss summed over answer tokens, from those of each row's mean."""
     lengths = rows.answer_mask.sum(1).to(factors.gradients)
     return factors.inputs, factors.gradients * lengths[factors.rows.to(lengths.device), None]
 
@@ -149,19 +165,11 @@ def _of_the_sum(factors: Factors, rows: TokenRows) -> tuple[Tensor, Tensor]:
 def _to_memory(batch: Mapping[str, Moments]) -> dict[str, Tensor]:
     return {
         f"{name}.{part}": tensor
-        for name, held in batch.items()
-        for part, tensor in zip(("mean", "squares", "count"), held, strict=True)
+        for name, values in batch.items()
+        for part, tensor in zip(_PARTS, values, strict=True)
     }
 
 
-def _remembered(
-    past: Sequence[Mapping[str, Tensor]], name: str, device: torch.device
-) -> list[Moments]:
-    """Moments of a projection's tokens, of each edit that wrote to it."""
-    keys = [f"{name}.{part}" for part in ("mean", "squares", "count")]
-    found = []
-    for memory in past:
-        if keys[0] in memory:
-            mean, squares, count = (memory[key].to(device) for key in keys)
-            found.append((mean, squares, count))
-    return found
+def _from_memory(memory: Mapping[str, Tensor], name: str, device: torch.device) -> Moments:
+    mean, squares, count = (memory[f"{name}.{part}"].to(device) for part in _PARTS)
+    return mean, squares, count

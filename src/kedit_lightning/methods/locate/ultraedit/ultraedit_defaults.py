@@ -1,4 +1,4 @@
-"""Where UltraEdit writes, and how strongly: published settings, and the rule for other models.
+"""Projections and learning rates of UltraEdit: published settings, and the rule for other models.
 
 Published values are those of the configuration files of UltraEdit's repository.
 """

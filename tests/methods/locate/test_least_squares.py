@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kedit_lightning.edits import LowRankDelta
 from kedit_lightning.errors import NonFiniteError
-from kedit_lightning.methods.locate.shared import post
+from kedit_lightning.methods.locate.shared import weight_constraints as constraints
 from kedit_lightning.methods.locate.shared.closed_form import SPREADS
-from kedit_lightning.methods.locate.shared.locate_method import Held
-from kedit_lightning.methods.locate.shared.solve import (
+from kedit_lightning.methods.locate.shared.covariance_factors import FactorCache
+from kedit_lightning.methods.locate.shared.least_squares import (
     covariance_prior,
     null_space_prior,
     ridge_update,
@@ -240,7 +241,7 @@ def test_only_the_last_of_wide_layers_is_held():
         made.append(name)
         return torch.zeros(width, width, dtype=torch.float64), None
 
-    held = Held()
+    held = FactorCache()
     for name in ("a", "b", "a"):
         held.get(name, lambda name=name: make(name, 8))
     assert made == ["a", "b"]  # both are small
@@ -263,26 +264,26 @@ def test_layers_take_the_shares_that_the_papers_state():
 
 def test_rect_keeps_the_entries_that_change_most():
     change, weight = torch.randn(D_OUT, D_IN), torch.randn(D_OUT, D_IN)
-    kept = post.keep_largest(change, weight, 0.2)
+    kept = constraints.keep_largest(change, weight, 0.2)
     assert int((kept != 0).sum()) == round(0.2 * change.numel())
     ratio = (change / weight).abs()
     assert ratio[kept != 0].min() > ratio[kept == 0].max()
     assert torch.equal(kept[kept != 0], change[kept != 0])
-    assert torch.equal(post.keep_largest(change, weight, 1.0), change)
+    assert torch.equal(constraints.keep_largest(change, weight, 1.0), change)
 
 
 def test_prune_compresses_singular_values_above_those_of_the_weight():
     a, b, weight = torch.randn(4, D_IN), 6 * torch.randn(D_OUT, 4), torch.randn(D_OUT, D_IN)
     largest = torch.linalg.matrix_norm(weight, 2)
     before = torch.linalg.svdvals(b @ a)[:4]
-    new_a, new_b = post.restrained(a, b, weight)
+    new_a, new_b = constraints.restrained(LowRankDelta(a, b), weight)
     after = torch.linalg.svdvals(new_b @ new_a)[:4]
     assert (before > largest).any()
     expected = torch.where(before > largest, before.log() - largest.log() + largest, before)
     close(after, expected.sort(descending=True).values)
     u, _, v = torch.linalg.svd(b @ a, full_matrices=False)
     close((u[:, :4] * expected) @ v[:4], new_b @ new_a)
-    same = post.restrained(a, b, 100 * weight)
+    same = constraints.restrained(LowRankDelta(a, b), 100 * weight)
     assert same[0] is a
     assert same[1] is b
 
@@ -294,6 +295,6 @@ def test_sphere_leaves_nothing_in_the_main_directions_of_the_weight():
     energy = sigma.square().cumsum(0) / sigma.square().sum()
     count = int((energy < 0.5).sum()) + 1
     main = v[:count].T
-    assert (post.off_main_directions(a, weight, 1.0) @ main).norm() < 1e-10
-    close(post.off_main_directions(a, weight, 0.3) @ main, 0.7 * a @ main)
-    close(post.off_main_directions(a, weight, 0.0), a)
+    assert (constraints.off_main_directions(a, weight, 1.0) @ main).norm() < 1e-10
+    close(constraints.off_main_directions(a, weight, 0.3) @ main, 0.7 * a @ main)
+    close(constraints.off_main_directions(a, weight, 0.0), a)

@@ -1,17 +1,46 @@
-"""What is done to updates after they were solved: RECT, PRUNE, SPHERE, and making one edit."""
+"""Constraints on a solved update that depend on the weight: RECT, PRUNE and SPHERE."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from kedit_lightning.base_models import BaseModel
-from kedit_lightning.edits import CompositeEdit, DenseEdit, Edit, EditOrigin, LowRankEdit
+from kedit_lightning.edits import DenseEdit, Edit, LowRankDelta, LowRankEdit
 from kedit_lightning.edits.effects import DensePatch, LowRankPatch
-from kedit_lightning.edits.projections import oriented
+from kedit_lightning.edits.projections import compute_dtype, oriented
 from kedit_lightning.errors import UnsupportedUseError
+
+
+@dataclass(frozen=True)
+class WeightConstraints:
+    """Constraints on an update, in the order they apply.
+
+    Args:
+        off_main: Strength of taking the update off the main directions of the weight (SPHERE).
+        restrain: Whether singular values above the largest of the weight are compressed (PRUNE).
+        keep_share: Share of the entries that stay (RECT); all if not given.
+    """
+
+    off_main: float = 0.0
+    restrain: bool = False
+    keep_share: float | None = None
+
+    def edit(self, base: BaseModel, module: str, delta: LowRankDelta) -> Edit:
+        """The constrained update of one projection as an edit, dense if few entries stay."""
+        if self.off_main:
+            weight = weight_of(base, module, edited=True)
+            delta = delta._replace(a=off_main_directions(delta.a, weight, self.off_main))
+        if self.restrain:
+            delta = restrained(delta, weight_of(base, module, edited=False))
+        dtype = compute_dtype(base.dtype)
+        if self.keep_share is None:
+            return LowRankEdit(base, {module: delta.to(dtype)})
+        weight = weight_of(base, module, edited=True)
+        kept = keep_largest(delta.dense, weight, self.keep_share)
+        return DenseEdit(base, {module: (kept.to(dtype), None)})
 
 
 def keep_largest(delta: Tensor, weight: Tensor, share: float) -> Tensor:
@@ -19,7 +48,7 @@ def keep_largest(delta: Tensor, weight: Tensor, share: float) -> Tensor:
 
     Args:
         delta: The update. Shape ``[d_out, d_in]``.
-        weight: What it is added to. Shape ``[d_out, d_in]``.
+        weight: The weight. Shape ``[d_out, d_in]``.
         share: Share of the entries that stay.
     """
     count = round(share * delta.numel())
@@ -31,29 +60,28 @@ def keep_largest(delta: Tensor, weight: Tensor, share: float) -> Tensor:
     return delta * kept.reshape(delta.shape)
 
 
-def restrained(a: Tensor, b: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def restrained(delta: LowRankDelta, weight: Tensor) -> LowRankDelta:
     """Compress singular values above the largest one of the weight (PRUNE, arXiv 2405.16821).
 
     ``σ`` becomes ``ln σ − ln σ_max + σ_max`` there.
 
     Args:
-        a: Shape ``[n, d_in]``.
-        b: Shape ``[d_out, n]``.
-        weight: What ``b a`` is added to. Shape ``[d_out, d_in]``.
+        delta: The update.
+        weight: The weight. Shape ``[d_out, d_in]``.
     """
-    left, upper = torch.linalg.qr(b)
-    right, lower = torch.linalg.qr(a.T)
+    left, upper = torch.linalg.qr(delta.b)
+    right, lower = torch.linalg.qr(delta.a.T)
     u, sigma, v = torch.linalg.svd(upper @ lower.T)
     largest = torch.linalg.matrix_norm(weight.to(sigma), 2)
-    beyond = sigma > largest
-    if not bool(beyond.any()):
-        return a, b
-    sigma = torch.where(beyond, sigma.log() - largest.log() + largest, sigma)
-    return v @ right.T, (left @ u) * sigma
+    above = sigma > largest
+    if not bool(above.any()):
+        return delta
+    sigma = torch.where(above, sigma.log() - largest.log() + largest, sigma)
+    return LowRankDelta(v @ right.T, (left @ u) * sigma)
 
 
 def off_main_directions(a: Tensor, weight: Tensor, strength: float, energy: float = 0.5) -> Tensor:
-    """Take an update off the directions in which most rows of a weight lie (SPHERE, 2510.01172).
+    """Take an update off the main directions of the rows of a weight (SPHERE, 2510.01172).
 
     ``A`` becomes ``A (I − α U Uᵀ)`` with ``U`` the fewest right singular vectors of the normalised
     rows that hold a share of their energy.
@@ -84,7 +112,7 @@ def weight_of(base: BaseModel, module: str, edited: bool) -> Tensor:
         edited: Whether the edits on the stack count.
 
     Raises:
-        UnsupportedUseError: The weight is quantised, so that it holds no numbers to compare with.
+        UnsupportedUseError: The weight is quantised, so an update cannot be compared with it.
     """
     owner = base.module(module)
     weight = owner.weight
@@ -103,22 +131,3 @@ def weight_of(base: BaseModel, module: str, edited: bool) -> Tensor:
             elif isinstance(patch, DensePatch) and patch.delta is not None:
                 total = total + patch.delta.to(total)
     return total
-
-
-def combined(
-    base: BaseModel, changes: Sequence[Edit], origin: EditOrigin, memory: Mapping[str, Tensor]
-) -> Edit:
-    """The changes of several modules as one edit, with what later edits must know."""
-    factors: dict[str, tuple[Tensor, Tensor]] = {}
-    dense: dict[str, tuple[Tensor | None, Tensor | None]] = {}
-    for change in changes:
-        if isinstance(change, LowRankEdit):
-            factors |= change.factors
-        elif isinstance(change, DenseEdit):
-            dense |= change.changes
-    if not dense:
-        return LowRankEdit(base, factors, origin, memory)
-    whole = DenseEdit(base, dense, origin)
-    if not memory:
-        return whole
-    return CompositeEdit(base, [LowRankEdit(base, {}, origin, memory), whole], origin)

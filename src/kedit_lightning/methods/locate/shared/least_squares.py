@@ -1,8 +1,8 @@
-"""The update that makes a linear layer map keys to wanted values.
+"""Least-squares updates that make a linear layer map keys to values.
 
 All methods of this family solve ``Δ = R (εI + Kᵀ G⁻¹ K)⁻¹ Kᵀ G⁻¹`` and differ in the prior ``G``,
-what a change may cost.  A prior is a function that gives ``G⁻¹ K`` for keys ``K``, so that priors
-compose and no ``d × d`` system is solved for a batch.
+the cost ``tr(Δ G Δᵀ)`` of a change.  A prior is a function that gives ``G⁻¹ K`` for keys ``K``, so
+that priors compose and no ``d × d`` system is solved for a batch.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from kedit_lightning.edits import LowRankDelta
 from kedit_lightning.errors import NonFiniteError
 
 #: Below this cosine between a key and its whitened counterpart an update would blow up.
@@ -23,17 +24,17 @@ Prior: TypeAlias = Callable[[Tensor], Tensor]
 
 
 def covariance_prior(factor: Tensor, weight: float = 1.0) -> Prior:
-    """``G = weight · C``: a change must leave the outputs of typical keys alone (MEMIT, eq. 14).
+    """``G = weight · C``: a change keeps the outputs at keys of plain text (MEMIT, eq. 14).
 
     Args:
         factor: Lower Cholesky factor of ``C``. Shape ``[d_in, d_in]``, float64.
-        weight: ``λ``, how many typical keys count against one of the batch.
+        weight: ``λ``, how many keys of plain text count against one of the batch.
     """
     return lambda keys: torch.cholesky_solve(keys.to(factor), factor).to(keys) / weight
 
 
 def size_prior(weight: float = 1.0) -> Prior:
-    """``G = weight · I``: a change costs its size, whatever typical keys are.
+    """``G = weight · I``: a change costs its squared Frobenius norm.
 
     Args:
         weight: Cost of a change of norm 1, in keys of norm 1.
@@ -42,28 +43,28 @@ def size_prior(weight: float = 1.0) -> Prior:
 
 
 def null_space_prior(basis: Tensor, weight: float) -> Prior:
-    """``G⁻¹ = P / weight``: a change must lie in the null space of typical keys (AlphaEdit, eq. 8).
+    """``G⁻¹ = P / weight``: a change lies in the null space of the keys (AlphaEdit, eq. 8).
 
     Args:
-        basis: Orthonormal basis of what the change must avoid. Shape ``[d_in, r]``, float64.
-        weight: ``L2``, the cost of the size of the change.
+        basis: Orthonormal basis of the complement of the null space. Shape ``[d_in, r]``, float64.
+        weight: ``L2``, the cost of the squared norm of the change.
     """
 
     def whiten(keys: Tensor) -> Tensor:
-        moved = keys.to(basis)
-        return ((moved - basis @ (basis.T @ moved)) / weight).to(keys)
+        local = keys.to(basis)
+        return ((local - basis @ (basis.T @ local)) / weight).to(keys)
 
     return whiten
 
 
 def with_history(prior: Prior, keys: Tensor) -> Prior:
-    """``G + H Hᵀ``: the outputs of keys of earlier edits must stay too (Woodbury's identity).
+    """``G + H Hᵀ``: a change keeps the outputs at earlier keys as well (Woodbury's identity).
 
     With a null-space prior this is the recursive least-squares state of AlphaEdit.
 
     Args:
         prior: The prior ``G``.
-        keys: ``H``. Shape ``[d_in, N]``.
+        keys: ``H``, keys of earlier edits. Shape ``[d_in, N]``.
     """
     if keys.shape[1] > keys.shape[0]:
         # Any H with the same H Hᵀ will do: this one has no more columns than rows.
@@ -86,7 +87,7 @@ def symmetric(matrix: Tensor) -> Tensor:
 
 def ridge_update(
     keys: Tensor, residuals: Tensor, prior: Prior, eps: float, relative: bool = False
-) -> tuple[Tensor, Tensor]:
+) -> LowRankDelta:
     """Low-rank solution of ``Δ = R (εI + Kᵀ G⁻¹ K)⁻¹ Kᵀ G⁻¹``.
 
     It minimises ``tr(Δ G Δᵀ) + ‖ΔK − R‖² / ε``; with ``ε = 0`` it meets ``ΔK = R`` exactly, as long
@@ -100,7 +101,7 @@ def ridge_update(
         relative: Whether ``eps`` is in units of the mean of ``kᵀ G⁻¹ k``.
 
     Returns:
-        ``A`` of shape ``[n, d_in]`` and ``B`` of shape ``[d_out, n]`` with ``Δ = B A``, float64.
+        ``Δ`` of rank ``n``, float64.
 
     Raises:
         NonFiniteError: Keys are combinations of each other and ``ε`` is 0.
@@ -118,26 +119,26 @@ def ridge_update(
             "as those of two requests about one subject are, and eps is 0; set eps above 0, or "
             "leave one of them out"
         )
-    return whitened.T, torch.cholesky_solve(residuals.T, factor).T
+    return LowRankDelta(whitened.T, torch.cholesky_solve(residuals.T, factor).T)
 
 
 def rank_one_update(
     key: Tensor, residual: Tensor, direction: Tensor, prior: Prior, layer: str
-) -> tuple[Tensor, Tensor]:
-    """ROME's update: adds ``residual`` where the layer sees ``key``, along a whitened direction.
+) -> LowRankDelta:
+    """ROME's update: maps one key to its value, along a whitened direction.
 
     ``Δ = r (C⁻¹ d)ᵀ / (kᵀ C⁻¹ d)`` (Meng et al. 2022, eq. 2; with ``d = k`` it is the constrained
     least-squares solution).
 
     Args:
-        key: Key ``k`` that is to get the new value. Shape ``[d_in]``.
-        residual: Wanted minus present output at ``key``. Shape ``[d_out]``.
+        key: ``k``. Shape ``[d_in]``.
+        residual: ``r``, wanted minus present output at ``key``. Shape ``[d_out]``.
         direction: ``d``, the key or a mean of keys over contexts. Shape ``[d_in]``.
         prior: Gives ``C⁻¹ d``.
         layer: Name for the error.
 
     Returns:
-        ``A`` of shape ``[1, d_in]`` and ``B`` of shape ``[d_out, 1]``, float64.
+        ``Δ`` of rank 1, float64.
 
     Raises:
         NonFiniteError: ``k`` is nearly orthogonal to ``C⁻¹ d``, so the update would explode.
@@ -152,4 +153,4 @@ def rank_one_update(
             f"orthogonal to the mean key (cosine {float(alignment):.1e}); use RROME, which takes "
             "the mean key throughout, or put words before the subject"
         )
-    return left[None], (residual / overlap)[:, None]
+    return LowRankDelta(left[None], (residual / overlap)[:, None])

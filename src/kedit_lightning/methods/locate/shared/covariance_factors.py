@@ -1,0 +1,142 @@
+"""Factors of the covariances of keys: Cholesky factors for priors, null spaces for AlphaEdit."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Hashable
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from kedit_lightning.base_models import BaseModel
+from kedit_lightning.edits.projections import projection_shape
+from kedit_lightning.errors import StatisticsNotFoundError, UnsupportedUseError
+from kedit_lightning.statistics import (
+    estimate_from_few_samples,
+    factorise,
+    find_statistics,
+    main_directions,
+    shrunk,
+)
+
+#: Where the covariances of keys come from: ``auto`` takes collected ones and falls back to a small
+#: packaged text, ``required`` refuses to fall back, ``identity`` takes the identity matrix.
+StatisticsMode: TypeAlias = Literal["auto", "required", "identity"]
+
+#: A matrix with the number that belongs to it.
+Factor: TypeAlias = tuple[Tensor, float]
+#: The cache keeps matrices of several layers up to this many bytes.
+_CACHE_BYTES = 32 << 20
+
+
+class FactorCache:
+    """Keeps the factors of all layers while they are small, else those of one layer alone."""
+
+    def __init__(self) -> None:
+        self._factors: dict[Hashable, Factor] = {}
+
+    def get(self, key: Hashable, compute: Callable[[], Factor]) -> Factor:
+        """The factor of a key, computed unless the cache has it."""
+        if key not in self._factors:
+            if sum(matrix.nbytes for matrix, _ in self._factors.values()) > _CACHE_BYTES:
+                self._factors.clear()
+            self._factors[key] = compute()
+        return self._factors[key]
+
+    def clear(self) -> None:
+        """Empty the cache."""
+        self._factors.clear()
+
+
+class CovarianceFactors:
+    """Second moments of the keys of a base model, decomposed once a layer.
+
+    Args:
+        base: The base model.
+        mode: Where the second moments come from.
+        method: Name of the method, for messages.
+    """
+
+    def __init__(self, base: BaseModel, mode: StatisticsMode, method: str) -> None:
+        self.base, self.mode, self.method = base, mode, method
+        #: Which statistics were used last, for the record of an edit.
+        self.note = ""
+        self._cache = FactorCache()
+
+    def cholesky(self, module: str, ridge: float = 0.0) -> Tensor:
+        """Lower Cholesky factor of ``C + ridge · I``, ``[d_in, d_in]`` in float64 on the CPU."""
+
+        def compute() -> Factor:
+            moment = self.second_moment(module)
+            moment.diagonal().add_(ridge)
+            # Decomposed beside the model, where a wide layer takes a fraction of a second.
+            return factorise(moment.to(self.base.device), module).cpu(), ridge
+
+        return self._cache.get(("cholesky", module, ridge), compute)[0]
+
+    def null_space(self, module: str, energy: float, threshold: float | None) -> Factor:
+        """Complement of the null space of keys, and their mean squared norm inside it.
+
+        Args:
+            module: The projection.
+            energy: Share of the energy of the keys that the null space may hold.
+            threshold: Largest eigenvalue inside the null space, instead of a share.
+
+        Returns:
+            Orthonormal basis of the complement, ``[d_in, r]`` in float64, and the norm.
+
+        Raises:
+            UnsupportedUseError: The null space holds nothing of the keys.
+        """
+        if self.mode == "identity":  # nothing is known of the keys
+            return self.second_moment(module)[:, :0], 1.0
+
+        def compute() -> Factor:
+            basis, values = main_directions(self.second_moment(module), energy, threshold)
+            inside = float(values[: len(values) - basis.shape[1]].sum())
+            if inside <= 0:
+                raise UnsupportedUseError(
+                    f"the null space of layer '{module}' holds nothing of the keys of plain text, "
+                    "so the size of a change there has no scale; raise energy, or use MEMIT"
+                )
+            return basis, inside
+
+        return self._cache.get(("null space", module, energy, threshold), compute)
+
+    def second_moment(self, module: str) -> Tensor:
+        """``C = E[k kᵀ]`` of the keys of a projection. Shape ``[d_in, d_in]``, float64.
+
+        Raises:
+            StatisticsNotFoundError: None were collected and the mode is ``required``.
+        """
+        if self.mode == "identity":
+            self.note = "identity"
+            return torch.eye(projection_shape(self.base.module(module))[0], dtype=torch.float64)
+        statistics = find_statistics(self.base, module)
+        if statistics is None or (statistics.is_few_sample and self.mode == "required"):
+            if self.mode == "required":
+                raise StatisticsNotFoundError(
+                    f"no key statistics of layer '{module}' of base model '{self.base.name}' have "
+                    f"been collected; run `kedit fit` with {self.method} and --data Texts, or set "
+                    "statistics to auto to estimate them from a small packaged text"
+                )
+            estimate_from_few_samples(self.base)
+            statistics = find_statistics(self.base, module)
+            assert statistics is not None
+        self.note = statistics.note
+        if statistics.is_few_sample:
+            warnings.warn(
+                f"key statistics of '{self.base.name}' are estimated from a small packaged text: "
+                f"{self.note}; collect better ones once with `kedit fit --model {self.method} "
+                "--data Texts --data.path FOLDER`",
+                stacklevel=4,
+            )
+        moment = statistics.moment
+        # Fewer keys than dimensions leave directions of which nothing is known.
+        few = statistics.is_few_sample or moment.count < len(moment.mean)
+        return shrunk(moment) if few else moment.mean
+
+    def clear(self) -> None:
+        """Drop all factors: the statistics they come from have been replaced."""
+        self._cache.clear()
