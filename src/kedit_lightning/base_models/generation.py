@@ -56,9 +56,6 @@ def generate_texts(
         done = [sentence_ended(decode(row[prompt:])) for row in ids]
         return torch.tensor(done, device=ids.device)
 
-    def adjust(ids: Tensor, scores: Tensor) -> Tensor:
-        return base.edits.adjust_logits(scores)
-
     settings: dict[str, Any] = {
         "do_sample": False,
         "pad_token_id": 0 if pad is None else pad,
@@ -66,7 +63,7 @@ def generate_texts(
         **options,
     }
     criteria = [*settings.pop("stopping_criteria", []), *([ended] if stop_at_sentence else [])]
-    processors = [*settings.pop("logits_processor", []), adjust]
+    processors = settings.pop("logits_processor", [])
     if not base.is_encoder_decoder:
         room = base.max_tokens - prompt
         settings["max_new_tokens"] = max(1, min(settings["max_new_tokens"], room))

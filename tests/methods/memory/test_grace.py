@@ -10,7 +10,7 @@ from support import FAMILIES, REQUESTS, TEXT, tiny_base
 from kedit_lightning import Edit, EditRequest
 from kedit_lightning.base_models.taps import capture
 from kedit_lightning.edits import CodebookEdit
-from kedit_lightning.edits.kinds.codebook.codebook_edit import (
+from kedit_lightning.edits.kinds.codebook import (
     SPLIT_GAP,
     CodebookEntry,
     build_codebook,

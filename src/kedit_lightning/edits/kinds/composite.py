@@ -7,7 +7,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from kedit_lightning.edits.edit import Edit, EditableModel, EditOrigin, edit_class
+from kedit_lightning.edits.edit import Edit, EditableModel, edit_class
+from kedit_lightning.edits.effects import Effect
+from kedit_lightning.edits.origin import EditOrigin
 
 
 class CompositeEdit(Edit):
@@ -31,6 +33,10 @@ class CompositeEdit(Edit):
         """The simple edits of all members."""
         return tuple(part for member in self.members for part in member.parts())
 
+    def effects(self) -> Sequence[Effect]:
+        """The effects of all members."""
+        return [effect for member in self.members for effect in member.effects()]
+
     def deltas(self) -> dict[str, Tensor]:
         """Sum of the members' deltas.
 
@@ -48,8 +54,8 @@ class CompositeEdit(Edit):
         tensors: dict[str, Tensor] = {}
         members = []
         for index, member in enumerate(self.members):
-            own, values = member.state()
-            tensors |= {f"{index}/{name}": tensor for name, tensor in own.items()}
+            parts, values = member.state()
+            tensors |= {f"{index}/{name}": tensor for name, tensor in parts.items()}
             members.append(
                 {"kind": member.kind, "values": values, "origin": member.origin.to_json()}
             )
@@ -67,10 +73,8 @@ class CompositeEdit(Edit):
         members = []
         for index, member in enumerate(values["members"]):
             start = f"{index}/"
-            own = {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
-            members.append(
-                edit_class(member["kind"]).from_state(
-                    base, EditOrigin.from_json(member["origin"]), own, member["values"]
-                )
-            )
+            parts = {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
+            made_by = EditOrigin.from_json(member["origin"])
+            kind = edit_class(member["kind"])
+            members.append(kind.from_state(base, made_by, parts, member["values"]))
         return cls(base, members, origin)

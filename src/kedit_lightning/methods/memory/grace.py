@@ -13,7 +13,7 @@ from kedit_lightning.base_models import BaseModel, BaseModelSpec, TokenRows
 from kedit_lightning.base_models.taps import capture, change_output, stop_after
 from kedit_lightning.edits import CodebookEdit
 from kedit_lightning.edits.edit import check_finite
-from kedit_lightning.edits.kinds.codebook.codebook_edit import (
+from kedit_lightning.edits.kinds.codebook import (
     Codebook,
     CodebookEntry,
     Replacement,
