@@ -22,7 +22,7 @@ from kedit_lightning.edits import (
     PromptEdit,
     PromptEntry,
 )
-from kedit_lightning.edits.kinds.codebook import CodebookEntry, Replacement
+from kedit_lightning.edits.kinds.codebook.codebook import CodebookEntry, Replacement
 from kedit_lightning.edits.projections import projection_shape
 
 PROMPTS = [request.prompt for request in REQUESTS]

@@ -22,7 +22,7 @@ from kedit_lightning.edits import (
     PromptEntry,
     memories,
 )
-from kedit_lightning.edits.kinds.codebook import CodebookEntry
+from kedit_lightning.edits.kinds.codebook.codebook import CodebookEntry
 from kedit_lightning.edits.projections import projection_shape
 from kedit_lightning.errors import (
     EditFileError,

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from kedit_lightning.edits.edit import Edit, MemoryEdit, materialise, register_late_kind
-from kedit_lightning.edits.kinds.codebook import CodebookEdit
+from kedit_lightning.edits.kinds.codebook.codebook_edit import CodebookEdit
 from kedit_lightning.edits.kinds.composite import CompositeEdit
 from kedit_lightning.edits.kinds.decoding import DecodingEdit
 from kedit_lightning.edits.kinds.prompt.prompt_edit import PromptEdit, PromptEntry

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from importlib import import_module
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,10 @@ from kedit_lightning.errors import (
     NonFiniteError,
     UnsupportedUseError,
 )
+
+Tensors: TypeAlias = dict[str, Tensor]
+#: Plain values that JSON can hold.
+Values: TypeAlias = dict[str, Any]
 
 
 class AppliedEdits(Protocol):
@@ -115,17 +119,13 @@ class Edit(ABC):
         """What the edit does to the base model, in the order it acts."""
 
     @abstractmethod
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def state(self) -> tuple[Tensors, Values]:
         """Tensors and plain values from which :meth:`from_state` rebuilds the edit."""
 
     @classmethod
     @abstractmethod
     def from_state(
-        cls,
-        base: EditableModel,
-        origin: EditOrigin,
-        tensors: dict[str, Tensor],
-        values: dict[str, Any],
+        cls, base: EditableModel, origin: EditOrigin, tensors: Tensors, values: Values
     ) -> Edit:
         """Rebuild an edit from :meth:`state`."""
 

@@ -1,8 +1,7 @@
 """The effects that an edit can have on a base model.
 
-An edit states its effects; the stack (:mod:`kedit_lightning.edits.stack`) applies them and knows no
-kind of edit.  Effects of one ``family`` act as one: the stack passes their contents, oldest first,
-to the ``build`` function of the first, and calls what it returns.
+An edit states its effects; the stack applies them and knows no kind of edit.  Effects of one
+``family`` act as one: ``build`` of the first turns their contents, oldest first, into a function.
 """
 
 from __future__ import annotations
@@ -78,12 +77,7 @@ PromptFunction: TypeAlias = Callable[[str, Callable[[str], bool]], str]
 
 @dataclass(frozen=True)
 class AddToOutput:
-    """Adds a change of the weight and the bias to a projection's output.
-
-    Args:
-        module: Name of the projection.
-        delta: The change.
-    """
+    """Adds a change of the weight and the bias to a projection's output."""
 
     module: str
     delta: WeightDelta
@@ -91,14 +85,7 @@ class AddToOutput:
 
 @dataclass(frozen=True)
 class RouteRows:
-    """Changes a module's output, row by row.
-
-    Args:
-        module: Name of the module.
-        family: Effects with equal families on one module are built together.
-        build: Turns the contents of the family into a function.
-        content: What this effect adds to its family.
-    """
+    """Changes a module's output, row by row; ``build`` gets the contents of one module."""
 
     module: str
     family: Hashable
@@ -110,12 +97,8 @@ class RouteRows:
 class ReadStates:
     """Reads a module's output, after all changes of it, into the row context.
 
-    Args:
-        module: Name of the module.
-        family: As in :class:`RouteRows`.
-        build: Turns the contents of the family into a function.  Its second argument tells which
-            rows carry which content, ``[rows, contents]``; ``None`` where all rows carry all.
-        content: What this effect adds to its family.
+    The second argument of ``build`` tells which rows carry which content, ``[rows, contents]``; it
+    is ``None`` where all rows carry all of them.
     """
 
     module: str
@@ -128,11 +111,7 @@ class ReadStates:
 class ChangeLogits:
     """Changes logits, wherever the model computes them.
 
-    Args:
-        family: Effects with equal families are built together.
-        build: Turns the contents of the family into a function.
-        content: What this effect adds to its family.
-        reads: Names of modules whose output is passed on, at the places of the logits.
+    ``reads`` names modules whose output is passed on, at the places of the logits.
     """
 
     family: Hashable
@@ -143,13 +122,7 @@ class ChangeLogits:
 
 @dataclass(frozen=True)
 class RewritePrompt:
-    """Rewrites prompts before they are tokenised.
-
-    Args:
-        family: Effects with equal families are built together.
-        build: Turns the contents of the family into a function.
-        content: What this effect adds to its family.
-    """
+    """Rewrites prompts before they are tokenised."""
 
     family: Hashable
     build: Callable[[Sequence[Any]], PromptFunction]

@@ -59,54 +59,27 @@ def _row_functions(effects: Sequence[Effect]) -> list[RowFunction]:
 
 
 class ModuleHook:
-    """Changes the output of a module, the same way for all rows that a batch may hold.
-
-    Args:
-        module: The module.
-        effects: Effects on it, oldest first.
-    """
-
-    def __init__(self, module: nn.Module, effects: Sequence[Effect]) -> None:
-        self.delta = _delta(effects, module)
-        self._functions = _row_functions(effects)
-
-    def __call__(self, args: tuple[Any, ...], output: Any, context: RowContext | None) -> Any:
-        """Return the changed output of the module."""
-        x, y = args[0], first_tensor(output)
-        if self.delta is not None:
-            y = self.delta(x, y)
-        if self._functions:
-            context = known_context(context)
-            rows = len(context.prompt_end)
-            x, shape, y = as_rows(x, rows), y.shape, as_rows(y, rows)
-            for function in self._functions:
-                y = function(x, y, context)
-            y = y.reshape(shape)
-        return with_first(output, y)
-
-
-class RowsHook:
-    """Changes the output of a module whose rows carry different edits.
+    """Changes the output of a module.
 
     The change of weights that a row carries is added to the one that all rows share.  Its row
     functions are built together with the shared ones, as families span both.
 
     Args:
         module: The module.
-        rows: Number of rows that edits were given for.
-        shared: Effects on all rows.
+        shared: Effects on all rows, oldest first.
         carried: Rows, and the effects that only they carry.
+        rows: Number of rows that the carried effects were given for.
     """
 
     def __init__(
         self,
         module: nn.Module,
-        rows: int,
         shared: Sequence[Effect],
-        carried: Sequence[tuple[Sequence[int], Sequence[Effect]]],
+        carried: Sequence[tuple[Sequence[int], Sequence[Effect]]] = (),
+        rows: int = 0,
     ) -> None:
         self._rows = rows
-        self._shared = _delta(shared, module)
+        self.delta = _delta(shared, module)
         self._functions = _row_functions(shared)
         device = next((parameter.device for parameter in module.parameters()), None)
         #: Rows, and the change of weights that they carry.
@@ -115,8 +88,7 @@ class RowsHook:
         self._carried_functions: list[tuple[Tensor, int, list[RowFunction]]] = []
         low: list[tuple[Sequence[int], LowRankDelta]] = []
         for at, effects in carried:
-            index = torch.tensor(at, device=device)
-            delta = _delta(effects, module)
+            index, delta = torch.tensor(at, device=device), _delta(effects, module)
             if delta is not None:
                 if delta.low_rank is not None and delta.dense is None and delta.bias is None:
                     low.append((at, delta.low_rank))
@@ -132,21 +104,21 @@ class RowsHook:
 
     def __call__(self, args: tuple[Any, ...], output: Any, context: RowContext | None) -> Any:
         """Return the changed output of the module."""
-        if context is None and args[0].dim() == 3 and not self._routes:
-            batch = len(args[0])  # an encoder, which generation runs before the model itself
+        x, y = args[0], first_tensor(output)
+        if not self._rows and not self._routes:
+            return with_first(output, y if self.delta is None else self.delta(x, y))
+        if context is None and x.dim() == 3 and not self._routes:
+            batch = len(x)  # an encoder, which generation runs before the model itself
         else:
             context = known_context(context)
             batch = len(context.prompt_end)
-        copies = copies_of_rows(batch, self._rows)
-        y = first_tensor(output)
-        x, weighted = as_rows(args[0], batch), self._weighted(args[0], y, batch, copies)
-        new = weighted
-        if context is None:  # no function looks at rows
-            return with_first(output, new.reshape(y.shape))
+        copies = copies_of_rows(batch, self._rows or batch)
+        new = weighted = self._weighted(x, y, batch, copies)
+        x = as_rows(x, batch)
         for function in self._functions:
-            new = function(x, new, context)
+            new = function(x, new, known_context(context))
         for rows, key, functions in self._carried_functions:
-            at = _copied(rows, copies, y.device)
+            at, context = _copied(rows, copies, y.device), known_context(context)
             part = context.part(key, at.to(context.prompt_end.device))
             routed = weighted[at]
             for function in functions:
@@ -156,12 +128,12 @@ class RowsHook:
 
     def _weighted(self, x: Tensor, y: Tensor, batch: int, copies: int) -> Tensor:
         """Output ``[batch, tokens, d_out]`` under the changes of weights, shared and carried."""
-        if self._shared is None and not self._carried:
+        if self.delta is None and not self._carried:
             return as_rows(y, batch)
         dtype = compute_dtype(y.dtype)
         total = y.to(dtype)
-        if self._shared is not None:
-            total = total + self._shared.change(x.to(dtype))
+        if self.delta is not None:
+            total = total + self.delta.change(x.to(dtype))
         total = as_rows(total, batch)
         for rows, delta in self._carried:
             at = _copied(rows, copies, y.device)
@@ -175,19 +147,13 @@ def _copied(rows: Tensor, copies: int, device: torch.device) -> Tensor:
     return (rows[:, None] * copies + torch.arange(copies, device=device)).flatten()
 
 
-class StatesHook:
-    """Passes the output of a module to a function that reads it.
+def states_hook(function: StatesFunction) -> ForwardHook:
+    """A hook that passes the output of a module to a function that reads it."""
 
-    Args:
-        function: Writes into the row context.
-    """
+    def read(args: tuple[Any, ...], output: Any, context: RowContext | None) -> None:
+        function(first_tensor(output), known_context(context))
 
-    def __init__(self, function: StatesFunction) -> None:
-        self._function = function
-
-    def __call__(self, args: tuple[Any, ...], output: Any, context: RowContext | None) -> None:
-        """Read the output."""
-        self._function(first_tensor(output), known_context(context))
+    return read
 
 
 class LogitsHook:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -24,15 +24,12 @@ from kedit_lightning.edits.effects import (
     families,
     of_type,
 )
-from kedit_lightning.edits.forward_hooks import (
-    ForwardHook,
-    LogitsHook,
-    ModuleHook,
-    RowsHook,
-    StatesHook,
-)
+from kedit_lightning.edits.forward_hooks import ForwardHook, LogitsHook, ModuleHook, states_hook
 from kedit_lightning.edits.row_context import ContextTracker
 from kedit_lightning.errors import EditOrderError, UnsupportedUseError
+
+#: Rows, and the effects of the edit that they carry.
+RowEffects: TypeAlias = tuple[list[int], Sequence[Effect]]
 
 
 def _effects(edits: Sequence[Edit]) -> list[Effect]:
@@ -46,6 +43,25 @@ def _by_module(effects: Sequence[Effect]) -> dict[str, list[Effect]]:
         if isinstance(effect, (AddToOutput, RouteRows)):
             modules.setdefault(effect.module, []).append(effect)
     return modules
+
+
+def _states_hooks(
+    shared: Sequence[Effect], apart: Sequence[RowEffects], rows: int
+) -> list[tuple[str, ForwardHook]]:
+    """Hooks that read outputs of modules into the row context."""
+    placed: list[tuple[slice | list[int], Effect]] = [(slice(None), effect) for effect in shared]
+    placed += [(at, effect) for at, effects in apart for effect in effects]
+    hooks: list[tuple[str, ForwardHook]] = []
+    for group in families([effect for _, effect in placed], ReadStates):
+        at = [next(at for at, effect in placed if effect is member) for member in group]
+        carriers = None
+        if any(isinstance(rows_of, list) for rows_of in at):
+            carriers = torch.zeros(rows, len(group), dtype=torch.bool)
+            for number, rows_of in enumerate(at):
+                carriers[rows_of, number] = True
+        function = group[0].build([effect.content for effect in group], carriers)
+        hooks.append((group[0].module, states_hook(function)))
+    return hooks
 
 
 class EditStack:
@@ -217,11 +233,11 @@ class EditStack:
             if edit is not None:
                 rows_of.setdefault(edit, []).append(row)
         shared = _effects(edits)
-        apart = [(rows, list(edit.effects())) for edit, rows in rows_of.items()]
+        apart = [(rows, edit.effects()) for edit, rows in rows_of.items()]
         every = [*shared, *(effect for _, effects in apart for effect in effects)]
-        logits, routes = of_type(every, ChangeLogits), of_type(every, RouteRows)
-        states = self._states_hooks(shared, apart, len(carried))
+        states = _states_hooks(shared, apart, len(carried))
         hooks = [*self._module_hooks(shared, apart, len(carried)), *states]
+        logits = of_type(every, ChangeLogits)
         if logits:
             hook = LogitsHook(logits)
             hooks += [*hook.readers(), ("", hook)]
@@ -232,48 +248,25 @@ class EditStack:
         for handle in self._handles:
             handle.remove()
         self._handles = [self._register(name, hook) for name, hook in hooks]
-        decides = bool(apart or routes or states)
-        if decides or logits:
+        decides = bool(apart or states or of_type(every, RouteRows))
+        self._reads_rows = decides or bool(logits)
+        if self._reads_rows:
             # After the other hooks, so that the context is still open when those of the model run.
             self._handles += self._tracker.register(with_encoder=bool(states), decides=decides)
         self._edits, self._carried, self._prompts = edits, carried, prompts
-        self._reads_rows = decides or bool(logits)
 
     def _module_hooks(
-        self,
-        shared: Sequence[Effect],
-        apart: Sequence[tuple[list[int], Sequence[Effect]]],
-        rows: int,
+        self, shared: Sequence[Effect], apart: Sequence[RowEffects], rows: int
     ) -> list[tuple[str, ForwardHook]]:
-        """Hooks that change outputs of modules; ``apart`` are effects that only some rows carry."""
+        """Hooks that change outputs of modules."""
         on_all = _by_module(shared)
         on_some = [(at, _by_module(effects)) for at, effects in apart]
         hooks: list[tuple[str, ForwardHook]] = []
-        for name in dict.fromkeys([*on_all, *(name for _, own in on_some for name in own)]):
-            module, effects = self._model.get_submodule(name), on_all.get(name, [])
-            own = [(at, modules[name]) for at, modules in on_some if name in modules]
-            hook = RowsHook(module, rows, effects, own) if own else ModuleHook(module, effects)
+        for name in dict.fromkeys([*on_all, *(name for _, modules in on_some for name in modules)]):
+            carried = [(at, modules[name]) for at, modules in on_some if name in modules]
+            module = self._model.get_submodule(name)
+            hook = ModuleHook(module, on_all.get(name, []), carried, rows if carried else 0)
             hooks.append((name, hook))
-        return hooks
-
-    @staticmethod
-    def _states_hooks(
-        shared: Sequence[Effect],
-        apart: Sequence[tuple[list[int], Sequence[Effect]]],
-        rows: int,
-    ) -> list[tuple[str, ForwardHook]]:
-        """Hooks that read outputs of modules into the row context."""
-        carriers = {id(effect): at for at, effects in apart for effect in effects}
-        every = [*shared, *(effect for _, effects in apart for effect in effects)]
-        hooks: list[tuple[str, ForwardHook]] = []
-        for group in families(every, ReadStates):
-            mask = None
-            if any(id(effect) in carriers for effect in group):
-                mask = torch.zeros(rows, len(group), dtype=torch.bool)
-                for number, effect in enumerate(group):
-                    mask[carriers.get(id(effect), slice(None)), number] = True
-            function = group[0].build([effect.content for effect in group], mask)
-            hooks.append((group[0].module, StatesHook(function)))
         return hooks
 
     def _register(self, name: str, hook: ForwardHook) -> RemovableHandle:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
-from kedit_lightning.edits.edit import Edit, EditableModel, edit_class
+from kedit_lightning.edits.edit import Edit, EditableModel, Tensors, Values, edit_class
 from kedit_lightning.edits.effects import Effect
 from kedit_lightning.edits.origin import EditOrigin
 
@@ -49,7 +49,7 @@ class CompositeEdit(Edit):
                 total[name] = total[name] + delta if name in total else delta
         return total
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def state(self) -> tuple[Tensors, Values]:
         """States of all members, told apart by their index."""
         tensors: dict[str, Tensor] = {}
         members = []
@@ -63,11 +63,7 @@ class CompositeEdit(Edit):
 
     @classmethod
     def from_state(
-        cls,
-        base: EditableModel,
-        origin: EditOrigin,
-        tensors: dict[str, Tensor],
-        values: dict[str, Any],
+        cls, base: EditableModel, origin: EditOrigin, tensors: Tensors, values: Values
     ) -> CompositeEdit:
         """Rebuild all members."""
         members = []

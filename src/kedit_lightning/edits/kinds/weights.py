@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
-from kedit_lightning.edits.edit import Edit, EditableModel, check_finite
+from kedit_lightning.edits.edit import Edit, EditableModel, Tensors, Values, check_finite
 from kedit_lightning.edits.effects import AddToOutput, Effect, KeepMemory, WeightDelta
 from kedit_lightning.edits.low_rank import LowRankDelta
 from kedit_lightning.edits.origin import EditOrigin
@@ -74,7 +74,7 @@ class LowRankEdit(Edit):
             for name, delta in self.factors.items()
         }
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def state(self) -> tuple[Tensors, Values]:
         """The factors and the memory."""
         tensors = {f"{name}.A": a for name, (a, _) in self.factors.items()}
         tensors |= {f"{name}.B": b for name, (_, b) in self.factors.items()}
@@ -82,11 +82,7 @@ class LowRankEdit(Edit):
 
     @classmethod
     def from_state(
-        cls,
-        base: EditableModel,
-        origin: EditOrigin,
-        tensors: dict[str, Tensor],
-        values: dict[str, Any],
+        cls, base: EditableModel, origin: EditOrigin, tensors: Tensors, values: Values
     ) -> LowRankEdit:
         """Rebuild from the factors and the memory."""
         memory = {n.removeprefix(_MEMORY): t for n, t in tensors.items() if n.startswith(_MEMORY)}
@@ -176,7 +172,7 @@ class DenseEdit(Edit):
                 deltas[f"{name}.bias"] = bias
         return deltas
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def state(self) -> tuple[Tensors, Values]:
         """The matrices and biases."""
         tensors: dict[str, Tensor] = {}
         for name, (delta, bias) in self.changes.items():
@@ -188,11 +184,7 @@ class DenseEdit(Edit):
 
     @classmethod
     def from_state(
-        cls,
-        base: EditableModel,
-        origin: EditOrigin,
-        tensors: dict[str, Tensor],
-        values: dict[str, Any],
+        cls, base: EditableModel, origin: EditOrigin, tensors: Tensors, values: Values
     ) -> DenseEdit:
         """Rebuild from the matrices and biases."""
         names = sorted({name.rpartition(".")[0] for name in tensors})

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from kedit_lightning.edits.edit import AppliedEdits, EditableModel, MemoryEdit, check_finite
+from kedit_lightning.edits.edit import (
+    AppliedEdits,
+    EditableModel,
+    MemoryEdit,
+    Tensors,
+    Values,
+    check_finite,
+)
 from kedit_lightning.edits.effects import Effect, RouteRows, RowFunction
 from kedit_lightning.edits.kinds.codebook.codebook import (
     Codebook,
@@ -100,7 +107,7 @@ class CodebookEdit(MemoryEdit):
 
         return recall
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def state(self) -> tuple[Tensors, Values]:
         """Keys and values as matrices; labels and radii as plain values."""
         tensors = {
             "keys": torch.stack([entry.key for entry in self.entries]),
@@ -115,11 +122,7 @@ class CodebookEdit(MemoryEdit):
 
     @classmethod
     def from_state(
-        cls,
-        base: EditableModel,
-        origin: EditOrigin,
-        tensors: dict[str, Tensor],
-        values: dict[str, Any],
+        cls, base: EditableModel, origin: EditOrigin, tensors: Tensors, values: Values
     ) -> CodebookEdit:
         """Rebuild the entries."""
         entries = [

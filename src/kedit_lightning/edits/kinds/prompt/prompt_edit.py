@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from torch import Tensor
-
-from kedit_lightning.edits.edit import Edit, EditableModel
+from kedit_lightning.edits.edit import Edit, EditableModel, Tensors, Values
 from kedit_lightning.edits.effects import Effect, PromptFunction, RewritePrompt
 from kedit_lightning.edits.kinds.prompt.tfidf import LexicalIndex
 from kedit_lightning.edits.origin import EditOrigin
@@ -57,17 +55,13 @@ class PromptEdit(Edit):
         """The rewriting of prompts; all prompt edits retrieve from the same facts."""
         return [RewritePrompt(self.kind, retrieval, self.entries)]
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def state(self) -> tuple[Tensors, Values]:
         """The texts; there are no tensors."""
         return {}, {"entries": [asdict(entry) for entry in self.entries]}
 
     @classmethod
     def from_state(
-        cls,
-        base: EditableModel,
-        origin: EditOrigin,
-        tensors: dict[str, Tensor],
-        values: dict[str, Any],
+        cls, base: EditableModel, origin: EditOrigin, tensors: Tensors, values: Values
     ) -> PromptEdit:
         """Rebuild from the texts."""
         entries = [

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from torch import Tensor
 
-from kedit_lightning.edits.edit import EditableModel, MemoryEdit, check_finite
+from kedit_lightning.edits.edit import EditableModel, MemoryEdit, Tensors, Values, check_finite
 from kedit_lightning.edits.effects import ChangeLogits, Effect, ReadStates
 from kedit_lightning.edits.kinds.scope.scope_memory import (
     ScopeAnswers,
@@ -74,7 +73,7 @@ class ScopeEdit(MemoryEdit):
             ChangeLogits(self.family, ScopeAnswers, content),
         ]
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def state(self) -> tuple[Tensors, Values]:
         """Keys as a matrix, the networks, and the statements as plain values."""
         tensors = {"keys": torch.stack([entry.key for entry in self.entries])}
         for name, tensor in self.networks.state_dict().items():
@@ -87,11 +86,7 @@ class ScopeEdit(MemoryEdit):
 
     @classmethod
     def from_state(
-        cls,
-        base: EditableModel,
-        origin: EditOrigin,
-        tensors: dict[str, Tensor],
-        values: dict[str, Any],
+        cls, base: EditableModel, origin: EditOrigin, tensors: Tensors, values: Values
     ) -> ScopeEdit:
         """Rebuild networks and entries."""
         plan, keys = ScopePlan(**values["plan"]), tensors["keys"]
