@@ -15,8 +15,7 @@ from kedit_lightning.registry import lazy_exports
 
 if TYPE_CHECKING:
     from kedit_lightning.edits.export import load_adapter, save_adapter
-    from kedit_lightning.edits.kinds.scope.scope_edit import ScopeEdit
-    from kedit_lightning.edits.kinds.scope.scope_memory import ScopeEntry
+    from kedit_lightning.edits.kinds.scope.scope_edit import ScopeEdit, ScopeEntry
 
 __all__ = [
     "AdapterEdit",

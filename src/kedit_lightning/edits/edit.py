@@ -60,13 +60,12 @@ class AppliedEdits(Protocol):
 class EditableModel(Protocol):
     """The part of a base model that edits use."""
 
-    @property
-    def model(self) -> nn.Module:
-        """The language model."""
-
-    @property
-    def name(self) -> str:
-        """Its name in reports."""
+    model: nn.Module
+    #: Its name in reports.
+    name: str
+    tokenizer: Any
+    #: Turns texts into token ids.
+    encoder: Any
 
     @property
     def fingerprint(self) -> str:
@@ -79,14 +78,6 @@ class EditableModel(Protocol):
     @property
     def edits(self) -> AppliedEdits:
         """The edits now applied to it."""
-
-    @property
-    def tokenizer(self) -> Any:
-        """Its tokenizer."""
-
-    @property
-    def encoder(self) -> Any:
-        """Turns texts into token ids."""
 
 
 class Edit(ABC):

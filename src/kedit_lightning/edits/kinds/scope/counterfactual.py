@@ -7,7 +7,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+)
 
 from kedit_lightning.errors import UnsupportedUseError
 
@@ -36,9 +43,6 @@ class LanguageModel(nn.Module):
 
     def __init__(self, made_of: Mapping[str, Any], dtype: torch.dtype) -> None:
         super().__init__()
-        from tokenizers import Tokenizer
-        from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
-
         config = AutoConfig.for_model(**made_of["config"])
         self.model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
         self.tokenizer = PreTrainedTokenizerFast(
@@ -83,8 +87,6 @@ class LanguageModel(nn.Module):
         Raises:
             UnsupportedUseError: A prompt is longer than the model takes.
         """
-        from transformers import GenerationConfig
-
         end = self.tokenizer.eos_token_id
         width, device = max(map(len, prompts)), self.model.device
         room = self._check_length(width + 1) + 1  # for one token at least

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoModel, LlamaConfig
 
 from kedit_lightning.edits.kinds.scope.counterfactual import LanguageModel
 
@@ -61,8 +62,6 @@ def heads_of(width: int) -> int:
 
 def _small_decoder(plan: ScopePlan, dtype: torch.dtype) -> nn.Module:
     """A decoder without token embeddings, as it reads the base model's."""
-    from transformers import AutoModel, LlamaConfig
-
     config = LlamaConfig(
         vocab_size=1,
         hidden_size=plan.token_width,
