@@ -46,19 +46,17 @@ def _by_module(effects: Sequence[Effect]) -> dict[str, list[Effect]]:
 
 
 def _states_hooks(
-    shared: Sequence[Effect], apart: Sequence[RowEffects], rows: int
+    effects: Sequence[Effect], apart: Sequence[RowEffects], rows: int
 ) -> list[tuple[str, ForwardHook]]:
     """Hooks that read outputs of modules into the row context."""
-    placed: list[tuple[slice | list[int], Effect]] = [(slice(None), effect) for effect in shared]
-    placed += [(at, effect) for at, effects in apart for effect in effects]
+    rows_of = {id(effect): at for at, carried in apart for effect in carried}
     hooks: list[tuple[str, ForwardHook]] = []
-    for group in families([effect for _, effect in placed], ReadStates):
-        at = [next(at for at, effect in placed if effect is member) for member in group]
+    for group in families(effects, ReadStates):
         carriers = None
-        if any(isinstance(rows_of, list) for rows_of in at):
+        if any(id(effect) in rows_of for effect in group):
             carriers = torch.zeros(rows, len(group), dtype=torch.bool)
-            for number, rows_of in enumerate(at):
-                carriers[rows_of, number] = True
+            for number, effect in enumerate(group):
+                carriers[rows_of.get(id(effect), slice(None)), number] = True
         function = group[0].build([effect.content for effect in group], carriers)
         hooks.append((group[0].module, states_hook(function)))
     return hooks
@@ -128,7 +126,7 @@ class EditStack:
         made_on = edit.origin.stack
         if edit.origin.method and made_on != self.ids:
             there, here = (", ".join(ids) or "no edits" for ids in (made_on, self.ids))
-            if any(part.requires_its_stack for part in (edit, *edit.parts())):
+            if edit.requires_its_stack:
                 raise EditOrderError(
                     f"edit {edit.id} by {edit.origin.method} depends on the edits it was computed "
                     f"on ({there}), but the stack holds {here}; apply those first, in that order, "
@@ -235,7 +233,7 @@ class EditStack:
         shared = _effects(edits)
         apart = [(rows, edit.effects()) for edit, rows in rows_of.items()]
         every = [*shared, *(effect for _, effects in apart for effect in effects)]
-        states = _states_hooks(shared, apart, len(carried))
+        states = _states_hooks(every, apart, len(carried))
         hooks = [*self._module_hooks(shared, apart, len(carried)), *states]
         logits = of_type(every, ChangeLogits)
         if logits:
