@@ -46,8 +46,9 @@ class EditOrigin:
         """Plain values for a file header."""
         values = asdict(self)
         for request in values["requests"]:
-            if request["task"] is None:  # earlier releases had none, and their edits keep their ids
-                del request["task"]
+            for name in ("task", "image"):  # earlier releases had none; their edits keep their ids
+                if request.get(name) is None:
+                    request.pop(name, None)
         return values
 
     @classmethod
