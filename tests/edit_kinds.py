@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -22,7 +22,7 @@ from kedit_lightning.edits import (
     PromptEdit,
     PromptEntry,
 )
-from kedit_lightning.edits.kinds.codebook.codebook_edit import CodebookEntry, Replacement
+from kedit_lightning.edits.kinds.codebook.codebook import CodebookEntry, Replacement
 from kedit_lightning.edits.projections import projection_shape
 
 PROMPTS = [request.prompt for request in REQUESTS]
@@ -40,7 +40,7 @@ class BonusEdit(DecodingEdit):
         super().__init__(base, origin)
         self.tokens = tokens
 
-    def adjust(self, logits: Tensor) -> Tensor:
+    def adjust(self, logits: Tensor, states: Mapping[str, Tensor]) -> Tensor:
         changed = logits.clone()
         for token, bonus in self.tokens.items():
             changed[..., token] += bonus

@@ -16,7 +16,7 @@ from toys import Toy
 from kedit_lightning import BaseModel, Edit, EditExample, EditRequest, Probe, methods
 from kedit_lightning.benchmark import Protocol, ProtocolRunner, Reader, runner
 from kedit_lightning.edits import CodebookEdit, CompositeEdit, DenseEdit, LowRankEdit
-from kedit_lightning.edits.effects import FactorStack, LowRankPatch, sum_weights
+from kedit_lightning.edits.low_rank import LowRankBatch, LowRankDelta
 from kedit_lightning.errors import NonFiniteError
 
 SHORT = Protocol(max_new_tokens=6)
@@ -212,16 +212,15 @@ def test_a_memory_that_a_row_carries_acts_together_with_the_memories_below_it() 
 
 
 def test_factors_of_unequal_rank_act_each_on_its_rows() -> None:
-    module = torch.nn.Linear(6, 5).double()
-    patches = [
-        LowRankPatch(random(rank, 6, like=torch.float64), random(5, rank, like=torch.float64))
+    deltas = [
+        LowRankDelta(random(rank, 6, like=torch.float64), random(5, rank, like=torch.float64))
         for rank in (1, 2)
     ]
-    groups = [([4, 0], sum_weights(patches[:1], module)), ([2], sum_weights(patches[1:], module))]
+    groups = [([4, 0], deltas[0]), ([2], deltas[1])]
     x = random(6, 7, 6, like=torch.float64, seed=9)  # two copies of each of three rows
-    found = FactorStack.of(groups).change(x)
-    for rows, patch in ((slice(0, 4), patches[0]), (slice(4, 6), patches[1])):
-        wanted = x[rows] @ (patch.b @ patch.a).T
+    found = LowRankBatch.of(groups).change(x)
+    for rows, delta in ((slice(0, 4), deltas[0]), (slice(4, 6), deltas[1])):
+        wanted = x[rows] @ delta.dense.T
         torch.testing.assert_close(found[rows], wanted, rtol=0, atol=1e-12)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 import edit_kinds
 import pytest
@@ -21,7 +22,7 @@ from kedit_lightning.edits import (
     PromptEntry,
     memories,
 )
-from kedit_lightning.edits.kinds.codebook.codebook_edit import CodebookEntry
+from kedit_lightning.edits.kinds.codebook.codebook import CodebookEntry
 from kedit_lightning.edits.projections import projection_shape
 from kedit_lightning.errors import (
     EditFileError,
@@ -85,8 +86,8 @@ def test_acts_on_direct_calls_and_leaves_weights_alone(kind):
     weights = {name: tensor.clone() for name, tensor in base.model.state_dict().items()}
     raw = raw_logits(base.model)
     with KINDS[kind](base):
-        # Prompt and decoding edits act where the base model builds rows and decodes.
-        acts = kind in (*WEIGHT_KINDS, "composite")
+        # Prompt edits act where the base model builds rows; the codebook knows another prompt.
+        acts = kind in (*WEIGHT_KINDS, "bonus", "composite")
         assert torch.equal(raw_logits(base.model), raw) != acts
         for name, tensor in base.model.state_dict().items():
             assert torch.equal(tensor, weights[name])
@@ -197,8 +198,8 @@ def test_restored_brings_the_stack_back_whatever_happened():
 
 def test_an_edit_that_cannot_be_attached_leaves_the_stack_as_it_was():
     class Broken(LowRankEdit):
-        def patches(self):
-            return {"model.layers.9": next(iter(super().patches().values()))}
+        def effects(self):
+            return [replace(effect, module="model.layers.9") for effect in super().effects()]
 
     base = tiny_base("llama")
     name = base.layout.block(1).down

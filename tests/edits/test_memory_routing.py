@@ -15,7 +15,7 @@ from support import tiny_base
 from kedit_lightning import BaseModel
 from kedit_lightning.base_models.taps import capture
 from kedit_lightning.edits import CodebookEdit
-from kedit_lightning.edits.kinds.codebook.codebook_edit import Codebook, CodebookEntry, Replacement
+from kedit_lightning.edits.kinds.codebook.codebook import Codebook, CodebookEntry, Replacement
 from kedit_lightning.errors import UnsupportedUseError
 
 #: Absolute positions; rotary and BOS; MLPs on flattened rows; encoder-decoder.

@@ -279,10 +279,11 @@ class BaseModel:
         """
         head = self.model.get_output_embeddings()
         if head is None:
-            logits = self.forward(rows, **options).logits[places][None]
-            return self.edits.adjust_logits(logits)[0]
+            logits: Tensor = self.forward(rows, **options).logits[places]
+            return logits
 
         def gather(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            handle.remove()  # an edit that changes logits may call the head once more
             hidden = first_tensor(args)
             at = tuple(index.to(hidden.device) for index in places)
             return (hidden[at][None], *args[1:])
@@ -293,7 +294,7 @@ class BaseModel:
                 logits = self.forward(rows, **options).logits
         finally:
             handle.remove()
-        return self.edits.adjust_logits(logits)[0]
+        return logits[0]
 
     def answer_log_probs(self, rows: TokenRows) -> Tensor:
         """Log-probability of each answer token, 0 on padding. Shape ``[batch, width]``.

@@ -72,9 +72,6 @@ def generate_texts(
         done = [sentence_ended(decode(row[prompt:])) for row in ids]
         return torch.tensor(done, device=ids.device)
 
-    def adjust(ids: Tensor, scores: Tensor) -> Tensor:
-        return base.edits.adjust_logits(scores)
-
     settings: dict[str, Any] = {
         "do_sample": False,
         "pad_token_id": base.pad_id,
@@ -82,7 +79,7 @@ def generate_texts(
         **options,
     }
     criteria = [*settings.pop("stopping_criteria", []), *([ended] if stop_at_sentence else [])]
-    processors = [*settings.pop("logits_processor", []), adjust]
+    processors = settings.pop("logits_processor", [])
     if not base.is_encoder_decoder:
         room = base.max_tokens - prompt
         settings["max_new_tokens"] = max(1, min(settings["max_new_tokens"], room))

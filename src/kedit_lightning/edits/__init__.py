@@ -1,14 +1,21 @@
 """Reversible changes of a base model."""
 
-from kedit_lightning.edits.edit import Edit, EditOrigin
-from kedit_lightning.edits.kinds.codebook.codebook_edit import CodebookEdit, MemoryEdit
+from typing import TYPE_CHECKING
+
+from kedit_lightning.edits.edit import Edit, MemoryEdit, materialise, register_late_kind
+from kedit_lightning.edits.kinds.codebook.codebook_edit import CodebookEdit
 from kedit_lightning.edits.kinds.composite import CompositeEdit
 from kedit_lightning.edits.kinds.decoding import DecodingEdit
 from kedit_lightning.edits.kinds.prompt.prompt_edit import PromptEdit, PromptEntry
-from kedit_lightning.edits.kinds.scope.scope_edit import ScopeEdit, ScopeEntry
 from kedit_lightning.edits.kinds.weights import AdapterEdit, DenseEdit, LowRankEdit, memories
 from kedit_lightning.edits.low_rank import LowRankDelta
+from kedit_lightning.edits.origin import EditOrigin
 from kedit_lightning.edits.stack import EditStack
+from kedit_lightning.registry import lazy_exports
+
+if TYPE_CHECKING:
+    from kedit_lightning.edits.export import load_adapter, save_adapter
+    from kedit_lightning.edits.kinds.scope.scope_edit import ScopeEdit, ScopeEntry
 
 __all__ = [
     "AdapterEdit",
@@ -26,5 +33,21 @@ __all__ = [
     "PromptEntry",
     "ScopeEdit",
     "ScopeEntry",
+    "load_adapter",
+    "materialise",
     "memories",
+    "save_adapter",
 ]
+
+# These import transformers and peft, which take seconds.
+_EXPORT, _SCOPE = (f"kedit_lightning.edits.{name}" for name in ("export", "kinds.scope.scope_edit"))
+register_late_kind("scope", _SCOPE)
+__getattr__ = lazy_exports(
+    None,
+    {
+        "ScopeEdit": _SCOPE,
+        "ScopeEntry": _SCOPE,
+        "load_adapter": _EXPORT,
+        "save_adapter": _EXPORT,
+    },
+)

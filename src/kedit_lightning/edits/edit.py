@@ -1,38 +1,71 @@
-"""What all edits share: where they come from, how they are applied, undone and named."""
+"""The base class of all edits: apply, roll back, save, load."""
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from types import TracebackType
+from typing import Any, ClassVar, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from kedit_lightning.errors import EditFileError, NonFiniteError, UnsupportedUseError
-from kedit_lightning.requests import EditRequest
+from kedit_lightning.edits.edit_file import read_header, read_tensors, write_edit
+from kedit_lightning.edits.effects import E, Effect, KeepMemory, of_type
+from kedit_lightning.edits.origin import EditOrigin
+from kedit_lightning.edits.projections import compute_dtype
+from kedit_lightning.errors import (
+    BaseModelMismatchError,
+    EditFileError,
+    NonFiniteError,
+    UnsupportedUseError,
+)
 
-if TYPE_CHECKING:
-    from types import TracebackType
+Tensors: TypeAlias = dict[str, Tensor]
+#: Plain values that JSON can hold.
+Values: TypeAlias = dict[str, Any]
 
-    from kedit_lightning.edits.effects import Patch
-    from kedit_lightning.edits.stack import EditStack
+
+class AppliedEdits(Protocol):
+    """The edits now applied to a base model, oldest first; see :class:`EditStack`."""
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """Their ids."""
+
+    def __iter__(self) -> Iterator[Edit]: ...
+
+    def push(self, edit: Edit) -> None:
+        """Apply an edit on top."""
+
+    def remove(self, edit: Edit) -> None:
+        """Roll one edit back."""
+
+    def clear(self) -> None:
+        """Roll all edits back."""
+
+    def restored(self) -> AbstractContextManager[None]:
+        """On leaving, the stack is as it was on entering."""
+
+    def effects(self, kind: type[E]) -> list[E]:
+        """Effects of one type, oldest first."""
 
 
 class EditableModel(Protocol):
-    """What an edit needs of a base model."""
+    """The part of a base model that edits use."""
 
-    @property
-    def model(self) -> nn.Module:
-        """The language model."""
-
-    @property
-    def name(self) -> str:
-        """Its name in reports."""
+    model: nn.Module
+    #: Its name in reports.
+    name: str
+    tokenizer: Any
+    #: Turns texts into token ids.
+    encoder: Any
 
     @property
     def fingerprint(self) -> str:
@@ -43,64 +76,8 @@ class EditableModel(Protocol):
         """Short hash that tells tokenizers apart."""
 
     @property
-    def edits(self) -> EditStack:
+    def edits(self) -> AppliedEdits:
         """The edits now applied to it."""
-
-    @property
-    def tokenizer(self) -> Any:
-        """Its tokenizer."""
-
-    @property
-    def encoder(self) -> Any:
-        """What turns texts into its tokens."""
-
-
-@dataclass(frozen=True)
-class EditOrigin:
-    """Where an edit comes from.
-
-    Args:
-        method: Class name of the editing method.
-        settings: The method's settings as plain values.
-        requests: The facts it writes.
-        base_model: Name of the base model.
-        fingerprint: Fingerprint of the base model.
-        tokenizer_fingerprint: Fingerprint of its tokenizer.
-        stack: Ids of the edits it was computed on top of, in order.
-        notes: Further facts worth keeping, such as which statistics were used.
-    """
-
-    method: str = ""
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    requests: tuple[EditRequest, ...] = ()
-    base_model: str = ""
-    fingerprint: str = ""
-    tokenizer_fingerprint: str = ""
-    stack: tuple[str, ...] = ()
-    notes: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        # As a file holds them, so that an edit and its saved copy are equal.
-        for name in ("settings", "notes"):
-            held = json.loads(json.dumps(dict(getattr(self, name)), default=str))
-            object.__setattr__(self, name, held)
-        for name in ("requests", "stack"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values for a file header."""
-        values = asdict(self)
-        for request in values["requests"]:
-            for name in ("task", "image"):  # earlier releases had none; their edits keep their ids
-                if request[name] is None:
-                    del request[name]
-        return values
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> EditOrigin:
-        """Rebuild from :meth:`to_json`."""
-        requests = tuple(EditRequest(**request) for request in values["requests"])
-        return cls(**{**values, "requests": requests})
 
 
 class Edit(ABC):
@@ -129,37 +106,23 @@ class Edit(ABC):
     # ---- what a kind defines
 
     @abstractmethod
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def effects(self) -> Sequence[Effect]:
+        """What the edit does to the base model, in the order it acts."""
+
+    @abstractmethod
+    def state(self) -> tuple[Tensors, Values]:
         """Tensors and plain values from which :meth:`from_state` rebuilds the edit."""
 
     @classmethod
     @abstractmethod
     def from_state(
-        cls,
-        base: EditableModel,
-        origin: EditOrigin,
-        tensors: dict[str, Tensor],
-        values: dict[str, Any],
+        cls, base: EditableModel, origin: EditOrigin, tensors: Tensors, values: Values
     ) -> Edit:
         """Rebuild an edit from :meth:`state`."""
-
-    def patches(self) -> dict[str, Patch]:
-        """What the edit does to modules, by module name; nothing unless a kind says so."""
-        return {}
 
     def parts(self) -> tuple[Edit, ...]:
         """The simple edits this one consists of: itself, unless it is composed."""
         return (self,)
-
-    @property
-    def requires_its_stack(self) -> bool:
-        """Whether the edit only makes sense on the stack it was computed on."""
-        return False
-
-    @property
-    def can_be_carried(self) -> bool:
-        """Whether rows of one forward pass can carry this edit beside others."""
-        return all(part.rows_apart for part in self.parts())
 
     def deltas(self) -> dict[str, Tensor]:
         """Change of each parameter, dense and in the parameter's own orientation.
@@ -172,13 +135,17 @@ class Edit(ABC):
             "save it with edit.save(path) instead"
         )
 
-    def materialise(self) -> nn.Module:
-        """A copy of the base model with this edit written into its weights, for export."""
-        from kedit_lightning.edits.export import materialise
-
-        return materialise(self.base, [self])
-
     # ---- what all kinds share
+
+    @property
+    def requires_its_stack(self) -> bool:
+        """Whether the edit was computed from the memories of the edits below it."""
+        return bool(of_type(self.effects(), KeepMemory))
+
+    @property
+    def can_be_carried(self) -> bool:
+        """Whether rows of one forward pass can carry this edit beside others."""
+        return all(part.rows_apart for part in self.parts())
 
     @property
     def id(self) -> str:
@@ -230,11 +197,17 @@ class Edit(ABC):
     ) -> None:
         self.rollback()
 
+    def materialise(self) -> nn.Module:
+        """A copy of the base model with this edit written into its weights, for export."""
+        return materialise(self.base, [self])
+
     def save(self, path: str | Path) -> Path:
         """Write the edit to a safetensors file with a JSON header."""
-        from kedit_lightning.edits.edit_file import save_edit
-
-        return save_edit(self, Path(path))
+        path, (tensors, values) = Path(path), self.state()
+        origin = self.origin.to_json()
+        header = {"kind": self.kind, "id": self.id, "origin": origin, "values": values}
+        write_edit(path, header, tensors)
+        return path
 
     @staticmethod
     def load(path: str | Path, base: EditableModel, force: bool = False) -> Edit:
@@ -249,13 +222,35 @@ class Edit(ABC):
             EditFileError: The file is absent, or no edit.
             BaseModelMismatchError: The edit was made for another base model.
         """
-        from kedit_lightning.edits.edit_file import load_edit
-
-        return load_edit(Path(path), base, force=force)
+        path = Path(path)
+        header = read_header(path)
+        try:
+            origin = EditOrigin.from_json(header["origin"])
+            if not force:
+                check_same_base(f"the edit in {path}", origin, base)
+            kind = edit_class(header["kind"])
+            return kind.from_state(base, origin, read_tensors(path), header["values"])
+        except (KeyError, TypeError) as error:
+            raise EditFileError(
+                f"{path} is no whole edit of kind '{header['kind']}' ({error!r}); save it again"
+            ) from error
 
     def __repr__(self) -> str:
         facts = len(self.origin.requests)
         return f"<{type(self).__name__} {self.id} by {self.origin.method or 'hand'}, {facts} facts>"
+
+
+class MemoryEdit(Edit):
+    """An edit that decides row by row, at the last prompt token, whether it acts."""
+
+
+#: Modules of kinds that are imported when a file first names them.
+_LATE_KINDS: dict[str, str] = {}
+
+
+def register_late_kind(kind: str, module: str) -> None:
+    """Name the module of a kind that takes long to import."""
+    _LATE_KINDS[kind] = module
 
 
 def edit_class(kind: str) -> type[Edit]:
@@ -264,11 +259,58 @@ def edit_class(kind: str) -> type[Edit]:
     Raises:
         EditFileError: No class with that kind has been defined.
     """
+    if kind not in Edit._kinds and kind in _LATE_KINDS:
+        import_module(_LATE_KINDS[kind])
     if kind not in Edit._kinds:
-        raise EditFileError(
-            f"unknown kind of edit '{kind}'; known are {', '.join(sorted(Edit._kinds))}"
-        )
+        known = sorted({*Edit._kinds, *_LATE_KINDS})
+        raise EditFileError(f"unknown kind of edit '{kind}'; known are {', '.join(known)}")
     return Edit._kinds[kind]
+
+
+@torch.no_grad()
+def materialise(base: EditableModel, edits: Iterable[Edit]) -> nn.Module:
+    """A copy of the base model with the edits written into its weights.
+
+    Raises:
+        UnsupportedUseError: An edit changes no weights, or the weights are quantised.
+    """
+    if getattr(base.model, "is_quantized", False):
+        raise UnsupportedUseError(
+            f"the weights of '{base.name}' are quantised and cannot hold an edit exactly; keep it "
+            "as a file and apply it, or load the model without quantization to export it"
+        )
+    totals: dict[str, Tensor] = {}
+    for edit in edits:
+        for name, delta in edit.deltas().items():
+            delta = delta.to(compute_dtype(delta.dtype))
+            totals[name] = totals[name] + delta if name in totals else delta
+    with base.edits.restored():
+        base.edits.clear()
+        clone = copy.deepcopy(base.model)
+    for name, delta in totals.items():
+        parameter = clone.get_parameter(name)
+        # Rounded once, after all edits have been added up.
+        total = parameter.to(compute_dtype(parameter.dtype)) + delta.to(parameter.device)
+        parameter.copy_(total.to(parameter.dtype))
+    return clone
+
+
+def check_same_base(what: str, origin: EditOrigin, base: EditableModel) -> None:
+    """Refuse an edit that was made for another base model or tokenizer.
+
+    Raises:
+        BaseModelMismatchError: The message names both models.
+    """
+    for made, here, part in (
+        (origin.fingerprint, base.fingerprint, "base model"),
+        (origin.tokenizer_fingerprint, base.tokenizer_fingerprint, "tokenizer"),
+    ):
+        if made and made != here:
+            raise BaseModelMismatchError(
+                f"{what} was made for the {part} of '{origin.base_model}' (fingerprint {made}), "
+                f"and this is '{base.name}' (fingerprint {here}); load that model, in the same "
+                "dtype, or pass force=True if you know that they agree"
+            )
 
 
 def check_finite(quantity: str, layer: str, tensor: Tensor) -> Tensor:

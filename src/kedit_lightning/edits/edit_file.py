@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from torch import Tensor
 
-from kedit_lightning.edits.edit import Edit, EditableModel, EditOrigin, edit_class
-from kedit_lightning.errors import BaseModelMismatchError, EditFileError
+from kedit_lightning.errors import EditFileError
 
 FORMAT_VERSION = 1
 _HEADER = "kedit"
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file that is either whole or not there, even if the process is killed."""
+    """Write a file that is either whole or absent, even if the process is killed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -28,20 +29,18 @@ def write_atomically(path: Path, content: bytes) -> None:
         partial.unlink(missing_ok=True)
 
 
-def save_edit(edit: Edit, path: Path) -> Path:
-    """Write an edit; see :meth:`Edit.save`."""
-    tensors, values = edit.state()
-    header = {
-        "format_version": FORMAT_VERSION,
-        "kind": edit.kind,
-        "id": edit.id,
-        "origin": edit.origin.to_json(),
-        "values": values,
-    }
+def write_edit(path: Path, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write the file of an edit.
+
+    Args:
+        path: The file.
+        header: ``kind``, ``id``, ``origin`` and ``values`` of the edit.
+        tensors: Its tensors.
+    """
+    header = {"format_version": FORMAT_VERSION, **header}
     # Cloned, since safetensors refuses tensors that share memory, as layers with equal keys do.
     flat = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     write_atomically(path, save(flat, metadata={_HEADER: json.dumps(header)}))
-    return path
 
 
 def read_header(path: Path) -> dict[str, Any]:
@@ -76,35 +75,7 @@ def read_header(path: Path) -> dict[str, Any]:
     return header
 
 
-def load_edit(path: Path, base: EditableModel, force: bool) -> Edit:
-    """Read an edit; see :meth:`Edit.load`."""
-    header = read_header(path)
-    try:
-        origin = EditOrigin.from_json(header["origin"])
-        if not force:
-            check_same_base(f"the edit in {path}", origin, base)
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return edit_class(header["kind"]).from_state(base, origin, tensors, header["values"])
-    except (KeyError, TypeError) as error:
-        raise EditFileError(
-            f"{path} is no whole edit of kind '{header['kind']}' ({error!r}); save the edit again"
-        ) from error
-
-
-def check_same_base(what: str, origin: EditOrigin, base: EditableModel) -> None:
-    """Refuse something that was made for another base model or tokenizer.
-
-    Raises:
-        BaseModelMismatchError: The message names both models.
-    """
-    for made, here, part in (
-        (origin.fingerprint, base.fingerprint, "base model"),
-        (origin.tokenizer_fingerprint, base.tokenizer_fingerprint, "tokenizer"),
-    ):
-        if made and made != here:
-            raise BaseModelMismatchError(
-                f"{what} was made for the {part} of '{origin.base_model}' (fingerprint {made}), "
-                f"and this is '{base.name}' (fingerprint {here}); load that model, in the same "
-                "dtype, or pass force=True if you know that they agree"
-            )
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a saved edit, by name."""
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -1,94 +1,45 @@
-"""What edits do to one module, and how several of them act together.
+"""The effects that an edit can have on a base model.
 
-A module carries at most one forward hook.  Weight patches add up; patches that look at the rows
-(memories) act on the result, in the order of the stack.
+An edit states its effects; the stack applies them and knows no kind of edit.  Effects of one
+``family`` act as one: ``build`` of the first turns their contents, oldest first, into a function.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
-from kedit_lightning.edits.projections import (
-    as_rows,
-    compute_dtype,
-    first_tensor,
-    projection_shape,
-    with_first,
-)
-from kedit_lightning.edits.row_context import RowContext, copies_of_rows
-from kedit_lightning.errors import UnsupportedUseError
-
-#: Takes a module's input, its output and the row context; returns the new output.
-RowFunction: TypeAlias = Callable[[Tensor, Tensor, RowContext], Tensor]
+from kedit_lightning.edits.low_rank import LowRankDelta
+from kedit_lightning.edits.projections import compute_dtype, projection_shape
+from kedit_lightning.edits.row_context import RowContext
 
 
 @dataclass(frozen=True)
-class LowRankPatch:
-    """Adds ``(x Aᵀ) Bᵀ``.
+class WeightDelta:
+    """Change of a projection: a low-rank part, a dense part and a bias, each of them optional.
 
     Args:
-        a: Shape ``[rank, d_in]``.
-        b: Shape ``[d_out, rank]``.
-    """
-
-    a: Tensor
-    b: Tensor
-
-
-@dataclass(frozen=True)
-class DensePatch:
-    """Adds ``x Dᵀ + bias``.
-
-    Args:
-        delta: Shape ``[d_out, d_in]``; ``None`` when only the bias changes.
+        low_rank: Factors of the low-rank part.
+        dense: Shape ``[d_out, d_in]``.
         bias: Shape ``[d_out]``.
     """
 
-    delta: Tensor | None
+    low_rank: LowRankDelta | None = None
+    dense: Tensor | None = None
     bias: Tensor | None = None
 
-
-@dataclass(frozen=True)
-class MemoryPatch:
-    """Changes the output of some rows; patches of one ``family`` on a module act as one.
-
-    Args:
-        family: Patches with equal families are handed to ``build`` together.
-        build: Turns the states of all patches of the family, in stack order, into a function.
-        content: What this patch adds.
-    """
-
-    family: Hashable
-    build: Callable[[Sequence[Any]], RowFunction]
-    content: Any
-
-
-Patch: TypeAlias = LowRankPatch | DensePatch | MemoryPatch
-
-
-@dataclass(frozen=True)
-class WeightSum:
-    """All weight patches of a module in one: a low-rank part, a dense part and a bias."""
-
-    a: Tensor | None
-    b: Tensor | None
-    delta: Tensor | None
-    bias: Tensor | None
-
     def change(self, x: Tensor) -> Tensor:
-        """What is added to an output. Shape ``[..., d_out]`` from ``[..., d_in]``, in x's dtype."""
+        """What is added to the output, ``[..., d_out]``, in the dtype of ``x``, ``[..., d_in]``."""
         parts = []
-        if self.a is not None and self.b is not None:
-            parts.append((x @ self.a.to(x.dtype).T) @ self.b.to(x.dtype).T)
-        if self.delta is not None:
-            parts.append(x @ self.delta.to(x.dtype).T)
+        if self.low_rank is not None:
+            parts.append(self.low_rank.change(x))
+        if self.dense is not None:
+            parts.append(x @ self.dense.to(x.dtype).T)
         if self.bias is not None:
             parts.append(self.bias.to(x.dtype).expand(*x.shape[:-1], -1))
         return reduce(torch.add, parts)
@@ -100,209 +51,146 @@ class WeightSum:
 
 
 @dataclass(frozen=True)
-class FactorStack:
-    """Low-rank parts of several edits, for rows that carry one of them each.
-
-    Ranks are padded with zeros, which change nothing, so that one batched product does for all
-    rows what would else be two small products an edit.
+class Places:
+    """Where the logits of a call stand, and hidden states there.
 
     Args:
-        a: Shape ``[edits, rank, d_in]``.
-        b: Shape ``[edits, rank, d_out]``.
-        index: The edit of each row. Shape ``[rows]``.
+        rows: Row of each logit vector. Shape ``[n]``.
+        columns: Its column, counted from the start of the prompt. Shape ``[n]``.
+        states: Output of each requested module at these places, ``[n, hidden]``, by module name.
     """
 
-    a: Tensor
-    b: Tensor
-    index: Tensor
-
-    @classmethod
-    def of(cls, groups: Sequence[tuple[Sequence[int], WeightSum]]) -> FactorStack:
-        """Stack the parts of groups of rows; row ``i`` is the ``i``-th of all their rows."""
-        a = _padded([weights.a for _, weights in groups if weights.a is not None])
-        b = _padded([weights.b.T for _, weights in groups if weights.b is not None])
-        counts = torch.tensor([len(rows) for rows, _ in groups])
-        return cls(a, b, torch.arange(len(groups)).repeat_interleave(counts).to(a.device))
-
-    def change(self, x: Tensor) -> Tensor:
-        """What is added to an output. Shape ``[rows, tokens, d_out]``; copies stand in a row."""
-        # Copies of a row read as more of its tokens.  The factors are gathered at each call: held
-        # for each row they would take many times the memory of the edits.
-        flat = x.reshape(len(self.index), -1, x.shape[-1])
-        hidden = flat @ self.a[self.index].to(x.dtype).mT
-        change = hidden @ self.b[self.index].to(x.dtype)
-        return change.reshape(*x.shape[:-1], -1)
+    rows: Tensor
+    columns: Tensor
+    states: Mapping[str, Tensor]
 
 
-def _padded(tensors: Sequence[Tensor]) -> Tensor:
-    dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
-    return pad_sequence([tensor.to(dtype) for tensor in tensors], batch_first=True)
+#: A module's input ``[batch, tokens, d_in]``, its output and the row context -> the new output.
+RowFunction: TypeAlias = Callable[[Tensor, Tensor, RowContext], Tensor]
+#: A module's output ``[batch, tokens, hidden]`` and the row context, into which it writes.
+StatesFunction: TypeAlias = Callable[[Tensor, RowContext], None]
+#: Logits ``[n, vocab]``, their places and the row context -> new logits, or the same tensor.
+LogitsFunction: TypeAlias = Callable[[Tensor, Places, RowContext], Tensor]
+#: A prompt, and whether a text leaves room for an answer -> the new prompt.
+PromptFunction: TypeAlias = Callable[[str, Callable[[str], bool]], str]
 
 
-def sum_weights(patches: Sequence[LowRankPatch | DensePatch], module: nn.Module) -> WeightSum:
-    """Fold weight patches; low-rank ones stay factors until a dense matrix is cheaper to apply.
+@dataclass(frozen=True)
+class AddToOutput:
+    """Adds a change of the weight and the bias to a projection's output."""
 
-    The result is a pure function of the ordered patches, so rolling back and re-applying gives the
-    same numbers.
+    module: str
+    delta: WeightDelta
+
+
+@dataclass(frozen=True)
+class RouteRows:
+    """Changes a module's output, row by row; ``build`` gets the contents of one module."""
+
+    module: str
+    family: Hashable
+    build: Callable[[Sequence[Any]], RowFunction]
+    content: Any
+
+
+@dataclass(frozen=True)
+class ReadStates:
+    """Reads a module's output, after all changes of it, into the row context.
+
+    The second argument of ``build`` tells which rows carry which content, ``[rows, contents]``; it
+    is ``None`` where all rows carry all of them.
     """
+
+    module: str
+    family: Hashable
+    build: Callable[[Sequence[Any], Tensor | None], StatesFunction]
+    content: Any
+
+
+@dataclass(frozen=True)
+class ChangeLogits:
+    """Changes logits, wherever the model computes them.
+
+    ``reads`` names modules whose output is passed on, at the places of the logits.
+    """
+
+    family: Hashable
+    build: Callable[[Sequence[Any]], LogitsFunction]
+    content: Any
+    reads: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class RewritePrompt:
+    """Rewrites prompts before they are tokenised."""
+
+    family: Hashable
+    build: Callable[[Sequence[Any]], PromptFunction]
+    content: Any
+
+
+@dataclass(frozen=True)
+class KeepMemory:
+    """Keeps tensors that later edits of the same method read; the model does not change.
+
+    An edit with this effect was computed from the memories below it, so it requires its stack.
+
+    Args:
+        method: Name of the editing method.
+        tensors: The memory.
+    """
+
+    method: str
+    tensors: dict[str, Tensor]
+
+
+Effect: TypeAlias = AddToOutput | RouteRows | ReadStates | ChangeLogits | RewritePrompt | KeepMemory
+E = TypeVar("E", AddToOutput, RouteRows, ReadStates, ChangeLogits, RewritePrompt, KeepMemory)
+F = TypeVar("F", RouteRows, ReadStates, ChangeLogits, RewritePrompt)
+
+
+def of_type(effects: Iterable[Effect], kind: type[E]) -> list[E]:
+    """The effects of one type, in their order."""
+    return [effect for effect in effects if isinstance(effect, kind)]
+
+
+def families(effects: Iterable[Effect], kind: type[F]) -> list[list[F]]:
+    """The effects of one type, grouped by family; families in the order of their first member."""
+    groups: dict[Hashable, list[F]] = {}
+    for effect in effects:
+        if isinstance(effect, kind):
+            groups.setdefault(effect.family, []).append(effect)
+    return list(groups.values())
+
+
+def sum_deltas(deltas: Sequence[WeightDelta], module: nn.Module) -> WeightDelta | None:
+    """Sum changes of a projection; low-rank parts stay factors until one matrix is cheaper.
+
+    The result is a pure function of the ordered changes, so rolling back and re-applying edits
+    gives the same numbers.
+
+    Args:
+        deltas: The changes, oldest first.
+        module: The projection, on whose device the sum is.
+
+    Returns:
+        The sum; ``None`` if there is no change.
+    """
+    if not deltas:
+        return None
     device = next(module.parameters()).device
-    low = [p for p in patches if isinstance(p, LowRankPatch)]
-    dense = [p.delta for p in patches if isinstance(p, DensePatch) and p.delta is not None]
-    biases = [p.bias for p in patches if isinstance(p, DensePatch) and p.bias is not None]
-    a = torch.cat([p.a.to(device) for p in low]) if low else None
-    b = torch.cat([p.b.to(device) for p in low], dim=1) if low else None
-    delta = _total(dense, device)
+    factors = [delta.low_rank.to(device) for delta in deltas if delta.low_rank is not None]
+    low_rank = LowRankDelta.sum(factors) if factors else None
+    dense = _sum([delta.dense for delta in deltas if delta.dense is not None], device)
     d_in, d_out = projection_shape(module)
-    if a is not None and b is not None and a.shape[0] * (d_in + d_out) > d_in * d_out:
-        dtype = compute_dtype(a.dtype)
-        folded = b.to(dtype) @ a.to(dtype)
-        a = b = None
-        delta = folded if delta is None else delta + folded
-    return WeightSum(a, b, delta, _total(biases, device))
+    if low_rank is not None and low_rank.rank * (d_in + d_out) > d_in * d_out:
+        folded = low_rank.to(compute_dtype(low_rank.a.dtype)).dense
+        dense, low_rank = folded if dense is None else dense + folded, None
+    bias = _sum([delta.bias for delta in deltas if delta.bias is not None], device)
+    return WeightDelta(low_rank, dense, bias)
 
 
-def _total(tensors: Sequence[Tensor], device: torch.device) -> Tensor | None:
-    """Sum in at least float32, without holding copies of all terms; one term is not copied."""
+def _sum(tensors: Sequence[Tensor], device: torch.device) -> Tensor | None:
+    """Sum in at least float32, without copies of all terms; a single term is not copied."""
     moved = (tensor.to(device) for tensor in tensors)
     return reduce(lambda x, y: x.to(compute_dtype(x.dtype)) + y, moved) if tensors else None
-
-
-def _weights(patches: Sequence[Patch], module: nn.Module) -> WeightSum | None:
-    weights = [p for p in patches if isinstance(p, (LowRankPatch, DensePatch))]
-    return sum_weights(weights, module) if weights else None
-
-
-def _memories(patches: Sequence[Patch]) -> list[RowFunction]:
-    families: dict[Hashable, list[MemoryPatch]] = {}
-    for patch in patches:
-        if isinstance(patch, MemoryPatch):
-            families.setdefault(patch.family, []).append(patch)
-    return [group[0].build([patch.content for patch in group]) for group in families.values()]
-
-
-class ModuleHook:
-    """The forward hook of one edited module."""
-
-    def __init__(self, module: nn.Module, patches: Sequence[Patch]) -> None:
-        self.weights = _weights(patches, module)
-        self.memories = _memories(patches)
-
-    def __call__(self, args: tuple[Any, ...], output: Any, context: RowContext | None) -> Any:
-        """Return the changed output of the module."""
-        x, y = args[0], first_tensor(output)
-        if self.weights is not None:
-            y = self.weights(x, y)
-        if self.memories:
-            context = known_context(context)
-            rows = len(context.prompt_end)
-            x, shape, y = as_rows(x, rows), y.shape, as_rows(y, rows)
-            for memory in self.memories:
-                y = memory(x, y, context)
-            y = y.reshape(shape)
-        return with_first(output, y)
-
-
-class RowsHook:
-    """The forward hook of a module whose rows carry different edits.
-
-    The weight patches that a row carries add to those that all rows share.  Its memories act
-    together with the shared ones, as families span both.
-
-    Args:
-        module: The module.
-        rows: Number of rows that edits were given for.
-        shared: What is done to all rows.
-        own: Rows, and what is done to them beside.
-    """
-
-    def __init__(
-        self,
-        module: nn.Module,
-        rows: int,
-        shared: Sequence[Patch],
-        own: Sequence[tuple[Sequence[int], Sequence[Patch]]],
-    ) -> None:
-        self._rows = rows
-        self._shared = _weights(shared, module)
-        self._memories = _memories(shared)
-        device = next((parameter.device for parameter in module.parameters()), None)
-
-        def place(rows: Sequence[int]) -> Tensor:
-            return torch.tensor(rows, device=device)
-
-        #: Rows, and the weights they carry.
-        self._own: list[tuple[Tensor, WeightSum | FactorStack]] = []
-        #: Rows, the key of their context, and their memories.
-        self._own_memories: list[tuple[Tensor, int, list[RowFunction]]] = []
-        low: list[tuple[Sequence[int], WeightSum]] = []
-        for at, patches in own:
-            weights = _weights(patches, module)
-            if weights is not None and weights.delta is None and weights.bias is None:
-                low.append((at, weights))
-            elif weights is not None:
-                self._own.append((place(at), weights))
-            if any(isinstance(patch, MemoryPatch) for patch in patches):
-                functions = _memories([*shared, *patches])
-                self._own_memories.append((place(at), at[0], functions))
-        if low:
-            rows_of_low = [row for at, _ in low for row in at]
-            self._own.append((place(rows_of_low), FactorStack.of(low)))
-        self._remembers = bool(self._memories or self._own_memories)
-
-    def __call__(self, args: tuple[Any, ...], output: Any, context: RowContext | None) -> Any:
-        """Return the changed output of the module."""
-        if context is None and args[0].dim() == 3 and not self._remembers:
-            batch = len(args[0])  # an encoder, which generation runs before the model itself
-        else:
-            context = known_context(context)
-            batch = len(context.prompt_end)
-        copies = copies_of_rows(batch, self._rows)
-        y = first_tensor(output)
-        x, plain = as_rows(args[0], batch), self._weighed(args[0], y, batch, copies)
-        new = plain
-        if context is None:  # there is no memory
-            return with_first(output, new.reshape(y.shape))
-        for memory in self._memories:
-            new = memory(x, new, context)
-        for rows, key, memories in self._own_memories:
-            at = _spread(rows, copies, y.device)
-            part = context.part(key, at.to(context.prompt_end.device))
-            own = plain[at]
-            for memory in memories:
-                own = memory(x[at], own, part)
-            new = new.index_copy(0, at, own)
-        return with_first(output, new.reshape(y.shape))
-
-    def _weighed(self, x: Tensor, y: Tensor, batch: int, copies: int) -> Tensor:
-        """Output rows ``[batch, tokens, d_out]`` under the weight patches, shared and own."""
-        if self._shared is None and not self._own:
-            return as_rows(y, batch)
-        dtype = compute_dtype(y.dtype)
-        total = y.to(dtype)
-        if self._shared is not None:
-            total = total + self._shared.change(x.to(dtype))
-        total = as_rows(total, batch)
-        for rows, weights in self._own:
-            at = _spread(rows, copies, y.device)
-            total = total.index_add(0, at, weights.change(as_rows(x, batch)[at].to(dtype)))
-        return total.to(y.dtype)
-
-
-def _spread(rows: Tensor, copies: int, device: torch.device) -> Tensor:
-    """Places of rows where beams of a row, and several answers to it, stand side by side."""
-    rows = rows.to(device)
-    return (rows[:, None] * copies + torch.arange(copies, device=device)).flatten()
-
-
-def known_context(context: RowContext | None) -> RowContext:
-    """The context of the call that runs now.
-
-    Raises:
-        UnsupportedUseError: A part of the model was called by itself.
-    """
-    if context is None:
-        raise UnsupportedUseError(
-            "a part of the model was called by itself while edits are applied that must know its "
-            "rows and where prompts end; call the whole model, or roll those edits back"
-        )
-    return context

@@ -1,47 +1,23 @@
-"""Writing edits into a copy of the weights, and into peft's adapter format."""
+"""Low-rank edits as LoRA adapters in peft's format."""
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Iterable
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
+from peft import LoraConfig, PeftConfig
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from kedit_lightning.edits.edit import Edit, EditableModel, EditOrigin
+from kedit_lightning.edits.edit import Edit, EditableModel, materialise
 from kedit_lightning.edits.kinds.weights import AdapterEdit, LowRankEdit
-from kedit_lightning.edits.projections import compute_dtype, is_transposed
+from kedit_lightning.edits.low_rank import LowRankDelta
+from kedit_lightning.edits.origin import EditOrigin
+from kedit_lightning.edits.projections import is_transposed
 from kedit_lightning.errors import EditFileError, UnsupportedUseError, article_list
 
-
-@torch.no_grad()
-def materialise(base: EditableModel, edits: Iterable[Edit]) -> nn.Module:
-    """A copy of the base model with the edits written into its weights.
-
-    Raises:
-        UnsupportedUseError: An edit changes no weights, or the weights are quantised.
-    """
-    if getattr(base.model, "is_quantized", False):
-        raise UnsupportedUseError(
-            f"the weights of '{base.name}' are quantised and cannot hold an edit exactly; keep it "
-            "as a file and apply it, or load the model without quantization to export it"
-        )
-    totals: dict[str, Tensor] = {}
-    for edit in edits:
-        for name, delta in edit.deltas().items():
-            delta = delta.to(compute_dtype(delta.dtype))
-            totals[name] = totals[name] + delta if name in totals else delta
-    with base.edits.restored():
-        base.edits.clear()
-        clone = copy.deepcopy(base.model)
-    for name, delta in totals.items():
-        parameter = clone.get_parameter(name)
-        # Rounded once, after all edits have been added up.
-        total = parameter.to(compute_dtype(parameter.dtype)) + delta.to(parameter.device)
-        parameter.copy_(total.to(parameter.dtype))
-    return clone
+__all__ = ["load_adapter", "materialise", "save_adapter"]
 
 
 def _low_rank_parts(edits: Iterable[Edit]) -> list[LowRankEdit]:
@@ -64,22 +40,18 @@ def save_adapter(base: EditableModel, edits: Iterable[Edit], folder: str | Path)
     Raises:
         UnsupportedUseError: An edit is not low-rank.
     """
-    from peft import LoraConfig
-    from safetensors.torch import save_file
-
-    factors: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    factors: dict[str, list[LowRankDelta]] = {}
     for part in _low_rank_parts(edits):
-        for name, pair in part.factors.items():
-            factors.setdefault(name, []).append(pair)
+        for name, delta in part.factors.items():
+            factors.setdefault(name, []).append(delta)
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
-    for name, pairs in factors.items():
-        a = torch.cat([a for a, _ in pairs])
-        b = torch.cat([b for _, b in pairs], dim=1)
-        ranks[name] = a.shape[0]
+    for name, deltas in factors.items():
+        total = LowRankDelta.sum(deltas)
+        ranks[name] = total.rank
         prefix = f"base_model.model.{name}"
-        tensors[f"{prefix}.lora_A.weight"] = a.cpu().contiguous()
-        tensors[f"{prefix}.lora_B.weight"] = b.cpu().contiguous()
+        tensors[f"{prefix}.lora_A.weight"] = total.a.cpu().contiguous()
+        tensors[f"{prefix}.lora_B.weight"] = total.b.cpu().contiguous()
     modules = [base.model.get_submodule(name) for name in factors]
     encoder_decoder = getattr(base.model.config, "is_encoder_decoder", False)
     # With alpha equal to the rank the adapter is added unscaled.
@@ -110,9 +82,6 @@ def load_adapter(
         EditFileError: The folder holds no adapter.
         UnsupportedUseError: The adapter does more than add low-rank matrices to projections.
     """
-    from peft import PeftConfig
-    from safetensors.torch import load_file
-
     folder = Path(folder)
     weights = folder / "adapter_model.safetensors"
     for file in (folder / "adapter_config.json", weights):
@@ -130,7 +99,7 @@ def load_adapter(
             "matrices, so merge it into a full model with peft and load that as base model"
         )
     alphas: dict[str, float] = config["alpha_pattern"] or {}
-    factors: dict[str, tuple[Tensor, Tensor]] = {}
+    factors: dict[str, LowRankDelta] = {}
     for key in (k for k in tensors if k.endswith(".lora_A.weight")):
         a, b = tensors[key], tensors[key.replace("lora_A", "lora_B")]
         name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
@@ -138,5 +107,5 @@ def load_adapter(
         matching = (v for k, v in alphas.items() if re.match(rf"(.*\.)?({k})$", name))
         alpha = next(matching, config["lora_alpha"])
         scale = alpha / (a.shape[0] ** 0.5 if config.get("use_rslora") else a.shape[0])
-        factors[name] = (a, b * scale)
+        factors[name] = LowRankDelta(a, b * scale)
     return AdapterEdit(base, factors, origin)

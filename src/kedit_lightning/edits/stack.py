@@ -3,42 +3,63 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from kedit_lightning.edits.edit import Edit
 from kedit_lightning.edits.effects import (
-    MemoryPatch,
-    ModuleHook,
-    Patch,
-    RowsHook,
-    known_context,
+    AddToOutput,
+    ChangeLogits,
+    E,
+    Effect,
+    PromptFunction,
+    ReadStates,
+    RewritePrompt,
+    RouteRows,
+    families,
+    of_type,
 )
-from kedit_lightning.edits.kinds.decoding import DecodingEdit
-from kedit_lightning.edits.kinds.prompt.prompt_edit import PromptEdit, render_prompt
-from kedit_lightning.edits.kinds.scope.scope_edit import ScopeMemory, scope_memories
+from kedit_lightning.edits.forward_hooks import ForwardHook, LogitsHook, ModuleHook, states_hook
 from kedit_lightning.edits.row_context import ContextTracker
 from kedit_lightning.errors import EditOrderError, UnsupportedUseError
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
+#: Rows, and the effects of the edit that they carry.
+RowEffects: TypeAlias = tuple[list[int], Sequence[Effect]]
 
 
-def _parts(edits: list[Edit]) -> list[Edit]:
-    return [part for edit in edits for part in edit.parts()]
+def _effects(edits: Sequence[Edit]) -> list[Effect]:
+    return [effect for edit in edits for effect in edit.effects()]
 
 
-def _patches(edits: list[Edit]) -> dict[str, list[Patch]]:
-    """What edits do, in their order, by module name."""
-    patches: dict[str, list[Patch]] = {}
-    for part in _parts(edits):
-        for name, patch in part.patches().items():
-            patches.setdefault(name, []).append(patch)
-    return patches
+def _by_module(effects: Sequence[Effect]) -> dict[str, list[Effect]]:
+    """Effects on the output of modules, by module name."""
+    modules: dict[str, list[Effect]] = {}
+    for effect in effects:
+        if isinstance(effect, (AddToOutput, RouteRows)):
+            modules.setdefault(effect.module, []).append(effect)
+    return modules
+
+
+def _states_hooks(
+    effects: Sequence[Effect], apart: Sequence[RowEffects], rows: int
+) -> list[tuple[str, ForwardHook]]:
+    """Hooks that read outputs of modules into the row context."""
+    rows_of = {id(effect): at for at, carried in apart for effect in carried}
+    hooks: list[tuple[str, ForwardHook]] = []
+    for group in families(effects, ReadStates):
+        carriers = None
+        if any(id(effect) in rows_of for effect in group):
+            carriers = torch.zeros(rows, len(group), dtype=torch.bool)
+            for number, effect in enumerate(group):
+                carriers[rows_of.get(id(effect), slice(None)), number] = True
+        function = group[0].build([effect.content for effect in group], carriers)
+        hooks.append((group[0].module, states_hook(function)))
+    return hooks
 
 
 class EditStack:
@@ -46,6 +67,9 @@ class EditStack:
 
     Iterating gives the edits, oldest first.  Hooks exist only while an edit is on the stack, and
     they are rebuilt from the edits alone at every change: there is no other state.
+
+    Args:
+        model: The language model.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -53,10 +77,10 @@ class EditStack:
         self._edits: list[Edit] = []
         self._carried: list[Edit | None] = []
         self._handles: list[RemovableHandle] = []
+        self._prompts: list[PromptFunction] = []
         self._active = True
         self._reads_rows = False
         self._tracker = ContextTracker(model)
-        self._places: tuple[Tensor, Tensor] | None = None
 
     def __iter__(self) -> Iterator[Edit]:
         return iter(tuple(self._edits))
@@ -77,13 +101,17 @@ class EditStack:
 
     @property
     def active(self) -> bool:
-        """Whether the edits act now; they do not inside :meth:`suspended`."""
+        """Whether edits act now; inside :meth:`suspended` they do not."""
         return self._active and bool(self._edits or any(self._carried))
 
     @property
     def reads_rows(self) -> bool:
-        """Whether an edit that acts now looks at the rows, and so must see whole prompts."""
+        """Whether an active edit looks at rows, so that passes must start at the first token."""
         return self._active and self._reads_rows
+
+    def effects(self, kind: type[E]) -> list[E]:
+        """Effects of one type that the applied edits have, oldest first."""
+        return of_type(_effects(self._edits), kind)
 
     def push(self, edit: Edit) -> None:
         """Apply an edit on top.
@@ -98,7 +126,7 @@ class EditStack:
         made_on = edit.origin.stack
         if edit.origin.method and made_on != self.ids:
             there, here = (", ".join(ids) or "no edits" for ids in (made_on, self.ids))
-            if any(part.requires_its_stack for part in (edit, *edit.parts())):
+            if edit.requires_its_stack:
                 raise EditOrderError(
                     f"edit {edit.id} by {edit.origin.method} depends on the edits it was computed "
                     f"on ({there}), but the stack holds {here}; apply those first, in that order, "
@@ -142,7 +170,7 @@ class EditStack:
         """Inside, each row of a forward pass carries an edit of its own on top of the stack.
 
         Args:
-            edits: One for each row, ``None`` for rows that have none.
+            edits: One for each row, ``None`` for rows without an edit.
 
         Raises:
             UnsupportedUseError: An edit acts on prompts or on decoding, where rows are not told
@@ -168,98 +196,79 @@ class EditStack:
 
     @contextmanager
     def prompts_end_at(self, columns: Tensor) -> Iterator[None]:
-        """Tell memory edits where the prompts of the next forward passes end, ``[batch]``."""
-        before, self._tracker.given = self._tracker.given, columns
+        """Inside, forward passes have prompts that end at these columns. Shape ``[batch]``."""
+        before, self._tracker.prompt_ends = self._tracker.prompt_ends, columns
         try:
             yield
         finally:
-            self._tracker.given = before
+            self._tracker.prompt_ends = before
 
     @contextmanager
     def logits_stand_at(self, places: tuple[Tensor, Tensor]) -> Iterator[None]:
-        """Tell edits that the next passes give logits of some rows and columns only, ``[n]``."""
-        before, self._places = self._places, places
+        """Inside, forward passes give logits of these rows and columns only. Shape ``[n]`` each."""
+        before, self._tracker.logit_places = self._tracker.logit_places, places
         try:
             yield
         finally:
-            self._places = before
+            self._tracker.logit_places = before
 
     def render(self, prompt: str, fits: Callable[[str], bool]) -> str:
-        """The prompt as prompt edits rewrite it; the prompt itself when there are none."""
-        if not self._active:
-            return prompt
-        return render_prompt(
-            [p for p in _parts(self._edits) if isinstance(p, PromptEdit)], prompt, fits
-        )
+        """The prompt as prompt edits rewrite it; the prompt itself when there are none.
 
-    def adjust_logits(self, logits: Tensor) -> Tensor:
-        """Next-token logits ``[..., vocab]`` as decoding edits change them."""
-        if self._active:
-            for part in _parts(self._edits):
-                if isinstance(part, DecodingEdit):
-                    logits = part.adjust(logits)
-        return logits
+        Args:
+            prompt: The prompt.
+            fits: Whether a text leaves room for an answer.
+        """
+        for rewrite in self._prompts if self._active else ():
+            prompt = rewrite(prompt, fits)
+        return prompt
 
     def _change(self, edits: list[Edit], carried: list[Edit | None] | None = None) -> None:
         """Make ``edits`` the stack; on failure the old stack stays in force."""
         carried = self._carried if carried is None else carried
-        shared, needs_rows = _patches(edits), any(carried)
-        groups: dict[Edit, tuple[list[int], dict[str, list[Patch]]]] = {}
+        rows_of: dict[Edit, list[int]] = {}
         for row, edit in enumerate(carried):
             if edit is not None:
-                if edit not in groups:
-                    groups[edit] = [], _patches([edit])
-                groups[edit][0].append(row)
-        hooks: dict[str, ModuleHook | RowsHook] = {}
-        for name in dict.fromkeys([*shared, *(n for _, own in groups.values() for n in own)]):
-            module, patches = self._model.get_submodule(name), shared.get(name, [])
-            own = [(rows, mine[name]) for rows, mine in groups.values() if name in mine]
-            hooks[name] = (
-                RowsHook(module, len(carried), patches, own) if own else ModuleHook(module, patches)
-            )
-            needs_rows = needs_rows or any(isinstance(patch, MemoryPatch) for patch in patches)
-        memories = scope_memories(self._model, edits, carried)
-        needs_rows = needs_rows or bool(memories)
+                rows_of.setdefault(edit, []).append(row)
+        shared = _effects(edits)
+        apart = [(rows, edit.effects()) for edit, rows in rows_of.items()]
+        every = [*shared, *(effect for _, effects in apart for effect in effects)]
+        states = _states_hooks(every, apart, len(carried))
+        hooks = [*self._module_hooks(shared, apart, len(carried)), *states]
+        logits = of_type(every, ChangeLogits)
+        if logits:
+            hook = LogitsHook(logits)
+            hooks += [*hook.readers(), ("", hook)]
+        prompts = [
+            group[0].build([effect.content for effect in group])
+            for group in families(shared, RewritePrompt)
+        ]
         for handle in self._handles:
             handle.remove()
-        self._handles = [self._register(name, hook) for name, hook in hooks.items()]
-        for memory in memories:
-            self._handles += self._register_memory(memory)
-        if memories and self._tracker.is_encoder_decoder:
-            self._handles += self._follow_encoder()
-        if needs_rows:
-            enter, leave = self._tracker.enter, self._tracker.leave
-            self._handles += [
-                self._model.register_forward_pre_hook(enter, with_kwargs=True),
-                self._model.register_forward_hook(leave, with_kwargs=True, always_call=True),
-            ]
-        self._edits, self._carried, self._reads_rows = edits, carried, needs_rows
+        self._handles = [self._register(name, hook) for name, hook in hooks]
+        decides = bool(apart or states or of_type(every, RouteRows))
+        self._reads_rows = decides or bool(logits)
+        if self._reads_rows:
+            # After the other hooks, so that the context is still open when those of the model run.
+            self._handles += self._tracker.register(with_encoder=bool(states), decides=decides)
+        self._edits, self._carried, self._prompts = edits, carried, prompts
 
-    def _register(self, name: str, hook: ModuleHook | RowsHook) -> RemovableHandle:
+    def _module_hooks(
+        self, shared: Sequence[Effect], apart: Sequence[RowEffects], rows: int
+    ) -> list[tuple[str, ForwardHook]]:
+        """Hooks that change outputs of modules."""
+        on_all = _by_module(shared)
+        on_some = [(at, _by_module(effects)) for at, effects in apart]
+        hooks: list[tuple[str, ForwardHook]] = []
+        for name in dict.fromkeys([*on_all, *(name for _, modules in on_some for name in modules)]):
+            carried = [(at, modules[name]) for at, modules in on_some if name in modules]
+            module = self._model.get_submodule(name)
+            hook = ModuleHook(module, on_all.get(name, []), carried, rows if carried else 0)
+            hooks.append((name, hook))
+        return hooks
+
+    def _register(self, name: str, hook: ForwardHook) -> RemovableHandle:
         def call(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
             return hook(args, output, self._tracker.current) if self._active else None
 
         return self._model.get_submodule(name).register_forward_hook(call)
-
-    def _follow_encoder(self) -> list[RemovableHandle]:
-        encoder: nn.Module = self._model.get_encoder()  # type: ignore[operator]
-        enter, leave = self._tracker.enter_encoder, self._tracker.leave_encoder
-        return [
-            encoder.register_forward_pre_hook(enter, with_kwargs=True),
-            encoder.register_forward_hook(leave, always_call=True),
-        ]
-
-    def _register_memory(self, memory: ScopeMemory) -> list[RemovableHandle]:
-        # Before the tracker's own hooks, so that the context is still open at the model's end.
-        def decide(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if self._active:
-                memory.decide(output, known_context(self._tracker.current))
-
-        def answer(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            context = self._tracker.current
-            if not self._active or context is None:
-                return None
-            return memory.answer(output, context, self._places)
-
-        block = self._model.get_submodule(memory.module)
-        return [block.register_forward_hook(decide), self._model.register_forward_hook(answer)]

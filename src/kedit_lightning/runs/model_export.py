@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+import kedit_lightning.edits
 from kedit_lightning.base_models import BaseModel
-from kedit_lightning.edits import Edit
-from kedit_lightning.edits.export import materialise, save_adapter
+from kedit_lightning.edits import Edit, materialise
 from kedit_lightning.errors import UnsupportedUseError
 
 Export: TypeAlias = Literal["model", "adapter"]
@@ -59,7 +59,8 @@ def export_edits(base: BaseModel, edits: Sequence[Edit], folder: Path, export: E
         )
     target = folder / export
     if export == "adapter":
-        return save_adapter(base, edits, target)
+        # By its full name: it imports peft, which takes seconds.
+        return kedit_lightning.edits.save_adapter(base, edits, target)
     model: Any = materialise(base, edits)
     model.save_pretrained(target)
     base.tokenizer.save_pretrained(target)

@@ -10,14 +10,14 @@ from support import FAMILIES, REQUESTS, TEXT, tiny_base
 from kedit_lightning import Edit, EditRequest
 from kedit_lightning.base_models.taps import capture
 from kedit_lightning.edits import CodebookEdit
-from kedit_lightning.edits.kinds.codebook.codebook_edit import (
+from kedit_lightning.edits.kinds.codebook.codebook import (
     SPLIT_GAP,
     CodebookEntry,
     build_codebook,
     replace_rows,
-    stacked_codebook,
     write_entry,
 )
+from kedit_lightning.edits.kinds.codebook.codebook_edit import stacked_codebook
 from kedit_lightning.errors import ModuleNotLocatedError, NonFiniteError, UnsupportedUseError
 from kedit_lightning.methods import GRACE
 from kedit_lightning.methods.memory import grace_defaults as presets

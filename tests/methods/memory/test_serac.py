@@ -10,7 +10,7 @@ from support import REQUESTS, tiny_base
 
 from kedit_lightning import Edit, EditRequest
 from kedit_lightning.edits import ScopeEdit, ScopeEntry
-from kedit_lightning.edits.kinds.scope.scope_edit import ScopeMemory
+from kedit_lightning.edits.effects import ReadStates
 from kedit_lightning.edits.kinds.scope.scope_networks import ScopeNetworks, ScopePlan
 from kedit_lightning.errors import (
     UnsupportedUseError,
@@ -58,8 +58,12 @@ def reference(base, edit, prompt, answer, number=0):
 def memory(base, keys, **fields):
     plan = ScopePlan(base.layout.block(1).name, 32, keys.shape[1], 32, 1, 1.0)
     networks = ScopeNetworks(plan, dtype=keys.dtype)
-    edits = [(ScopeEdit(base, networks, [ScopeEntry(k, (5,), **fields)]), None) for k in keys]
-    return ScopeMemory(base.model, edits, None)
+    edits = [ScopeEdit(base, networks, [ScopeEntry(k, (5,), **fields)]) for k in keys]
+    with base.edits.restored():
+        for edit in edits:
+            edit.apply()
+        states = base.edits.effects(ReadStates)
+    return states[0].build([effect.content for effect in states], None)
 
 
 def test_the_switch_stands_at_a_distance_of_the_root_of_ln_2():  # SERAC-2

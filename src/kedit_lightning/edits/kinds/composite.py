@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
-from kedit_lightning.edits.edit import Edit, EditableModel, EditOrigin, edit_class
+from kedit_lightning.edits.edit import Edit, EditableModel, Tensors, Values, edit_class
+from kedit_lightning.edits.effects import Effect
+from kedit_lightning.edits.origin import EditOrigin
 
 
 class CompositeEdit(Edit):
@@ -31,6 +33,10 @@ class CompositeEdit(Edit):
         """The simple edits of all members."""
         return tuple(part for member in self.members for part in member.parts())
 
+    def effects(self) -> Sequence[Effect]:
+        """The effects of all members."""
+        return [effect for member in self.members for effect in member.effects()]
+
     def deltas(self) -> dict[str, Tensor]:
         """Sum of the members' deltas.
 
@@ -43,13 +49,13 @@ class CompositeEdit(Edit):
                 total[name] = total[name] + delta if name in total else delta
         return total
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def state(self) -> tuple[Tensors, Values]:
         """States of all members, told apart by their index."""
         tensors: dict[str, Tensor] = {}
         members = []
         for index, member in enumerate(self.members):
-            own, values = member.state()
-            tensors |= {f"{index}/{name}": tensor for name, tensor in own.items()}
+            parts, values = member.state()
+            tensors |= {f"{index}/{name}": tensor for name, tensor in parts.items()}
             members.append(
                 {"kind": member.kind, "values": values, "origin": member.origin.to_json()}
             )
@@ -57,20 +63,14 @@ class CompositeEdit(Edit):
 
     @classmethod
     def from_state(
-        cls,
-        base: EditableModel,
-        origin: EditOrigin,
-        tensors: dict[str, Tensor],
-        values: dict[str, Any],
+        cls, base: EditableModel, origin: EditOrigin, tensors: Tensors, values: Values
     ) -> CompositeEdit:
         """Rebuild all members."""
         members = []
         for index, member in enumerate(values["members"]):
             start = f"{index}/"
-            own = {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
-            members.append(
-                edit_class(member["kind"]).from_state(
-                    base, EditOrigin.from_json(member["origin"]), own, member["values"]
-                )
-            )
+            parts = {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
+            made_by = EditOrigin.from_json(member["origin"])
+            kind = edit_class(member["kind"])
+            members.append(kind.from_state(base, made_by, parts, member["values"]))
         return cls(base, members, origin)

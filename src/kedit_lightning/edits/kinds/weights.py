@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 from torch import Tensor
 
-from kedit_lightning.edits.edit import Edit, EditableModel, EditOrigin, check_finite
-from kedit_lightning.edits.effects import DensePatch, LowRankPatch, Patch
+from kedit_lightning.edits.edit import Edit, EditableModel, Tensors, Values, check_finite
+from kedit_lightning.edits.effects import AddToOutput, Effect, KeepMemory, WeightDelta
 from kedit_lightning.edits.low_rank import LowRankDelta
+from kedit_lightning.edits.origin import EditOrigin
 from kedit_lightning.edits.projections import check_editable, oriented, projection_shape
 from kedit_lightning.errors import EditFileError, UnsupportedUseError
 
@@ -25,9 +26,9 @@ class LowRankEdit(Edit):
         factors: ``(A, B)`` by module name, with ``A`` of shape ``[rank, d_in]`` and ``B`` of shape
             ``[d_out, rank]``; the module's output becomes ``y + (x Aᵀ) Bᵀ``.
         origin: Where the edit comes from.
-        memory: What later edits of the same method read: keys already written, running statistics.
-            It has no effect on the model.  An edit with a memory was computed from those of the
-            edits below it, so it is refused on any other stack.
+        memory: Tensors that later edits of the same method read: keys already written, running
+            statistics.  It does not change the model.  An edit with a memory was computed from the
+            memories of the edits below it, so it is refused on any other stack.
 
     Raises:
         UnsupportedUseError: A module cannot be changed by a weight edit.
@@ -59,51 +60,45 @@ class LowRankEdit(Edit):
             check_finite("low-rank update", name, a)
             check_finite("low-rank update", name, b)
 
-    @property
-    def requires_its_stack(self) -> bool:
-        """Whether the edit was computed from the memories of the edits below it."""
-        return bool(self.memory)
-
-    def patches(self) -> dict[str, Patch]:
-        """One low-rank patch a module."""
-        return {name: LowRankPatch(a, b) for name, (a, b) in self.factors.items()}
+    def effects(self) -> Sequence[Effect]:
+        """One change a module, and the memory if there is one."""
+        changes = [AddToOutput(name, WeightDelta(delta)) for name, delta in self.factors.items()]
+        if not self.memory:
+            return changes
+        return [*changes, KeepMemory(self.origin.method, self.memory)]
 
     def deltas(self) -> dict[str, Tensor]:
         """Dense change of each weight, in the weight's own orientation."""
         return {
-            f"{name}.weight": oriented(b @ a, self.base.model.get_submodule(name))
-            for name, (a, b) in self.factors.items()
+            f"{name}.weight": oriented(delta.dense, self.base.model.get_submodule(name))
+            for name, delta in self.factors.items()
         }
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def state(self) -> tuple[Tensors, Values]:
         """The factors and the memory."""
         tensors = {f"{name}.A": a for name, (a, _) in self.factors.items()}
         tensors |= {f"{name}.B": b for name, (_, b) in self.factors.items()}
-        return tensors | {f"{_MEMORY}{name}": held for name, held in self.memory.items()}, {}
+        return tensors | {f"{_MEMORY}{name}": kept for name, kept in self.memory.items()}, {}
 
     @classmethod
     def from_state(
-        cls,
-        base: EditableModel,
-        origin: EditOrigin,
-        tensors: dict[str, Tensor],
-        values: dict[str, Any],
+        cls, base: EditableModel, origin: EditOrigin, tensors: Tensors, values: Values
     ) -> LowRankEdit:
         """Rebuild from the factors and the memory."""
         memory = {n.removeprefix(_MEMORY): t for n, t in tensors.items() if n.startswith(_MEMORY)}
-        own = tensors.keys() - {f"{_MEMORY}{name}" for name in memory}
-        names = sorted(name.removesuffix(".A") for name in own if name.endswith(".A"))
+        others = tensors.keys() - {f"{_MEMORY}{name}" for name in memory}
+        names = sorted(name.removesuffix(".A") for name in others if name.endswith(".A"))
         factors = {n: (tensors[f"{n}.A"], tensors[f"{n}.B"]) for n in names}
         return cls(base, factors, origin, memory)
 
 
 def memories(base: EditableModel, method: str) -> list[dict[str, Tensor]]:
-    """What the applied edits of a method remember, oldest first.
+    """Memories of the applied edits of a method, oldest first.
 
-    It follows from the stack alone: an edit that is rolled back is remembered no longer.
+    They follow from the stack alone: rolling an edit back removes its memory.
     """
-    parts = [part for edit in base.edits for part in edit.parts() if isinstance(part, LowRankEdit)]
-    return [part.memory for part in parts if part.memory and part.origin.method == method]
+    kept = base.edits.effects(KeepMemory)
+    return [memory.tensors for memory in kept if memory.method == method]
 
 
 class AdapterEdit(LowRankEdit):
@@ -160,21 +155,24 @@ class DenseEdit(Edit):
                     )
                 check_finite(quantity, name, part)
 
-    def patches(self) -> dict[str, Patch]:
-        """One dense patch a module."""
-        return {name: DensePatch(delta, bias) for name, (delta, bias) in self.changes.items()}
+    def effects(self) -> Sequence[Effect]:
+        """One change a module."""
+        return [
+            AddToOutput(name, WeightDelta(None, delta, bias))
+            for name, (delta, bias) in self.changes.items()
+        ]
 
     def deltas(self) -> dict[str, Tensor]:
         """Change of each weight and bias, in the parameter's own orientation."""
-        found: dict[str, Tensor] = {}
+        deltas: dict[str, Tensor] = {}
         for name, (delta, bias) in self.changes.items():
             if delta is not None:
-                found[f"{name}.weight"] = oriented(delta, self.base.model.get_submodule(name))
+                deltas[f"{name}.weight"] = oriented(delta, self.base.model.get_submodule(name))
             if bias is not None:
-                found[f"{name}.bias"] = bias
-        return found
+                deltas[f"{name}.bias"] = bias
+        return deltas
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def state(self) -> tuple[Tensors, Values]:
         """The matrices and biases."""
         tensors: dict[str, Tensor] = {}
         for name, (delta, bias) in self.changes.items():
@@ -186,11 +184,7 @@ class DenseEdit(Edit):
 
     @classmethod
     def from_state(
-        cls,
-        base: EditableModel,
-        origin: EditOrigin,
-        tensors: dict[str, Tensor],
-        values: dict[str, Any],
+        cls, base: EditableModel, origin: EditOrigin, tensors: Tensors, values: Values
     ) -> DenseEdit:
         """Rebuild from the matrices and biases."""
         names = sorted({name.rpartition(".")[0] for name in tensors})

@@ -134,7 +134,7 @@ class FTM(EditMethod):
                 self.recipe,
                 self.generator(requests, "order"),
             )
-        pairs = {name: (change.delta, change.bias) for name, change in changes.items()}
+        pairs = {name: (change.dense, change.bias) for name, change in changes.items()}
         notes = {
             "modules": self.modules_trained,
             "epochs": len(history),

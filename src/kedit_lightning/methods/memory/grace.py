@@ -13,14 +13,14 @@ from kedit_lightning.base_models import BaseModel, BaseModelSpec, TokenRows
 from kedit_lightning.base_models.taps import capture, change_output, stop_after
 from kedit_lightning.edits import CodebookEdit
 from kedit_lightning.edits.edit import check_finite
-from kedit_lightning.edits.kinds.codebook.codebook_edit import (
+from kedit_lightning.edits.kinds.codebook.codebook import (
     Codebook,
     CodebookEntry,
     Replacement,
     replace_rows,
-    stacked_codebook,
     write_entry,
 )
+from kedit_lightning.edits.kinds.codebook.codebook_edit import stacked_codebook
 from kedit_lightning.edits.projections import check_editable, compute_dtype, projection_shape
 from kedit_lightning.errors import UnsupportedUseError
 from kedit_lightning.methods.memory.grace_defaults import default_module

@@ -1,16 +1,30 @@
-"""Edits that keep a memory beside the model and act on the rows it recognises."""
+"""Edits that replace outputs of a layer for the prompts that a codebook recognises (GRACE)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, TypeAlias
+from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from kedit_lightning.edits.edit import Edit, EditableModel, EditOrigin, check_finite
-from kedit_lightning.edits.effects import MemoryPatch, Patch, RowFunction
+from kedit_lightning.edits.edit import (
+    AppliedEdits,
+    EditableModel,
+    MemoryEdit,
+    Tensors,
+    Values,
+    check_finite,
+)
+from kedit_lightning.edits.effects import Effect, RouteRows, RowFunction
+from kedit_lightning.edits.kinds.codebook.codebook import (
+    Codebook,
+    CodebookEntry,
+    Replacement,
+    build_codebook,
+    replace_rows,
+)
+from kedit_lightning.edits.origin import EditOrigin
 from kedit_lightning.edits.projections import (
     compute_dtype,
     find_module,
@@ -19,143 +33,6 @@ from kedit_lightning.edits.projections import (
 )
 from kedit_lightning.edits.row_context import RowContext
 from kedit_lightning.errors import EditFileError
-
-Replacement: TypeAlias = Literal["last", "prompt", "all"]
-
-#: Gap left between two balls after a split, as in the GRACE paper's code.
-SPLIT_GAP = 1e-5
-
-
-class MemoryEdit(Edit):
-    """An edit that decides row by row, at the last prompt token, whether it acts."""
-
-
-@dataclass(frozen=True)
-class CodebookEntry:
-    """What one fact writes into a codebook.
-
-    Args:
-        key: Input of the layer at the last prompt token. Shape ``[d_in]``.
-        value: Output that replaces the layer's own. Shape ``[d_out]``.
-        label: Token ids of the answer, by which equal answers are told.
-        radius: Distance within which a new key is recognised, in units of the layer's input.
-    """
-
-    key: Tensor
-    value: Tensor
-    label: tuple[int, ...]
-    radius: float
-
-    def to(self, device: torch.device) -> CodebookEntry:
-        """The same entry with its tensors on a device."""
-        return CodebookEntry(self.key.to(device), self.value.to(device), self.label, self.radius)
-
-
-@dataclass(frozen=True)
-class Codebook:
-    """Keys ``[n, d_in]``, values ``[n, d_out]``, radii ``[n]``, and the labels of the entries."""
-
-    keys: Tensor
-    values: Tensor
-    radii: Tensor
-    labels: tuple[tuple[int, ...], ...]
-
-    def nearest(self, queries: Tensor) -> tuple[Tensor, Tensor]:
-        """Distance to, and index of, the nearest key. Shapes ``[batch]`` from ``[batch, d_in]``."""
-        # The matrix-product form of the distance loses digits that small radii need.
-        distances = torch.cdist(
-            queries.to(self.keys), self.keys, compute_mode="donot_use_mm_for_euclid_dist"
-        )
-        smallest = distances.min(dim=1)
-        return smallest.values, smallest.indices
-
-    def lookup(self, queries: Tensor) -> Tensor:
-        """Index of the entry that recognises each query, ``-1`` where none does. ``[batch]``."""
-        distance, index = self.nearest(queries)
-        return torch.where(distance <= self.radii[index], index, -1)
-
-
-def write_entry(book: Codebook | None, entry: CodebookEntry) -> tuple[Codebook, str, int]:
-    """Add an entry by GRACE's rules (Hartvigsen et al. 2023, algorithm 1).
-
-    Returns:
-        The new codebook, which rule applied (``new``, ``split`` or ``expand``), and the index of
-        the entry that now answers for the key.
-    """
-    radius = torch.tensor([entry.radius], dtype=entry.key.dtype, device=entry.key.device)
-    if book is None:
-        fresh = Codebook(entry.key[None], entry.value[None], radius, (entry.label,))
-        return fresh, "new", 0
-    distance, index = (t[0] for t in book.nearest(entry.key[None]))
-    nearest = int(index)
-    radii = book.radii.clone()
-    if distance <= entry.radius + radii[nearest] and book.labels[nearest] == entry.label:
-        radii[nearest] = torch.maximum(radii[nearest], distance)
-        values = book.values.clone()
-        values[nearest] = entry.value
-        return Codebook(book.keys, values, radii, book.labels), "expand", nearest
-    rule = "new"
-    if distance <= entry.radius + radii[nearest]:
-        rule, radius = "split", (distance / 2)[None]
-        radii[nearest] = distance / 2 - SPLIT_GAP
-    grown = Codebook(
-        torch.cat([book.keys, entry.key[None]]),
-        torch.cat([book.values, entry.value[None]]),
-        torch.cat([radii, radius]),
-        (*book.labels, entry.label),
-    )
-    return grown, rule, len(grown.labels) - 1
-
-
-def build_codebook(entries: Sequence[CodebookEntry]) -> Codebook | None:
-    """The codebook that entries make when they are written one after another."""
-    book: Codebook | None = None
-    for entry in entries:
-        book, _, _ = write_entry(book, entry)
-    return book
-
-
-def stacked_codebook(
-    edits: Iterable[Edit], family: tuple[str, str, str], device: torch.device
-) -> Codebook | None:
-    """The codebook that the edits of one family make, ``None`` where there are none."""
-    parts = [part for edit in edits for part in edit.parts()]
-    return build_codebook(
-        [
-            entry.to(device)
-            for part in parts
-            if isinstance(part, CodebookEdit) and part.family == family
-            for entry in part.entries
-        ]
-    )
-
-
-def replace_rows(
-    output: Tensor, values: Tensor, index: Tensor, prompt_end: Tensor | None, where: Replacement
-) -> Tensor:
-    """Put values into the recognised rows of a layer's output.
-
-    Args:
-        output: Shape ``[batch, tokens, d_out]``.
-        values: Shape ``[n, d_out]``.
-        index: Entry of each row, ``-1`` for rows that stay as they are. Shape ``[batch]``.
-        prompt_end: Column of the last prompt token; ``None`` in decode steps.
-        where: The last prompt token, the prompt up to it, or every token.
-    """
-    hit = index >= 0
-    columns = torch.arange(output.shape[1], device=output.device)[None]
-    if where == "all":
-        chosen = torch.ones_like(columns, dtype=torch.bool).expand(output.shape[:2])
-    elif prompt_end is None:
-        return output
-    else:
-        end = prompt_end.to(output.device)[:, None]
-        chosen = columns == end if where == "last" else columns <= end
-    if not bool(hit.any()):
-        return output
-    chosen = chosen & hit[:, None]
-    new = values[index.clamp(min=0)][:, None].to(output.dtype)
-    return torch.where(chosen[..., None], new, output)
 
 
 class CodebookEdit(MemoryEdit):
@@ -167,7 +44,7 @@ class CodebookEdit(MemoryEdit):
     Args:
         base: The base model.
         module: Name of the layer.
-        entries: What is written.
+        entries: The facts.
         replacement: Which tokens of a recognised row get the value.
         origin: Where the edit comes from.
     """
@@ -200,17 +77,17 @@ class CodebookEdit(MemoryEdit):
 
     @property
     def family(self) -> tuple[str, str, str]:
-        """What edits must share to form one codebook."""
+        """The codebook that this edit is part of."""
         return self.family_of(self.module, self.replacement)
 
     @classmethod
     def family_of(cls, module: str, replacement: Replacement) -> tuple[str, str, str]:
-        """What all edits that replace these outputs share."""
+        """The codebook that replaces these outputs."""
         return (cls.kind, module, replacement)
 
-    def patches(self) -> dict[str, Patch]:
-        """The entries, for the codebook of the layer."""
-        return {self.module: MemoryPatch(self.family, self._build, self.entries)}
+    def effects(self) -> Sequence[Effect]:
+        """The routing of rows by the codebook that all such edits form."""
+        return [RouteRows(self.module, self.family, self._build, self.entries)]
 
     def _build(self, contents: Sequence[Sequence[CodebookEntry]]) -> RowFunction:
         parameter = next(self.base.model.get_submodule(self.module).parameters())
@@ -230,7 +107,7 @@ class CodebookEdit(MemoryEdit):
 
         return recall
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def state(self) -> tuple[Tensors, Values]:
         """Keys and values as matrices; labels and radii as plain values."""
         tensors = {
             "keys": torch.stack([entry.key for entry in self.entries]),
@@ -245,11 +122,7 @@ class CodebookEdit(MemoryEdit):
 
     @classmethod
     def from_state(
-        cls,
-        base: EditableModel,
-        origin: EditOrigin,
-        tensors: dict[str, Tensor],
-        values: dict[str, Any],
+        cls, base: EditableModel, origin: EditOrigin, tensors: Tensors, values: Values
     ) -> CodebookEdit:
         """Rebuild the entries."""
         entries = [
@@ -259,3 +132,11 @@ class CodebookEdit(MemoryEdit):
             )
         ]
         return cls(base, values["module"], entries, values["replacement"], origin)
+
+
+def stacked_codebook(
+    edits: AppliedEdits, family: tuple[str, str, str], device: torch.device
+) -> Codebook | None:
+    """The codebook that the applied edits of a family form, ``None`` where there are none."""
+    routes = [effect for effect in edits.effects(RouteRows) if effect.family == family]
+    return build_codebook([entry.to(device) for route in routes for entry in route.content])

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from torch import Tensor
-
-from kedit_lightning.edits.edit import Edit, EditableModel, EditOrigin
+from kedit_lightning.edits.edit import Edit, EditableModel, Tensors, Values
+from kedit_lightning.edits.effects import Effect, PromptFunction, RewritePrompt
 from kedit_lightning.edits.kinds.prompt.tfidf import LexicalIndex
+from kedit_lightning.edits.origin import EditOrigin
 
 
 @dataclass(frozen=True)
 class PromptEntry:
-    """A fact, as text that is put before a prompt.
+    """A fact, as text before a prompt.
 
     Args:
-        key: The prompt of the fact, by which it is found when there are several.
-        context: The text that states the fact, up to where the question follows.
-        demonstrations: Examples put before it, the most similar one last.
+        key: The prompt of the fact, by which it is retrieved when there are several.
+        context: The text that states the fact; the question follows directly.
+        demonstrations: Examples before it, the most similar one last.
     """
 
     key: str
@@ -51,17 +51,17 @@ class PromptEdit(Edit):
         super().__init__(base, origin)
         self.entries = tuple(entries)
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def effects(self) -> Sequence[Effect]:
+        """The rewriting of prompts; all prompt edits retrieve from the same facts."""
+        return [RewritePrompt(self.kind, retrieval, self.entries)]
+
+    def state(self) -> tuple[Tensors, Values]:
         """The texts; there are no tensors."""
         return {}, {"entries": [asdict(entry) for entry in self.entries]}
 
     @classmethod
     def from_state(
-        cls,
-        base: EditableModel,
-        origin: EditOrigin,
-        tensors: dict[str, Tensor],
-        values: dict[str, Any],
+        cls, base: EditableModel, origin: EditOrigin, tensors: Tensors, values: Values
     ) -> PromptEdit:
         """Rebuild from the texts."""
         entries = [
@@ -71,26 +71,28 @@ class PromptEdit(Edit):
         return cls(base, entries, origin)
 
 
-def render_prompt(edits: Sequence[PromptEdit], prompt: str, fits: Callable[[str], bool]) -> str:
-    """Put the fact that suits a prompt before it.
+def retrieval(contents: Sequence[Sequence[PromptEntry]]) -> PromptFunction:
+    """A function that puts the fact most similar to a prompt before it.
+
+    Demonstrations are dropped, the least similar first, until the text leaves room for an answer;
+    the fact and the question never are.
 
     Args:
-        edits: Prompt edits in the order of the stack.
-        prompt: The question.
-        fits: Whether a text leaves room for an answer; demonstrations are dropped from the far end
-            until it does, the fact and the question never.
+        contents: Facts of each edit, oldest first.  Of equally similar facts the latest is stated,
+            since it overwrites the earlier ones.
     """
-    entries = [entry for edit in edits for entry in edit.entries]
-    if not entries:
-        return prompt
-    best = len(entries) - 1
-    if len(entries) > 1:
-        scores = LexicalIndex([entry.key for entry in entries]).scores(prompt)
-        # Later facts win ties, since they overwrite earlier ones.
-        best = max(range(len(entries)), key=lambda i: (scores[i], i))
-    chosen = entries[best]
-    for skipped in range(len(chosen.demonstrations) + 1):
-        text = "".join(chosen.demonstrations[skipped:]) + chosen.context + prompt
-        if fits(text):
-            break
-    return text
+    entries = [entry for content in contents for entry in content]
+    index = LexicalIndex([entry.key for entry in entries]) if len(entries) > 1 else None
+
+    def rewrite(prompt: str, fits: Callable[[str], bool]) -> str:
+        if not entries:
+            return prompt
+        scores = index.scores(prompt) if index is not None else [0.0]
+        best = entries[max(range(len(entries)), key=lambda i: (scores[i], i))]
+        for skipped in range(len(best.demonstrations) + 1):
+            text = "".join(best.demonstrations[skipped:]) + best.context + prompt
+            if fits(text):
+                break
+        return text
+
+    return rewrite

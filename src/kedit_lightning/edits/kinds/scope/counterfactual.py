@@ -1,4 +1,4 @@
-"""A whole language model inside an edit, which answers in tokens of its own."""
+"""A language model as counterfactual model, with its own tokenizer."""
 
 from __future__ import annotations
 
@@ -7,7 +7,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+)
 
 from kedit_lightning.errors import UnsupportedUseError
 
@@ -17,7 +24,7 @@ _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
 def describe(model: Any, tokenizer: Any) -> dict[str, Any]:
-    """What :class:`LanguageModel` is built from, as plain values; weights are not among them."""
+    """Configuration and tokenizer of a language model as plain values, without its weights."""
     named = {name: getattr(tokenizer, name, None) for name in _SPECIAL}
     return {
         "config": json.loads(model.config.to_json_string(use_diff=False)),
@@ -30,15 +37,12 @@ class LanguageModel(nn.Module):
     """A decoder of ``transformers`` with its tokenizer.
 
     Args:
-        made_of: What :func:`describe` gave.
-        dtype: Number type of the weights.
+        made_of: Result of :func:`describe`.
+        dtype: Dtype of the weights.
     """
 
     def __init__(self, made_of: Mapping[str, Any], dtype: torch.dtype) -> None:
         super().__init__()
-        from tokenizers import Tokenizer
-        from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
-
         config = AutoConfig.for_model(**made_of["config"])
         self.model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
         self.tokenizer = PreTrainedTokenizerFast(
@@ -47,7 +51,7 @@ class LanguageModel(nn.Module):
         self.eval()
 
     def train(self, mode: bool = True) -> Self:
-        """Stay in evaluation mode: dropout would let chance into steps that resume must repeat."""
+        """Stay in evaluation mode: with dropout, resumed training would not repeat its steps."""
         return super().train(False)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -57,13 +61,13 @@ class LanguageModel(nn.Module):
             UnsupportedUseError: A row is longer than the model takes.
         """
         self._check_length(ids.shape[1])
-        # No token sees those behind it, so padding needs no mask.
-        given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        logits: Tensor = self.model(**given, use_cache=False).logits
+        # Attention is causal, so padding on the right needs no mask.
+        mask = torch.ones_like(ids)
+        logits: Tensor = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         return logits
 
     def _check_length(self, width: int) -> int:
-        """How many tokens fit behind so many."""
+        """How many tokens an answer to ``width`` tokens can have."""
         most = getattr(self.model.config, "max_position_embeddings", None)
         room = _LONGEST if most is None else most - width
         if room < 0:
@@ -83,21 +87,19 @@ class LanguageModel(nn.Module):
         Raises:
             UnsupportedUseError: A prompt is longer than the model takes.
         """
-        from transformers import GenerationConfig
-
         end = self.tokenizer.eos_token_id
         width, device = max(map(len, prompts)), self.model.device
         room = self._check_length(width + 1) + 1  # for one token at least
         ids = torch.tensor([[end or 0] * (width - len(p)) + list(p) for p in prompts])
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-        plain = GenerationConfig(
+        greedy = GenerationConfig(
             max_new_tokens=min(_LONGEST, room),
             do_sample=False,
             eos_token_id=end,
             pad_token_id=end or 0,
         )
-        found = self.model.generate(
-            ids.to(device), attention_mask=mask.to(device), generation_config=plain
+        output = self.model.generate(
+            ids.to(device), attention_mask=mask.to(device), generation_config=greedy
         )
-        texts = self.tokenizer.batch_decode(found[:, width:], skip_special_tokens=True)
+        texts = self.tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
         return [text.strip() for text in texts]

@@ -1,8 +1,7 @@
-"""The two networks of SERAC: one tells which edit a question is about, one answers it.
+"""The two networks of SERAC: scope classifier and counterfactual model.
 
-Both read the base model: the scope classifier its hidden states, the counterfactual model its token
-embeddings.  Neither is held twice, so what was learned can be saved by itself.  A counterfactual
-model may also be a language model of its own.
+The scope classifier reads hidden states of the base model.  The counterfactual model reads its
+token embeddings, which are not copied, or is a language model with a tokenizer of its own.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoModel, LlamaConfig
 
 from kedit_lightning.edits.kinds.scope.counterfactual import LanguageModel
 
@@ -25,12 +25,12 @@ class ScopePlan:
     Args:
         module: Block of the base model whose output the scope classifier reads.
         hidden_width: Width of that output.
-        scope_width: Width of the space in which questions and edits are compared.
+        scope_width: Width of the embeddings of questions and edits.
         token_width: Width of the base model's token embeddings, and of the counterfactual model.
         blocks: Blocks of the counterfactual model.
         embedding_scale: Factor that gives the base model's token embeddings unit variance.
         counterfactual: Name of the language model that answers instead; empty for none.
-        made_of: What ``counterfactual.describe`` gave of that model.
+        made_of: Result of ``counterfactual.describe`` for that model.
         own_tokens: Whether its tokenizer is another than the base model's.
     """
 
@@ -50,7 +50,7 @@ class ScopePlan:
 
 
 def heads_of(width: int) -> int:
-    """Attention heads for a width: 64 wide if it can be, and of even width for rotary positions.
+    """Number of attention heads: 64 wide if possible, and of even width for rotary positions.
 
     >>> heads_of(256), heads_of(1600), heads_of(32), heads_of(100)
     (4, 25, 1, 1)
@@ -60,9 +60,7 @@ def heads_of(width: int) -> int:
 
 
 def _small_decoder(plan: ScopePlan, dtype: torch.dtype) -> nn.Module:
-    """A decoder without token embeddings, as it reads the base model's."""
-    from transformers import AutoModel, LlamaConfig
-
+    """A decoder without token embeddings: it reads those of the base model."""
     config = LlamaConfig(
         vocab_size=1,
         hidden_size=plan.token_width,
@@ -83,8 +81,8 @@ class ScopeNetworks(nn.Module):
 
     Args:
         plan: Their shape.
-        seed: Fixes their random start.
-        dtype: Number type, at least float32.
+        seed: Seed of the initial weights.
+        dtype: Dtype of the weights, at least float32.
     """
 
     def __init__(self, plan: ScopePlan, seed: int = 0, dtype: torch.dtype = torch.float32) -> None:
@@ -92,7 +90,7 @@ class ScopeNetworks(nn.Module):
         self.plan = plan
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            # With the type named, as precision plugins change the usual one.
+            # With an explicit dtype, as precision plugins change the default.
             self.norm = nn.LayerNorm(plan.hidden_width, dtype=dtype)
             self.projection = nn.Linear(plan.hidden_width, plan.scope_width, dtype=dtype)
             self.decoder = (
@@ -103,25 +101,25 @@ class ScopeNetworks(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Number type of the weights."""
+        """Dtype of the weights."""
         return self.projection.weight.dtype
 
     def embed(self, hidden: Tensor, mask: Tensor) -> Tensor:
-        """Where questions lie in the space of comparisons.
+        """Embed questions: mean hidden state, normalised and projected.
 
         Args:
             hidden: Hidden states of the base model. Shape ``[batch, tokens, hidden_width]``.
-            mask: Tokens of the question. Shape ``[batch, tokens]``.
+            mask: True on tokens of the question. Shape ``[batch, tokens]``.
 
         Returns:
             Shape ``[batch, scope_width]``.
         """
         kept = mask.to(hidden.device).bool()[..., None]
-        # Chosen, not multiplied, since hidden states of padding may hold anything.
+        # Selected, not multiplied, since hidden states of padding may be NaN.
         total = torch.where(kept, hidden.to(self.dtype), 0.0).sum(1)
         with torch.autocast(hidden.device.type, enabled=False):  # distances decide by digits
-            placed: Tensor = self.projection(self.norm(total / kept.sum(1)))
-        return placed
+            embedded: Tensor = self.projection(self.norm(total / kept.sum(1)))
+        return embedded
 
     def distances(self, questions: Tensor, keys: Tensor) -> Tensor:
         """``‖e(x) - e(x')‖²``. Shape ``[batch, n]`` from ``[batch, d]`` and ``[n, d]``.
@@ -134,8 +132,8 @@ class ScopeNetworks(nn.Module):
         """Last hidden states of the counterfactual model. Shape ``[batch, tokens, token_width]``.
 
         Args:
-            ids: Statement, separator, question and answer, padded on the right. Padding needs no
-                mask, as no token sees those behind it. Shape ``[batch, tokens]``.
+            ids: Statement, separator, question and answer, padded on the right, which needs no mask
+                under causal attention. Shape ``[batch, tokens]``.
             embedding: Token embeddings of the base model. Shape ``[vocab, token_width]``.
         """
         x = embedding[ids].to(self.dtype) * self.plan.embedding_scale
@@ -145,11 +143,11 @@ class ScopeNetworks(nn.Module):
     def logits(self, states: Tensor, embedding: Tensor) -> Tensor:
         """Shape ``[..., vocab]`` from ``[..., token_width]``, over the base model's vocabulary."""
         scale = self.plan.embedding_scale / self.plan.token_width**0.5
-        found: Tensor = (states * scale) @ embedding.to(states.dtype).T
-        return found
+        logits: Tensor = (states * scale) @ embedding.to(states.dtype).T
+        return logits
 
     def answer_logits(self, ids: Tensor, places: tuple[Tensor, ...], embedding: Tensor) -> Tensor:
-        """Logits at some places of texts, over the vocabulary of the model that answers.
+        """Logits at some places, over the vocabulary of the counterfactual model.
 
         Args:
             ids: As of :meth:`answer_states`.
@@ -160,14 +158,14 @@ class ScopeNetworks(nn.Module):
             Shape ``[n, vocab]``.
         """
         if isinstance(self.decoder, LanguageModel):
-            found: Tensor = self.decoder(ids)[places]
-            return found
+            logits: Tensor = self.decoder(ids)[places]
+            return logits
         return self.logits(self.answer_states(ids, embedding)[places], embedding)
 
     def digest(self) -> str:
-        """Short hash of shape and weights, by which edits know that they share a memory."""
-        found = hashlib.sha256(json.dumps(self.plan.to_json(), sort_keys=True).encode())
+        """Short hash of shape and weights; edits with equal hashes share a memory."""
+        digest = hashlib.sha256(json.dumps(self.plan.to_json(), sort_keys=True).encode())
         for name, tensor in sorted(self.state_dict().items()):
-            found.update(f"{name}{tensor.dtype}".encode())
-            found.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-        return found.hexdigest()[:16]
+            digest.update(f"{name}{tensor.dtype}".encode())
+            digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:16]

@@ -13,7 +13,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from kedit_lightning.base_models.taps import visiting
-from kedit_lightning.edits.effects import WeightSum
+from kedit_lightning.edits.effects import WeightDelta
 from kedit_lightning.edits.projections import compute_dtype, projection_shape
 
 #: Updates from which on a progress bar is shown.
@@ -42,7 +42,7 @@ class Recipe:
     stop_loss: float
 
 
-def zero_change(module: nn.Module, dtype: torch.dtype) -> WeightSum:
+def zero_change(module: nn.Module, dtype: torch.dtype) -> WeightDelta:
     """A change of a projection that is zero and can be trained.
 
     It has a bias where the module has one.  It is held in at least float32: in bfloat16 an entry
@@ -56,17 +56,17 @@ def zero_change(module: nn.Module, dtype: torch.dtype) -> WeightSum:
     }
     has_bias = getattr(module, "bias", None) is not None
     bias = torch.zeros(d_out, **options) if has_bias else None
-    return WeightSum(None, None, torch.zeros(d_out, d_in, **options), bias)
+    return WeightDelta(None, torch.zeros(d_out, d_in, **options), bias)
 
 
-def tensors_of(changes: Mapping[str, WeightSum]) -> list[Tensor]:
+def tensors_of(changes: Mapping[str, WeightDelta]) -> list[Tensor]:
     """All tensors that are trained."""
-    parts = [part for change in changes.values() for part in (change.delta, change.bias)]
+    parts = [part for change in changes.values() for part in (change.dense, change.bias)]
     return [part for part in parts if part is not None]
 
 
 @contextmanager
-def attached(model: nn.Module, changes: Mapping[str, WeightSum]) -> Iterator[None]:
+def attached(model: nn.Module, changes: Mapping[str, WeightDelta]) -> Iterator[None]:
     """Inside, the model runs with the changes on top of whatever edits are applied."""
     with visiting(model, changes):
         yield

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kedit_lightning.base_models import BaseModel
 from kedit_lightning.edits import DenseEdit, Edit, LowRankDelta, LowRankEdit
-from kedit_lightning.edits.effects import DensePatch, LowRankPatch
+from kedit_lightning.edits.effects import AddToOutput
 from kedit_lightning.edits.projections import compute_dtype, oriented
 from kedit_lightning.errors import UnsupportedUseError
 
@@ -123,11 +123,12 @@ def weight_of(base: BaseModel, module: str, edited: bool) -> Tensor:
             "change with it, so load the base model without quantization, or leave them out"
         )
     total = oriented(weight.double(), owner)
-    for edit in base.edits if edited else ():
-        for part in edit.parts():
-            patch = part.patches().get(module)
-            if isinstance(patch, LowRankPatch):
-                total = total + patch.b.to(total) @ patch.a.to(total)
-            elif isinstance(patch, DensePatch) and patch.delta is not None:
-                total = total + patch.delta.to(total)
+    for effect in base.edits.effects(AddToOutput) if edited else ():
+        if effect.module != module:
+            continue
+        if effect.delta.low_rank is not None:
+            a, b = effect.delta.low_rank
+            total = total + b.to(total) @ a.to(total)
+        if effect.delta.dense is not None:
+            total = total + effect.delta.dense.to(total)
     return total

@@ -1,0 +1,69 @@
+"""A decoding edit like DoLa (Chuang et al. 2024): contrast the last block with an early one.
+
+Run it with ``python examples/decoding_edit.py``.
+"""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from kedit_lightning import BaseModel
+from kedit_lightning.edits import DecodingEdit, EditOrigin
+
+
+class DoLaEdit(DecodingEdit):
+    """Scores tokens by ``log p_final - log p_early`` among those that are plausible.
+
+    Args:
+        base: The base model.
+        block: Block whose hidden states give the early distribution, through final norm and head.
+        alpha: Tokens less likely than this share of the likeliest token are excluded.
+        origin: Where the edit comes from.
+    """
+
+    kind: ClassVar[str] = "dola"
+
+    def __init__(
+        self, base: Any, block: int, alpha: float = 0.1, origin: EditOrigin | None = None
+    ) -> None:
+        super().__init__(base, origin)
+        self.block, self.alpha = block, alpha
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The early block."""
+        return (self.base.layout.block(self.block).name,)
+
+    def adjust(self, logits: Tensor, states: Mapping[str, Tensor]) -> Tensor:
+        """Contrast logits ``[n, vocab]`` with those of the early states ``[n, hidden]``."""
+        model, (early,) = self.base.model, states.values()
+        before = model.get_output_embeddings()(model.model.norm(early)).log_softmax(-1)
+        after = logits.log_softmax(-1)
+        plausible = after >= after.amax(-1, keepdim=True) + torch.tensor(self.alpha).log()
+        return torch.where(plausible, after - before, -1e4)
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The settings; there are no tensors."""
+        return {}, {"block": self.block, "alpha": self.alpha}
+
+    @classmethod
+    def from_state(cls, base: Any, origin: Any, tensors: Any, values: Any) -> "DoLaEdit":
+        """Rebuild from the settings."""
+        return cls(base, **values, origin=origin)
+
+
+def main() -> None:
+    """Answer prompts with the packaged model, without and with the edit."""
+    base = BaseModel.load("nano")
+    prompts = ["The capital of France is", "The Eiffel Tower is in the city of"]
+    plain = base.generate(prompts, max_new_tokens=8)
+    with DoLaEdit(base, block=0):
+        contrasted = base.generate(prompts, max_new_tokens=8)
+    for prompt, before, after in zip(prompts, plain, contrasted, strict=True):
+        print(f"{prompt}\n  plain: {before}\n  DoLa:  {after}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,225 @@
+"""Forward hooks that apply effects to modules, to rows and to logits.
+
+A module carries at most one hook that changes its output.  Changes of weights add up; functions of
+rows act on the result, in the order of the stack.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from kedit_lightning.edits.effects import (
+    AddToOutput,
+    ChangeLogits,
+    Effect,
+    LogitsFunction,
+    Places,
+    RouteRows,
+    RowFunction,
+    StatesFunction,
+    WeightDelta,
+    families,
+    of_type,
+    sum_deltas,
+)
+from kedit_lightning.edits.low_rank import LowRankBatch, LowRankDelta
+from kedit_lightning.edits.projections import as_rows, compute_dtype, first_tensor, with_first
+from kedit_lightning.edits.row_context import RowContext, copies_of_rows
+from kedit_lightning.errors import UnsupportedUseError
+
+#: Arguments and output of a module, and the row context -> its new output; ``None`` leaves it.
+ForwardHook: TypeAlias = Callable[[tuple[Any, ...], Any, RowContext | None], Any]
+
+
+def known_context(context: RowContext | None) -> RowContext:
+    """The context of the current call.
+
+    Raises:
+        UnsupportedUseError: A part of the model was called by itself.
+    """
+    if context is None:
+        raise UnsupportedUseError(
+            "a part of the model was called by itself while edits are applied that must know its "
+            "rows and where prompts end; call the whole model, or roll those edits back"
+        )
+    return context
+
+
+def _delta(effects: Sequence[Effect], module: nn.Module) -> WeightDelta | None:
+    return sum_deltas([effect.delta for effect in of_type(effects, AddToOutput)], module)
+
+
+def _row_functions(effects: Sequence[Effect]) -> list[RowFunction]:
+    groups = families(effects, RouteRows)
+    return [group[0].build([effect.content for effect in group]) for group in groups]
+
+
+class ModuleHook:
+    """Changes the output of a module.
+
+    The change of weights that a row carries is added to the one that all rows share.  Its row
+    functions are built together with the shared ones, as families span both.
+
+    Args:
+        module: The module.
+        shared: Effects on all rows, oldest first.
+        carried: Rows, and the effects that only they carry.
+        rows: Number of rows that the carried effects were given for.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        shared: Sequence[Effect],
+        carried: Sequence[tuple[Sequence[int], Sequence[Effect]]] = (),
+        rows: int = 0,
+    ) -> None:
+        self._rows = rows
+        self.delta = _delta(shared, module)
+        self._functions = _row_functions(shared)
+        device = next((parameter.device for parameter in module.parameters()), None)
+        #: Rows, and the change of weights that they carry.
+        self._carried: list[tuple[Tensor, WeightDelta | LowRankBatch]] = []
+        #: Rows, the key of their context, and their row functions.
+        self._carried_functions: list[tuple[Tensor, int, list[RowFunction]]] = []
+        low: list[tuple[Sequence[int], LowRankDelta]] = []
+        for at, effects in carried:
+            index, delta = torch.tensor(at, device=device), _delta(effects, module)
+            if delta is not None:
+                if delta.low_rank is not None and delta.dense is None and delta.bias is None:
+                    low.append((at, delta.low_rank))
+                else:
+                    self._carried.append((index, delta))
+            if of_type(effects, RouteRows):
+                functions = _row_functions([*shared, *effects])
+                self._carried_functions.append((index, at[0], functions))
+        if low:
+            rows_of_low = torch.tensor([row for at, _ in low for row in at], device=device)
+            self._carried.append((rows_of_low, LowRankBatch.of(low)))
+        self._routes = bool(self._functions or self._carried_functions)
+
+    def __call__(self, args: tuple[Any, ...], output: Any, context: RowContext | None) -> Any:
+        """Return the changed output of the module."""
+        x, y = args[0], first_tensor(output)
+        if not self._rows and not self._routes:
+            return with_first(output, y if self.delta is None else self.delta(x, y))
+        if context is None and x.dim() == 3 and not self._routes:
+            batch = len(x)  # an encoder, which generation runs before the model itself
+        else:
+            context = known_context(context)
+            batch = len(context.prompt_end)
+        copies = copies_of_rows(batch, self._rows or batch)
+        new = weighted = self._weighted(x, y, batch, copies)
+        x = as_rows(x, batch)
+        for function in self._functions:
+            new = function(x, new, known_context(context))
+        for rows, key, functions in self._carried_functions:
+            at, context = _copied(rows, copies, y.device), known_context(context)
+            part = context.part(key, at.to(context.prompt_end.device))
+            routed = weighted[at]
+            for function in functions:
+                routed = function(x[at], routed, part)
+            new = new.index_copy(0, at, routed)
+        return with_first(output, new.reshape(y.shape))
+
+    def _weighted(self, x: Tensor, y: Tensor, batch: int, copies: int) -> Tensor:
+        """Output ``[batch, tokens, d_out]`` under the changes of weights, shared and carried."""
+        if self.delta is None and not self._carried:
+            return as_rows(y, batch)
+        dtype = compute_dtype(y.dtype)
+        total = y.to(dtype)
+        if self.delta is not None:
+            total = total + self.delta.change(x.to(dtype))
+        total = as_rows(total, batch)
+        for rows, delta in self._carried:
+            at = _copied(rows, copies, y.device)
+            total = total.index_add(0, at, delta.change(as_rows(x, batch)[at].to(dtype)))
+        return total.to(y.dtype)
+
+
+def _copied(rows: Tensor, copies: int, device: torch.device) -> Tensor:
+    """Batch indices of all copies of rows: beams and several answers of a row are neighbours."""
+    rows = rows.to(device)
+    return (rows[:, None] * copies + torch.arange(copies, device=device)).flatten()
+
+
+def states_hook(function: StatesFunction) -> ForwardHook:
+    """A hook that passes the output of a module to a function that reads it."""
+
+    def read(args: tuple[Any, ...], output: Any, context: RowContext | None) -> None:
+        function(first_tensor(output), known_context(context))
+
+    return read
+
+
+class LogitsHook:
+    """Changes the logits of the whole model.
+
+    Args:
+        effects: Changes of logits, oldest first.
+    """
+
+    def __init__(self, effects: Iterable[ChangeLogits]) -> None:
+        self._functions: list[tuple[LogitsFunction, tuple[str, ...]]] = []
+        for group in families(effects, ChangeLogits):
+            reads = tuple(dict.fromkeys(name for effect in group for name in effect.reads))
+            function = group[0].build([effect.content for effect in group])
+            self._functions.append((function, reads))
+        self._states: dict[str, Tensor] = {}
+
+    def readers(self) -> list[tuple[str, ForwardHook]]:
+        """Names of the modules whose output is needed, and hooks that keep it for this call."""
+        names = dict.fromkeys(name for _, reads in self._functions for name in reads)
+
+        def reader(name: str) -> ForwardHook:
+            def keep(args: tuple[Any, ...], output: Any, context: RowContext | None) -> None:
+                self._states[name] = first_tensor(output)
+
+            return keep
+
+        return [(name, reader(name)) for name in names]
+
+    def __call__(self, args: tuple[Any, ...], output: Any, context: RowContext | None) -> Any:
+        """Return the model's output with changed logits.
+
+        Raises:
+            UnsupportedUseError: The model was asked for its loss, which knows no change of logits.
+        """
+        context = known_context(context)
+        states, self._states = self._states, {}
+        logits = output.logits
+        flat = new = logits.reshape(-1, logits.shape[-1])
+        rows, columns, states = _places(logits, states, context)
+        for function, reads in self._functions:
+            places = Places(rows, columns, {name: states[name] for name in reads})
+            new = function(new, places, context)
+        if new is flat:
+            return None
+        if getattr(output, "loss", None) is not None:
+            raise UnsupportedUseError(
+                "the model was asked for its loss while an edit changes its logits; compute the "
+                "loss from the logits, or roll the edit back"
+            )
+        output["logits"] = new.reshape(logits.shape)
+        return output
+
+
+def _places(
+    logits: Tensor, states: dict[str, Tensor], context: RowContext
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Row and column of each logit vector, ``[n]``, and hidden states there, ``[n, hidden]``."""
+    hidden = {name: as_rows(state, len(context.prompt_end)) for name, state in states.items()}
+    if context.logit_places is not None:
+        rows, columns = context.logit_places
+        at = {n: h[rows.to(h.device), columns.to(h.device)] for n, h in hidden.items()}
+        return rows, columns, at
+    # The model computed logits of the last columns of each row.
+    batch, kept = logits.shape[:2]
+    columns = torch.arange(context.columns - kept, context.columns, device=logits.device)
+    rows = torch.arange(batch, device=logits.device).repeat_interleave(kept)
+    last = {name: h[:, h.shape[1] - kept :].flatten(0, 1) for name, h in hidden.items()}
+    return rows, columns.repeat(batch), last

@@ -1,0 +1,58 @@
+"""Where an edit comes from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from kedit_lightning.requests import EditRequest
+
+
+@dataclass(frozen=True)
+class EditOrigin:
+    """Where an edit comes from.
+
+    Args:
+        method: Class name of the editing method.
+        settings: The method's settings as plain values.
+        requests: The facts it writes.
+        base_model: Name of the base model.
+        fingerprint: Fingerprint of the base model.
+        tokenizer_fingerprint: Fingerprint of its tokenizer.
+        stack: Ids of the edits it was computed on top of, in order.
+        notes: Further facts, such as which statistics were used.
+    """
+
+    method: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    requests: tuple[EditRequest, ...] = ()
+    base_model: str = ""
+    fingerprint: str = ""
+    tokenizer_fingerprint: str = ""
+    stack: tuple[str, ...] = ()
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        # In the form of a file, so that an edit and its saved copy are equal.
+        for name in ("settings", "notes"):
+            plain = json.loads(json.dumps(dict(getattr(self, name)), default=str))
+            object.__setattr__(self, name, plain)
+        for name in ("requests", "stack"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for a file header."""
+        values = asdict(self)
+        for request in values["requests"]:
+            for name in ("task", "image"):  # earlier releases had none; their edits keep their ids
+                if request.get(name) is None:
+                    request.pop(name, None)
+        return values
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> EditOrigin:
+        """Rebuild from :meth:`to_json`."""
+        requests = tuple(EditRequest(**request) for request in values["requests"])
+        return cls(**{**values, "requests": requests})
