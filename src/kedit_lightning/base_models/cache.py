@@ -1,4 +1,4 @@
-"""Folder of the cache."""
+"""Where files that can be made again are kept."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ from pathlib import Path
 
 
 def cache_dir() -> Path:
-    """``KEDIT_CACHE``, or ``~/.cache/kedit-lightning``: files that can be computed again."""
+    """Folder of the cache: ``KEDIT_CACHE``, or ``~/.cache/kedit-lightning``; made when needed."""
     named = os.environ.get("KEDIT_CACHE")
     return Path(named).expanduser() if named else Path.home() / ".cache" / "kedit-lightning"

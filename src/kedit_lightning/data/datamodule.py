@@ -149,7 +149,7 @@ class EditDataModule(LightningDataModule, ABC):
         named = getattr(self, _OPTION[split])
         return None if named is None else Path(named).expanduser()
 
-    # Loaders; the trainer's protocol and the method set the sizes of batches -------------------
+    # Loaders; how many examples travel together is settled by the trainer and the method -------
 
     def train_dataloader(self) -> BatchLoader[EditBatch]:
         """Shuffled batches of ``fit_batch_size``, a setting of the method."""
@@ -194,7 +194,7 @@ class EditDataModule(LightningDataModule, ABC):
         size = int(getattr(protocol, "chunk_size", None) or 1)
         rank, world_size = process_rank()
         if getattr(protocol, "mode", None) == "sequential":
-            # Each edit of a sequence is computed on the ones before it: all ranks get all of it.
+            # Each edit of a stream is computed on the ones before it: all ranks see all of it.
             rank, world_size = 0, 1
         rows = evaluation_chunks(loaded.examples, size, rank, world_size)
         batches = [EditBatch(list(chunk)) for chunk in rows]

@@ -111,10 +111,32 @@ def _pad(
     return ids, mask, first
 
 
-def _columns(indices: Sequence[int], first: Tensor) -> Tensor:
-    """Columns of tokens with an index in their row; ``-1`` stays. Shape ``[batch]``."""
-    index = torch.tensor(indices, dtype=torch.long)
-    return torch.where(index >= 0, index + first, -1)
+def _token_rows(
+    rows: Sequence[EncodedRow],
+    inputs: dict[str, Tensor],
+    first: Tensor,
+    prompt_end: Tensor,
+    pad_id: int,
+    device: torch.device,
+) -> TokenRows:
+    """Rows on a device, from padded inputs, first column and last prompt column of each row."""
+
+    def columns(indices: Sequence[int]) -> Tensor:
+        index = torch.tensor(indices, dtype=torch.long)
+        return torch.where(index >= 0, index + first, -1)
+
+    answer_ids, answer_mask, _ = _pad([row.answer for row in rows], pad_id, "right")
+    answered = inputs.get("decoder_input_ids", inputs["input_ids"])
+    answer_columns = prompt_end[:, None] + torch.arange(answer_ids.shape[1])[None]
+    return TokenRows(
+        inputs,
+        prompt_end=prompt_end,
+        subject_start=columns([row.subject_start for row in rows]),
+        subject_end=columns([row.subject_end for row in rows]),
+        answer_ids=answer_ids,
+        answer_mask=answer_mask.bool(),
+        answer_columns=answer_columns.clamp(max=answered.shape[1] - 1),
+    )._each(lambda tensor: tensor.to(device))
 
 
 def pad_rows(
@@ -138,17 +160,7 @@ def pad_rows(
     if takes_positions:
         inputs["position_ids"] = positions(mask)
     prompt_end = first + torch.tensor([len(row.prompt) for row in rows], dtype=torch.long) - 1
-    answer_ids, answer_mask, _ = _pad([row.answer for row in rows], pad_id, "right")
-    columns = prompt_end[:, None] + torch.arange(answer_ids.shape[1])[None]
-    return TokenRows(
-        inputs,
-        prompt_end=prompt_end,
-        subject_start=_columns([row.subject_start for row in rows], first),
-        subject_end=_columns([row.subject_end for row in rows], first),
-        answer_ids=answer_ids,
-        answer_mask=answer_mask.bool(),
-        answer_columns=columns.clamp(max=ids.shape[1] - 1),
-    )._each(lambda tensor: tensor.to(device))
+    return _token_rows(rows, inputs, first, prompt_end, pad_id, device)
 
 
 def pad_tails(
@@ -208,19 +220,11 @@ def pad_encoder_decoder_rows(
     ids, mask, first = _pad([(*row.prompt, *suffix) for row in rows], pad_id, "right")
     shifted = [(start_id, *row.answer[:-1]) if row.answer else (start_id,) for row in rows]
     decoder_ids, decoder_mask, _ = _pad(shifted, pad_id, "right")
-    answer_ids, answer_mask, _ = _pad([row.answer for row in rows], pad_id, "right")
     inputs = {
         "input_ids": ids,
         "attention_mask": mask,
         "decoder_input_ids": decoder_ids,
         "decoder_attention_mask": decoder_mask,
     }
-    return TokenRows(
-        inputs,
-        prompt_end=torch.zeros(len(rows), dtype=torch.long),
-        subject_start=_columns([row.subject_start for row in rows], first),
-        subject_end=_columns([row.subject_end for row in rows], first),
-        answer_ids=answer_ids,
-        answer_mask=answer_mask.bool(),
-        answer_columns=torch.arange(answer_ids.shape[1])[None].expand(len(rows), -1),
-    )._each(lambda tensor: tensor.to(device))
+    prompt_end = torch.zeros(len(rows), dtype=torch.long)
+    return _token_rows(rows, inputs, first, prompt_end, pad_id, device)
