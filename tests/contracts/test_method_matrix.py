@@ -138,7 +138,7 @@ WEAK = {"KE", "MALMEN", "RLEdit"}
 
 
 def greedy(base: BaseModel, prompt: str) -> str:
-    """The most likely continuation by whole passes over one row, without a cache or ``generate``."""
+    """The most likely continuation by whole passes over one row, without a cache."""
     row, new = base.encode(prompt), []
     while len(new) < NEW_TOKENS and base.tokenizer.eos_token_id not in new:
         rows = base.pad([replace(row, answer=(*new, 0))])

@@ -8,13 +8,13 @@ from importlib import import_module
 from lightning.pytorch import Callback
 from source_tree import check, modules
 
-from kedit_lightning import callbacks
+from kedit_lightning import benchmark
 
 
 def strangers(classes):
     """Callbacks that do not derive from ``EditCallback``."""
     for kind in classes:
-        if issubclass(kind, Callback) and not issubclass(kind, callbacks.EditCallback):
+        if issubclass(kind, Callback) and not issubclass(kind, benchmark.EditCallback):
             yield f"{kind.__module__}.{kind.__name__}"
 
 
@@ -34,6 +34,6 @@ def test_every_callback_of_ours_derives_from_edit_callback():
 def test_a_stranger_is_reported():
     class Stranger(Callback): ...
 
-    class Own(callbacks.EditCallback): ...
+    class Own(benchmark.EditCallback): ...
 
     assert len(list(strangers([Stranger, Own]))) == 1

@@ -13,9 +13,11 @@ from kedit_lightning.methods import EditMethod
 
 LEVELS = 4
 #: What every method sees, and what each of these sees.
-COMMON = (("methods", "method"), ("methods", "shared"), ("methods", "training"))
+BASE = (("methods", "method"), ("methods", "capabilities"))
+COMMON = (*BASE, ("methods", "shared"), ("methods", "training"))
 SEEN_BY = {
-    "method": (("methods", "shared"),),
+    "method": (*BASE, ("methods", "shared")),
+    "capabilities": (),
     "shared": (("methods", "shared"),),
     "training": COMMON,
 }
