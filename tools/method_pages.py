@@ -230,7 +230,8 @@ def page(entry: Entry) -> str:
         "each request needs": ", ".join(f"`{need}`" for need in needs) or "prompt and new answer",
         "`kedit fit` learns": method.learns or "nothing",
     }
-    table = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+    rows = [f"| {name} | {value} |" for name, value in facts.items()]
+    table = "\n".join([rows[0], "|---|---|", *rows[1:]])
     papers = "\n".join(f"- {paper}" for paper in PAPERS[entry.name])
     return f"""# {entry.name}
 
@@ -242,8 +243,6 @@ def page(entry: Entry) -> str:
 
 ## What it can do
 
-| | |
-|---|---|
 {table}
 
 ## Command
