@@ -62,9 +62,21 @@ def in_circles(tree):
         yield " <-> ".join(circle)
 
 
-@pytest.mark.parametrize("rule", [upward, late, in_circles])
-def test_the_package_keeps(rule):
-    check(rule(modules()))
+each_module = pytest.mark.parametrize("module", modules(), ids=lambda module: module.name)
+
+
+@each_module
+def test_imports_point_down(module):
+    check(upward([module]))
+
+
+@each_module
+def test_imports_stand_at_the_top(module):
+    check(late([module]))
+
+
+def test_no_modules_import_each_other():
+    check(in_circles(modules()))
 
 
 @pytest.mark.parametrize(
