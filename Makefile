@@ -16,6 +16,7 @@ TORCH ?= $(shell grep '^torch==' constraints.txt)
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.kedit-installed
+DOCS_STAMP := $(VENV)/.kedit-docs-installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 # The models of the tests are tiny: several threads a process cost far more than they bring. No test may reach
@@ -26,7 +27,7 @@ WORKERS ?= 2
 # -rfEs names what failed and why something was skipped (absent data, for one).
 PYTEST := $(BIN)/python -m pytest -rfEs --durations=10 -n $(WORKERS)
 
-.PHONY: help venv demo test test-slow test-all test-gpu lint format types clean
+.PHONY: help venv demo docs test test-one test-slow test-all test-gpu lint format types clean
 
 help: ## show this list
 	@echo "kedit-lightning: knowledge editing of language models"
@@ -53,11 +54,25 @@ $(STAMP): pyproject.toml constraints.txt
 demo: venv ## edit eight facts in the packaged model with three methods and show what happened
 	@$(BIN)/python tools/demo.py
 
+$(DOCS_STAMP): $(STAMP)
+	@echo "installing what builds the documentation"
+	@$(PIP) install -qq -e '.[dev,docs]' -c $(VENV)/constraints.txt
+	@touch $@
+
+docs: $(DOCS_STAMP) ## build the documentation into site/, warnings as errors
+	$(TEST_ENV) NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "open site/index.html"
+
 test: venv ## run the fast tests (no network, no GPU, under ten minutes on two cores)
 	$(TEST_ENV) CUDA_VISIBLE_DEVICES= $(PYTEST) -m "not slow and not real_data and not gpu"
 
 test-slow: venv ## run only what the fast tests leave out: full matrix, notebooks, real data
 	$(TEST_ENV) CUDA_VISIBLE_DEVICES= $(PYTEST) -m "(slow or real_data) and not gpu"
+
+test-one: venv ## run the tests of a file, a folder, or a part of a name: make test-one NAME=rome
+	@test -n "$(NAME)" || { echo "say which: make test-one NAME=rome"; exit 1; }
+	$(TEST_ENV) CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -rfEs -m "not gpu" \
+		$(if $(wildcard $(NAME)),$(NAME),tests -k '$(NAME)')
 
 # Two runs, so that the fast tests report first.
 test-all: test ## run every test that needs no GPU
@@ -78,5 +93,5 @@ types: venv ## check types (mypy, strict)
 	$(BIN)/mypy
 
 clean: ## remove .venv, caches and outputs
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache build dist outputs lightning_logs wandb src/*.egg-info
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache build dist site outputs lightning_logs wandb src/*.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -13,16 +14,30 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 
 import pytest
-import torch
 
-from kedit_lightning import BaseModel
+import kedit_lightning
+
+# Collecting imports torch, Lightning and transformers and makes thousands of items. None of it is
+# garbage, and looking for some takes a third of the time.
+gc.disable()
+# pytest keeps tests with rewritten assertions as bytecode. Without it, each process rewrites each
+# module again, which takes another third; so it is kept where PYTHONDONTWRITEBYTECODE is set too.
+sys.dont_write_bytecode = False
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+def pytest_collection_finish() -> None:
+    """Collect garbage again, of what tests make: all that was imported stays."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """One thread, no command line of pytest's, and a cache of the test's own."""
+    import torch
+
     torch.set_num_threads(1)
     monkeypatch.setattr(sys, "argv", ["kedit"])
     monkeypatch.setenv("KEDIT_CACHE", str(tmp_path / "cache"))
@@ -31,10 +46,13 @@ def _alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.fixture(autouse=True)
 def _nothing_left_behind(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fail a test that leaves an edit, a hook or a changed weight on a base model it made."""
-    made: list[tuple[BaseModel, dict[str, torch.Tensor]]] = []
+    import torch
+
+    BaseModel = kedit_lightning.BaseModel
+    made: list[tuple[kedit_lightning.BaseModel, dict[str, torch.Tensor]]] = []
     original = BaseModel.__init__
 
-    def remember(self: BaseModel, *args: object, **kwargs: object) -> None:
+    def remember(self: kedit_lightning.BaseModel, *args: object, **kwargs: object) -> None:
         original(self, *args, **kwargs)  # type: ignore[arg-type]
         if sum(p.numel() for p in self.model.parameters()) < 20_000_000:
             made.append((self, {n: t.clone() for n, t in self.model.state_dict().items()}))

@@ -6,13 +6,8 @@ from functools import cache
 from typing import Any
 
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    PreTrainedTokenizerFast,
-)
 
 from kedit_lightning import BaseModel, EditRequest
 
@@ -63,7 +58,7 @@ FAMILIES = ("gpt2", "llama", "gpt_neox")
 
 
 @cache
-def tiny_tokenizer(bos: bool) -> PreTrainedTokenizerFast:
+def tiny_tokenizer(bos: bool) -> transformers.PreTrainedTokenizerFast:
     """A byte-level BPE of 384 entries, with or without a beginning-of-sequence token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -79,7 +74,7 @@ def tiny_tokenizer(bos: bool) -> PreTrainedTokenizerFast:
         tokenizer.post_processor = processors.TemplateProcessing(
             single="<s> $A", special_tokens=[("<s>", 1)]
         )
-    return PreTrainedTokenizerFast(
+    return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
     )
 
@@ -87,8 +82,14 @@ def tiny_tokenizer(bos: bool) -> PreTrainedTokenizerFast:
 def tiny_model(kind: str, dtype: torch.dtype = torch.float64, **settings: Any) -> Any:
     """A model of a family with random weights, the same at every call."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(kind, **{**SETTINGS.get(kind, LLAMA_LIKE), **settings})
-    loader = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    config = transformers.AutoConfig.for_model(
+        kind, **{**SETTINGS.get(kind, LLAMA_LIKE), **settings}
+    )
+    loader = (
+        transformers.AutoModelForSeq2SeqLM
+        if config.is_encoder_decoder
+        else transformers.AutoModelForCausalLM
+    )
     model = loader.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():

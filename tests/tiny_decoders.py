@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+import transformers
 
 from kedit_lightning.base_models import Layout, WritePath
 from kedit_lightning.edits.projections import first_tensor, projection_shape
@@ -17,7 +15,6 @@ from kedit_lightning.errors import ModuleNotLocatedError
 
 #: Some types whose blocks normalise the MLP's output before they add it.
 NORMALISING = ("olmo2", "olmo3", "exaone4", "glm4", "gemma2", "gemma3", "gemma3_text")
-KINDS = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 LAYERS = 3
 WIDTH = 32
 INNER = 48
@@ -146,10 +143,15 @@ EXTRA: dict[str, dict[str, Any]] = {
 }
 
 
-def _lowered(config: PreTrainedConfig) -> dict[str, Any]:
+def kinds() -> tuple[str, ...]:
+    """Every type of model that transformers registers as a causal language model."""
+    return tuple(transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def _lowered(config: transformers.PreTrainedConfig) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     for field, value in vars(config).items():
-        if isinstance(value, PreTrainedConfig):
+        if isinstance(value, transformers.PreTrainedConfig):
             settings[field] = _lowered(value)
         elif field in SMALL and isinstance(value, int) and not isinstance(value, bool):
             settings[field] = min(value, SMALL[field])
@@ -165,7 +167,7 @@ def _lowered(config: PreTrainedConfig) -> dict[str, Any]:
 
 def tiny_config(kind: str) -> Any:
     """The configuration of a tiny model of a type."""
-    config_class = CONFIG_MAPPING[kind]
+    config_class = transformers.CONFIG_MAPPING[kind]
     extra = EXTRA.get(kind, {})
     settings = _lowered(config_class())
     for field, value in extra.items():
@@ -179,7 +181,7 @@ def tiny_config(kind: str) -> Any:
 def tiny_decoder(kind: str, dtype: torch.dtype = torch.float32) -> Any:
     """A model of a type with random weights, the same at every call."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(tiny_config(kind)).to(dtype).eval()
+    model = transformers.AutoModelForCausalLM.from_config(tiny_config(kind)).to(dtype).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:  # larger than the usual start, so that gates and routers choose

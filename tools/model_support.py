@@ -108,7 +108,7 @@ def main() -> None:
 
     logging.set_verbosity_error()
     findings = [
-        tiny_decoders.survey(kind) for kind in track(tiny_decoders.KINDS, "Surveying model types")
+        tiny_decoders.survey(kind) for kind in track(tiny_decoders.kinds(), "Surveying model types")
     ]
     failed = {finding.kind: finding.reason for finding in findings if finding.verdict == "failed"}
     if failed:

@@ -10,10 +10,10 @@ from pathlib import Path
 import edit_kinds
 import pytest
 import torch
+import transformers
 from edit_kinds import ANSWERS, PROMPTS, answers, raw_logits
 from support import FAMILIES, LLAMA_LIKE, tiny_base, tiny_model, tiny_tokenizer
 from torch import nn
-from transformers import AutoConfig
 
 from kedit_lightning import BaseModel, BaseModelSpec
 from kedit_lightning.base_models.generation import sentence_ended
@@ -179,7 +179,7 @@ def test_the_longest_row_is_that_of_the_configuration():
     assert tiny_base("t5", n_positions=66).max_tokens == 66
     nested = tiny_base("llama")  # models that see images keep the settings of their text apart
     text = {**LLAMA_LIKE, "max_position_embeddings": 55}
-    nested.model.config = AutoConfig.for_model("gemma3", text_config=text)
+    nested.model.config = transformers.AutoConfig.for_model("gemma3", text_config=text)
     assert nested.max_tokens == 55
 
 

@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from support import LLAMA_LIKE, SETTINGS, SHARED, tiny_base
 from tiny_decoders import LAYERS, NORMALISING, tiny_decoder
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
-from transformers.pytorch_utils import Conv1D
 
 from kedit_lightning.base_models.layout import Layout
 from kedit_lightning.edits import LowRankEdit
@@ -106,8 +105,12 @@ GATED = {name for name, place in PLACES.items() if "gate" in place}
 
 def _model(family: str, dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **{**OTHERS.get(family, SMALL), **settings})
-    loader = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    config = transformers.AutoConfig.for_model(family, **{**OTHERS.get(family, SMALL), **settings})
+    loader = (
+        transformers.AutoModelForSeq2SeqLM
+        if config.is_encoder_decoder
+        else transformers.AutoModelForCausalLM
+    )
     return loader.from_config(config).to(dtype).eval()
 
 
@@ -176,7 +179,7 @@ def test_outputs_are_tensors_or_tuples_and_weights_lie_either_way():
     for family in PLACES:
         model = _model(family)
         block = Layout(model).block(1)
-        turned.add(isinstance(model.get_submodule(block.down), Conv1D))
+        turned.add(isinstance(model.get_submodule(block.down), transformers.pytorch_utils.Conv1D))
         handles = [
             model.get_submodule(block.name).register_forward_hook(
                 lambda module, args, output: forms.add(type(output))

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from places import ROOT
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 PACKAGE = ROOT / "src" / "kedit_lightning"
 MODEL, FACTS = PACKAGE / "base_models" / "nano", PACKAGE / "data" / "nano_facts"
@@ -17,12 +17,14 @@ MODEL, FACTS = PACKAGE / "base_models" / "nano", PACKAGE / "data" / "nano_facts"
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    return AutoTokenizer.from_pretrained(MODEL, local_files_only=True)
+    return transformers.AutoTokenizer.from_pretrained(MODEL, local_files_only=True)
 
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    loaded = AutoModelForCausalLM.from_pretrained(MODEL, local_files_only=True, dtype=torch.float32)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(
+        MODEL, local_files_only=True, dtype=torch.float32
+    )
     return loaded.eval()
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from support import FAMILIES, REQUESTS, TEXT, tiny_base, tiny_model, tiny_tokenizer
 from tokenizers import (
     Tokenizer,
@@ -17,7 +18,6 @@ from tokenizers import (
     processors,
     trainers,
 )
-from transformers import PreTrainedTokenizerFast
 
 from kedit_lightning import BaseModel
 from kedit_lightning.base_models.rows import (
@@ -36,7 +36,9 @@ TEMPLATE = (
 )
 
 
-def llama_like_tokenizer(text: tuple[str, ...] = tuple(TEXT)) -> PreTrainedTokenizerFast:
+def llama_like_tokenizer(
+    text: tuple[str, ...] = tuple(TEXT),
+) -> transformers.PreTrainedTokenizerFast:
     """SentencePiece as Llama-2 has it: a space is put before every text, bytes as a last resort."""
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -68,12 +70,12 @@ def llama_like_tokenizer(text: tuple[str, ...] = tuple(TEXT)) -> PreTrainedToken
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", 1)]
     )
-    return PreTrainedTokenizerFast(
+    return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
     )
 
 
-def unigram_tokenizer() -> PreTrainedTokenizerFast:
+def unigram_tokenizer() -> transformers.PreTrainedTokenizerFast:
     """SentencePiece as T5 has it: unknown characters in one piece, an end token behind."""
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -88,7 +90,7 @@ def unigram_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.post_processor = processors.TemplateProcessing(
         single="$A </s>", special_tokens=[("</s>", 1)]
     )
-    return PreTrainedTokenizerFast(
+    return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>", pad_token="<pad>"
     )
 
@@ -209,7 +211,7 @@ def test_a_token_across_the_border_gives_the_answer_its_own_ids():
         vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
     tokenizer.train_from_iterator(["首都是罗马"] * 9, trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer)
     assert len(fast("首都是罗马")["input_ids"]) == 1
     for one in (fast, SlowTokenizer(fast)):
         row = RowEncoder(one).encode("首都是", "罗马")
@@ -499,7 +501,7 @@ def test_encoder_and_decoder_ids_stand_apart():
 
 
 def _chat_tokenizer(bos: bool) -> Any:
-    tokenizer = PreTrainedTokenizerFast(
+    tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(tiny_tokenizer(bos).backend_tokenizer.to_str()),
         pad_token="<pad>",
         bos_token="<s>",

@@ -7,6 +7,7 @@ others are marked slow.
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -126,6 +127,48 @@ def test_edits_on_top_of_each_other_come_off_in_any_order(name, settings, family
         first.rollback()
         second.rollback()
         assert torch.equal(logits(base), before)
+
+
+# ---- answers
+
+ASKED = [REQUESTS[0].prompt, REQUESTS[1].prompt, "One finds the Eiffel Tower in"]
+NEW_TOKENS = 5
+#: Untrained networks of these move the logits, not always the most likely token.
+WEAK = {"KE", "MALMEN", "RLEdit"}
+
+
+def greedy(base: BaseModel, prompt: str) -> str:
+    """The most likely continuation by whole passes over one row, without a cache."""
+    row, new = base.encode(prompt), []
+    while len(new) < NEW_TOKENS and base.tokenizer.eos_token_id not in new:
+        rows = base.pad([replace(row, answer=(*new, 0))])
+        new.append(int(base.answer_logits(rows)[0, -1].argmax()))
+    return base.tokenizer.decode(new, skip_special_tokens=True)
+
+
+def plain(base: BaseModel) -> list[str]:
+    """What the model's own ``generate`` says to the rows of the prompts."""
+    rows = base.rows(ASKED, padding_side="left")
+    ids = base.model.generate(
+        **{name: rows.inputs[name] for name in ("input_ids", "attention_mask")},
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        pad_token_id=base.tokenizer.pad_token_id,
+    )
+    width = rows.inputs["input_ids"].shape[1]
+    return base.tokenizer.batch_decode(ids[:, width:], skip_special_tokens=True)
+
+
+@matrix
+def test_free_answers_are_those_of_whole_passes(name, settings, family):
+    base = tiny_base(family)
+    before = base.generate(ASKED, max_new_tokens=NEW_TOKENS)
+    with make(name, settings, base).edit(REQUESTS):
+        free = base.generate(ASKED, max_new_tokens=NEW_TOKENS)
+        assert free == [greedy(base, prompt) for prompt in ASKED]
+        assert free == plain(base)
+        assert free != before or name in WEAK
+    assert base.generate(ASKED, max_new_tokens=NEW_TOKENS) == before
 
 
 # ---- on disk

@@ -8,10 +8,9 @@ import sys
 import edit_kinds
 import pytest
 import torch
+import transformers
 from edit_kinds import KINDS, WEIGHT_KINDS, answers, raw_logits
-from peft import LoraConfig, PeftModel, get_peft_model
 from support import FAMILIES, tiny_base, tiny_model, tiny_tokenizer
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from kedit_lightning import BaseModel
 from kedit_lightning.edits import AdapterEdit, CompositeEdit, DenseEdit, LowRankEdit
@@ -228,7 +227,9 @@ def test_a_full_model_is_read_back_by_transformers(family, tmp_path):
         hooks = raw_logits(base.model)
     edit.materialise().save_pretrained(tmp_path)
     base.tokenizer.save_pretrained(tmp_path)
-    loader = AutoModelForSeq2SeqLM if family == "t5" else AutoModelForCausalLM
+    loader = (
+        transformers.AutoModelForSeq2SeqLM if family == "t5" else transformers.AutoModelForCausalLM
+    )
     read = loader.from_pretrained(tmp_path).eval()
     torch.testing.assert_close(
         raw_logits(read), hooks, rtol=0, atol=1e-5 * float(hooks.abs().max())
@@ -257,6 +258,8 @@ def test_peft_loads_an_exported_adapter(family, tmp_path):
         "adapter_config.json",
         "adapter_model.safetensors",
     }
+    from peft import PeftModel  # a second of its own, which collecting the tests can do without
+
     wrapped = PeftModel.from_pretrained(tiny_model(family, torch.float32), tmp_path).eval()
     seen = raw_logits(wrapped)
     torch.testing.assert_close(seen, hooks, rtol=0, atol=1e-5 * float(hooks.abs().max()))
@@ -281,6 +284,8 @@ def test_only_low_rank_edits_become_adapters(tmp_path):
 
 def _trained(family: str, folder, **options):
     """An adapter as peft itself trains and saves it."""
+    from peft import LoraConfig, get_peft_model
+
     model = tiny_model(family, torch.float32)
     wrapped = get_peft_model(model, LoraConfig(init_lora_weights=False, **options)).eval()
     wrapped.save_pretrained(folder)

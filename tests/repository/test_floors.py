@@ -1,18 +1,17 @@
-"""A module imports only from floors below its own, or from its own package.
+"""Rule 1: a module imports only from lower floors or its own package, at its top, in no circle.
 
 Imports under ``TYPE_CHECKING`` count: what a type names, a reader must know.
 """
 
-import ast
+from __future__ import annotations
 
 import pytest
-from places import ROOT
+from source_tree import OPTIONAL, Module, check, circles, graph, modules, planted
 
-SRC = ROOT / "src" / "kedit_lightning"
 # Parts of one floor do not import each other. `errors` lies under `requests`, which raises them.
 FLOORS = [
     ["errors"],
-    ["requests", "registry"],
+    ["requests", "registry", "cache_folder"],
     ["edits", "data", "metrics"],
     ["base_models"],
     ["statistics", "benchmark"],
@@ -25,69 +24,115 @@ FLOORS = [
 ]
 FLOOR = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}
 FLOOR["configs"] = 0  # YAML only
+#: Parts that may import late, for the time that the command takes to start.
+LATE = {"cli", "__main__"}
 
 
-def modules():
-    """Yield each module: its parts below ``kedit_lightning``, whether it is a package, its file."""
-    for place, prefix in ((SRC, ()), (ROOT / "callbacks", ("callbacks",))):
-        for path in sorted(place.rglob("*.py")):
-            parts = (*prefix, *path.relative_to(place).with_suffix("").parts)
-            if parts == ("__init__",):
-                continue  # hands out names of every floor, lazily
-            is_package = parts[-1] == "__init__"
-            yield (parts[:-1] if is_package else parts), is_package, path
-
-
-def imported(parts, is_package, tree):
-    """Yield the first part, below ``kedit_lightning``, of whatever a module imports from there."""
-    package = parts if is_package else parts[:-1]
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            names = [alias.name.split(".") for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            module = node.module.split(".") if node.module else []
-            if node.level:
-                above = package[: len(package) - (node.level - 1)]
-                module = ["kedit_lightning", *above, *module]
-            names = [[*module, alias.name] for alias in node.names]
-        else:
+def upward(tree):
+    """Imports that do not point down."""
+    for module in tree:
+        own = module.parts[0]
+        if own not in FLOOR:
+            yield f"{own} has no floor yet; name one in tests/repository/test_floors.py"
             continue
-        for name in names:
-            if name[0] == "kedit_lightning":
-                # the root itself re-exports every floor, so nothing below may lean on it
-                yield name[1] if len(name) > 1 else "kedit_lightning"
+        for imported in module.imports:
+            if imported.below is None:
+                continue
+            # The root itself re-exports every floor, so nothing below may lean on it.
+            other = imported.below[0] if imported.below else "kedit_lightning"
+            if other in {own, "__version__"}:
+                continue
+            if FLOOR.get(other, len(FLOORS)) >= FLOOR[own]:
+                yield f"{module.name}:{imported.line} imports {other}, which is not below {own}"
+
+
+def late(tree):
+    """Imports inside functions."""
+    for module in tree:
+        if module.parts[0] in LATE:
+            continue
+        for imported in module.imports:
+            if imported.in_function and imported.name[0] not in OPTIONAL:
+                yield f"{module.name}:{imported.line} imports {'.'.join(imported.name)} late"
+
+
+def in_circles(tree):
+    """Modules that import each other, directly or by way of others."""
+    for circle in circles(graph(tree)):
+        yield " <-> ".join(circle)
+
+
+each_module = pytest.mark.parametrize("module", modules(), ids=lambda module: module.name)
+
+
+@each_module
+def test_imports_point_down(module):
+    check(upward([module]))
+
+
+@each_module
+def test_imports_stand_at_the_top(module):
+    check(late([module]))
+
+
+def test_no_modules_import_each_other():
+    check(in_circles(modules()))
 
 
 @pytest.mark.parametrize(
-    ("parts", "is_package", "path"),
-    [pytest.param(*module, id=".".join(module[0])) for module in modules()],
+    ("rule", "sources"),
+    [
+        (upward, {"edits__stack": "from kedit_lightning.methods import ROME"}),
+        (upward, {"edits__stack": "from kedit_lightning.data import ZsRE"}),
+        (upward, {"edits__stack": "from .. import trainer"}),
+        (upward, {"methods__rome": "from kedit_lightning import BaseModel"}),
+        (upward, {"base_models__a": "if TYPE_CHECKING:\n    import kedit_lightning.trainer"}),
+        (upward, {"attic__a": "import torch"}),
+        (late, {"methods__rome": "def f():\n    import torch"}),
+        (late, {"callbacks__a": "def f():\n    if x:\n        from wandb import Table"}),
+        (late, {"edits__a": "class A:\n    def f(self):\n        from . import b"}),
+        (in_circles, {"edits__a": "from . import b", "edits__b": "from .a import A"}),
+        (
+            in_circles,
+            {
+                "edits__": "from kedit_lightning.edits.a import A",
+                "edits__a": "from kedit_lightning.edits.b import B",
+                "edits__b": "from kedit_lightning.edits import A",
+            },
+        ),
+    ],
 )
-def test_imports_point_down(parts, is_package, path):
-    own = parts[0]
-    assert own in FLOOR, f"{own} has no floor yet; name one in tests/test_floors.py"
-    tree = ast.parse(path.read_text())
-    for other in imported(parts, is_package, tree):
-        if other in {own, "__version__"}:
-            continue
-        assert other in FLOOR, (
-            f"{path.relative_to(ROOT)} imports kedit_lightning.{other}, which has no floor"
-        )
-        assert FLOOR[other] < FLOOR[own], (
-            f"{path.relative_to(ROOT)} (floor of {own}) imports {other}, which is not below it"
-        )
+def test_a_violation_is_reported(rule, sources):
+    assert list(rule(planted(**sources)))
+
+
+@pytest.mark.parametrize(
+    "sources",
+    [
+        {"edits__a": "import torch\nfrom kedit_lightning.errors import KEditError"},
+        {"methods__": "from ..edits import Edit\nfrom .method import EditMethod"},
+        {"cli__main": "def main():\n    from kedit_lightning.trainer import EditTrainer"},
+        {"methods__a": "def f():\n    import sentence_transformers"},
+        {"edits__": "from .a import A", "edits__a": "from .b import B", "edits__b": ""},
+    ],
+)
+def test_what_is_allowed_is_not_reported(sources):
+    tree = planted(**sources)
+    assert [*upward(tree), *late(tree), *in_circles(tree)] == []
 
 
 @pytest.mark.parametrize(
     ("line", "parts", "is_package", "expected"),
     [
-        ("from ..edits import Edit", ("base_models", "base"), False, {"edits"}),
-        ("from ..edits import Edit", ("methods", "locate"), True, {"methods"}),
-        ("from ...edits import Edit", ("methods", "locate"), True, {"edits"}),
-        ("from . import cli", ("trainer",), False, {"cli"}),
-        ("from kedit_lightning import BaseModel", ("edits",), True, {"BaseModel"}),
-        ("import kedit_lightning.trainer", ("edits",), True, {"trainer"}),
-        ("import torch", ("edits",), True, set()),
+        ("from ..edits import Edit", ("base_models", "base"), False, {("edits", "Edit")}),
+        ("from ..edits import Edit", ("methods", "locate"), True, {("methods", "edits", "Edit")}),
+        ("from ...edits import Edit", ("methods", "locate"), True, {("edits", "Edit")}),
+        ("from . import cli", ("trainer",), False, {("cli",)}),
+        ("from kedit_lightning import BaseModel", ("edits",), True, {("BaseModel",)}),
+        ("import kedit_lightning.trainer", ("edits",), True, {("trainer",)}),
+        ("import torch", ("edits",), True, {None}),
     ],
 )
 def test_imports_are_resolved(line, parts, is_package, expected):
-    assert set(imported(parts, is_package, ast.parse(line))) == expected
+    module = Module(parts, line, is_package)
+    assert {imported.below for imported in module.imports} == expected

@@ -7,7 +7,6 @@ import subprocess
 import pytest
 from places import ROOT
 
-MAX_LINES = 400
 MAX_FUNCTION_LINES = 80
 # Folders of one machine or one person; a path below them is of no use to anybody else.
 MACHINE_PATH = re.compile(r"(?<![\w.~}/-])/(?:home|root|tmp|work|mnt|Users)/[\w.-]+")
@@ -28,10 +27,8 @@ SOURCES = sorted([*(ROOT / "src").rglob("*.py"), *(ROOT / "callbacks").rglob("*.
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_source_files_stay_readable(path):
-    text = path.read_text()
-    assert text.count("\n") <= MAX_LINES, "has it more than one reason to exist?"
-    for node in ast.walk(ast.parse(text)):
+def test_functions_stay_readable(path):
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             lines = node.end_lineno - node.lineno + 1
             assert lines <= MAX_FUNCTION_LINES, f"{node.name} has {lines} lines"
@@ -70,4 +67,4 @@ def test_changelog_has_a_place_for_the_next_change():
 
 def test_ci_runs_what_the_readme_promises():
     steps = re.findall(r"^step \S+ make (\S+)$", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
-    assert steps == ["lint", "types", "test", "demo", "test-slow"]
+    assert steps == ["lint", "types", "docs", "test", "demo", "test-slow"]

@@ -176,7 +176,7 @@ def test_a_damaged_line_is_named(tmp_path: Path) -> None:
 
 SCRIPT = """
 import sys
-sys.path.insert(0, {tests!r})
+sys.path[:0] = [{tests!r}, {here!r}]
 import torch
 torch.set_num_threads(1)
 from pathlib import Path
@@ -200,8 +200,15 @@ def test_killed_at_three_random_moments(
         edits = len(list(folder.glob("edits/*.safetensors")))
         return edits + (lines.read_bytes().count(b"\n") if lines.exists() else 0)
 
+    here = str(Path(__file__).parent)
     for attempt in range(3):
-        code = SCRIPT.format(tests=str(TESTS), folder=str(folder), mode=mode, resume=bool(attempt))
+        code = SCRIPT.format(
+            tests=str(TESTS),
+            here=here,
+            folder=str(folder),
+            mode=mode,
+            resume=bool(attempt),
+        )
         goal = progress() + chance.randint(1, 3)
         process = subprocess.Popen([sys.executable, "-c", code], env=environment)
         while process.poll() is None and progress() < goal:

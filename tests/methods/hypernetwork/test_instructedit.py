@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from episode_support import EXAMPLES, data
+from fit_support import SaveEachStep, fit, state
+from hypernetwork_support import SMALL
 from places import ROOT, SAMPLES
 from support import REQUESTS, TASKS, tiny_base
-from test_mend import EXAMPLES, SMALL, SaveEachStep, data, fit, state
 
 from kedit_lightning import EditBatch, EditRequest
 from kedit_lightning.data import CounterFact, NanoFacts, Requests

@@ -6,12 +6,15 @@ import math
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from episode_support import EXAMPLES, data
+from fit_support import SaveEachStep, fit, state
+from hypernetwork_support import rows_of, weight_gradients
 from places import TESTS
 from support import FAMILIES, REQUESTS, tiny_base
-from test_mend import EXAMPLES, SaveEachStep, data, fit, rows_of, state, weight_gradients
 from torch.func import functional_call
 
 from kedit_lightning import EditBatch, EditRequest
@@ -382,7 +385,7 @@ RANK_SCRIPT = """
 import sys
 from pathlib import Path
 import lightning.pytorch as pl, torch
-sys.path.insert(0, {tests!r})
+sys.path[:0] = [{tests!r}, {here!r}]
 from kedit_lightning.data.dataloader import BatchLoader, process_rank
 from test_ke import EXAMPLES, KE, SMALL, EditBatch, replace, tiny_base
 from test_instructedit import InstructEdit, WORDS
@@ -412,7 +415,9 @@ torch.save(method.state_dict(), folder / f"{{ranks}}-{{trainer.global_rank}}.pt"
 def states_of_ranks(make, folder):
     """What one rank on all the data ends with, and each of two ranks on unequal shares of it."""
     script = folder / "script.py"
-    script.write_text(RANK_SCRIPT.format(tests=str(TESTS), make=make))
+    script.write_text(
+        RANK_SCRIPT.format(tests=str(TESTS), here=str(Path(__file__).parent), make=make)
+    )
     for ranks in (1, 2):
         command = [sys.executable, str(script), str(ranks), str(folder)]
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=250)

@@ -3,57 +3,40 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
-from episode_support import spoiled_losses
-from places import TESTS
+from episode_support import EXAMPLES, spoiled_losses
+from fit_support import SaveEachStep, fit, state
+from hypernetwork_support import rows_of
+from malmen_support import (
+    FEW,
+    MANY,
+    METRICS,
+    SMALL,
+    WIDTHS,
+    check_ranks,
+    dense,
+    end_to_end,
+    malmen,
+    rows,
+    solved,
+    stirred,
+)
 from support import FAMILIES, REQUESTS, tiny_base
-from test_mend import EXAMPLES, SaveEachStep, fit, rows_of, state
-from torch.func import functional_call
 
 from kedit_lightning import Edit, EditBatch
 from kedit_lightning.edits import DenseEdit, LowRankEdit
 from kedit_lightning.errors import NonFiniteError
 from kedit_lightning.methods import MALMEN
 from kedit_lightning.methods.hypernetwork.malmen import massive
-from kedit_lightning.methods.hypernetwork.malmen.normal_equations import NormalEquations
-from kedit_lightning.methods.hypernetwork.malmen.tensor_file import TensorFile
 from kedit_lightning.methods.hypernetwork.shared.outer_loss import episode_losses
 from kedit_lightning.methods.locate.shared.least_squares import ridge_update, size_prior
 
-SMALL = {"rank": 8, "lr": 1e-4, "edit_lr": 1e-2, "n_edits": 2}
 #: All tokens of the tests' requests are more than the inputs of the first projection of an MLP.
 PROJECTIONS = {"answer": "down", "all": "all"}
 
 # ---- the ridge shift
-
-FEW, MANY = 12, 60
-WIDTHS = (32, 16)
-
-
-def rows(count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(count)
-    return tuple(torch.randn(count, w, generator=generator).double() for w in WIDTHS)
-
-
-def solved(keys, values, strength, parts=1, metric=None):
-    with TensorFile() as file:
-        equations = NormalEquations(*WIDTHS, file)
-        for own in zip(keys.tensor_split(parts), values.tensor_split(parts), strict=True):
-            equations.add(*own)
-        return equations.solve(torch.as_tensor(strength, dtype=torch.float64), metric)
-
-
-def dense(keys, values, strength, metric=None):
-    metric = torch.eye(keys.shape[1]).double() if metric is None else metric
-    return torch.linalg.solve(keys.T @ keys + strength * metric, keys.T @ values)
-
-
-#: By what the size of a shift is: its metric.
-METRICS = {"norm": None, "keys": torch.cov(rows(200)[0].T) + torch.diag(torch.arange(1.0, 33.0))}
 
 
 @pytest.mark.parametrize("size", METRICS)
@@ -120,30 +103,6 @@ def test_equations_without_a_bounded_solution_give_nan():
 
 
 # ---- networks and edits
-
-
-def malmen(base, **settings):
-    """An untrained MALMEN, built."""
-    method = MALMEN(base, **{"checkpoint": "none", **SMALL, **settings})
-    method.configure_model()
-    return method
-
-
-def stirred(base, **settings):
-    """A MALMEN whose networks have seen data and are no longer the identity."""
-    return stir(MALMEN(base, **{"checkpoint": "none", **SMALL, **settings}))
-
-
-def stir(method):
-    """Show a method data, and move its networks away from the identity."""
-    method.configure_model()
-    method.write(method.draw_episodes(EXAMPLES, 1))
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in method.network.networks.parameters():
-            noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
-            parameter.add_(0.01 * noise)
-    return method
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
@@ -255,41 +214,6 @@ def test_a_ridge_that_has_vanished_refuses_the_edit_and_names_the_layer():
 # ---- the gradient of a training step
 
 
-def end_to_end(method, examples, c_loc=1.0, c_reg=0.0):
-    """Loss of a step and its gradient, by autograd through dense solves and dense weights."""
-    base, network = method.base, method.network
-    requests = [request for example in examples for request in example.requests]
-    parts = list(massive.capture_parts(base, network, requests, 2))
-    weights, size = {}, 0.0
-    for name in network.plan.modules:
-        keys = torch.cat([part[name].inputs for part in parts])
-        gradients = torch.cat([part[name].gradients for part in parts])
-        values = network.values(name, keys, gradients)
-        shift = dense(keys, values, network.ridge(name), network.metric(name))
-        weight = base.module(name).weight
-        turned = type(base.module(name)).__name__ == "Conv1D"
-        weights[f"{name}.weight"] = weight + (shift if turned else shift.T)
-        size = size + shift.square().sum()
-
-    def log_probs(probe, edited):
-        rows = base.rows([probe.prompt], [probe.answers[0] if probe.answers else None])
-        logits = functional_call(base.model, weights if edited else {}, (), rows.inputs).logits
-        return logits.log_softmax(-1)[0, rows.answer_columns[0]], rows.answer_ids[0]
-
-    losses = []
-    for example in examples:
-        nlls, kls = [], []
-        for probe in example.asked:
-            after, ids = log_probs(probe, edited=True)
-            nlls.append(-after.gather(-1, ids[:, None])[:, 0])
-        for probe in example.kept:
-            after, before = (log_probs(probe, edited)[0] for edited in (True, False))
-            kls.append((before.exp() * (before - after)).sum(-1))
-        losses.append(torch.cat(nlls).mean() + c_loc * torch.cat(kls).mean())
-    loss = torch.stack(losses).mean() + c_reg * size
-    return loss, torch.autograd.grad(loss, list(network.parameters()))
-
-
 @pytest.mark.parametrize("size", METRICS)
 @pytest.mark.parametrize("at_once", [1, 3])
 @pytest.mark.parametrize("tokens", ["answer", "all"])
@@ -391,47 +315,9 @@ def test_a_step_that_is_not_finite_changes_no_parameter_and_is_counted(tmp_path,
     assert not all(torch.equal(a, b) for a, b in zip(before, method.parameters(), strict=True))
 
 
-RANK_SCRIPT = """
-import sys
-from pathlib import Path
-import lightning.pytorch as pl, torch
-sys.path.insert(0, {tests!r})
-import {tests_of} as tests
-from test_mend import data, tiny_base
-from kedit_lightning import methods
-
-torch.set_num_threads(1)
-ranks, folder = int(sys.argv[1]), Path(sys.argv[2])
-method = getattr(methods, {name!r})(tiny_base("gpt2"), **tests.settings_of_ranks(ranks))
-trainer = pl.Trainer(
-    max_epochs=2, accelerator="cpu", devices=ranks, strategy="ddp" if ranks > 1 else "auto",
-    logger=False, enable_progress_bar=False, enable_model_summary=False,
-    enable_checkpointing=False, default_root_dir=folder,
-)
-loaded = data(folder, repeat=2)
-trainer.fit(method, loaded)
-torch.save(method.state_dict(), folder / f"{{ranks}}-{{trainer.global_rank}}.pt")
-"""
-
-
 def settings_of_ranks(ranks):
     """Eight examples in steps of six and of two, whatever the number of ranks."""
     return {**SMALL, "n_edits": 6 // ranks, "tokens": "all"}
-
-
-def check_ranks(tmp_path, name, settings):
-    script = tmp_path / "script.py"
-    tests, module = str(TESTS), settings.__module__.rpartition(".")[2]
-    script.write_text(RANK_SCRIPT.format(tests=tests, name=name, tests_of=module))
-    for ranks in (1, 2):
-        command = [sys.executable, str(script), str(ranks), str(tmp_path)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=250)
-        assert done.returncode == 0, done.stderr
-    one, first, second = (torch.load(tmp_path / f"{n}.pt") for n in ("1-0", "2-0", "2-1"))
-    assert first["network.updates"] == 4
-    for key, tensor in one.items():
-        assert torch.equal(first[key], second[key]), key
-        assert torch.allclose(first[key], tensor, rtol=1e-8, atol=1e-11), key
 
 
 @pytest.mark.slow

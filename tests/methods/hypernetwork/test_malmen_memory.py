@@ -9,10 +9,10 @@ import tracemalloc
 
 import pytest
 import torch
+from episode_support import EXAMPLES
+from hypernetwork_support import rows_of
+from malmen_support import FEW, MANY, WIDTHS, rows, solved, stirred, stirred_rledit
 from support import REQUESTS, tiny_base
-from test_malmen import FEW, MANY, WIDTHS, rows, solved, stirred
-from test_mend import EXAMPLES, rows_of
-from test_rledit import stirred as stirred_rledit
 
 from kedit_lightning import EditBatch
 from kedit_lightning.edits import DenseEdit, LowRankEdit

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 import warnings
 from dataclasses import replace
 
-import lightning.pytorch as pl
 import pytest
 import torch
-from episode_support import EXAMPLES, data, example, spoiled_losses
+from episode_support import EXAMPLES, example, spoiled_losses
+from fit_support import SaveEachStep, fit, fitted_by_ranks, state
+from hypernetwork_support import SMALL, rows_of, weight_gradients
 from lightning.pytorch.trainer.states import TrainerFn, TrainerState
-from places import TESTS
 from support import FAMILIES, REQUESTS, tiny_base
 from torch.func import functional_call
 
@@ -43,8 +41,6 @@ from kedit_lightning.methods.training.episodes import (
     with_another_target,
 )
 
-SMALL = {"rank": 8, "lr": 1e-4, "edit_lr": 1e-3, "accumulate": 2}
-
 
 def mend(base, **settings):
     """An untrained MEND, built."""
@@ -63,23 +59,6 @@ def stirred(base, **settings):
             noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
             parameter.add_(0.01 * noise)
     return method
-
-
-def rows_of(base, requests=REQUESTS, side=None):
-    prompts, targets = [r.prompt for r in requests], [r.target_new for r in requests]
-    return base.rows(prompts, targets, padding_side=side)
-
-
-def weight_gradients(base, rows, names):
-    """Gradients ``[d_out, d_in]`` by autograd, with respect to the weights themselves."""
-    weights = {name: base.module(name).weight for name in names}
-    for weight in weights.values():
-        weight.requires_grad_(True)
-    gradients = torch.autograd.grad(answer_loss(base, rows).sum(), list(weights.values()))
-    for weight in weights.values():
-        weight.requires_grad_(False)
-    turn = type(base.module(names[0])).__name__ == "Conv1D"
-    return {n: g.T if turn else g for n, g in zip(names, gradients, strict=True)}
 
 
 # ---- factors
@@ -373,10 +352,6 @@ def test_data_without_rephrases_or_locality_is_refused_by_name():
 # ---- edits
 
 
-def state(method):
-    return {name: tensor.clone() for name, tensor in method.state_dict().items()}
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_editing_changes_neither_model_nor_statistics_and_rolls_back_exactly(dtype):
     base = tiny_base("llama", dtype)
@@ -490,21 +465,6 @@ def test_the_packaged_checkpoint_edits_facts_it_was_not_fitted_on():
 # ---- fit, checkpoints, resume
 
 
-def fit(method, tmp_path, ckpt_path=None, max_epochs=1, source=None, **options):
-    trainer = pl.Trainer(
-        max_epochs=max_epochs,
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=tmp_path,
-        enable_checkpointing=False,
-        **options,
-    )
-    trainer.fit(method, source or data(tmp_path), ckpt_path=ckpt_path)
-    return trainer
-
-
 def fitted(tmp_path, base, **settings):
     method = MEND(base, **{**SMALL, **settings})
     trainer = fit(method, tmp_path)
@@ -569,14 +529,6 @@ def test_learning_rates_fall_to_the_share_asked_for(tmp_path):
     assert [group["lr"] for group in groups] == pytest.approx([expected, expected])
     with pytest.raises(UnsupportedUseError, match="max_epochs"):
         fit(MEND(tiny_base("llama"), lr_end=0.5), tmp_path, max_epochs=-1, max_steps=-1)
-
-
-class SaveEachStep(pl.Callback):
-    def __init__(self, folder):
-        self.folder = folder
-
-    def on_train_batch_end(self, trainer, *args):
-        trainer.save_checkpoint(self.folder / f"{trainer.global_step}.ckpt")
 
 
 def test_a_resumed_fit_equals_an_unbroken_one_step_for_step(tmp_path):
@@ -645,35 +597,11 @@ def test_a_precision_that_needs_scaled_losses_is_refused(tmp_path):
         method.on_fit_start()
 
 
-RANK_SCRIPT = """
-import sys
-from pathlib import Path
-import lightning.pytorch as pl, torch
-sys.path.insert(0, {tests!r})
-from test_mend import MEND, SMALL, data, tiny_base
-
-torch.set_num_threads(1)
-ranks, accumulate, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
-method = MEND(tiny_base("gpt2"), **(SMALL | dict(accumulate=accumulate)))
-trainer = pl.Trainer(
-    max_epochs=2, accelerator="cpu", devices=ranks, strategy="ddp" if ranks > 1 else "auto",
-    logger=False, enable_progress_bar=False, enable_model_summary=False,
-    enable_checkpointing=False, default_root_dir=folder,
-)
-trainer.fit(method, data(folder))
-torch.save(method.state_dict(), folder / f"{{ranks}}-{{trainer.global_rank}}.pt")
-"""
-
-
 @pytest.mark.slow
 def test_two_ranks_end_equal_to_each_other_and_to_one_rank_on_all_the_data(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(RANK_SCRIPT.format(tests=str(TESTS)))
-    for ranks, accumulate in ((1, 4), (2, 2)):
-        command = [sys.executable, str(script), str(ranks), str(accumulate), str(tmp_path)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=250)
-        assert done.returncode == 0, done.stderr
-    one, first, second = (torch.load(tmp_path / f"{n}.pt") for n in ("1-0", "2-0", "2-1"))
+    one, first, second = fitted_by_ranks(
+        tmp_path, "MEND", lambda ranks: {**SMALL, "accumulate": 4 // ranks}
+    )
     assert first["network.updates"] == 2
     for name, tensor in one.items():
         assert torch.equal(first[name], second[name]), name

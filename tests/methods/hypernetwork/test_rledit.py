@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from episode_support import spoiled_losses
+from episode_support import EXAMPLES, spoiled_losses
+from fit_support import SaveEachStep, fit, state
+from hypernetwork_support import rows_of
+from malmen_support import SMALL_RLEDIT as SMALL
+from malmen_support import check_ranks, end_to_end
+from malmen_support import stirred_rledit as stirred
 from support import tiny_base
-from test_malmen import check_ranks, end_to_end, stir
-from test_mend import EXAMPLES, SaveEachStep, fit, rows_of, state
 
 from kedit_lightning import EditBatch
 from kedit_lightning.edits import EditOrigin
@@ -16,14 +19,7 @@ from kedit_lightning.methods.hypernetwork.malmen import massive
 from kedit_lightning.methods.hypernetwork.malmen.massive import Group, edit_of
 from kedit_lightning.methods.hypernetwork.shared.outer_loss import episode_losses
 
-SMALL = {"rank": 8, "lr": 1e-4, "edit_lr": 1e-2, "n_edits": 2, "trajectory": 2, "c_reg": 0.3}
 BATCH = EditBatch(EXAMPLES)
-
-
-def stirred(base, kind=RLEdit, **settings):
-    """A method whose networks have seen data and are no longer the identity."""
-    own = SMALL if kind is RLEdit else {k: SMALL[k] for k in ("rank", "lr", "edit_lr")}
-    return stir(kind(base, **{"checkpoint": "none", "blocks": 2, **own, **settings}))
 
 
 def same(found, wanted):

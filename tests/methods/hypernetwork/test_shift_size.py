@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from episode_support import EXAMPLES
+from malmen_support import METRICS, malmen, stirred
 from support import REQUESTS, tiny_base
-from test_malmen import METRICS, malmen, stirred
-from test_mend import EXAMPLES
 
 from kedit_lightning import Probe
 from kedit_lightning.base_models import taps

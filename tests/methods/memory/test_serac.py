@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from serac_support import ANSWERS, FAR, PROMPTS, asked, each_family, logits, serac
 from support import REQUESTS, tiny_base
 
 from kedit_lightning import Edit, EditRequest
@@ -16,28 +17,6 @@ from kedit_lightning.errors import (
     UnsupportedUseError,
 )
 from kedit_lightning.methods import SERAC
-
-FAMILIES = ("gpt2", "llama", "t5")
-PROMPTS = [request.prompt for request in REQUESTS]
-FAR = ["Rome is the capital of", "She", "The company Bolt was founded in Berlin by Anna"]
-ANSWERS = ["Rome", "Berlin", "Norway", "Italy", "Paris", "Warsaw", "Weiss"]
-each_family = pytest.mark.parametrize("family", FAMILIES)
-
-
-def serac(base, **settings):
-    # Untrained, so that only the prompts themselves are in scope.
-    return SERAC(base, **{"checkpoint": "none", "threshold": 0.999, **settings})
-
-
-def logits(base, prompts=(*PROMPTS, *FAR), answers=ANSWERS, side=None):
-    rows = base.rows(prompts, answers[: len(prompts)], padding_side=side)
-    return base.answer_logits(rows), rows
-
-
-def asked(base, prompt):
-    """Token ids of a question, as the base model reads them."""
-    behind = base.encoder.suffix if base.is_encoder_decoder else ()
-    return (*base.encode(prompt).prompt, *behind)
 
 
 def reference(base, edit, prompt, answer, number=0):

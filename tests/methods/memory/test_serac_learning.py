@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import edit_kinds
 import lightning.pytorch as pl
 import pytest
 import torch
-from places import TESTS
+from fit_support import SaveEachStep, fitted_by_ranks, state
+from serac_support import (
+    ANSWERS,
+    EXAMPLES,
+    PROMPTS,
+    SMALL,
+    asked,
+    data,
+    each_family,
+    fit,
+    logits,
+    outcome,
+    serac,
+)
 from support import REQUESTS, tiny_base
-from test_serac import ANSWERS, PROMPTS, asked, each_family, logits, serac
 from tokenizers.processors import TemplateProcessing
 
-from kedit_lightning import BaseModel, EditRequest, EditTrainer, Probe
+from kedit_lightning import BaseModel, EditRequest, EditTrainer
 from kedit_lightning.data import Requests
 from kedit_lightning.errors import (
     BaseModelMismatchError,
@@ -37,20 +46,7 @@ from kedit_lightning.methods.memory.serac.scope_losses import (
     read_prompts,
     statement_ids,
 )
-from kedit_lightning.requests import EditBatch, EditExample
-
-
-def example(request: EditRequest) -> EditExample:
-    probes = [
-        Probe("rephrase", f"One knows that {request.prompt}", (request.target_new,)),
-        Probe("rephrase", f"Anna: {request.prompt}", (request.target_new,)),
-        Probe("locality", f"Berlin by {request.subject[:4]} is", ("Paris",)),
-    ]
-    return EditExample.from_request(request, request.id, probes)
-
-
-EXAMPLES = [example(request) for request in REQUESTS]
-SMALL = {"batch_size": 2, "lr": 1e-3, "c_edit": 1.0, "clip": 1.0}
+from kedit_lightning.requests import EditExample
 
 
 def classifier_loss(inside, near, far):
@@ -72,10 +68,6 @@ def test_the_loss_of_the_classifier_equals_binary_cross_entropy():
     torch.testing.assert_close(classifier_loss(inside, near, far), wanted)
     assert torch.isfinite(classifier_loss(inside, 0 * near, far))
     torch.testing.assert_close(classifier_loss(inside, near[:0], far[:0]), parts[0])
-
-
-def outcome(method, examples):
-    return method.learn(EditBatch(examples))
 
 
 def test_rephrases_are_in_the_scope_of_their_own_edit_alone():
@@ -228,63 +220,6 @@ def test_a_step_with_no_finite_gradient_changes_no_parameter(tmp_path, monkeypat
 # ---- fit, checkpoints, resume
 
 
-def data(tmp_path, count=4):
-    """The examples, and after those others made of them by another name."""
-    more = [
-        example(
-            EditRequest(f"Some say {r.prompt}", r.target_old, r.subject, r.target_new, f"{r.id}-2")
-        )
-        for r in REQUESTS
-    ]
-    records = [
-        {
-            "prompt": e.requests[0].prompt,
-            "target_new": e.requests[0].target_new,
-            "target_old": e.requests[0].target_old.replace("Paris", "France"),
-            "id": e.id,
-            "rephrases": [p.prompt for p in e.probes if p.kind == "rephrase"],
-            "locality": {
-                "near": [
-                    {"prompt": p.prompt, "answers": list(p.answers)}
-                    for p in e.probes
-                    if p.kind == "locality"
-                ]
-            },
-        }
-        for e in [*EXAMPLES, *more][:count]
-    ]
-    path = tmp_path / "train.json"
-    path.write_text(json.dumps(records))
-    return Requests(train_path=path, seed=3)
-
-
-def fit(method, tmp_path, ckpt_path=None, max_epochs=1, **options):
-    trainer = pl.Trainer(
-        max_epochs=max_epochs,
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=tmp_path,
-        enable_checkpointing=False,
-        **options,
-    )
-    trainer.fit(method, data(tmp_path), ckpt_path=ckpt_path)
-    return trainer
-
-
-def state(method):
-    return {name: tensor.clone() for name, tensor in method.state_dict().items()}
-
-
-class SaveEachStep(pl.Callback):
-    def __init__(self, folder):
-        self.folder = folder
-
-    def on_train_batch_end(self, trainer, *args):
-        trainer.save_checkpoint(self.folder / f"{trainer.global_step}.ckpt")
-
-
 @pytest.mark.parametrize("family", ["llama", "t5"])
 def test_fit_learns_the_networks_alone_and_lowers_both_losses(family, tmp_path):
     base = tiny_base(family, torch.float32)
@@ -412,36 +347,17 @@ def test_half_precision_plugins_leave_the_networks_whole(tmp_path):
             assert torch.allclose(tensor, wanted[name], atol=1e-2), (precision, name)
 
 
-RANK_SCRIPT = """
-import sys
-from pathlib import Path
-import lightning.pytorch as pl, torch
-sys.path.insert(0, {tests!r})
-from test_serac_learning import SERAC, SMALL, data, tiny_base
-
-torch.set_num_threads(1)
-ranks, size, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
-method = SERAC(tiny_base("gpt2"), **(SMALL | dict(batch_size=size, blocks=1)))
-trainer = pl.Trainer(
-    max_epochs=3, accelerator="cpu", devices=ranks, strategy="ddp" if ranks > 1 else "auto",
-    logger=False, enable_progress_bar=False, enable_model_summary=False,
-    enable_checkpointing=False, default_root_dir=folder,
-)
-trainer.fit(method, data(folder, 6))
-torch.save(method.state_dict(), folder / f"{{ranks}}-{{trainer.global_rank}}.pt")
-"""
-
-
 @pytest.mark.slow
 def test_two_ranks_end_equal_to_each_other_and_to_one_rank_on_all_the_data(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(RANK_SCRIPT.format(tests=str(TESTS)))
     # three records a rank: the last batch of an epoch has one of them, not two
-    for ranks, size in ((1, 4), (2, 2)):
-        command = [sys.executable, str(script), str(ranks), str(size), str(tmp_path)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=250)
-        assert done.returncode == 0, done.stderr
-    one, first, second = (torch.load(tmp_path / f"{n}.pt") for n in ("1-0", "2-0", "2-1"))
+    one, first, second = fitted_by_ranks(
+        tmp_path,
+        "SERAC",
+        lambda ranks: {**SMALL, "batch_size": 4 // ranks, "blocks": 1},
+        epochs=3,
+        source="serac_support",
+        count=6,
+    )
     assert first["network.updates"] == 6
     for name, tensor in one.items():
         assert torch.equal(first[name], second[name]), name

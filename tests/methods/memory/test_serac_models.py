@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from serac_support import ANSWERS, EXAMPLES, FAR, PROMPTS, SMALL, fit, logits, serac
 from support import REQUESTS, tiny_base
-from test_serac import ANSWERS, FAR, PROMPTS, logits, serac
-from test_serac_learning import EXAMPLES, SMALL, fit
 
 from kedit_lightning import BaseModel, Edit
 from kedit_lightning.edits.kinds.scope.counterfactual import LanguageModel, describe

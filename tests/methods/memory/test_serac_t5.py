@@ -7,9 +7,8 @@ import math
 
 import pytest
 import torch
+from serac_support import ANSWERS, EXAMPLES, FAR, PROMPTS, SMALL, data, fit, logits, outcome, serac
 from support import REQUESTS, tiny_base, tiny_model, tiny_tokenizer
-from test_serac import ANSWERS, FAR, PROMPTS, logits, serac
-from test_serac_learning import EXAMPLES, SMALL, data, fit, outcome
 from tokenizers import processors
 
 from kedit_lightning import BaseModel, Edit, EditTrainer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
@@ -21,10 +22,11 @@ SETTINGS = {"rank": 8, "lr": 1e-4, "edit_lr": 0.01, "accumulate": 4, "checkpoint
 SCRIPT = """
 import sys
 from pathlib import Path
+from pathlib import Path
 import torch
 from torch import distributed
 from torch.distributed.fsdp import fully_shard
-sys.path.insert(0, {tests!r})
+sys.path[:0] = [{tests!r}, {here!r}]
 from support import tiny_base
 from test_sharded import EXAMPLES, fitted, results
 
@@ -115,7 +117,7 @@ def assert_close(found, wanted, where=""):
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_mend_on_a_sharded_model_equals_mend_on_a_whole_one(tmp_path, kind):
     script = tmp_path / "script.py"
-    script.write_text(SCRIPT.format(tests=str(TESTS)))
+    script.write_text(SCRIPT.format(tests=str(TESTS), here=str(Path(__file__).parent)))
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     command = [*launch, str(script), str(tmp_path), kind]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=280)
