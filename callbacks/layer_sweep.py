@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from rich.console import Console
 from rich.table import Table
 
-from kedit_lightning.benchmark import Protocol, ProtocolRunner
+from kedit_lightning.benchmark import EditCallback, ProtocolRunner, RunContext
 from kedit_lightning.benchmark.quality import JUDGED_BY, judged
-from kedit_lightning.benchmark.run_context import run_seed
 from kedit_lightning.data.dataloader import chunks
+from kedit_lightning.data.datamodule import EditDataModule, Split
 from kedit_lightning.errors import NonFiniteError, UnsupportedUseError
+from kedit_lightning.methods.method import EditMethod, as_edit_method
 from kedit_lightning.metrics import ExampleRecord
+from kedit_lightning.runs.output_folder import output_of
 from kedit_lightning.runs.results import summary_of
 
 
-class LayerSweep(Callback):
+class LayerSweep(EditCallback):
     """Edits the examples of ``kedit validate`` or ``kedit test`` at one layer after another.
 
     Before the run itself, the same method, with its other settings as they are, goes through the
@@ -55,18 +57,18 @@ class LayerSweep(Callback):
                 f"{name} has no setting for the layer that is edited, so LayerSweep has nothing to "
                 "change; leave it out, or choose a method that edits a layer, such as ROME"
             )
-        if getattr(trainer, "datamodule", None) is None:
+        if trainer.datamodule is None:  # type: ignore[attr-defined]
             raise UnsupportedUseError("LayerSweep takes its examples from a data module; pass one")
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Sweep over the validation split."""
-        self._sweep(trainer, pl_module, "validation")
+        self._sweep(trainer, as_edit_method(pl_module), "validation")
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Sweep over the test split."""
-        self._sweep(trainer, pl_module, "test")
+        self._sweep(trainer, as_edit_method(pl_module), "test")
 
-    def _sweep(self, trainer: Trainer, method: Any, split: str) -> None:
+    def _sweep(self, trainer: Trainer, method: EditMethod, split: Split) -> None:
         """Measure layer after layer; on several devices the first process does."""
         if not trainer.is_global_zero:
             return
@@ -81,13 +83,13 @@ class LayerSweep(Callback):
             method.base.layout.block(layer)  # one that does not exist is refused before any work
         self.found = []
         for layer in layers:
-            entry = {"layer": layer, **measure(trainer, at_layer(method, layer), split)}
+            entry = {"layer": layer, **measure(method.run, at_layer(method, layer), split)}
             self.found.append(entry)
             said = f"score {_shown(entry)}" if "error" not in entry else str(entry["error"])
             self.console.print(f"layer {layer}: {said}", highlight=False, markup=False)
         name = type(method).__name__
         self.console.print(self.table(f"{name}, layer by layer ({split})"))
-        folder = getattr(trainer, "output_folder", None)
+        folder = output_of(method.run)
         if folder is not None:
             content = {"method": name, "best": self.best, "layers": self.found}
             folder.write_json("layer_sweep.json", content)
@@ -127,11 +129,11 @@ def at_layer(method: Any, layer: int) -> Any:
     return type(method)(base_model=method.base, **settings)
 
 
-def measure(trainer: Any, method: Any, split: str) -> dict[str, Any]:
-    """Run a split through a method under the trainer's protocol; the stack is as before after it.
+def measure(run: RunContext, method: EditMethod, split: Split) -> dict[str, Any]:
+    """Run a split through a method under the protocol of a run; the stack is as before after it.
 
     Args:
-        trainer: The trainer, with its data module attached.
+        run: The run whose protocol, seed and data are used.
         method: The method.
         split: Name of the split.
 
@@ -139,23 +141,22 @@ def measure(trainer: Any, method: Any, split: str) -> dict[str, Any]:
         The shown scores, their harmonic mean as ``score``, and all scores with intervals as
         ``scores``; or the ``error`` with which the method refused to write.
     """
-    protocol = getattr(trainer, "protocol", None) or Protocol()
-    parts = chunks(trainer.datamodule.examples(split), protocol.chunk_size)
-    data = str(trainer.datamodule.source[split]["sha256"])
+    protocol, data = run.protocol, run.data
+    assert isinstance(data, EditDataModule)
+    parts = chunks(data.examples(split), protocol.chunk_size)
     runner = ProtocolRunner(
         method.base,
         method.edit,
         protocol,
-        dataset=data,
-        seed=run_seed(),
+        dataset=str(run.source(split)["sha256"]),
+        seed=run.seed,
         edit_each=method.edit_each,
     )
     records: list[ExampleRecord] = []
     try:
         for index, part in enumerate(parts):
-            chunk = runner.chunk(part, index, last=index + 1 == len(parts))
-            records += [scored.record for scored in chunk]
-        records += [scored.record for scored in runner.finish()]
+            records += runner.chunk(part, index, last=index + 1 == len(parts))
+        records += runner.finish()
     except NonFiniteError as error:  # no way to edit this layer; the others are still worth knowing
         return {"error": str(error)}
     finally:

@@ -15,14 +15,14 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.loggers import Logger
 from rich.console import Console
 
-from kedit_lightning.benchmark import Protocol
-from kedit_lightning.benchmark.run_context import apply_saved
+from kedit_lightning import runs
+from kedit_lightning.benchmark import EditCallback, Protocol, RunContext
+from kedit_lightning.benchmark.edit_callback import check_callbacks
 from kedit_lightning.edits import Edit
-from kedit_lightning.errors import KEditError, NothingToFitError, UnsupportedUseError
+from kedit_lightning.errors import KEditError, UnsupportedUseError
+from kedit_lightning.methods.method import EditMethod, as_edit_method
 from kedit_lightning.metrics import ExampleRecord
-from kedit_lightning.runs import OutputFolder
-from kedit_lightning.runs.model_export import check_export, export_edits
-from kedit_lightning.runs.output_folder import load_stack, open_output
+from kedit_lightning.runs.output_folder import OutputFolder, apply_saved, load_stack, open_output
 from kedit_lightning.runs.prompts import prompt_loader, read_prompts
 from kedit_lightning.runs.results import predictions_table, summary_table
 
@@ -84,34 +84,27 @@ class EditTrainer(Trainer):
                 num_sanity_val_steps=num_sanity_val_steps,
                 **kwargs,
             )
+        check_callbacks(self.callbacks)  # type: ignore[attr-defined]
         self.protocol = protocol
         self.output_folder: OutputFolder | None = None
-        self.editing = False
         self._edits: list[Edit] = []
 
-    # ---- what methods report
+    # ---- what a method reports
+
+    def _tell_edit(self, name: str, edit: Edit) -> None:
+        """Keep an edit of ``edit`` that is written nowhere, and tell callbacks of it."""
+        if self._keeps_edits:
+            self._edits.append(edit)
+        for callback in self._edit_callbacks:
+            callback.on_edit(self, self.lightning_module, name, edit)
+
+    def _tell_record(self, record: ExampleRecord, edit: Edit | None) -> None:
+        for callback in self._edit_callbacks:
+            callback.on_example_result(self, self.lightning_module, record, edit)
 
     @property
-    def saved_run(self) -> OutputFolder | None:
-        """What an interrupted run has left behind, if this one continues it."""
-        folder = self.output_folder
-        return folder if folder is not None and folder.resumed else None
-
-    def record_edit(self, name: str, edit: Edit) -> None:
-        """Pass an edit that has just been computed to callbacks that define ``on_edit``."""
-        if self.editing and (self.output_folder is None or not self.is_global_zero):
-            self._edits.append(edit)
-        self._tell("on_edit", name, edit)
-
-    def record_example(self, record: ExampleRecord, edit: Edit | None) -> None:
-        """Pass a finished record to callbacks that define ``on_example_result``."""
-        self._tell("on_example_result", record, edit)
-
-    def _tell(self, hook: str, *args: Any) -> None:
-        for callback in self.callbacks:  # type: ignore[attr-defined]
-            function = getattr(callback, hook, None)
-            if function is not None:
-                function(self, self.lightning_module, *args)
+    def _edit_callbacks(self) -> list[EditCallback]:
+        return [c for c in self.callbacks if isinstance(c, EditCallback)]  # type: ignore[attr-defined]
 
     # ---- commands
 
@@ -134,13 +127,12 @@ class EditTrainer(Trainer):
             ckpt_path: Checkpoint of an interrupted fit to continue.
             weights_only: Passed to ``torch.load``.
         """
-        if not getattr(model, "learns", True):
-            raise NothingToFitError(
-                f"{type(model).__name__} learns nothing before its requests, so there is nothing "
-                "to fit; run `kedit edit` or `kedit test` with it"
-            )
+        as_edit_method(model).check_learns()
         train_dataloaders, datamodule = _data("fit", train_dataloaders, datamodule)
-        super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
+        with self._running("fit", model, datamodule):
+            super().fit(
+                model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only
+            )
 
     def validate(
         self,
@@ -165,7 +157,7 @@ class EditTrainer(Trainer):
             A dictionary of scores.
         """
         dataloaders, datamodule = _data("validate", dataloaders, datamodule)
-        with self._running("validate", model, None, None):
+        with self._running("validate", model, datamodule):
             results = super().validate(
                 model, dataloaders, ckpt_path, False, datamodule, weights_only
             )
@@ -199,7 +191,7 @@ class EditTrainer(Trainer):
             A dictionary of scores.
         """
         dataloaders, datamodule = _data("test", dataloaders, datamodule)
-        with self._running("test", model, output, resume):
+        with self._running("test", model, datamodule, output, resume):
             results = super().test(model, dataloaders, ckpt_path, False, datamodule, weights_only)
         self._report("test", verbose)
         return list(results)
@@ -229,18 +221,20 @@ class EditTrainer(Trainer):
         """
         _, datamodule = _data("edit", None, datamodule)
         if export is not None:
-            check_export(export, getattr(model, "can", None), output or resume)
+            can = as_edit_method(model).can
+            possible = {"model": can.weights, "adapter": can.adapter}
+            runs.check_export(export, possible, output or resume)
         self._edits = []
-        with self._running("edit", model, output, resume) as folder:
+        with self._running("edit", model, datamodule, output, resume) as method:
+            folder = self.output_folder
             super().test(model, None, ckpt_path, False, datamodule)
-        base: Any = model.base
         if folder is None or not self.is_global_zero:
             return self._edits
-        edits = load_stack(folder.path, base)
+        edits = load_stack(folder.path, method.base)
         count = f"{len(edits)} edit{'s' * (len(edits) != 1)}"
         Console().print(f"{count} saved in {folder.path}", highlight=False)
         if export is not None:
-            target = export_edits(base, edits, folder.path, export)
+            target = runs.export_edits(method.base, edits, folder.path, export)
             Console().print(f"exported to {target}", highlight=False)
         return edits
 
@@ -281,8 +275,10 @@ class EditTrainer(Trainer):
             raise UnsupportedUseError(
                 "predict was given no prompt; add --prompt TEXT, --prompts FILE, or --data DATASET"
             )
-        method: Any = model or self.lightning_module
-        with method.base.edits.restored():
+        with (
+            self._running("predict", model, datamodule) as method,
+            method.base.edits.restored(),
+        ):
             apply_saved([] if edits is None else load_stack(edits, method.base))
             applied = len(method.base.edits)
             batches = super().predict(model, dataloaders, datamodule, True, ckpt_path, weights_only)
@@ -298,24 +294,35 @@ class EditTrainer(Trainer):
         self,
         command: str,
         model: LightningModule | None,
-        output: str | Path | None,
-        resume: str | Path | None,
-    ) -> Iterator[OutputFolder | None]:
-        """Check what can be checked early, open the output, and leave the stack as it was."""
-        method: Any = model or self.lightning_module
-        can = getattr(method, "can", None)
-        if self.protocol.mode == "sequential" and can is not None and not can.sequential:
+        data: LightningDataModule | None,
+        output: str | Path | None = None,
+        resume: str | Path | None = None,
+    ) -> Iterator[EditMethod]:
+        """Open the output, attach the run to its method, and leave the stack as it was."""
+        method = as_edit_method(model or self.lightning_module)
+        evaluates = command in ("edit", "test", "validate")
+        if evaluates and self.protocol.mode == "sequential" and not method.can.sequential:
             raise UnsupportedUseError(
                 f"{type(method).__name__} cannot keep earlier edits in force while it writes new "
                 "ones; use --trainer.protocol.mode single or batch"
             )
         self.output_folder = open_output(output, resume, self.is_global_zero)
-        self.editing = command == "edit"
+        editing = command == "edit"
+        self._keeps_edits = editing and (self.output_folder is None or not self.is_global_zero)
+        method.run = RunContext(
+            self.protocol,
+            data=data,
+            output=self.output_folder,
+            editing=editing,
+            on_edit=self._tell_edit,
+            on_record=self._tell_record,
+        )
         try:
             with warnings.catch_warnings():
-                # The state of a fit's callbacks is of no use to a run that learns nothing.
-                warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`, callbacks")
-                yield self.output_folder
+                if evaluates:  # the state of a fit's callbacks is of no use to these
+                    message = "Be aware that when using `ckpt_path`, callbacks"
+                    warnings.filterwarnings("ignore", message)
+                yield method
         except KEditError as error:
             folder = self.output_folder
             if folder is not None and folder.results.exists():
@@ -324,18 +331,14 @@ class EditTrainer(Trainer):
                 )
             raise
         finally:
-            close = getattr(method, "close_evaluation", None)
-            if close is not None:
-                close()
-            self.output_folder, self.editing = None, False
+            method.run.close()
+            method.run, self.output_folder = RunContext(), None
 
     def _report(self, command: str, verbose: bool) -> None:
-        rows = getattr(self.lightning_module, "summary", ())
-        if verbose and rows and self.is_global_zero:
-            title = (
-                f"{type(self.lightning_module).__name__}, {self.protocol.mode} edits ({command})"
-            )
-            Console().print(summary_table(rows, title))
+        method = as_edit_method(self.lightning_module)
+        if verbose and method.summary and self.is_global_zero:
+            title = f"{type(method).__name__}, {self.protocol.mode} edits ({command})"
+            Console().print(summary_table(method.summary, title))
 
 
 @contextmanager

@@ -54,11 +54,11 @@ def run(
     size = protocol.chunk_size
     records = {}
     for start in range(0, len(examples), size):
-        for scored in runs.chunk(examples[start : start + size], start // size):
-            records[scored.record["id"]] = scored.record
+        for record in runs.chunk(examples[start : start + size], start // size):
+            records[record["id"]] = record
     list(runs.finish())
     for record in records.values():
-        del record["timing"], record["memory"]  # type: ignore[misc]
+        del record["timing"], record["memory"]
     return records
 
 
@@ -256,7 +256,7 @@ def test_what_was_made_before_an_edit_failed_is_scored() -> None:
     runs = ProtocolRunner(base, toy.edit, replace(SHORT, chunk_size=4))
 
     def go() -> None:
-        done.extend(scored.record["id"] for scored in runs.chunk(EXAMPLES, 0))
+        done.extend(record["id"] for record in runs.chunk(EXAMPLES, 0))
 
     with pytest.raises(NonFiniteError, match="lyon"):
         go()
@@ -291,7 +291,7 @@ def test_edits_of_a_chunk_are_asked_for_together() -> None:
         on_edit=lambda name, edit: handed_on.append(name),
         edit_each=edit_each,
     )
-    records = [scored.record for scored in runs.chunk(EXAMPLES, 0)]
+    records = list(runs.chunk(EXAMPLES, 0))
     missing = [REQUESTS[i].prompt for i in (0, 2, 3)]
     assert asked == [missing]
     assert handed_on == ["e0", "e2", "e3"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -15,12 +15,14 @@ from kedit_lightning.errors import UnsupportedUseError
 Export: TypeAlias = Literal["model", "adapter"]
 
 
-def check_export(export: Export, can: Any, output: str | Path | None) -> None:
+def check_export(
+    export: Export, possible: Mapping[Export, bool], output: str | Path | None
+) -> None:
     """Refuse an export that cannot work, before anything is computed.
 
     Args:
         export: What is to be written.
-        can: Capabilities of the method, if it states them.
+        possible: Whether the method's edits can be exported, by form.
         output: The output folder, if one was named.
 
     Raises:
@@ -28,10 +30,12 @@ def check_export(export: Export, can: Any, output: str | Path | None) -> None:
     """
     if output is None:
         raise UnsupportedUseError(f"--export {export} needs a folder to write to; add --output DIR")
-    field = {"model": "weights", "adapter": "adapter"}[export]
-    if can is not None and not getattr(can, field):
-        other = export == "adapter" and can.weights
-        way_out = "use --export model" if other else "leave out --export and keep the saved edits"
+    if not possible[export]:
+        way_out = (
+            "use --export model"
+            if possible["model"]
+            else "leave out --export and keep the saved edits"
+        )
         raise UnsupportedUseError(
             f"edits of this method change no weights that --export {export} could write; {way_out}"
         )

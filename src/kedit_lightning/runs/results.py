@@ -7,18 +7,17 @@ import platform
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from lightning.pytorch import LightningModule
 from rich.table import Table
 
-from kedit_lightning.benchmark.protocol import Protocol
-from kedit_lightning.benchmark.run_context import new_metrics, run_seed
+from kedit_lightning.base_models import BaseModel
+from kedit_lightning.benchmark import Protocol, RunContext
+from kedit_lightning.benchmark.run_context import new_metrics
 from kedit_lightning.metrics import ExampleRecord, SummaryRow
 from kedit_lightning.metrics.functional import answer_text
-
-if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule, Trainer
 
 _PACKAGES = ("kedit-lightning", "torch", "lightning", "transformers", "tokenizers", "peft", "numpy")
 #: In a table, what is asked stands in this order, and costs behind it.
@@ -50,19 +49,16 @@ def _settings(method: LightningModule) -> dict[str, Any]:
     }
 
 
-def run_settings(trainer: Trainer, method: LightningModule) -> dict[str, Any]:
+def run_settings(method: LightningModule, base: BaseModel, run: RunContext) -> dict[str, Any]:
     """What the results of a run depend on, as plain values; a continued run must share it.
 
     Args:
-        trainer: The trainer, with its data module attached.
-        method: The method, with its base model loaded.
+        method: The method, with its settings as they were given.
+        base: Its base model.
+        run: The run.
     """
-    base: Any = method.base
-    protocol: Protocol = getattr(trainer, "protocol", None) or Protocol()
-    data: Any = getattr(trainer, "datamodule", None)
-    source = getattr(data, "source", {}).get("test", {})
     return {
-        "command": "edit" if getattr(trainer, "editing", False) else "test",
+        "command": "edit" if run.editing else "test",
         "method": {
             "name": type(method).__name__,
             "settings": _settings(method),
@@ -75,29 +71,32 @@ def run_settings(trainer: Trainer, method: LightningModule) -> dict[str, Any]:
             "chat": base.encoder.chat,
         },
         "dataset": {
-            "name": type(data).__name__,
-            **{key: source.get(key) for key in ("sha256", "records")},
+            "name": type(run.data).__name__,
+            **{key: run.source("test").get(key) for key in ("sha256", "records")},
         },
-        "protocol": protocol.facts(),
-        "seed": run_seed(),
+        "protocol": run.protocol.facts(),
+        "seed": run.seed,
     }
 
 
-def run_facts(trainer: Trainer, method: LightningModule) -> dict[str, Any]:
+def run_facts(
+    method: LightningModule, base: BaseModel, run: RunContext, resolved: Mapping[str, Any]
+) -> dict[str, Any]:
     """Facts of a run that its results name: the settings, and what ran them.
 
     Args:
-        trainer: The trainer.
         method: The method.
+        base: Its base model.
+        run: The run.
+        resolved: Settings of the method as they were used, with those that were left to the base
+            model filled in.
     """
-    base: Any = method.base
-    protocol: Protocol = getattr(trainer, "protocol", None) or Protocol()
-    facts = run_settings(trainer, method)
-    data: Any = getattr(trainer, "datamodule", None)
+    facts = run_settings(method, base, run)
+    facts["method"]["resolved"] = dict(resolved)
     facts["base_model"] |= {"revision": base.revision, "dtype": str(base.dtype)}
-    facts["dataset"] |= getattr(data, "source", {}).get("test", {})
-    facts["protocol"] = {**protocol.facts(), "id": protocol.id}
-    facts["metric_protocol"] = metric_protocol(protocol)
+    facts["dataset"] |= run.source("test")
+    facts["protocol"]["id"] = run.protocol.id
+    facts["metric_protocol"] = metric_protocol(run.protocol)
     facts["versions"] = versions()
     return facts
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kedit_lightning.data.text.texts import TextBatch
+from kedit_lightning.data.text.texts import TextBatch, Texts
 from kedit_lightning.errors import UnsupportedUseError
 from kedit_lightning.methods.method import EditMethod
 from kedit_lightning.statistics import KeyCollector, TextPass, save_to_cache
@@ -108,5 +108,5 @@ class StatisticsFit(EditMethod):
         return wanted is not None and collector.is_within(wanted, processes)
 
     def _source_of_text(self) -> str:
-        source = getattr(getattr(self.trainer, "datamodule", None), "source", {})
+        source = self.run.data.source if isinstance(self.run.data, Texts) else {}
         return str(source.get("path") or source.get("hub") or "text")
