@@ -141,17 +141,11 @@ def measure(run: RunContext, method: EditMethod, split: Split) -> dict[str, Any]
         The shown scores, their harmonic mean as ``score``, and all scores with intervals as
         ``scores``; or the ``error`` with which the method refused to write.
     """
-    protocol, data = run.protocol, run.data
-    assert isinstance(data, EditDataModule)
-    parts = chunks(data.examples(split), protocol.chunk_size)
-    runner = ProtocolRunner(
-        method.base,
-        method.edit,
-        protocol,
-        dataset=str(run.source(split)["sha256"]),
-        seed=run.seed,
-        edit_each=method.edit_each,
-    )
+    assert isinstance(run.data, EditDataModule)
+    parts = chunks(run.data.examples(split), run.protocol.chunk_size)
+    # The edits of the sweep are no edits of the run.
+    apart = RunContext(run.protocol, run.seed, run.data)
+    runner = ProtocolRunner(method.base, method.edit, apart, split, method.edit_each)
     records: list[ExampleRecord] = []
     try:
         for index, part in enumerate(parts):
@@ -161,7 +155,7 @@ def measure(run: RunContext, method: EditMethod, split: Split) -> dict[str, Any]
         return {"error": str(error)}
     finally:
         runner.close()
-    scores = summary_of(records, protocol)["scores"]
+    scores = summary_of(records, run.protocol)["scores"]
     means = {key: entry["mean"] for key, entry in scores.items()}
     return {**judged(means), "scores": scores}
 

@@ -73,7 +73,11 @@ class EditTrainer(Trainer):
     ) -> None:
         given = callbacks if isinstance(callbacks, list) else [callbacks] if callbacks else []
         bar = sys.stderr.isatty() if enable_progress_bar is None else enable_progress_bar
-        with _without_announcements():
+        # Lightning keeps to itself which devices it sees and what else it has to offer.
+        log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+        level = log.level
+        log.setLevel(logging.WARNING)
+        try:
             super().__init__(
                 callbacks=[*(_usual(given) if usual_callbacks else []), *given],
                 logger=logger,
@@ -84,6 +88,8 @@ class EditTrainer(Trainer):
                 num_sanity_val_steps=num_sanity_val_steps,
                 **kwargs,
             )
+        finally:
+            log.setLevel(level)
         check_callbacks(self.callbacks)  # type: ignore[attr-defined]
         self.protocol = protocol
         self.output_folder: OutputFolder | None = None
@@ -91,20 +97,17 @@ class EditTrainer(Trainer):
 
     # ---- what a method reports
 
-    def _tell_edit(self, name: str, edit: Edit) -> None:
-        """Keep an edit of ``edit`` that is written nowhere, and tell callbacks of it."""
+    def _take_edit(self, name: str, edit: Edit) -> None:
         if self._keeps_edits:
             self._edits.append(edit)
-        for callback in self._edit_callbacks:
-            callback.on_edit(self, self.lightning_module, name, edit)
+        for callback in self.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, EditCallback):
+                callback.on_edit(self, self.lightning_module, name, edit)
 
-    def _tell_record(self, record: ExampleRecord, edit: Edit | None) -> None:
-        for callback in self._edit_callbacks:
-            callback.on_example_result(self, self.lightning_module, record, edit)
-
-    @property
-    def _edit_callbacks(self) -> list[EditCallback]:
-        return [c for c in self.callbacks if isinstance(c, EditCallback)]  # type: ignore[attr-defined]
+    def _take_record(self, record: ExampleRecord, edit: Edit | None) -> None:
+        for callback in self.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, EditCallback):
+                callback.on_example_result(self, self.lightning_module, record, edit)
 
     # ---- commands
 
@@ -127,7 +130,6 @@ class EditTrainer(Trainer):
             ckpt_path: Checkpoint of an interrupted fit to continue.
             weights_only: Passed to ``torch.load``.
         """
-        as_edit_method(model).check_learns()
         train_dataloaders, datamodule = _data("fit", train_dataloaders, datamodule)
         with self._running("fit", model, datamodule):
             super().fit(
@@ -222,8 +224,7 @@ class EditTrainer(Trainer):
         _, datamodule = _data("edit", None, datamodule)
         if export is not None:
             can = as_edit_method(model).can
-            possible = {"model": can.weights, "adapter": can.adapter}
-            runs.check_export(export, possible, output or resume)
+            runs.check_export(export, can.weights, can.adapter, output or resume)
         self._edits = []
         with self._running("edit", model, datamodule, output, resume) as method:
             folder = self.output_folder
@@ -314,8 +315,8 @@ class EditTrainer(Trainer):
             data=data,
             output=self.output_folder,
             editing=editing,
-            on_edit=self._tell_edit,
-            on_record=self._tell_record,
+            on_edit=self._take_edit,
+            on_record=self._take_record,
         )
         try:
             with warnings.catch_warnings():
@@ -331,7 +332,7 @@ class EditTrainer(Trainer):
                 )
             raise
         finally:
-            method.run.close()
+            method.close_evaluation()
             method.run, self.output_folder = RunContext(), None
 
     def _report(self, command: str, verbose: bool) -> None:
@@ -339,18 +340,6 @@ class EditTrainer(Trainer):
         if verbose and method.summary and self.is_global_zero:
             title = f"{type(method).__name__}, {self.protocol.mode} edits ({command})"
             Console().print(summary_table(method.summary, title))
-
-
-@contextmanager
-def _without_announcements() -> Iterator[None]:
-    """Inside, Lightning keeps to itself which devices it sees and what else it has to offer."""
-    log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    level = log.level
-    log.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        log.setLevel(level)
 
 
 def _usual(given: list[Callback]) -> list[Callback]:

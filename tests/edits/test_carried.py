@@ -14,7 +14,7 @@ from support import REQUESTS, tiny_base
 from toys import Toy
 
 from kedit_lightning import BaseModel, Edit, EditExample, EditRequest, Probe, methods
-from kedit_lightning.benchmark import Protocol, ProtocolRunner, Reader, runner
+from kedit_lightning.benchmark import Protocol, ProtocolRunner, Reader, RunContext, runner
 from kedit_lightning.edits import CodebookEdit, CompositeEdit, DenseEdit, LowRankEdit
 from kedit_lightning.edits.effects import FactorStack, LowRankPatch, sum_weights
 from kedit_lightning.errors import NonFiniteError
@@ -50,7 +50,7 @@ def run(
     **settings: Any,
 ) -> dict[str, Any]:
     """Records by example, less what they cost."""
-    runs = ProtocolRunner(base, edit, protocol, **settings)
+    runs = ProtocolRunner(base, edit, RunContext(protocol), **settings)
     size = protocol.chunk_size
     records = {}
     for start in range(0, len(examples), size):
@@ -181,7 +181,7 @@ def test_edits_that_depend_on_their_stack_are_carried_on_it(
     toy = Toy(base_model=base)
     with toy.edit(REQUESTS[3:]):
         wanted = run(base, toy.edit, ONE_BY_ONE)
-        assert_equal(run(base, toy.edit, replace(SHORT, chunk_size=4)), wanted)
+        assert_equal(run(base, toy.edit, RunContext(replace(SHORT, chunk_size=4))), wanted)
     assert passes
 
 
@@ -253,7 +253,7 @@ def test_what_was_made_before_an_edit_failed_is_scored() -> None:
     base = tiny_base("llama")
     toy = Toy(base_model=base, fail_on="Lyon")
     done: list[str] = []
-    runs = ProtocolRunner(base, toy.edit, replace(SHORT, chunk_size=4))
+    runs = ProtocolRunner(base, toy.edit, RunContext(replace(SHORT, chunk_size=4)))
 
     def go() -> None:
         done.extend(record["id"] for record in runs.chunk(EXAMPLES, 0))
@@ -274,6 +274,8 @@ def test_edits_of_a_chunk_are_asked_for_together() -> None:
         return [toy.edit(requests) for requests in groups]
 
     class Saved:
+        resumed = True
+
         def record(self, id: str, stage: str) -> None:
             return None
 
@@ -286,9 +288,11 @@ def test_edits_of_a_chunk_are_asked_for_together() -> None:
     runs = ProtocolRunner(
         base,
         lambda requests: pytest.fail("asked for by itself"),
-        replace(SHORT, chunk_size=4, generate=False),
-        saved=Saved(),
-        on_edit=lambda name, edit: handed_on.append(name),
+        RunContext(
+            replace(SHORT, chunk_size=4, generate=False),
+            output=Saved(),
+            on_edit=lambda name, edit: handed_on.append(name),
+        ),
         edit_each=edit_each,
     )
     records = list(runs.chunk(EXAMPLES, 0))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
@@ -24,8 +24,12 @@ class EditCallback(Callback):
             statement, with the name that comes nearest.
     """
 
+    #: Whether a subclass defines one of the hooks declared here.
+    takes_edits: ClassVar[bool] = False
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        cls.takes_edits = cls.takes_edits or not vars(cls).keys().isdisjoint(EDIT_HOOKS)
         hooks = [name for name in dir(EditCallback) if name.startswith("on_")]
         for name in dir(cls):
             if name.startswith("on_") and name not in hooks and callable(getattr(cls, name)):
@@ -58,33 +62,20 @@ class EditCallback(Callback):
         """
 
 
-#: Hooks that Lightning's ``Callback`` lacks.
-EDIT_HOOKS = tuple(name for name in vars(EditCallback) if name.startswith("on_"))
+#: The hooks that Lightning's ``Callback`` lacks.
+EDIT_HOOKS = ("on_edit", "on_example_result")
 
 
 def check_callbacks(callbacks: Iterable[Callback]) -> None:
-    """Refuse callbacks that define an edit hook and would never be called.
+    """Refuse callbacks with an edit hook that would never be called.
 
     Raises:
-        UnsupportedUseError: A plain Lightning callback defines ``on_edit`` or
-            ``on_example_result``.
+        UnsupportedUseError: A plain Lightning callback defines an edit hook.
     """
     for callback in callbacks:
-        for hook in EDIT_HOOKS:
-            if hasattr(callback, hook) and not isinstance(callback, EditCallback):
-                raise UnsupportedUseError(
-                    f"callback {type(callback).__name__} defines {hook}, which only callbacks "
-                    "derived from kedit_lightning.benchmark.EditCallback have; derive it from that "
-                    "class"
-                )
-
-
-def edit_hooks_of(callback: Callback) -> list[str]:
-    """The edit hooks that a callback defines."""
-    kind = type(callback)
-    return [
-        hook
-        for hook in EDIT_HOOKS
-        if isinstance(callback, EditCallback)
-        and vars(EditCallback)[hook] is not getattr(kind, hook)
-    ]
+        hooks = [hook for hook in EDIT_HOOKS if hasattr(callback, hook)]
+        if hooks and not isinstance(callback, EditCallback):
+            raise UnsupportedUseError(
+                f"callback {type(callback).__name__} defines {hooks[0]}, which only callbacks "
+                "derived from kedit_lightning.benchmark.EditCallback have; derive it from that class"
+            )

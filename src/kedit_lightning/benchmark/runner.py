@@ -5,26 +5,22 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any, TypeAlias, cast
 
 from kedit_lightning.base_models import BaseModel
 from kedit_lightning.benchmark.costs import Clock, fixed_randomness, peak_bytes, reset_peak
-from kedit_lightning.benchmark.interfaces import (
-    EditEachFunction,
-    EditFunction,
-    EditSink,
-    RecordSink,
-    SavedRun,
-)
-from kedit_lightning.benchmark.protocol import Protocol
 from kedit_lightning.benchmark.reader import Reader
+from kedit_lightning.benchmark.run_context import RunContext, new_metrics
+from kedit_lightning.data.datamodule import Split
 from kedit_lightning.edits import Edit
 from kedit_lightning.errors import KEditError
 from kedit_lightning.metrics import ExampleRecord, ProbeReading, ProbeRecord
 from kedit_lightning.requests import EditExample, EditRequest, Probe
 
+EditFunction: TypeAlias = Callable[[Sequence[EditRequest]], Edit]
+EditEachFunction: TypeAlias = Callable[[Sequence[Sequence[EditRequest]]], Iterable[Edit]]
 #: An edit, and the seconds it took to compute; ``None`` for one that an interrupted run has saved.
 TimedEdit: TypeAlias = tuple[Edit, float | None]
 
@@ -42,12 +38,9 @@ class ProtocolRunner:
     Args:
         base: The base model.
         edit: Computes an edit from requests; it is applied and rolled back here.
-        protocol: How edits are applied and scored.
-        dataset: Hash of the data, under which base-model answers are cached.
-        seed: Seed of the run.
-        saved: Records and edits of the interrupted run that this one continues.
-        on_edit: Called with each edit that is computed, not with those of ``saved``.
-        on_record: Called with each new record, not with those of ``saved``.
+        run: Protocol, seed, data and saved results of the run; its sinks take new edits and
+            records.
+        split: The split of the data that the examples come from.
         edit_each: Computes the edits of several examples independently of each other, see
             ``EditMethod.edit_each``; one by one with ``edit`` if not given.
         rank: Number of this process.
@@ -59,25 +52,19 @@ class ProtocolRunner:
         self,
         base: BaseModel,
         edit: EditFunction,
-        protocol: Protocol,
-        dataset: str = "",
-        seed: int = 0,
-        saved: SavedRun | None = None,
-        on_edit: EditSink | None = None,
-        on_record: RecordSink | None = None,
+        run: RunContext,
+        split: Split = "test",
         edit_each: EditEachFunction | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
         self.base = base
-        self.protocol = protocol
-        self.reader = Reader(base, protocol, dataset)
+        self.protocol = run.protocol
+        self.reader = Reader(base, run.protocol, str(run.source(split).get("sha256", "")))
+        self.metrics = new_metrics(run.protocol)
+        self._run, self._saved = run, run.saved
         self._compute = edit
         self._compute_each = edit_each or (lambda groups: map(edit, groups))
-        self._seed = seed
-        self._saved = saved
-        self._on_edit = on_edit or (lambda name, edit: None)
-        self._on_record = on_record or (lambda record, edit: None)
         self._rank, self._world_size = rank, world_size
         self._initial_edits = list(base.edits)
         self._edited: list[Sequence[EditExample]] = []
@@ -137,21 +124,18 @@ class ProtocolRunner:
                     with group[0][1][0]:
                         after = self.reader.readings(probes[span], base[span])
                 else:
-                    after = self.reader.readings(
-                        probes[span],
-                        base[span],
-                        [edit for example, (edit, _) in group for _ in example.probes],
-                    )
+                    carried = [edit for example, (edit, _) in group for _ in example.probes]
+                    after = self.reader.readings(probes[span], base[span], carried)
+                    del carried  # edits may be large, and the next group is computed soon
                 own_seconds = seconds + clock.lap() / len(group)
                 scored = [example for example, _ in group]
                 records = _records(scored, "immediate", base[span], before[span], after)
-                for record, (example, edit) in zip(records, group, strict=True):
+                for record, (example, timed) in zip(records, group, strict=True):
                     while (earlier := saved.popleft()) is not None:
                         yield earlier
-                    yield self._new(
-                        record, edit[0], self._costs(_name(example.id), edit, own_seconds)
-                    )
-                del edit  # it may be large, and the next group is computed now
+                    costs = self._costs(_name(example.id), timed, own_seconds)
+                    yield self._new(record, timed[0], costs)
+                del timed
         yield from (record for record in saved if record is not None)
 
     def _together(
@@ -213,10 +197,10 @@ class ProtocolRunner:
         if self._saved is not None and (saved := self._saved.edit(name, self.base)) is not None:
             return saved, None
         clock = Clock(self.base)
-        with fixed_randomness(self._seed, name):
+        with fixed_randomness(self._run.seed, name):
             edit = self._compute(requests)
         seconds = clock.lap()
-        self._on_edit(name, edit)
+        self._run.on_edit(name, edit)
         return edit, seconds
 
     def _edits(self, examples: Sequence[EditExample]) -> Iterator[TimedEdit]:
@@ -232,7 +216,7 @@ class ProtocolRunner:
         computed: Iterator[Edit] = iter(())
         if missing:
             groups = [e.requests for e, n in zip(examples, names, strict=True) if n in missing]
-            with fixed_randomness(self._seed, missing[0]):
+            with fixed_randomness(self._run.seed, missing[0]):
                 computed = iter(self._compute_each(groups))
             shared = clock.lap() / len(missing)
         for example, name in zip(examples, names, strict=True):
@@ -240,10 +224,10 @@ class ProtocolRunner:
                 yield self._edit(name, example.requests)
                 continue
             clock.lap()
-            with fixed_randomness(self._seed, name):
+            with fixed_randomness(self._run.seed, name):
                 edit = next(computed)
             seconds = shared + clock.lap()
-            self._on_edit(name, edit)
+            self._run.on_edit(name, edit)
             yield edit, seconds
 
     def _edit_groups(
@@ -286,7 +270,7 @@ class ProtocolRunner:
     ) -> ExampleRecord:
         """Complete a record and hand it on."""
         record = cast(ExampleRecord, {**record, **costs})
-        self._on_record(record, edit)
+        self._run.on_record(record, edit)
         return record
 
     def _costs(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, Self, TypeAlias
 
 from kedit_lightning.base_models import BaseModel
-from kedit_lightning.errors import UnsupportedUseError
+from kedit_lightning.errors import MissingNeedsError, UnsupportedUseError, article_list
 from kedit_lightning.registry import entries
 from kedit_lightning.requests import EditExample, EditRequest, ProbeKind
 
@@ -100,6 +101,19 @@ def missing_in_examples(examples: Sequence[EditExample], needs: Collection[Need]
     ]
 
 
+def refuse_missing(name: str, missing: list[str]) -> None:
+    """Refuse data that lacks what a method needs.
+
+    Raises:
+        MissingNeedsError: Something is missing.
+    """
+    if missing:
+        raise MissingNeedsError(
+            f"{name} needs more than the data gives: {article_list(missing)}; add it to the "
+            "records, or choose a method that does without"
+        )
+
+
 def public_path(method: type[Any]) -> str:
     """Where a method is imported from: of those of this package, the public name.
 
@@ -109,3 +123,9 @@ def public_path(method: type[Any]) -> str:
     if entry is not None and entry.module.startswith(f"{package}.") and entry.load() is method:
         return f"{package}.{method.__name__}"
     return f"{method.__module__}.{method.__qualname__}"
+
+
+def plain(values: dict[str, Any]) -> dict[str, Any]:
+    """Settings as JSON would hold them, so that a saved and a fresh edit compare equal."""
+    result: dict[str, Any] = json.loads(json.dumps(values, sort_keys=True, default=str))
+    return result

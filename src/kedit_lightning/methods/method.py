@@ -8,23 +8,22 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
 
 from kedit_lightning.base_models import BaseModel, BaseModelSpec
-from kedit_lightning.benchmark import RunContext
-from kedit_lightning.benchmark.run_context import PromptBatch
+from kedit_lightning.benchmark import ProtocolRunner, RunContext
+from kedit_lightning.benchmark.quality import judged
+from kedit_lightning.benchmark.run_context import PromptBatch, answers, ignore
 from kedit_lightning.data.datamodule import EditDataModule, Split
 from kedit_lightning.edits import CompositeEdit, Edit, EditOrigin
 from kedit_lightning.errors import (
     InvalidRequestError,
-    MissingNeedsError,
     NothingToFitError,
     UnsupportedUseError,
-    article_list,
 )
 from kedit_lightning.methods.capabilities import (
     Capabilities,
@@ -32,7 +31,9 @@ from kedit_lightning.methods.capabilities import (
     Need,
     missing_in_examples,
     missing_in_requests,
+    plain,
     public_path,
+    refuse_missing,
 )
 from kedit_lightning.metrics import SummaryRow
 from kedit_lightning.requests import EditBatch, EditExample, EditRequest
@@ -66,6 +67,8 @@ class EditMethod(pl.LightningModule):
     fit_batch_size: int = 1
     #: The run that is under way; a trainer attaches its own.
     run: RunContext
+    #: Runs the present pass over a split.
+    runner: ProtocolRunner
     #: Scores of the last run with their intervals.
     summary: Sequence[SummaryRow] = ()
 
@@ -205,7 +208,7 @@ class EditMethod(pl.LightningModule):
         Raises:
             MissingNeedsError: Names every request that lacks something, and the field.
         """
-        self._refuse_missing(missing_in_requests(requests, self.needs))
+        refuse_missing(type(self).__name__, missing_in_requests(requests, self.needs))
 
     def check_examples(self, examples: Sequence[EditExample], fitting: bool = False) -> None:
         """Make sure that examples carry what the method needs to edit, or to be fitted.
@@ -213,29 +216,10 @@ class EditMethod(pl.LightningModule):
         Raises:
             MissingNeedsError: Names every example that lacks something, and the field.
         """
-        if not fitting:
+        if fitting:
+            refuse_missing(type(self).__name__, missing_in_examples(examples, self.needs_to_fit))
+        else:
             self.check_requests([r for example in examples for r in example.requests])
-            return
-        self._refuse_missing(missing_in_examples(examples, self.needs_to_fit))
-
-    def _refuse_missing(self, missing: list[str]) -> None:
-        if missing:
-            raise MissingNeedsError(
-                f"{type(self).__name__} needs more than the data gives: {article_list(missing)}; "
-                "add it to the records, or choose a method that does without"
-            )
-
-    def check_learns(self) -> None:
-        """Make sure that there is something to fit.
-
-        Raises:
-            NothingToFitError: The method learns nothing before its requests.
-        """
-        if not self.learns:
-            raise NothingToFitError(
-                f"{type(self).__name__} learns nothing before its requests, so there is nothing to "
-                "fit; run `kedit edit` or `kedit test` with it"
-            )
 
     def examples_to_fit(self, examples: Sequence[EditExample]) -> list[EditExample]:
         """The examples that ``fit`` learns from: all, unless a method leaves some out."""
@@ -250,9 +234,12 @@ class EditMethod(pl.LightningModule):
             NothingToFitError: ``fit`` was called on a method that learns nothing.
             MissingNeedsError: An example lacks something the method needs.
         """
-        if stage == "fit":
-            self.check_learns()
-        if self.run.on_edit is None:  # a trainer that attaches no context
+        if stage == "fit" and not self.learns:
+            raise NothingToFitError(
+                f"{type(self).__name__} learns nothing before its requests, so there is nothing to "
+                "fit; run `kedit edit` or `kedit test` with it"
+            )
+        if self.run.on_edit is ignore:  # the trainer attaches no context
             self.run = RunContext.under(self.trainer)
         data = self.run.data
         if not isinstance(data, EditDataModule):
@@ -274,47 +261,74 @@ class EditMethod(pl.LightningModule):
 
     # ---- test, validate and predict
 
-    def _start(self, split: Split) -> None:
-        self.run.start(self.trainer, self.base, self.edit, self.edit_each, split)
-
-    def _finish(self, prefix: str) -> None:
-        self.summary, scores = self.run.finish(prefix)
-        # They are equal on all ranks already; Lightning warns unless it is told to make them so.
-        self.log_dict(scores, sync_dist=self.trainer.world_size > 1)
-
     def on_test_epoch_start(self) -> None:
         """Begin a pass over the test split."""
         self._start("test")
-
-    def test_step(self, batch: EditBatch, batch_idx: int) -> None:
-        """Edit and score one chunk."""
-        last = batch_idx + 1 == sum(self.trainer.num_test_batches)
-        for record in self.run.runner.chunk(batch.examples, batch_idx, last):
-            self.run.metrics.update(record)
-
-    def on_test_epoch_end(self) -> None:
-        """Score what is scored at the end, and log all scores."""
-        self._finish("")
 
     def on_validation_epoch_start(self) -> None:
         """Begin a pass over the validation split."""
         self._start("validation")
 
+    def test_step(self, batch: EditBatch, batch_idx: int) -> None:
+        """Edit and score one chunk."""
+        last = batch_idx + 1 == sum(self.trainer.num_test_batches)
+        for record in self.runner.chunk(batch.examples, batch_idx, last):
+            self.runner.metrics.update(record)
+
     def validation_step(self, batch: EditBatch, batch_idx: int) -> None:
         """Edit and score one chunk."""
         last = batch_idx + 1 == sum(self.trainer.num_val_batches)
-        for record in self.run.runner.chunk(batch.examples, batch_idx, last):
-            self.run.metrics.update(record)
+        for record in self.runner.chunk(batch.examples, batch_idx, last):
+            self.runner.metrics.update(record)
+
+    def on_test_epoch_end(self) -> None:
+        """Score what is scored at the end, and log all scores."""
+        self._finish("")
 
     def on_validation_epoch_end(self) -> None:
         """Score what is scored at the end, and log all scores."""
         self._finish("val/")
 
+    def _start(self, split: Split) -> None:
+        run, trainer = self.run, self.trainer
+        if trainer.state.fn == "fit":
+            # Free answers would take longer than the training that the validation watches over.
+            run = replace(run, protocol=replace(run.protocol, generate=False))
+        self.runner = ProtocolRunner(
+            self.base,
+            self.edit,
+            run,
+            split,
+            self.edit_each,
+            trainer.global_rank,
+            trainer.world_size,
+        )
+        self.runner.metrics.to(self.device)
+
+    def _finish(self, prefix: str) -> None:
+        metrics = self.runner.metrics
+        for record in self.runner.finish():
+            metrics.update(record)
+        self.close_evaluation()
+        self.summary, scores = metrics.summary(), metrics.compute()
+        score = judged(scores)["score"]
+        if prefix and score is not None:
+            scores["score"] = score  # one number for early stopping and for the best checkpoint
+        # They are equal on all ranks already; Lightning warns unless it is told to make them so.
+        self.log_dict(
+            {f"{prefix}{key}": value for key, value in scores.items()},
+            sync_dist=self.trainer.world_size > 1,
+        )
+
+    def close_evaluation(self) -> None:
+        """Restore the stack as it was before a pass, however it ended."""
+        runner: ProtocolRunner | None = vars(self).pop("runner", None)
+        if runner is not None:
+            runner.close()
+
     def predict_step(self, batch: PromptBatch | EditBatch, batch_idx: int) -> list[dict[str, str]]:
         """Answer prompts with the unedited base model, and under the edits that are applied."""
-        if isinstance(batch, PromptBatch):
-            return self.run.answers(self.base, batch.prompts)
-        return self.run.answers(self.base, [request.prompt for request in batch.requests])
+        return answers(self.base, batch.prompts, self.run.protocol)
 
     # ---- checkpoints
 
@@ -364,9 +378,3 @@ def as_edit_method(module: object) -> EditMethod:
             "kedit_lightning.methods, or one derived from EditMethod"
         )
     return module
-
-
-def plain(values: dict[str, Any]) -> dict[str, Any]:
-    """Settings as JSON would hold them, so that a saved and a fresh edit compare equal."""
-    result: dict[str, Any] = json.loads(json.dumps(values, sort_keys=True, default=str))
-    return result

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -15,14 +15,13 @@ from kedit_lightning.errors import UnsupportedUseError
 Export: TypeAlias = Literal["model", "adapter"]
 
 
-def check_export(
-    export: Export, possible: Mapping[Export, bool], output: str | Path | None
-) -> None:
+def check_export(export: Export, weights: bool, adapter: bool, output: str | Path | None) -> None:
     """Refuse an export that cannot work, before anything is computed.
 
     Args:
         export: What is to be written.
-        possible: Whether the method's edits can be exported, by form.
+        weights: Whether the method's edits can be exported as a full model.
+        adapter: Whether they can be exported as an adapter.
         output: The output folder, if one was named.
 
     Raises:
@@ -30,12 +29,8 @@ def check_export(
     """
     if output is None:
         raise UnsupportedUseError(f"--export {export} needs a folder to write to; add --output DIR")
-    if not possible[export]:
-        way_out = (
-            "use --export model"
-            if possible["model"]
-            else "leave out --export and keep the saved edits"
-        )
+    if not (weights if export == "model" else adapter):
+        way_out = "use --export model" if weights else "leave out --export and keep the saved edits"
         raise UnsupportedUseError(
             f"edits of this method change no weights that --export {export} could write; {way_out}"
         )

@@ -112,11 +112,6 @@ class OutputFolder:
 
     def records(self) -> Iterator[ExampleRecord]:
         """All records, in the order they were written."""
-        for values in self._plain():
-            record: Any = values
-            yield record
-
-    def _plain(self) -> Iterator[dict[str, Any]]:
         if self.results.is_file():
             with self.results.open(encoding="utf-8") as file:
                 for line in file:
@@ -173,7 +168,8 @@ class OutputFolder:
         Args:
             facts: What else the file says, such as the base model.
         """
-        names = [str(record["edit_name"]) for record in self._plain() if "edit_name" in record]
+        records: Iterator[Mapping[str, Any]] = self.records()
+        names = [str(record["edit_name"]) for record in records if "edit_name" in record]
         order = [self._edits.get(name) or self._described(name) for name in [*names, *self._edits]]
         unique = {entry["file"]: entry for entry in order}
         self.write_json("stack.json", {**facts, "edits": list(unique.values())})
