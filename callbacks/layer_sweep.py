@@ -146,10 +146,11 @@ def measure(run: RunContext, method: EditMethod, split: Split) -> dict[str, Any]
     # The edits of the sweep are no edits of the run.
     apart = RunContext(run.protocol, run.seed, run.data)
     runner = ProtocolRunner(method.base, method.edit, apart, split, method.edit_each)
+    runner.chunks = len(parts)
     records: list[ExampleRecord] = []
     try:
         for index, part in enumerate(parts):
-            records += runner.chunk(part, index, last=index + 1 == len(parts))
+            records += runner.chunk(part, index)
         records += runner.finish()
     except NonFiniteError as error:  # no way to edit this layer; the others are still worth knowing
         return {"error": str(error)}

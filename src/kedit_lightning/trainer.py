@@ -73,13 +73,17 @@ class EditTrainer(Trainer):
     ) -> None:
         given = callbacks if isinstance(callbacks, list) else [callbacks] if callbacks else []
         bar = sys.stderr.isatty() if enable_progress_bar is None else enable_progress_bar
+        # Loaded by name: type checkers do not see the folder that callbacks are kept in.
+        module = import_module("kedit_lightning.callbacks")
+        usual = [getattr(module, name)(**_USUAL[name]) for name in _USUAL if usual_callbacks]
+        usual = [c for c in usual if not any(isinstance(other, type(c)) for other in given)]
         # Lightning keeps to itself which devices it sees and what else it has to offer.
         log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
         level = log.level
         log.setLevel(logging.WARNING)
         try:
             super().__init__(
-                callbacks=[*(_usual(given) if usual_callbacks else []), *given],
+                callbacks=[*usual, *given],
                 logger=logger,
                 default_root_dir="outputs" if default_root_dir is None else default_root_dir,
                 inference_mode=inference_mode,
@@ -130,6 +134,7 @@ class EditTrainer(Trainer):
             ckpt_path: Checkpoint of an interrupted fit to continue.
             weights_only: Passed to ``torch.load``.
         """
+        as_edit_method(model).check_learns()
         train_dataloaders, datamodule = _data("fit", train_dataloaders, datamodule)
         with self._running("fit", model, datamodule):
             super().fit(
@@ -159,12 +164,8 @@ class EditTrainer(Trainer):
             A dictionary of scores.
         """
         dataloaders, datamodule = _data("validate", dataloaders, datamodule)
-        with self._running("validate", model, datamodule):
-            results = super().validate(
-                model, dataloaders, ckpt_path, False, datamodule, weights_only
-            )
-        self._report("validate", verbose)
-        return list(results)
+        with self._running("validate", model, datamodule, verbose=verbose):
+            return super().validate(model, dataloaders, ckpt_path, False, datamodule, weights_only)
 
     def test(
         self,
@@ -193,10 +194,8 @@ class EditTrainer(Trainer):
             A dictionary of scores.
         """
         dataloaders, datamodule = _data("test", dataloaders, datamodule)
-        with self._running("test", model, datamodule, output, resume):
-            results = super().test(model, dataloaders, ckpt_path, False, datamodule, weights_only)
-        self._report("test", verbose)
-        return list(results)
+        with self._running("test", model, datamodule, output, resume, verbose):
+            return super().test(model, dataloaders, ckpt_path, False, datamodule, weights_only)
 
     def edit(
         self,
@@ -232,8 +231,8 @@ class EditTrainer(Trainer):
         if folder is None or not self.is_global_zero:
             return self._edits
         edits = load_stack(folder.path, method.base)
-        count = f"{len(edits)} edit{'s' * (len(edits) != 1)}"
-        Console().print(f"{count} saved in {folder.path}", highlight=False)
+        plural = "s" * (len(edits) != 1)
+        Console().print(f"{len(edits)} edit{plural} saved in {folder.path}", highlight=False)
         if export is not None:
             target = runs.export_edits(method.base, edits, folder.path, export)
             Console().print(f"exported to {target}", highlight=False)
@@ -276,10 +275,10 @@ class EditTrainer(Trainer):
             raise UnsupportedUseError(
                 "predict was given no prompt; add --prompt TEXT, --prompts FILE, or --data DATASET"
             )
-        with (
-            self._running("predict", model, datamodule) as method,
-            method.base.edits.restored(),
-        ):
+        if dataloaders is None or isinstance(dataloaders, LightningDataModule):
+            dataloaders, datamodule = _data("predict", dataloaders, datamodule)
+        running = self._running("predict", model, datamodule)
+        with running as method, method.base.edits.restored():
             apply_saved([] if edits is None else load_stack(edits, method.base))
             applied = len(method.base.edits)
             batches = super().predict(model, dataloaders, datamodule, True, ckpt_path, weights_only)
@@ -298,66 +297,49 @@ class EditTrainer(Trainer):
         data: LightningDataModule | None,
         output: str | Path | None = None,
         resume: str | Path | None = None,
+        verbose: bool = False,
     ) -> Iterator[EditMethod]:
         """Open the output, attach the run to its method, and leave the stack as it was."""
         method = as_edit_method(model or self.lightning_module)
-        evaluates = command in ("edit", "test", "validate")
+        evaluates = command not in ("fit", "predict")
         if evaluates and self.protocol.mode == "sequential" and not method.can.sequential:
             raise UnsupportedUseError(
                 f"{type(method).__name__} cannot keep earlier edits in force while it writes new "
                 "ones; use --trainer.protocol.mode single or batch"
             )
         self.output_folder = open_output(output, resume, self.is_global_zero)
-        editing = command == "edit"
-        self._keeps_edits = editing and (self.output_folder is None or not self.is_global_zero)
+        editing, folder = command == "edit", self.output_folder
+        self._keeps_edits = editing and (folder is None or not self.is_global_zero)
         method.run = RunContext(
             self.protocol,
             data=data,
-            output=self.output_folder,
+            output=folder,
             editing=editing,
             on_edit=self._take_edit,
             on_record=self._take_record,
         )
         try:
             with warnings.catch_warnings():
-                if evaluates:  # the state of a fit's callbacks is of no use to these
-                    message = "Be aware that when using `ckpt_path`, callbacks"
-                    warnings.filterwarnings("ignore", message)
+                if evaluates:  # the state of a fit's callbacks is of no use here
+                    warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`, call")
                 yield method
+            if verbose and method.summary and self.is_global_zero:
+                title = f"{type(method).__name__}, {self.protocol.mode} edits ({command})"
+                Console().print(summary_table(method.summary, title))
         except KEditError as error:
-            folder = self.output_folder
             if folder is not None and folder.results.exists():
-                error.add_note(
-                    f"what was finished before is kept, continue with --resume {folder.path}"
-                )
+                note = f"what was finished before is kept, continue with --resume {folder.path}"
+                error.add_note(note)
             raise
         finally:
             method.close_evaluation()
             method.run, self.output_folder = RunContext(), None
 
-    def _report(self, command: str, verbose: bool) -> None:
-        method = as_edit_method(self.lightning_module)
-        if verbose and method.summary and self.is_global_zero:
-            title = f"{type(method).__name__}, {self.protocol.mode} edits ({command})"
-            Console().print(summary_table(method.summary, title))
-
-
-def _usual(given: list[Callback]) -> list[Callback]:
-    """The usual callbacks, less those that were given in another form."""
-    # Loaded by name: type checkers do not see the folder that callbacks are kept in.
-    module = import_module("kedit_lightning.callbacks")
-    classes = {getattr(module, name): settings for name, settings in _USUAL.items()}
-    return [
-        kind(**settings)
-        for kind, settings in classes.items()
-        if not any(isinstance(callback, kind) for callback in given)
-    ]
-
 
 def _data(
     command: str, dataloaders: Any, datamodule: LightningDataModule | None
 ) -> tuple[Any, LightningDataModule | None]:
-    """Loaders and data module, whichever place the data module was given in."""
+    """Loaders and data module, wherever the data module was given; they must serve the command."""
     if isinstance(dataloaders, LightningDataModule):
         dataloaders, datamodule = None, dataloaders
     if dataloaders is None and datamodule is None:
@@ -365,7 +347,8 @@ def _data(
             f"{command} was given no data; name a dataset, such as --data Requests "
             "--data.path facts.json, or `-c data/counterfact`"
         )
-    loader = {"fit": "train", "validate": "val"}.get(command, "test") + "_dataloader"
+    names = {"fit": "train", "validate": "val", "predict": "predict"}
+    loader = f"{names.get(command, 'test')}_dataloader"
     kind = type(datamodule)
     if datamodule is not None and getattr(kind, loader) is getattr(LightningDataModule, loader):
         raise UnsupportedUseError(

@@ -42,9 +42,9 @@ def run(base: BaseModel, protocol: Protocol, examples: list[EditExample] = EXAMP
     runner = ProtocolRunner(base, Toy(base_model=base).edit, RunContext(protocol))
     size = protocol.chunk_size
     chunks = [examples[i : i + size] for i in range(0, len(examples), size)]
-    records = []
+    records, runner.chunks = [], len(chunks)
     for index, chunk in enumerate(chunks):
-        records += runner.chunk(chunk, index, index + 1 == len(chunks))
+        records += runner.chunk(chunk, index)
     return records + list(runner.finish())
 
 

@@ -181,7 +181,7 @@ def test_edits_that_depend_on_their_stack_are_carried_on_it(
     toy = Toy(base_model=base)
     with toy.edit(REQUESTS[3:]):
         wanted = run(base, toy.edit, ONE_BY_ONE)
-        assert_equal(run(base, toy.edit, RunContext(replace(SHORT, chunk_size=4))), wanted)
+        assert_equal(run(base, toy.edit, replace(SHORT, chunk_size=4)), wanted)
     assert passes
 
 

@@ -76,6 +76,6 @@ def check_callbacks(callbacks: Iterable[Callback]) -> None:
         hooks = [hook for hook in EDIT_HOOKS if hasattr(callback, hook)]
         if hooks and not isinstance(callback, EditCallback):
             raise UnsupportedUseError(
-                f"callback {type(callback).__name__} defines {hooks[0]}, which only callbacks "
-                "derived from kedit_lightning.benchmark.EditCallback have; derive it from that class"
+                f"callback {type(callback).__name__} defines {hooks[0]}, a hook of EditCallback; "
+                "derive it from kedit_lightning.benchmark.EditCallback"
             )

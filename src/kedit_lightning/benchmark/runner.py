@@ -43,9 +43,8 @@ class ProtocolRunner:
         split: The split of the data that the examples come from.
         edit_each: Computes the edits of several examples independently of each other, see
             ``EditMethod.edit_each``; one by one with ``edit`` if not given.
-        rank: Number of this process.
-        world_size: Processes of the run.  They deal out chunks in turn; all edits of a sequential
-            run are computed by the first process.
+        ranks: Number of this process, and how many there are.  They deal out chunks in turn; all
+            edits of a sequential run are computed by the first process.
     """
 
     def __init__(
@@ -55,8 +54,7 @@ class ProtocolRunner:
         run: RunContext,
         split: Split = "test",
         edit_each: EditEachFunction | None = None,
-        rank: int = 0,
-        world_size: int = 1,
+        ranks: tuple[int, int] = (0, 1),
     ) -> None:
         self.base = base
         self.protocol = run.protocol
@@ -65,28 +63,27 @@ class ProtocolRunner:
         self._run, self._saved = run, run.saved
         self._compute = edit
         self._compute_each = edit_each or (lambda groups: map(edit, groups))
-        self._rank, self._world_size = rank, world_size
+        #: Chunks of this process, where their number is known.
+        self.chunks: float | None = None
+        self._rank, self._world_size = ranks
         self._initial_edits = list(base.edits)
         self._edited: list[Sequence[EditExample]] = []
 
     # ---- what a loop calls
 
-    def chunk(
-        self, examples: Sequence[EditExample], index: int, last: bool = False
-    ) -> Iterator[ExampleRecord]:
+    def chunk(self, examples: Sequence[EditExample], index: int) -> Iterator[ExampleRecord]:
         """Edit and score a chunk; a record is yielded as soon as it is complete.
 
         Args:
             examples: The chunk.
             index: Its number among the chunks of this process, from zero.
-            last: Whether it is the last one.
         """
         if self.protocol.mode == "single":
             return self._single(examples)
         if self.protocol.mode == "batch":
-            return self._together(examples, index * self._world_size + self._rank, last)
+            return self._together(examples, index * self._world_size + self._rank)
         # Every process is given the whole stream; the first one edits and scores it.
-        return iter(()) if self._rank else self._together(examples, index, last)
+        return iter(()) if self._rank else self._together(examples, index)
 
     def finish(self) -> Iterator[ExampleRecord]:
         """Score what is scored at the end of a sequential run, and roll everything back."""
@@ -138,9 +135,7 @@ class ProtocolRunner:
                 del timed
         yield from (record for record in saved if record is not None)
 
-    def _together(
-        self, examples: Sequence[EditExample], index: int, last: bool
-    ) -> Iterator[ExampleRecord]:
+    def _together(self, examples: Sequence[EditExample], index: int) -> Iterator[ExampleRecord]:
         """One edit for the whole chunk; in a sequential run it stays on the stack."""
         stays = self.protocol.mode == "sequential"
         name = f"chunk-{index:05d}"
@@ -171,7 +166,7 @@ class ProtocolRunner:
             return
         self._edited.append(list(examples))
         every, count = self.protocol.every, sum(map(len, self._edited))
-        final_follows = last and "final" in self.protocol.moments
+        final_follows = index + 1 == self.chunks and "final" in self.protocol.moments
         if every and (count - len(examples)) // every < count // every and not final_follows:
             yield from self._score_edited(f"after_{count}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, Self, TypeAlias
@@ -112,6 +113,23 @@ def refuse_missing(name: str, missing: list[str]) -> None:
             f"{name} needs more than the data gives: {article_list(missing)}; add it to the "
             "records, or choose a method that does without"
         )
+
+
+def base_identity(base: BaseModel) -> dict[str, str]:
+    """What a checkpoint holds of the base model that it was fitted on."""
+    names = ("name", "fingerprint", "tokenizer_fingerprint")
+    return {name: getattr(base, name) for name in names}
+
+
+def warn_of_other_base(fitted_on: Mapping[str, str], base: Mapping[str, str]) -> None:
+    """Warn when a checkpoint was fitted on another base model."""
+    for field in ("fingerprint", "tokenizer_fingerprint"):
+        if fitted_on and fitted_on[field] != base[field]:
+            warnings.warn(
+                f"the checkpoint was fitted on base model '{fitted_on['name']}', and its {field} "
+                f"differs from that of '{base['name']}'; expect poor edits",
+                stacklevel=3,
+            )
 
 
 def public_path(method: type[Any]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import warnings
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,11 +28,13 @@ from kedit_lightning.methods.capabilities import (
     Capabilities,
     MethodSettings,
     Need,
+    base_identity,
     missing_in_examples,
     missing_in_requests,
     plain,
     public_path,
     refuse_missing,
+    warn_of_other_base,
 )
 from kedit_lightning.metrics import SummaryRow
 from kedit_lightning.requests import EditBatch, EditExample, EditRequest
@@ -77,10 +78,8 @@ class EditMethod(pl.LightningModule):
         self.save_hyperparameters(ignore=list(self.unsaved))
         self.settings = self.settings_type.read(self.hparams)
         self.run = RunContext()
-        # Not registered as a submodule: the base model is no part of the method, so it is absent
-        # from checkpoints, optimizers and DDP buckets.
-        self.__dict__["_source"] = base_model
-        self.__dict__["_base"] = base_model if isinstance(base_model, BaseModel) else None
+        # A plain object, no submodule: absent from checkpoints, optimizers and DDP buckets.
+        self._base_model = base_model
         self._built = False
 
     # ---- what a method defines
@@ -101,10 +100,9 @@ class EditMethod(pl.LightningModule):
     @property
     def base(self) -> BaseModel:
         """The base model, loaded when first asked for."""
-        if self.__dict__["_base"] is None:
-            self.__dict__["_base"] = BaseModel.load(self.__dict__["_source"])
-        base: BaseModel = self.__dict__["_base"]
-        return base
+        if not isinstance(self._base_model, BaseModel):
+            self._base_model = BaseModel.load(self._base_model)
+        return self._base_model
 
     def configure_model(self) -> None:
         """Load the base model and build what depends on it; does nothing the second time.
@@ -137,7 +135,11 @@ class EditMethod(pl.LightningModule):
         with self.computing(requests):
             if self.can.batch or len(requests) == 1:
                 return self.compute_edit(requests)
-            return self._one_by_one(requests)
+            origin = self.origin(requests)
+            with self.base.edits.restored():
+                # Each is applied before the next is computed.
+                members = [self.compute_edit([request]).apply() for request in requests]
+            return CompositeEdit(self.base, members, origin)
 
     @contextmanager
     def computing(self, requests: Sequence[EditRequest]) -> Iterator[None]:
@@ -159,25 +161,17 @@ class EditMethod(pl.LightningModule):
             yield
 
     def edit_each(self, requests_of_examples: Sequence[Sequence[EditRequest]]) -> Iterable[Edit]:
-        """Edits of several examples, apart from each other: none is applied.
+        """Compute the edits of several examples independently of each other; none is applied.
 
-        Each is what :meth:`edit` gives for its requests on top of the stack as it stands.  Here
-        each is computed when it is asked for, so that large edits need not be held together.  A
-        method that computes independent edits faster together returns them in a list; it draws
-        random numbers from :meth:`generator` alone, since global ones would depend on which edits
-        are computed together, and reports of time share its own out evenly among them.
+        Each is what :meth:`edit` gives for its requests, computed when it is asked for, so that
+        large edits need not be held together.  A method that is faster on several at once returns
+        a list; it then draws random numbers from :meth:`generator` alone, since global ones would
+        depend on which edits are computed together.
 
         Args:
             requests_of_examples: The requests of each example.
         """
         return map(self.edit, requests_of_examples)
-
-    def _one_by_one(self, requests: list[EditRequest]) -> Edit:
-        origin = self.origin(requests)
-        with self.base.edits.restored():
-            # Each is applied before the next is computed.
-            members = [self.compute_edit([request]).apply() for request in requests]
-        return CompositeEdit(self.base, members, origin)
 
     def origin(self, requests: Sequence[EditRequest], **notes: Any) -> EditOrigin:
         """What an edit records about where it comes from."""
@@ -194,13 +188,24 @@ class EditMethod(pl.LightningModule):
 
     def generator(self, requests: Sequence[EditRequest], purpose: str = "") -> torch.Generator:
         """Random numbers that depend on the seed, the requests and the purpose alone."""
-        text = json.dumps(
-            [self.settings.seed, purpose, [(r.prompt, r.target_new) for r in requests]]
-        )
+        facts = [(r.prompt, r.target_new) for r in requests]
+        text = json.dumps([self.settings.seed, purpose, facts])
         number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
         return torch.Generator().manual_seed(number)
 
     # ---- needs
+
+    def check_learns(self) -> None:
+        """Make sure that there is something to fit.
+
+        Raises:
+            NothingToFitError: The method learns nothing before its requests.
+        """
+        if not self.learns:
+            raise NothingToFitError(
+                f"{type(self).__name__} learns nothing before its requests, so there is nothing to "
+                "fit; run `kedit edit` or `kedit test` with it"
+            )
 
     def check_requests(self, requests: Sequence[EditRequest]) -> None:
         """Make sure that requests carry what the method needs.
@@ -234,11 +239,8 @@ class EditMethod(pl.LightningModule):
             NothingToFitError: ``fit`` was called on a method that learns nothing.
             MissingNeedsError: An example lacks something the method needs.
         """
-        if stage == "fit" and not self.learns:
-            raise NothingToFitError(
-                f"{type(self).__name__} learns nothing before its requests, so there is nothing to "
-                "fit; run `kedit edit` or `kedit test` with it"
-            )
+        if stage == "fit":
+            self.check_learns()
         if self.run.on_edit is ignore:  # the trainer attaches no context
             self.run = RunContext.under(self.trainer)
         data = self.run.data
@@ -253,7 +255,7 @@ class EditMethod(pl.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         """Learn from a batch; only methods that learn something define it."""
-        raise NothingToFitError(f"{type(self).__name__} learns nothing before its requests")
+        self.check_learns()
 
     def configure_optimizers(self) -> Any:
         """No optimizer, unless a method has one."""
@@ -271,15 +273,10 @@ class EditMethod(pl.LightningModule):
 
     def test_step(self, batch: EditBatch, batch_idx: int) -> None:
         """Edit and score one chunk."""
-        last = batch_idx + 1 == sum(self.trainer.num_test_batches)
-        for record in self.runner.chunk(batch.examples, batch_idx, last):
+        for record in self.runner.chunk(batch.examples, batch_idx):
             self.runner.metrics.update(record)
 
-    def validation_step(self, batch: EditBatch, batch_idx: int) -> None:
-        """Edit and score one chunk."""
-        last = batch_idx + 1 == sum(self.trainer.num_val_batches)
-        for record in self.runner.chunk(batch.examples, batch_idx, last):
-            self.runner.metrics.update(record)
+    validation_step = test_step
 
     def on_test_epoch_end(self) -> None:
         """Score what is scored at the end, and log all scores."""
@@ -294,16 +291,11 @@ class EditMethod(pl.LightningModule):
         if trainer.state.fn == "fit":
             # Free answers would take longer than the training that the validation watches over.
             run = replace(run, protocol=replace(run.protocol, generate=False))
-        self.runner = ProtocolRunner(
-            self.base,
-            self.edit,
-            run,
-            split,
-            self.edit_each,
-            trainer.global_rank,
-            trainer.world_size,
-        )
+        ranks = trainer.global_rank, trainer.world_size
+        self.runner = ProtocolRunner(self.base, self.edit, run, split, self.edit_each, ranks)
         self.runner.metrics.to(self.device)
+        chunks = trainer.num_test_batches if split == "test" else trainer.num_val_batches
+        self.runner.chunks = sum(chunks)
 
     def _finish(self, prefix: str) -> None:
         metrics = self.runner.metrics
@@ -314,17 +306,15 @@ class EditMethod(pl.LightningModule):
         score = judged(scores)["score"]
         if prefix and score is not None:
             scores["score"] = score  # one number for early stopping and for the best checkpoint
+        values = {f"{prefix}{key}": value for key, value in scores.items()}
         # They are equal on all ranks already; Lightning warns unless it is told to make them so.
-        self.log_dict(
-            {f"{prefix}{key}": value for key, value in scores.items()},
-            sync_dist=self.trainer.world_size > 1,
-        )
+        self.log_dict(values, sync_dist=self.trainer.world_size > 1)
 
     def close_evaluation(self) -> None:
         """Restore the stack as it was before a pass, however it ended."""
-        runner: ProtocolRunner | None = vars(self).pop("runner", None)
-        if runner is not None:
-            runner.close()
+        if "runner" in vars(self):
+            self.runner.close()
+            del self.runner
 
     def predict_step(self, batch: PromptBatch | EditBatch, batch_idx: int) -> list[dict[str, str]]:
         """Answer prompts with the unedited base model, and under the edits that are applied."""
@@ -346,35 +336,18 @@ class EditMethod(pl.LightningModule):
         settings = checkpoint.setdefault("hyper_parameters", {})
         settings["_class_path"] = public_path(type(self))
         settings.setdefault("_instantiator", "lightning.pytorch.cli.instantiate_module")
-        checkpoint["base_model"] = {
-            "name": self.base.name,
-            "fingerprint": self.base.fingerprint,
-            "tokenizer_fingerprint": self.base.tokenizer_fingerprint,
-        }
+        checkpoint["base_model"] = base_identity(self.base)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Warn when the checkpoint was fitted on another base model."""
-        made = checkpoint.get("base_model")
-        if not made:
-            return
-        for field in ("fingerprint", "tokenizer_fingerprint"):
-            if made[field] != getattr(self.base, field):
-                warnings.warn(
-                    f"the checkpoint was fitted on base model '{made['name']}', and its {field} "
-                    f"differs from that of '{self.base.name}'; expect poor edits",
-                    stacklevel=2,
-                )
+        warn_of_other_base(checkpoint.get("base_model", {}), base_identity(self.base))
 
 
 def as_edit_method(module: object) -> EditMethod:
-    """The editing method that a trainer or a callback was given.
-
-    Raises:
-        UnsupportedUseError: It is a module of another kind.
-    """
-    if not isinstance(module, EditMethod):
-        raise UnsupportedUseError(
-            f"{type(module).__name__} is no editing method; give a class of "
-            "kedit_lightning.methods, or one derived from EditMethod"
-        )
-    return module
+    """The editing method that a trainer or a callback was given; other modules are refused."""
+    if isinstance(module, EditMethod):
+        return module
+    raise UnsupportedUseError(
+        f"{type(module).__name__} is no editing method; give a class of kedit_lightning.methods, "
+        "or one derived from EditMethod"
+    )
