@@ -79,8 +79,7 @@ class EditTrainer(Trainer):
         usual = [c for c in usual if not any(isinstance(other, type(c)) for other in given)]
         # Lightning keeps to itself which devices it sees and what else it has to offer.
         log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-        level = log.level
-        log.setLevel(logging.WARNING)
+        log.disabled = True
         try:
             super().__init__(
                 callbacks=[*usual, *given],
@@ -93,13 +92,11 @@ class EditTrainer(Trainer):
                 **kwargs,
             )
         finally:
-            log.setLevel(level)
+            log.disabled = False
         check_callbacks(self.callbacks)  # type: ignore[attr-defined]
         self.protocol = protocol
         self.output_folder: OutputFolder | None = None
         self._edits: list[Edit] = []
-
-    # ---- what a method reports
 
     def _take_edit(self, name: str, edit: Edit) -> None:
         if self._keeps_edits:
@@ -112,8 +109,6 @@ class EditTrainer(Trainer):
         for callback in self.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, EditCallback):
                 callback.on_example_result(self, self.lightning_module, record, edit)
-
-    # ---- commands
 
     def fit(
         self,
@@ -286,8 +281,6 @@ class EditTrainer(Trainer):
         if verbose and self.is_global_zero:
             Console().print(predictions_table(answers, applied))
         return answers
-
-    # ---- what they share
 
     @contextmanager
     def _running(

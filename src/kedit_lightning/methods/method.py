@@ -95,8 +95,6 @@ class EditMethod(pl.LightningModule):
     def build(self) -> None:
         """Check the base model and create what depends on its shape; called once."""
 
-    # ---- the base model
-
     @property
     def base(self) -> BaseModel:
         """The base model, loaded when first asked for."""
@@ -229,8 +227,6 @@ class EditMethod(pl.LightningModule):
     def examples_to_fit(self, examples: Sequence[EditExample]) -> list[EditExample]:
         """The examples that ``fit`` learns from: all, unless a method leaves some out."""
         return list(examples)
-
-    # ---- Lightning
 
     def setup(self, stage: str) -> None:
         """Check needs before the base model is loaded.
