@@ -52,8 +52,7 @@ class EditTrainer(Trainer):
         inference_mode: Off, because edits are computed with gradients.
         devices: Devices to compute on; one unless more are asked for.
         enable_progress_bar: Show progress; only on a terminal if not given.
-        num_sanity_val_steps: Batches validated before a fit starts; none, as a method may have
-            learned nothing yet.
+        num_sanity_val_steps: Batches validated before a fit starts, when nothing is learned yet.
         **kwargs: Passed to Lightning's trainer.
     """
 
@@ -79,7 +78,8 @@ class EditTrainer(Trainer):
         usual = [c for c in usual if not any(isinstance(other, type(c)) for other in given)]
         # Lightning keeps to itself which devices it sees and what else it has to offer.
         log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-        log.disabled = True
+        level = log.level
+        log.setLevel(logging.WARNING)
         try:
             super().__init__(
                 callbacks=[*usual, *given],
@@ -92,7 +92,7 @@ class EditTrainer(Trainer):
                 **kwargs,
             )
         finally:
-            log.disabled = False
+            log.setLevel(level)
         check_callbacks(self.callbacks)  # type: ignore[attr-defined]
         self.protocol = protocol
         self.output_folder: OutputFolder | None = None

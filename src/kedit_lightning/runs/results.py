@@ -28,14 +28,13 @@ _COSTS = ("timing", "memory")
 
 def _learned(method: LightningModule) -> str | None:
     """Hash of what ``fit`` has taught a method; ``None`` when it holds nothing."""
-    digest, anything = hashlib.sha256(), False
-    for name, tensor in sorted(method.state_dict().items()):
-        if isinstance(tensor, torch.Tensor):
-            anything = True
-            flat = tensor.detach().cpu().contiguous().reshape(-1)
-            digest.update(f"{name}{tuple(tensor.shape)}".encode())
-            digest.update(flat.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16] if anything else None
+    state = {k: t for k, t in method.state_dict().items() if isinstance(t, torch.Tensor)}
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16] if state else None
 
 
 def _settings(method: LightningModule) -> dict[str, Any]:
@@ -50,7 +49,7 @@ def _settings(method: LightningModule) -> dict[str, Any]:
 
 
 def run_settings(method: LightningModule, base: BaseModel, run: RunContext) -> dict[str, Any]:
-    """What the results of a run depend on, as plain values; a continued run must share it.
+    """What the results of a run depend on, as plain values; a resumed run must share it.
 
     Args:
         method: The method, with its settings as they were given.
@@ -143,21 +142,22 @@ def summary_of(records: Iterable[ExampleRecord], protocol: Protocol) -> dict[str
         protocol: The protocol they were made under.
     """
     metrics = type(new_metrics(protocol)).from_records(records)
-    blocks: dict[str, dict[str, dict[str, float]]] = {"scores": {}, **{name: {} for name in _COSTS}}
-    entries: dict[str, dict[str, float]] = {}
-    for row in metrics.summary():
-        block, _, rest = row.key.partition("/")
-        entry = {"mean": row.mean, "low": row.low, "high": row.high, "n": row.n}
-        entries[row.key] = entry
-        if block in _COSTS:
-            blocks[block][rest] = entry
-        else:
-            blocks["scores"][row.key] = entry
+    entries: dict[str, dict[str, float]] = {
+        row.key: {"mean": row.mean, "low": row.low, "high": row.high, "n": row.n}
+        for row in metrics.summary()
+    }
     for key, value in metrics.compute().items():
         parent, _, name = key.rpartition("/")
         if key not in entries and parent in entries:
             entries[parent][name] = value
-    return dict(blocks)
+    blocks: dict[str, Any] = {"scores": {}, **{name: {} for name in _COSTS}}
+    for key, entry in entries.items():
+        block, _, rest = key.partition("/")
+        if block in _COSTS:
+            blocks[block][rest] = entry
+        else:
+            blocks["scores"][key] = entry
+    return blocks
 
 
 def _place(key: str) -> tuple[str, int, str]:
