@@ -28,10 +28,10 @@ from typing import NamedTuple
 
 import torch
 import yaml
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 
 from kedit_lightning import BaseModel, EditTrainer, methods
-from kedit_lightning.benchmark import Protocol
+from kedit_lightning.benchmark import EditCallback, Protocol
 from kedit_lightning.data import CounterFact, EditDataModule, NanoFacts, ZsRE
 from kedit_lightning.methods.method import EditMethod
 from kedit_lightning.methods.training.learned import LearnedMethod
@@ -64,7 +64,7 @@ class Line(NamedTuple):
     written: dict[str, float]
 
 
-class Written(Callback):
+class Written(EditCallback):
     """Keeps which rewrites are right in the end, by example."""
 
     def __init__(self) -> None:

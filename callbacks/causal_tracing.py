@@ -8,15 +8,16 @@ import re
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from rich.console import Console
 
 from kedit_lightning.analysis import figures
 from kedit_lightning.analysis.causal_trace import Trace, TraceKind, trace
+from kedit_lightning.benchmark import EditCallback
 from kedit_lightning.errors import MissingNeedsError
 
 
-class CausalTracing(Callback):
+class CausalTracing(EditCallback):
     """Traces each prompt of ``kedit predict``: which layer and token carry the fact.
 
     Writes a heat map (PNG) and its numbers (JSON) for each prompt, and names the layer that matters

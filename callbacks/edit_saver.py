@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from lightning.pytorch import LightningModule, Trainer
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-
+from kedit_lightning.benchmark import EditCallback
 from kedit_lightning.edits import Edit
+from kedit_lightning.methods.method import as_edit_method
+from kedit_lightning.runs.output_folder import output_of
 
 
-class EditSaver(Callback):
+class EditSaver(EditCallback):
     """Saves each edit into the output folder as soon as it has been computed.
 
     Without an output folder (``--output``) it does nothing. At the end it writes ``stack.json``:
@@ -18,21 +19,19 @@ class EditSaver(Callback):
 
     def on_edit(self, trainer: Trainer, method: LightningModule, name: str, edit: Edit) -> None:
         """Save an edit before it is scored, so that a crash does not lose it."""
-        folder = getattr(trainer, "output_folder", None)
-        if folder is not None:
+        if (folder := output_of(as_edit_method(method).run)) is not None:
             folder.save_edit(name, edit)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the order of the edits."""
-        folder = getattr(trainer, "output_folder", None)
-        if folder is None or not trainer.is_global_zero:
-            return
-        base: Any = pl_module.base
-        protocol: Any = getattr(trainer, "protocol", None)
-        facts = {
-            "base_model": base.name,
-            "fingerprint": base.fingerprint,
-            "method": type(pl_module).__name__,
-            "mode": protocol.mode,
-        }
-        folder.write_stack(facts)
+        method = as_edit_method(pl_module)
+        folder = output_of(method.run)
+        if folder is not None and trainer.is_global_zero:
+            folder.write_stack(
+                {
+                    "base_model": method.base.name,
+                    "fingerprint": method.base.fingerprint,
+                    "method": type(method).__name__,
+                    "mode": method.run.protocol.mode,
+                }
+            )

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from kedit_lightning.benchmark import EditCallback
+from kedit_lightning.edits import Edit
+from kedit_lightning.methods.method import as_edit_method
+from kedit_lightning.metrics import ExampleRecord, ProbeReading, ProbeRecord
 from kedit_lightning.metrics.functional import answer_text
 
 #: Characters of an answer that are shown.
 _SHOWN = 60
 
 
-class EditTable(Callback):
+class EditTable(EditCallback):
     """Shows each edited fact: prompt, answer before, answer wanted, answer after.
 
     Args:
@@ -38,7 +40,7 @@ class EditTable(Callback):
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start an empty table."""
         self._rows, self._count = [], 0
-        editing = bool(getattr(trainer, "editing", False))
+        editing = as_edit_method(pl_module).run.editing
         if trainer.is_global_zero and (editing or not self.only_edit):
             self._live = Live(
                 console=self.console, auto_refresh=False, transient=self.console.is_terminal
@@ -47,7 +49,7 @@ class EditTable(Callback):
                 self._live.start()
 
     def on_example_result(
-        self, trainer: Trainer, method: LightningModule, record: dict[str, Any], edit: Any
+        self, trainer: Trainer, method: LightningModule, record: ExampleRecord, edit: Edit | None
     ) -> None:
         """Add the facts of an example."""
         if self._live is None or record["stage"] != "immediate":
@@ -88,7 +90,7 @@ class EditTable(Callback):
         return live is not None
 
 
-def row(probe: dict[str, Any]) -> tuple[Text, ...]:
+def row(probe: ProbeRecord) -> tuple[Text, ...]:
     """Cells of a rewrite probe; the answer after is green if it is the wanted one.
 
     Args:
@@ -104,7 +106,7 @@ def row(probe: dict[str, Any]) -> tuple[Text, ...]:
     )
 
 
-def _shown(reading: dict[str, Any]) -> str:
+def _shown(reading: ProbeReading) -> str:
     text = reading.get("text")
     if text is not None:
         answer = answer_text(str(text))

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from rich.console import Console
 from rich.table import Table
 
 from kedit_lightning.analysis.sweep import best_layer, sweep_layers
-from kedit_lightning.benchmark import Protocol
+from kedit_lightning.benchmark import EditCallback
 from kedit_lightning.benchmark.quality import JUDGED_BY
+from kedit_lightning.data.datamodule import Split
 from kedit_lightning.errors import UnsupportedUseError
+from kedit_lightning.methods.method import EditMethod, as_edit_method
+from kedit_lightning.runs.output_folder import output_of
 
 
-class LayerSweep(Callback):
+class LayerSweep(EditCallback):
     """Edits the examples of ``kedit validate`` or ``kedit test`` at one layer after another.
 
     Before the run itself, the same method, with its other settings as they are, goes through the
@@ -52,32 +55,29 @@ class LayerSweep(Callback):
                 f"{name} has no setting for the layer that is edited, so LayerSweep has nothing to "
                 "change; leave it out, or choose a method that edits a layer, such as ROME"
             )
-        if getattr(trainer, "datamodule", None) is None:
+        if trainer.datamodule is None:  # type: ignore[attr-defined]
             raise UnsupportedUseError("LayerSweep takes its examples from a data module; pass one")
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Sweep over the validation split."""
-        self._sweep(trainer, pl_module, "validation")
+        self._sweep(trainer, as_edit_method(pl_module), "validation")
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Sweep over the test split."""
-        self._sweep(trainer, pl_module, "test")
+        self._sweep(trainer, as_edit_method(pl_module), "test")
 
-    def _sweep(self, trainer: Trainer, method: Any, split: str) -> None:
+    def _sweep(self, trainer: Trainer, method: EditMethod, split: Split) -> None:
         """Sweep over all examples of a split; on several devices the first process does."""
         if not trainer.is_global_zero:
             return
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        protocol = getattr(trainer, "protocol", None) or Protocol()
-        dataset = str(data.source[split]["sha256"])
         self.found = []
-        for entry in sweep_layers(method, data.examples(split), protocol, dataset, self.layers):
+        for entry in sweep_layers(method, split, self.layers):
             self.found.append(entry)
             result = f"score {_shown(entry)}" if "error" not in entry else str(entry["error"])
             self.console.print(f"layer {entry['layer']}: {result}", highlight=False, markup=False)
         name = type(method).__name__
         self.console.print(self.table(f"{name}, layer by layer ({split})"))
-        folder = getattr(trainer, "output_folder", None)
+        folder = output_of(method.run)
         if folder is not None:
             content = {"method": name, "best": self.best, "layers": self.found}
             folder.write_json("layer_sweep.json", content)

@@ -1,20 +1,21 @@
-"""Puts the base model where the trainer computes."""
+"""Moves the base model to the trainer's device."""
 
 from __future__ import annotations
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
+
+from kedit_lightning.benchmark import EditCallback
+from kedit_lightning.methods.method import as_edit_method
 
 
-class PlaceBaseModel(Callback):
-    """Moves the base model to the trainer's device before anything is asked of it.
+class PlaceBaseModel(EditCallback):
+    """Moves the base model to the trainer's device before a run.
 
     A model that is quantised or has a device map stays where it is.
     """
 
     def _place(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        base = getattr(pl_module, "base", None)
-        if base is not None:
-            base.to(trainer.strategy.root_device)
+        as_edit_method(pl_module).base.to(trainer.strategy.root_device)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Place it before a fit."""

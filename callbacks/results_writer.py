@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import asdict
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 
+from kedit_lightning.benchmark import EditCallback
+from kedit_lightning.edits import Edit
+from kedit_lightning.methods.method import as_edit_method
 from kedit_lightning.metrics import ExampleRecord
+from kedit_lightning.runs.output_folder import output_of
 from kedit_lightning.runs.results import run_facts, run_settings, summary_of
 
 
-class ResultsWriter(Callback):
+class ResultsWriter(EditCallback):
     """Writes the results of ``test`` and ``edit`` into the output folder.
 
     Without an output folder (``--output``) it does nothing. ``results.jsonl`` gets a line an
@@ -20,26 +24,27 @@ class ResultsWriter(Callback):
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the settings of the run, or compare them with those of the run continued."""
-        folder = getattr(trainer, "output_folder", None)
+        method = as_edit_method(pl_module)
+        folder = output_of(method.run)
         if folder is not None and trainer.is_global_zero:
-            folder.start(run_settings(trainer, pl_module))
+            folder.start(run_settings(method, method.base, method.run))
 
     def on_example_result(
-        self, trainer: Trainer, method: LightningModule, record: ExampleRecord, edit: Any
+        self, trainer: Trainer, method: LightningModule, record: ExampleRecord, edit: Edit | None
     ) -> None:
         """Append a record; it is on disk before the next example starts."""
-        folder = getattr(trainer, "output_folder", None)
-        if folder is not None:
+        if (folder := output_of(as_edit_method(method).run)) is not None:
             folder.append(record)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the summary, computed anew from all records that were written."""
-        folder = getattr(trainer, "output_folder", None)
+        method = as_edit_method(pl_module)
+        run, folder = method.run, output_of(method.run)
         if folder is None:
             return
         trainer.strategy.barrier("results are written")
         if trainer.is_global_zero:
-            protocol: Any = getattr(trainer, "protocol", None)
-            summary = summary_of(folder.records(), protocol)
-            folder.write_json("results.json", {**run_facts(trainer, pl_module), **summary})
+            facts = run_facts(method, method.base, run, asdict(method.settings))
+            summary = summary_of(folder.records(), run.protocol)
+            folder.write_json("results.json", {**facts, **summary})
             folder.write_csv()

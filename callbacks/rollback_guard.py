@@ -5,14 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
+
+from kedit_lightning.base_models import BaseModel
+from kedit_lightning.benchmark import EditCallback
+from kedit_lightning.methods.method import as_edit_method
 
 #: Elements summed at a time.
 _CHUNK = 1 << 24
 
 
-class RollbackGuard(Callback):
+class RollbackGuard(EditCallback):
     """Fails loudly when the base model is not bit-equal after ``test``, ``edit`` or ``validate``.
 
     It compares checksums of all weights, the hooks of all modules, and the stack of edits.
@@ -23,23 +27,23 @@ class RollbackGuard(Callback):
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember the base model."""
-        self._before = state_of(_base(pl_module))
+        self._before = state_of(as_edit_method(pl_module).base)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compare the base model with what was remembered."""
-        self._compare(_base(pl_module))
+        self._compare(as_edit_method(pl_module).base)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember the base model, unless a hypernetwork is being fitted around it."""
         if trainer.state.fn == "validate":
-            self._before = state_of(_base(pl_module))
+            self._before = state_of(as_edit_method(pl_module).base)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compare the base model with what was remembered."""
         if trainer.state.fn == "validate":
-            self._compare(_base(pl_module))
+            self._compare(as_edit_method(pl_module).base)
 
-    def _compare(self, base: Any) -> None:
+    def _compare(self, base: BaseModel) -> None:
         after = state_of(base)
         changed = [
             name
@@ -57,11 +61,7 @@ class RollbackGuard(Callback):
             )
 
 
-def _base(method: Any) -> Any:
-    return method.base
-
-
-def state_of(base: Any) -> dict[str, Any]:
+def state_of(base: BaseModel) -> dict[str, Any]:
     """Checksums of weights, numbers of hooks and the stack of edits, by name.
 
     Args:

@@ -7,17 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from rich.console import Console
 
 from kedit_lightning.analysis import figures
 from kedit_lightning.analysis.learning_curve import Curve
+from kedit_lightning.benchmark import EditCallback
 from kedit_lightning.benchmark.quality import judged
 
 _TRAIN, _VALIDATION = "train/", "val/"
 
 
-class TrainingReport(Callback):
+class TrainingReport(EditCallback):
     """Draws the scalars that ``fit`` logs over its steps, as ``training.png``.
 
     It shows the losses, edit success and locality (in training, and on the validation split where

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
+
+from kedit_lightning.benchmark import EditCallback
+from kedit_lightning.edits import Edit
+from kedit_lightning.methods.method import as_edit_method
+from kedit_lightning.metrics import ExampleRecord
 
 _COLUMNS = ["id", "stage", "kind", "group", "prompt", "wanted", "before", "after", "exact"]
 
 
-class WandbTable(Callback):
+class WandbTable(EditCallback):
     """Logs a table of all probes, and every score with its interval, through a ``WandbLogger``.
 
     Without such a logger it does nothing.
@@ -28,12 +33,12 @@ class WandbTable(Callback):
         self._rows = []
 
     def on_example_result(
-        self, trainer: Trainer, method: LightningModule, record: dict[str, Any], edit: Any
+        self, trainer: Trainer, method: LightningModule, record: ExampleRecord, edit: Edit | None
     ) -> None:
         """Add the probes of an example."""
         for probe in record["probes"]:
             if len(self._rows) < self.max_rows:
-                texts = [probe[state].get("text") for state in ("before", "after")]
+                texts = [probe["before"].get("text"), probe["after"].get("text")]
                 wanted = " | ".join(probe["answers"])
                 exact = probe["after"].get("tf_all")
                 named = [probe["kind"], probe["group"], probe["prompt"], wanted]
@@ -45,7 +50,7 @@ class WandbTable(Callback):
         if not loggers or not trainer.is_global_zero:
             return
         scores: dict[str, float] = {}
-        for row in getattr(pl_module, "summary", ()):
+        for row in as_edit_method(pl_module).summary:
             scores |= {row.key: row.mean, f"{row.key}/low": row.low, f"{row.key}/high": row.high}
         for logger in loggers:
             logger.log_table(key="probes", columns=_COLUMNS, data=self._rows)

@@ -175,6 +175,11 @@ class EditBatch:
         """All requests of the batch in order."""
         return [request for example in self.examples for request in example.requests]
 
+    @property
+    def prompts(self) -> list[str]:
+        """The prompts of all requests in order."""
+        return [request.prompt for request in self.requests]
+
     def to(self, *args: Any, **kwargs: Any) -> EditBatch:
         """Return the batch itself; text has no device."""
         return self

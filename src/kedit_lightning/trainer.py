@@ -15,14 +15,14 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.loggers import Logger
 from rich.console import Console
 
-from kedit_lightning.benchmark import Protocol
-from kedit_lightning.benchmark.run_context import apply_saved
+from kedit_lightning import runs
+from kedit_lightning.benchmark import EditCallback, Protocol, RunContext
+from kedit_lightning.benchmark.edit_callback import check_callbacks
 from kedit_lightning.edits import Edit
-from kedit_lightning.errors import KEditError, NothingToFitError, UnsupportedUseError
+from kedit_lightning.errors import KEditError, UnsupportedUseError
+from kedit_lightning.methods.method import EditMethod, as_edit_method
 from kedit_lightning.metrics import ExampleRecord
-from kedit_lightning.runs import OutputFolder
-from kedit_lightning.runs.model_export import check_export, export_edits
-from kedit_lightning.runs.output_folder import load_stack, open_output
+from kedit_lightning.runs.output_folder import OutputFolder, apply_saved, load_stack, open_output
 from kedit_lightning.runs.prompts import prompt_loader, read_prompts
 from kedit_lightning.runs.results import predictions_table, summary_table
 
@@ -52,8 +52,7 @@ class EditTrainer(Trainer):
         inference_mode: Off, because edits are computed with gradients.
         devices: Devices to compute on; one unless more are asked for.
         enable_progress_bar: Show progress; only on a terminal if not given.
-        num_sanity_val_steps: Batches validated before a fit starts; none, as a method may have
-            learned nothing yet.
+        num_sanity_val_steps: Batches validated before a fit starts, when nothing is learned yet.
         **kwargs: Passed to Lightning's trainer.
     """
 
@@ -73,9 +72,17 @@ class EditTrainer(Trainer):
     ) -> None:
         given = callbacks if isinstance(callbacks, list) else [callbacks] if callbacks else []
         bar = sys.stderr.isatty() if enable_progress_bar is None else enable_progress_bar
-        with _without_announcements():
+        # Loaded by name: type checkers do not see the folder that callbacks are kept in.
+        module = import_module("kedit_lightning.callbacks")
+        usual = [getattr(module, name)(**_USUAL[name]) for name in _USUAL if usual_callbacks]
+        usual = [c for c in usual if not any(isinstance(other, type(c)) for other in given)]
+        # Lightning keeps to itself which devices it sees and what else it has to offer.
+        log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+        level = log.level
+        log.setLevel(logging.WARNING)
+        try:
             super().__init__(
-                callbacks=[*(_usual(given) if usual_callbacks else []), *given],
+                callbacks=[*usual, *given],
                 logger=logger,
                 default_root_dir="outputs" if default_root_dir is None else default_root_dir,
                 inference_mode=inference_mode,
@@ -84,36 +91,24 @@ class EditTrainer(Trainer):
                 num_sanity_val_steps=num_sanity_val_steps,
                 **kwargs,
             )
+        finally:
+            log.setLevel(level)
+        check_callbacks(self.callbacks)  # type: ignore[attr-defined]
         self.protocol = protocol
         self.output_folder: OutputFolder | None = None
-        self.editing = False
         self._edits: list[Edit] = []
 
-    # ---- what methods report
-
-    @property
-    def saved_run(self) -> OutputFolder | None:
-        """What an interrupted run has left behind, if this one continues it."""
-        folder = self.output_folder
-        return folder if folder is not None and folder.resumed else None
-
-    def record_edit(self, name: str, edit: Edit) -> None:
-        """Pass an edit that has just been computed to callbacks that define ``on_edit``."""
-        if self.editing and (self.output_folder is None or not self.is_global_zero):
+    def _take_edit(self, name: str, edit: Edit) -> None:
+        if self._keeps_edits:
             self._edits.append(edit)
-        self._tell("on_edit", name, edit)
-
-    def record_example(self, record: ExampleRecord, edit: Edit | None) -> None:
-        """Pass a finished record to callbacks that define ``on_example_result``."""
-        self._tell("on_example_result", record, edit)
-
-    def _tell(self, hook: str, *args: Any) -> None:
         for callback in self.callbacks:  # type: ignore[attr-defined]
-            function = getattr(callback, hook, None)
-            if function is not None:
-                function(self, self.lightning_module, *args)
+            if isinstance(callback, EditCallback):
+                callback.on_edit(self, self.lightning_module, name, edit)
 
-    # ---- commands
+    def _take_record(self, record: ExampleRecord, edit: Edit | None) -> None:
+        for callback in self.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, EditCallback):
+                callback.on_example_result(self, self.lightning_module, record, edit)
 
     def fit(
         self,
@@ -134,13 +129,12 @@ class EditTrainer(Trainer):
             ckpt_path: Checkpoint of an interrupted fit to continue.
             weights_only: Passed to ``torch.load``.
         """
-        if not getattr(model, "learns", True):
-            raise NothingToFitError(
-                f"{type(model).__name__} learns nothing before its requests, so there is nothing "
-                "to fit; run `kedit edit` or `kedit test` with it"
-            )
+        as_edit_method(model).check_learns()
         train_dataloaders, datamodule = _data("fit", train_dataloaders, datamodule)
-        super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
+        with self._running("fit", model, datamodule):
+            super().fit(
+                model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only
+            )
 
     def validate(
         self,
@@ -165,12 +159,8 @@ class EditTrainer(Trainer):
             A dictionary of scores.
         """
         dataloaders, datamodule = _data("validate", dataloaders, datamodule)
-        with self._running("validate", model, None, None):
-            results = super().validate(
-                model, dataloaders, ckpt_path, False, datamodule, weights_only
-            )
-        self._report("validate", verbose)
-        return list(results)
+        with self._running("validate", model, datamodule, verbose=verbose):
+            return super().validate(model, dataloaders, ckpt_path, False, datamodule, weights_only)
 
     def test(
         self,
@@ -199,10 +189,8 @@ class EditTrainer(Trainer):
             A dictionary of scores.
         """
         dataloaders, datamodule = _data("test", dataloaders, datamodule)
-        with self._running("test", model, output, resume):
-            results = super().test(model, dataloaders, ckpt_path, False, datamodule, weights_only)
-        self._report("test", verbose)
-        return list(results)
+        with self._running("test", model, datamodule, output, resume, verbose):
+            return super().test(model, dataloaders, ckpt_path, False, datamodule, weights_only)
 
     def edit(
         self,
@@ -229,18 +217,19 @@ class EditTrainer(Trainer):
         """
         _, datamodule = _data("edit", None, datamodule)
         if export is not None:
-            check_export(export, getattr(model, "can", None), output or resume)
+            can = as_edit_method(model).can
+            runs.check_export(export, can.weights, can.adapter, output or resume)
         self._edits = []
-        with self._running("edit", model, output, resume) as folder:
+        with self._running("edit", model, datamodule, output, resume) as method:
+            folder = self.output_folder
             super().test(model, None, ckpt_path, False, datamodule)
-        base: Any = model.base
         if folder is None or not self.is_global_zero:
             return self._edits
-        edits = load_stack(folder.path, base)
-        count = f"{len(edits)} edit{'s' * (len(edits) != 1)}"
-        Console().print(f"{count} saved in {folder.path}", highlight=False)
+        edits = load_stack(folder.path, method.base)
+        plural = "s" * (len(edits) != 1)
+        Console().print(f"{len(edits)} edit{plural} saved in {folder.path}", highlight=False)
         if export is not None:
-            target = export_edits(base, edits, folder.path, export)
+            target = runs.export_edits(method.base, edits, folder.path, export)
             Console().print(f"exported to {target}", highlight=False)
         return edits
 
@@ -281,8 +270,10 @@ class EditTrainer(Trainer):
             raise UnsupportedUseError(
                 "predict was given no prompt; add --prompt TEXT, --prompts FILE, or --data DATASET"
             )
-        method: Any = model or self.lightning_module
-        with method.base.edits.restored():
+        if dataloaders is None or isinstance(dataloaders, LightningDataModule):
+            dataloaders, datamodule = _data("predict", dataloaders, datamodule)
+        running = self._running("predict", model, datamodule)
+        with running as method, method.base.edits.restored():
             apply_saved([] if edits is None else load_stack(edits, method.base))
             applied = len(method.base.edits)
             batches = super().predict(model, dataloaders, datamodule, True, ckpt_path, weights_only)
@@ -291,81 +282,57 @@ class EditTrainer(Trainer):
             Console().print(predictions_table(answers, applied))
         return answers
 
-    # ---- what they share
-
     @contextmanager
     def _running(
         self,
         command: str,
         model: LightningModule | None,
-        output: str | Path | None,
-        resume: str | Path | None,
-    ) -> Iterator[OutputFolder | None]:
-        """Check what can be checked early, open the output, and leave the stack as it was."""
-        method: Any = model or self.lightning_module
-        can = getattr(method, "can", None)
-        if self.protocol.mode == "sequential" and can is not None and not can.sequential:
+        data: LightningDataModule | None,
+        output: str | Path | None = None,
+        resume: str | Path | None = None,
+        verbose: bool = False,
+    ) -> Iterator[EditMethod]:
+        """Open the output, attach the run to its method, and leave the stack as it was."""
+        method = as_edit_method(model or self.lightning_module)
+        evaluates = command not in ("fit", "predict")
+        if evaluates and self.protocol.mode == "sequential" and not method.can.sequential:
             raise UnsupportedUseError(
                 f"{type(method).__name__} cannot keep earlier edits in force while it writes new "
                 "ones; use --trainer.protocol.mode single or batch"
             )
         self.output_folder = open_output(output, resume, self.is_global_zero)
-        self.editing = command == "edit"
+        editing, folder = command == "edit", self.output_folder
+        self._keeps_edits = editing and (folder is None or not self.is_global_zero)
+        method.run = RunContext(
+            self.protocol,
+            data=data,
+            output=folder,
+            editing=editing,
+            on_edit=self._take_edit,
+            on_record=self._take_record,
+        )
         try:
             with warnings.catch_warnings():
-                # The state of a fit's callbacks is of no use to a run that learns nothing.
-                warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`, callbacks")
-                yield self.output_folder
+                if evaluates:  # the state of a fit's callbacks is of no use here
+                    warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`, call")
+                yield method
+            if verbose and method.summary and self.is_global_zero:
+                title = f"{type(method).__name__}, {self.protocol.mode} edits ({command})"
+                Console().print(summary_table(method.summary, title))
         except KEditError as error:
-            folder = self.output_folder
             if folder is not None and folder.results.exists():
-                error.add_note(
-                    f"what was finished before is kept, continue with --resume {folder.path}"
-                )
+                note = f"what was finished before is kept, continue with --resume {folder.path}"
+                error.add_note(note)
             raise
         finally:
-            close = getattr(method, "close_evaluation", None)
-            if close is not None:
-                close()
-            self.output_folder, self.editing = None, False
-
-    def _report(self, command: str, verbose: bool) -> None:
-        rows = getattr(self.lightning_module, "summary", ())
-        if verbose and rows and self.is_global_zero:
-            title = (
-                f"{type(self.lightning_module).__name__}, {self.protocol.mode} edits ({command})"
-            )
-            Console().print(summary_table(rows, title))
-
-
-@contextmanager
-def _without_announcements() -> Iterator[None]:
-    """Inside, Lightning keeps to itself which devices it sees and what else it has to offer."""
-    log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    level = log.level
-    log.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        log.setLevel(level)
-
-
-def _usual(given: list[Callback]) -> list[Callback]:
-    """The usual callbacks, less those that were given in another form."""
-    # Loaded by name: type checkers do not see the folder that callbacks are kept in.
-    module = import_module("kedit_lightning.callbacks")
-    classes = {getattr(module, name): settings for name, settings in _USUAL.items()}
-    return [
-        kind(**settings)
-        for kind, settings in classes.items()
-        if not any(isinstance(callback, kind) for callback in given)
-    ]
+            method.close_evaluation()
+            method.run, self.output_folder = RunContext(), None
 
 
 def _data(
     command: str, dataloaders: Any, datamodule: LightningDataModule | None
 ) -> tuple[Any, LightningDataModule | None]:
-    """Loaders and data module, whichever place the data module was given in."""
+    """Loaders and data module, wherever the data module was given; they must serve the command."""
     if isinstance(dataloaders, LightningDataModule):
         dataloaders, datamodule = None, dataloaders
     if dataloaders is None and datamodule is None:
@@ -373,7 +340,8 @@ def _data(
             f"{command} was given no data; name a dataset, such as --data Requests "
             "--data.path facts.json, or `-c data/counterfact`"
         )
-    loader = {"fit": "train", "validate": "val"}.get(command, "test") + "_dataloader"
+    names = {"fit": "train", "validate": "val", "predict": "predict"}
+    loader = f"{names.get(command, 'test')}_dataloader"
     kind = type(datamodule)
     if datamodule is not None and getattr(kind, loader) is getattr(LightningDataModule, loader):
         raise UnsupportedUseError(

@@ -13,7 +13,7 @@ from support import FAMILIES, REQUESTS, tiny_base
 from toys import Toy
 
 from kedit_lightning import BaseModel, Edit, EditExample, EditRequest, Probe
-from kedit_lightning.benchmark import Protocol, ProtocolRunner, Reader
+from kedit_lightning.benchmark import Protocol, ProtocolRunner, Reader, RunContext
 from kedit_lightning.benchmark.answer_cache import AnswersCache
 from kedit_lightning.edits import LowRankEdit
 from kedit_lightning.errors import NonFiniteError, UnsupportedUseError
@@ -39,13 +39,13 @@ def zero_edit(base: BaseModel) -> Edit:
 
 
 def run(base: BaseModel, protocol: Protocol, examples: list[EditExample] = EXAMPLES) -> list[Any]:
-    runner = ProtocolRunner(base, Toy(base_model=base).edit, protocol)
+    runner = ProtocolRunner(base, Toy(base_model=base).edit, RunContext(protocol))
     size = protocol.chunk_size
     chunks = [examples[i : i + size] for i in range(0, len(examples), size)]
-    records = []
+    records, runner.chunks = [], len(chunks)
     for index, chunk in enumerate(chunks):
-        records += [s.record for s in runner.chunk(chunk, index, index + 1 == len(chunks))]
-    return records + [s.record for s in runner.finish()]
+        records += runner.chunk(chunk, index)
+    return records + list(runner.finish())
 
 
 def assert_same_readings(one: list[Any], other: list[Any]) -> None:
@@ -337,8 +337,8 @@ def test_an_exception_leaves_the_stack_as_it_was(mode: Any) -> None:
     base = tiny_base("llama")
     toy = Toy(base_model=base, fail_on="Lyon")
     with Toy(base_model=base).edit(REQUESTS[3:]) as edit:
-        runner = ProtocolRunner(base, toy.edit, replace(SHORT, mode=mode, chunk_size=2))
-        done = [s.record["id"] for s in runner.chunk(EXAMPLES[:2], 0)]
+        runner = ProtocolRunner(base, toy.edit, RunContext(replace(SHORT, mode=mode, chunk_size=2)))
+        done = [record["id"] for record in runner.chunk(EXAMPLES[:2], 0)]
         with pytest.raises(NonFiniteError, match="lyon"):
             list(runner.chunk(EXAMPLES[2:], 1))
         runner.close()
@@ -349,16 +349,16 @@ def test_an_exception_leaves_the_stack_as_it_was(mode: Any) -> None:
 def test_random_numbers_of_an_edit_depend_on_nothing_that_ran_before() -> None:
     base = tiny_base("llama")
     protocol = replace(SHORT, generate=False)
-    runner = ProtocolRunner(base, Toy(base_model=base, noise=0.1).edit, protocol)
-    ids = {s.record["id"]: s.record["edit_id"] for s in runner.chunk(EXAMPLES, 0)}
+    runner = ProtocolRunner(base, Toy(base_model=base, noise=0.1).edit, RunContext(protocol))
+    ids = {r["id"]: r["edit_id"] for r in runner.chunk(EXAMPLES, 0)}
     torch.rand(7)
     state = torch.random.get_rng_state()
-    runner = ProtocolRunner(base, Toy(base_model=base, noise=0.1).edit, protocol)
-    (scored,) = runner.chunk(EXAMPLES[2:3], 0)
-    assert scored.record["edit_id"] == ids["e2"]
+    runner = ProtocolRunner(base, Toy(base_model=base, noise=0.1).edit, RunContext(protocol))
+    (record,) = runner.chunk(EXAMPLES[2:3], 0)
+    assert record["edit_id"] == ids["e2"]
     assert torch.equal(state, torch.random.get_rng_state())
-    other = ProtocolRunner(base, Toy(base_model=base, noise=0.1).edit, protocol, seed=1)
-    assert [s.record["edit_id"] for s in other.chunk(EXAMPLES[2:3], 0)] != [ids["e2"]]
+    other = ProtocolRunner(base, Toy(base_model=base, noise=0.1).edit, RunContext(protocol, seed=1))
+    assert [r["edit_id"] for r in other.chunk(EXAMPLES[2:3], 0)] != [ids["e2"]]
 
 
 def test_several_requests_of_an_example_are_written_together() -> None:

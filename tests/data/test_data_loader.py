@@ -45,9 +45,11 @@ def in_process(monkeypatch: pytest.MonkeyPatch, rank: int, world_size: int) -> N
 
 
 def attach(data: Requests, **settings: Any) -> Requests:
-    """Give a data module what it asks of its trainer."""
+    """Set up a data module as a method and its trainer do."""
+    data.deals_out_chunks = settings.pop("mode", "single") != "sequential"
+    data.chunk_size = settings.pop("chunk_size", 1)
     data.trainer = SimpleNamespace(  # type: ignore[assignment]
-        protocol=SimpleNamespace(**settings), lightning_module=SimpleNamespace(**settings)
+        lightning_module=SimpleNamespace(**settings)
     )
     return data
 
@@ -65,7 +67,7 @@ def test_batch_sizes_come_from_protocol_and_method(facts: Path) -> None:
     assert len(data.train_dataloader()) == 6
     assert [len(batch) for batch in data.train_dataloader()] == [4, 4, 4, 4, 4, 3]
     assert all(isinstance(batch, EditBatch) for batch in data.train_dataloader())
-    attach(data, chunk_size=None, fit_batch_size=None)
+    attach(data, fit_batch_size=None)
     assert len(data.test_dataloader()) == len(data.train_dataloader()) == 23
 
 

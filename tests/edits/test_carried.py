@@ -14,7 +14,7 @@ from support import REQUESTS, tiny_base
 from toys import Toy
 
 from kedit_lightning import BaseModel, Edit, EditExample, EditRequest, Probe, methods
-from kedit_lightning.benchmark import Protocol, ProtocolRunner, Reader, runner
+from kedit_lightning.benchmark import Protocol, ProtocolRunner, Reader, RunContext, runner
 from kedit_lightning.edits import CodebookEdit, CompositeEdit, DenseEdit, LowRankEdit
 from kedit_lightning.edits.low_rank import LowRankBatch, LowRankDelta
 from kedit_lightning.errors import NonFiniteError
@@ -50,15 +50,15 @@ def run(
     **settings: Any,
 ) -> dict[str, Any]:
     """Records by example, less what they cost."""
-    runs = ProtocolRunner(base, edit, protocol, **settings)
+    runs = ProtocolRunner(base, edit, RunContext(protocol), **settings)
     size = protocol.chunk_size
     records = {}
     for start in range(0, len(examples), size):
-        for scored in runs.chunk(examples[start : start + size], start // size):
-            records[scored.record["id"]] = scored.record
+        for record in runs.chunk(examples[start : start + size], start // size):
+            records[record["id"]] = record
     list(runs.finish())
     for record in records.values():
-        del record["timing"], record["memory"]  # type: ignore[misc]
+        del record["timing"], record["memory"]
     return records
 
 
@@ -252,10 +252,10 @@ def test_what_was_made_before_an_edit_failed_is_scored() -> None:
     base = tiny_base("llama")
     toy = Toy(base_model=base, fail_on="Lyon")
     done: list[str] = []
-    runs = ProtocolRunner(base, toy.edit, replace(SHORT, chunk_size=4))
+    runs = ProtocolRunner(base, toy.edit, RunContext(replace(SHORT, chunk_size=4)))
 
     def go() -> None:
-        done.extend(scored.record["id"] for scored in runs.chunk(EXAMPLES, 0))
+        done.extend(record["id"] for record in runs.chunk(EXAMPLES, 0))
 
     with pytest.raises(NonFiniteError, match="lyon"):
         go()
@@ -273,6 +273,8 @@ def test_edits_of_a_chunk_are_asked_for_together() -> None:
         return [toy.edit(requests) for requests in groups]
 
     class Saved:
+        resumed = True
+
         def record(self, id: str, stage: str) -> None:
             return None
 
@@ -285,12 +287,14 @@ def test_edits_of_a_chunk_are_asked_for_together() -> None:
     runs = ProtocolRunner(
         base,
         lambda requests: pytest.fail("asked for by itself"),
-        replace(SHORT, chunk_size=4, generate=False),
-        saved=Saved(),
-        on_edit=lambda name, edit: handed_on.append(name),
+        RunContext(
+            replace(SHORT, chunk_size=4, generate=False),
+            output=Saved(),
+            on_edit=lambda name, edit: handed_on.append(name),
+        ),
         edit_each=edit_each,
     )
-    records = [scored.record for scored in runs.chunk(EXAMPLES, 0)]
+    records = list(runs.chunk(EXAMPLES, 0))
     missing = [REQUESTS[i].prompt for i in (0, 2, 3)]
     assert asked == [missing]
     assert handed_on == ["e0", "e2", "e3"]

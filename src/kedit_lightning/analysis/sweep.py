@@ -5,30 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from kedit_lightning.benchmark import Protocol, ProtocolRunner
+from kedit_lightning.benchmark import ProtocolRunner, RunContext
 from kedit_lightning.benchmark.quality import judged
-from kedit_lightning.benchmark.run_context import run_seed
 from kedit_lightning.data.dataloader import chunks
+from kedit_lightning.data.datamodule import EditDataModule, Split
 from kedit_lightning.errors import NonFiniteError, UnsupportedUseError
+from kedit_lightning.methods.method import EditMethod
 from kedit_lightning.metrics import ExampleRecord
-from kedit_lightning.requests import EditExample
 from kedit_lightning.runs.results import summary_of
 
 
 def sweep_layers(
-    method: Any,
-    examples: Sequence[EditExample],
-    protocol: Protocol,
-    dataset: str = "",
-    layers: Sequence[int] | None = None,
+    method: EditMethod, split: Split, layers: Sequence[int] | None = None
 ) -> Iterator[dict[str, Any]]:
     """Score a method at one layer after another, its other settings unchanged.
 
     Args:
-        method: A method with the setting ``layer`` or ``layers``, its base model loaded.
-        examples: Examples that are edited and scored at each layer.
-        protocol: How edits are applied and scored.
-        dataset: Hash of the data, under which base-model answers are cached.
+        method: A method with the setting ``layer`` or ``layers``, its base model loaded, in a run
+            whose protocol, seed and data are used.
+        split: The split of the data whose examples are edited and scored at each layer.
         layers: Layers, counted from 0; all with a dense MLP if not given.
 
     Yields:
@@ -48,46 +43,42 @@ def sweep_layers(
     for layer in layers:
         layout.block(layer)  # one that does not exist is refused before any work
     for layer in layers:
-        scores = measure(at_layer(method, layer), examples, protocol, dataset)
+        scores = measure(at_layer(method, layer), method.run, split)
         yield {"layer": layer, **scores}
 
 
-def at_layer(method: Any, layer: int) -> Any:
+def at_layer(method: EditMethod, layer: int) -> EditMethod:
     """A method of the same class and settings, ``layer`` or ``layers`` aside."""
     settings = {key: value for key, value in method.hparams.items() if not key.startswith("_")}
     settings |= {"layer": layer} if "layer" in settings else {"layers": [layer]}
-    return type(method)(base_model=method.base, **settings)
+    kind: Any = type(method)
+    moved: EditMethod = kind(base_model=method.base, **settings)
+    return moved
 
 
-def measure(
-    method: Any, examples: Sequence[EditExample], protocol: Protocol, dataset: str = ""
-) -> dict[str, Any]:
-    """Score a method on examples, as :func:`sweep_layers` does; the stack is restored afterwards.
+def measure(method: EditMethod, run: RunContext, split: Split) -> dict[str, Any]:
+    """Score a method on a split of a run's data; the stack is restored afterwards.
 
     Returns:
         The scores of :func:`judged` with their harmonic mean as ``score``, and all scores with
         intervals as ``scores``; or the ``error`` of a method that computed non-finite values.
     """
-    runner = ProtocolRunner(
-        method.base,
-        method.edit,
-        protocol,
-        dataset=dataset,
-        seed=run_seed(),
-        edit_each=method.edit_each,
-    )
-    parts = chunks(examples, protocol.chunk_size)
+    assert isinstance(run.data, EditDataModule)
+    parts = chunks(run.data.examples(split), run.protocol.chunk_size)
+    # Without output and sinks: edits of the sweep are no edits of the run.
+    inner = RunContext(run.protocol, run.seed, run.data)
+    runner = ProtocolRunner(method.base, method.edit, inner, split, method.edit_each)
+    runner.chunks = len(parts)
     records: list[ExampleRecord] = []
     try:
         for index, part in enumerate(parts):
-            chunk = runner.chunk(part, index, last=index + 1 == len(parts))
-            records += [scored.record for scored in chunk]
-        records += [scored.record for scored in runner.finish()]
+            records += runner.chunk(part, index)
+        records += runner.finish()
     except NonFiniteError as error:  # this layer cannot be edited; the others may be
         return {"error": str(error)}
     finally:
         runner.close()
-    scores = summary_of(records, protocol)["scores"]
+    scores = summary_of(records, run.protocol)["scores"]
     means = {key: entry["mean"] for key, entry in scores.items()}
     return {**judged(means), "scores": scores}
 

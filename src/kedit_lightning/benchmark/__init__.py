@@ -1,14 +1,9 @@
-"""How a benchmark is run: protocol, runner, reader, and what a run hands to its method."""
+"""How a benchmark is run: protocol, runner, reader, the context of a run, and its callbacks."""
 
+from kedit_lightning.benchmark.edit_callback import EditCallback
 from kedit_lightning.benchmark.protocol import Protocol
 from kedit_lightning.benchmark.reader import Reader
-from kedit_lightning.benchmark.run_context import EvaluationSteps
-from kedit_lightning.benchmark.runner import ProtocolRunner, Scored
+from kedit_lightning.benchmark.run_context import RunContext
+from kedit_lightning.benchmark.runner import ProtocolRunner
 
-__all__ = [
-    "EvaluationSteps",
-    "Protocol",
-    "ProtocolRunner",
-    "Reader",
-    "Scored",
-]
+__all__ = ["EditCallback", "Protocol", "ProtocolRunner", "Reader", "RunContext"]

@@ -1,271 +1,305 @@
-"""Edits, scores and rolls back, chunk by chunk, as a protocol says."""
+"""Runs a benchmark: edits, scores and rolls back, chunk by chunk, as a protocol says."""
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any, TypeAlias, cast
 
 from kedit_lightning.base_models import BaseModel
-from kedit_lightning.benchmark import protocol as protocols
-from kedit_lightning.benchmark.costs import Clock, peak_bytes, reset_peak
-from kedit_lightning.benchmark.edit_maker import (
-    EditEachFunction,
-    EditFunction,
-    EditMaker,
-    Made,
-    SavedRun,
-)
+from kedit_lightning.benchmark.costs import Clock, fixed_randomness, peak_bytes, reset_peak
 from kedit_lightning.benchmark.reader import Reader
+from kedit_lightning.benchmark.run_context import RunContext, new_metrics
+from kedit_lightning.data.datamodule import Split
 from kedit_lightning.edits import Edit
 from kedit_lightning.errors import KEditError
 from kedit_lightning.metrics import ExampleRecord, ProbeReading, ProbeRecord
-from kedit_lightning.requests import EditExample, Probe
+from kedit_lightning.requests import EditExample, EditRequest, Probe
+
+EditFunction: TypeAlias = Callable[[Sequence[EditRequest]], Edit]
+EditEachFunction: TypeAlias = Callable[[Sequence[Sequence[EditRequest]]], Iterable[Edit]]
+#: An edit, and the seconds it took to compute; ``None`` for one that an interrupted run has saved.
+TimedEdit: TypeAlias = tuple[Edit, float | None]
 
 #: Bytes of edits that rows carry at once.  A dense edit of one matrix of a model of 7 billion
 #: weights takes 180 MB in float32: eleven of them are held, and low-rank edits are never cut.
 CARRIED_BYTES = 1 << 31
 
 
-@dataclass(frozen=True)
-class Scored:
-    """An example scored at a stage.
-
-    Args:
-        record: Its record.
-        edit: The edit that was in force for it; ``None`` at later stages of a sequential run.
-        replayed: Whether the record comes from an interrupted run.
-    """
-
-    record: ExampleRecord
-    edit: Edit | None = None
-    replayed: bool = False
-
-
-#: Readings of an example on the base model, and as the model stands before its edit.
-_States: TypeAlias = tuple[list[ProbeReading], list[ProbeReading]]
-
-
 class ProtocolRunner:
     """Runs the examples of a benchmark through an editing method.
+
+    The global random numbers of an edit depend on the seed and the edit's name alone, so that a
+    resumed run computes the same edits as an unbroken one, alone or together with others.
 
     Args:
         base: The base model.
         edit: Computes an edit from requests; it is applied and rolled back here.
-        protocol: How edits are applied and scored.
-        dataset: Hash of the data, under which base-model answers are cached.
-        seed: Start of global random numbers, set anew for every edit so that a resumed run
-            computes the same edits as an unbroken one.
-        saved: What an interrupted run has left behind.
-        on_edit: Called with the name and the edit as soon as it has been computed.
-        edit_each: Computes the edits of several examples apart from each other; one by one with
-            ``edit`` if not given.
+        run: Protocol, seed, data and saved results of the run; its sinks take new edits and
+            records.
+        split: The split of the data that the examples come from.
+        edit_each: Computes the edits of several examples independently of each other, see
+            ``EditMethod.edit_each``; one by one with ``edit`` if not given.
+        ranks: Number of this process, and how many there are.  They deal out chunks in turn; all
+            edits of a sequential run are computed by the first process.
     """
 
     def __init__(
         self,
         base: BaseModel,
         edit: EditFunction,
-        protocol: protocols.Protocol,
-        dataset: str = "",
-        seed: int = 0,
-        saved: SavedRun | None = None,
-        on_edit: Callable[[str, Edit], None] | None = None,
+        run: RunContext,
+        split: Split = "test",
         edit_each: EditEachFunction | None = None,
+        ranks: tuple[int, int] = (0, 1),
     ) -> None:
         self.base = base
-        self.protocol = protocol
-        self.reader = Reader(base, protocol, dataset)
-        self._maker = EditMaker(base, edit, edit_each, seed, saved, on_edit)
-        self._saved = saved
-        self._before = list(base.edits)
-        self._stream: list[list[EditExample]] = []
-        self._count = 0
+        self.protocol = run.protocol
+        self.reader = Reader(base, run.protocol, str(run.source(split).get("sha256", "")))
+        self.metrics = new_metrics(run.protocol)
+        self._run, self._saved = run, run.saved
+        self._compute = edit
+        self._compute_each = edit_each or (lambda groups: map(edit, groups))
+        #: Chunks of this process, where their number is known.
+        self.chunks: float | None = None
+        self._rank, self._world_size = ranks
+        self._initial_edits = list(base.edits)
+        self._edited: list[Sequence[EditExample]] = []
 
     # ---- what a loop calls
 
-    def chunk(
-        self, examples: Sequence[EditExample], index: int, last: bool = False
-    ) -> Iterator[Scored]:
-        """Edit and score a chunk; a record is given out as soon as it is complete.
+    def chunk(self, examples: Sequence[EditExample], index: int) -> Iterator[ExampleRecord]:
+        """Edit and score a chunk; a record is yielded as soon as it is complete.
 
         Args:
             examples: The chunk.
-            index: Its number in the data, from zero.
-            last: Whether it is the last one.
+            index: Its number among the chunks of this process, from zero.
         """
         if self.protocol.mode == "single":
-            yield from self._single(examples)
-        elif self.protocol.mode == "batch":
-            with self.base.edits.restored():
-                yield from self._together(examples, index, stay=False)
-        else:
-            yield from self._sequential(examples, index, last)
+            return self._single(examples)
+        if self.protocol.mode == "batch":
+            return self._together(examples, index * self._world_size + self._rank)
+        # Every process is given the whole stream; the first one edits and scores it.
+        return iter(()) if self._rank else self._together(examples, index)
 
-    def finish(self) -> Iterator[Scored]:
+    def finish(self) -> Iterator[ExampleRecord]:
         """Score what is scored at the end of a sequential run, and roll everything back."""
         try:
-            if self.protocol.mode == "sequential" and "final" in self.protocol.moments:
-                yield from self._later("final")
+            if "final" in self.protocol.moments:
+                yield from self._score_edited("final")
         finally:
             self.close()
 
     def close(self) -> None:
-        """Bring the stack back to where it was when the runner was made."""
-        if list(self.base.edits) != self._before:
+        """Restore the stack that the runner was created on."""
+        if list(self.base.edits) != self._initial_edits:
             for edit in reversed(list(self.base.edits)):
-                if not any(edit is other for other in self._before):
+                if not any(edit is other for other in self._initial_edits):
                     edit.rollback()
-        self._stream = []
+        self._edited = []
 
     # ---- modes
 
-    def _single(self, examples: Sequence[EditExample]) -> Iterator[Scored]:
+    def _single(self, examples: Sequence[EditExample]) -> Iterator[ExampleRecord]:
         """Each example under its own edit, which its rows carry beside those of other examples."""
-        done = [self._old(example, "immediate") for example in examples]
-        missing = [e for e, old in zip(examples, done, strict=True) if old is None]
-        fresh = self._apart(missing) if missing else iter(())
-        for old in done:
-            yield next(fresh) if old is None else Scored(old, replayed=True)
-
-    def _apart(self, examples: Sequence[EditExample]) -> Iterator[Scored]:
-        clock = Clock(self.base)
-        rest = zip(examples, self._states(examples), strict=True)
-        seconds = clock.lap() / len(examples)
-        reset_peak(self.base)
-        wanted = [(_name(example.id), example.requests) for example in examples]
-        for group in _carried_together(self._maker.each(wanted)):
-            yield from self._carried(group, list(islice(rest, len(group))), seconds)
-
-    def _carried(
-        self, group: Sequence[Made], stated: Sequence[tuple[EditExample, _States]], seconds: float
-    ) -> Iterator[Scored]:
-        """Score examples in the same passes.
-
-        Args:
-            group: The edit of each example.
-            stated: The examples, with what was read before.
-            seconds: What reading before took, an example.
-        """
-        clock = Clock(self.base)
-        examples = [example for example, _ in stated]
-        base = [readings for _, (readings, _) in stated]
-        if len(group) == 1:
-            with group[0].edit:
-                after = self._by_example(examples, base)
-        else:
-            edits = [
-                made.edit
-                for made, example in zip(group, examples, strict=True)
-                for _ in example.probes
-            ]
-            after = self._by_example(examples, base, edits)
-        seconds += clock.lap() / len(group)
-        for made, (example, states), own in zip(group, stated, after, strict=True):
-            record = self._record(example, "immediate", *states, own)
-            yield Scored(self._with_costs(record, made, seconds), made.edit)
-
-    def _together(
-        self, examples: Sequence[EditExample], index: int, stay: bool
-    ) -> Iterator[Scored]:
-        """One edit for the whole chunk; it is left on the stack."""
-        scored = not stay or "immediate" in self.protocol.moments
-        done = [self._old(e, "immediate") if scored else None for e in examples]
-        replayed = all(done)
-        if replayed and not stay:
-            yield from (Scored(record, replayed=True) for record in done if record)
-            return
-        clock = Clock(self.base)
-        states = self._states(examples) if scored and not replayed else []
-        seconds = clock.lap()
-        reset_peak(self.base)
-        requests = [request for example in examples for request in example.requests]
-        made = self._maker.one(f"chunk-{index:05d}", requests)
-        made.edit.apply()
-        if replayed or not scored:
-            yield from (Scored(record, replayed=True) for record in done if record)
-            return
-        clock.lap()
-        after = self._by_example(examples, [base for base, _ in states])
-        seconds = (seconds + clock.lap()) / len(examples)
-        for example, old, (base, before), own in zip(examples, done, states, after, strict=True):
-            if old is not None:
-                yield Scored(old, replayed=True)
-                continue
-            record = self._record(example, "immediate", base, before, own)
-            record = self._with_costs(record, made, seconds, len(examples))
-            yield Scored(record, made.edit)
-
-    def _sequential(
-        self, examples: Sequence[EditExample], index: int, last: bool
-    ) -> Iterator[Scored]:
-        yield from self._together(examples, index, stay=True)
-        self._stream.append(list(examples))
-        before, self._count = self._count, self._count + len(examples)
-        every = self.protocol.every
-        final_follows = last and "final" in self.protocol.moments
-        if every is not None and before // every < self._count // every and not final_follows:
-            yield from self._later(f"after_{self._count}")
-
-    def _later(self, stage: str) -> Iterator[Scored]:
-        """Score everything edited so far, in the chunks it was edited in."""
-        for examples in self._stream:
-            done = [self._old(example, stage) for example in examples]
-            if all(done):
-                yield from (Scored(record, replayed=True) for record in done if record)
-                continue
-            base = self._split(examples, self.reader.base_readings(_probes(examples)))
-            after = self._by_example(examples, base)
-            for example, old, readings in zip(
-                examples, done, zip(base, after, strict=True), strict=True
-            ):
-                if old is not None:
-                    yield Scored(old, replayed=True)
+        saved = deque(self._saved_record(example, "immediate") for example in examples)
+        missing = [e for e, record in zip(examples, saved, strict=True) if record is None]
+        if missing:
+            clock, probes, start = Clock(self.base), _probes(missing), 0
+            base = self.reader.base_readings(probes)
+            before = self.reader.readings(probes, base)
+            seconds = clock.lap() / len(missing)
+            reset_peak(self.base)
+            for group in self._edit_groups(missing):
+                clock.lap()
+                span = slice(start, start + sum(len(example.probes) for example, _ in group))
+                start = span.stop
+                if len(group) == 1:
+                    with group[0][1][0]:
+                        after = self.reader.readings(probes[span], base[span])
                 else:
-                    # The state before an edit is long gone here: the base model stands in for it.
-                    yield Scored(
-                        self._record(example, stage, readings[0], readings[0], readings[1])
-                    )
+                    carried = [edit for example, (edit, _) in group for _ in example.probes]
+                    after = self.reader.readings(probes[span], base[span], carried)
+                    del carried  # edits may be large, and the next group is computed soon
+                own_seconds = seconds + clock.lap() / len(group)
+                scored = [example for example, _ in group]
+                records = _records(scored, "immediate", base[span], before[span], after)
+                for record, (example, timed) in zip(records, group, strict=True):
+                    while (earlier := saved.popleft()) is not None:
+                        yield earlier
+                    costs = self._costs(_name(example.id), timed, own_seconds)
+                    yield self._new(record, timed[0], costs)
+                del timed
+        yield from (record for record in saved if record is not None)
 
-    # ---- readings and records
+    def _together(self, examples: Sequence[EditExample], index: int) -> Iterator[ExampleRecord]:
+        """One edit for the whole chunk; in a sequential run it stays on the stack."""
+        stays = self.protocol.mode == "sequential"
+        name = f"chunk-{index:05d}"
+        requests = [request for example in examples for request in example.requests]
+        scored = not stays or "immediate" in self.protocol.moments
+        saved = [self._saved_record(e, "immediate") for e in examples] if scored else []
+        with nullcontext() if stays else self.base.edits.restored():
+            if all(saved):
+                if stays:
+                    self._edit(name, requests)[0].apply()
+                yield from (record for record in saved if record)
+            else:
+                clock, probes = Clock(self.base), _probes(examples)
+                base = self.reader.base_readings(probes)
+                before = self.reader.readings(probes, base)
+                seconds = clock.lap()
+                reset_peak(self.base)
+                edit = self._edit(name, requests)
+                edit[0].apply()
+                clock.lap()
+                after = self.reader.readings(probes, base)
+                seconds = (seconds + clock.lap()) / len(examples)
+                costs = self._costs(name, edit, seconds, len(examples))
+                records = _records(examples, "immediate", base, before, after)
+                for record, earlier in zip(records, saved, strict=True):
+                    yield earlier or self._new(record, edit[0], costs)
+        if not stays:
+            return
+        self._edited.append(list(examples))
+        every, count = self.protocol.every, sum(map(len, self._edited))
+        final_follows = index + 1 == self.chunks and "final" in self.protocol.moments
+        if every and (count - len(examples)) // every < count // every and not final_follows:
+            yield from self._score_edited(f"after_{count}")
 
-    def _states(self, examples: Sequence[EditExample]) -> list[_States]:
-        """Readings of each example on the base model, and as the model stands before the edit."""
-        base = self.reader.base_readings(_probes(examples))
-        before = self.reader.readings(_probes(examples), base)
-        return list(zip(self._split(examples, base), self._split(examples, before), strict=True))
+    def _score_edited(self, stage: str) -> Iterator[ExampleRecord]:
+        """Score all examples of a sequential run so far, in the chunks they were edited in."""
+        for examples in self._edited:
+            saved = [self._saved_record(example, stage) for example in examples]
+            if all(saved):
+                yield from (record for record in saved if record)
+                continue
+            probes = _probes(examples)
+            base = self.reader.base_readings(probes)
+            after = self.reader.readings(probes, base)
+            # The state before an edit is long gone here: the base model stands in for it.
+            records = _records(examples, stage, base, base, after)
+            for record, earlier in zip(records, saved, strict=True):
+                yield earlier or self._new(record, None, {})
 
-    def _by_example(
-        self,
-        examples: Sequence[EditExample],
-        base: Sequence[list[ProbeReading]],
-        carried: Sequence[Edit] | None = None,
-    ) -> list[list[ProbeReading]]:
-        """Readings as the model stands, all examples together; each probe under its own edit."""
-        flat = [reading for own in base for reading in own]
-        return self._split(examples, self.reader.readings(_probes(examples), flat, carried))
+    # ---- edits
 
-    @staticmethod
-    def _split(
-        examples: Sequence[EditExample], readings: Sequence[ProbeReading]
-    ) -> list[list[ProbeReading]]:
-        rest = iter(readings)
-        return [[next(rest) for _ in example.probes] for example in examples]
+    def _edit(self, name: str, requests: Sequence[EditRequest]) -> TimedEdit:
+        """Compute an edit, or take the saved one."""
+        if self._saved is not None and (saved := self._saved.edit(name, self.base)) is not None:
+            return saved, None
+        clock = Clock(self.base)
+        with fixed_randomness(self._run.seed, name):
+            edit = self._compute(requests)
+        seconds = clock.lap()
+        self._run.on_edit(name, edit)
+        return edit, seconds
 
-    def _old(self, example: EditExample, stage: str) -> ExampleRecord | None:
+    def _edits(self, examples: Sequence[EditExample]) -> Iterator[TimedEdit]:
+        """The edit of each example, all of them on the stack as it stands.
+
+        Saved ones are taken.  The others are computed together where the method can, and otherwise
+        each when its turn comes, so that no more are held than the caller keeps.  Time spent before
+        the first one is there is shared out evenly.
+        """
+        names = [_name(example.id) for example in examples]
+        missing = [n for n in names if self._saved is None or not self._saved.has_edit(n)]
+        clock, shared = Clock(self.base), 0.0
+        computed: Iterator[Edit] = iter(())
+        if missing:
+            groups = [e.requests for e, n in zip(examples, names, strict=True) if n in missing]
+            with fixed_randomness(self._run.seed, missing[0]):
+                computed = iter(self._compute_each(groups))
+            shared = clock.lap() / len(missing)
+        for example, name in zip(examples, names, strict=True):
+            if name not in missing:
+                yield self._edit(name, example.requests)
+                continue
+            clock.lap()
+            with fixed_randomness(self._run.seed, name):
+                edit = next(computed)
+            seconds = shared + clock.lap()
+            self._run.on_edit(name, edit)
+            yield edit, seconds
+
+    def _edit_groups(
+        self, examples: Sequence[EditExample]
+    ) -> Iterator[list[tuple[EditExample, TimedEdit]]]:
+        """Examples with their edits, in groups whose rows share forward passes.
+
+        A group holds as many edits as may be held at once; one whose edit rows cannot carry holds
+        that one alone.  A group is emptied when the next is asked for, so that both are never held.
+        When an edit fails, those computed before it are yielded first.
+        """
+        group: list[tuple[EditExample, TimedEdit]] = []
+        held = 0
+        try:
+            for example, timed in zip(examples, self._edits(examples), strict=True):
+                alone = not timed[0].can_be_carried
+                if group and alone:
+                    yield group
+                    group.clear()
+                group.append((example, timed))
+                held += timed[0].nbytes
+                if held >= CARRIED_BYTES or alone:
+                    yield group
+                    group.clear()
+                    held = 0
+        except KEditError:
+            if group:
+                yield group
+            raise
+        if group:
+            yield group
+
+    # ---- records
+
+    def _saved_record(self, example: EditExample, stage: str) -> ExampleRecord | None:
         return None if self._saved is None else self._saved.record(example.id, stage)
 
-    @staticmethod
-    def _record(
-        example: EditExample,
-        stage: str,
-        base: Sequence[ProbeReading],
-        before: Sequence[ProbeReading],
-        after: Sequence[ProbeReading],
+    def _new(
+        self, record: ExampleRecord, edit: Edit | None, costs: dict[str, Any]
     ) -> ExampleRecord:
+        """Complete a record and hand it on."""
+        record = cast(ExampleRecord, {**record, **costs})
+        self._run.on_record(record, edit)
+        return record
+
+    def _costs(
+        self, name: str, timed: TimedEdit, seconds: float, examples: int = 1
+    ) -> dict[str, Any]:
+        """Costs of an edit, shared out evenly among the examples it was computed for.
+
+        ``eval_seconds`` is the example's share of the passes it was read in with others.
+        ``peak_bytes`` is the highest so far since the first edit of its chunk was begun: it covers
+        all edits that rows carried by then.
+        """
+        edit, edit_seconds = timed
+        return {
+            "edit_name": name,
+            "edit_id": edit.id,
+            "edit": {"bytes": edit.nbytes / examples},
+            "timing": {
+                "edit_seconds": None if edit_seconds is None else edit_seconds / examples,
+                "eval_seconds": seconds,
+            },
+            "memory": {"peak_bytes": peak_bytes(self.base)},
+        }
+
+
+def _records(
+    examples: Sequence[EditExample],
+    stage: str,
+    base: Sequence[ProbeReading],
+    before: Sequence[ProbeReading],
+    after: Sequence[ProbeReading],
+) -> Iterator[ExampleRecord]:
+    """A record for each example, from the readings of all their probes in order."""
+    readings = zip(base, before, after, strict=True)
+    for example in examples:
         probes = [
             ProbeRecord(
                 kind=probe.kind,
@@ -273,64 +307,14 @@ class ProtocolRunner:
                 prompt=probe.prompt,
                 answers=list(probe.answers),
                 contrast=probe.contrast,
-                base=readings[0],
-                before=readings[1],
-                after=readings[2],
+                base=of_base,
+                before=of_before,
+                after=of_after,
             )
-            for probe, readings in zip(
-                example.probes, zip(base, before, after, strict=True), strict=True
-            )
+            for probe, (of_base, of_before, of_after) in zip(example.probes, readings, strict=False)
         ]
         subject = example.requests[0].subject
-        return ExampleRecord(id=example.id, stage=stage, subject=subject, probes=probes)
-
-    def _with_costs(
-        self, record: ExampleRecord, made: Made, seconds: float, examples: int = 1
-    ) -> ExampleRecord:
-        """Costs of an edit, shared out evenly among the examples it was made for.
-
-        ``eval_seconds`` is the example's share of the passes it was read in with others.
-        ``peak_bytes`` is the highest so far since the first edit of its chunk was begun: it covers
-        all edits that rows carried by then.
-        """
-        own = None if made.seconds is None else made.seconds / examples
-        costs: dict[str, Any] = {
-            "edit_name": made.name,
-            "edit_id": made.edit.id,
-            "edit": {"bytes": made.edit.nbytes / examples},
-            "timing": {"edit_seconds": own, "eval_seconds": seconds},
-            "memory": {"peak_bytes": peak_bytes(self.base)},
-        }
-        return cast(ExampleRecord, {**record, **costs})
-
-
-def _carried_together(edits: Iterator[Made]) -> Iterator[list[Made]]:
-    """Cut edits into groups whose rows share passes: as many as may be held at once.
-
-    An edit of a kind that rows cannot carry makes a group of its own.  A group is emptied when the
-    next is asked for, so that both are never held.  When an edit fails, those made before it are
-    given out first.
-    """
-    group: list[Made] = []
-    held = 0
-    try:
-        for made in edits:
-            alone = not made.edit.can_be_carried
-            if group and alone:
-                yield group
-                group.clear()
-            group.append(made)
-            held += made.edit.nbytes
-            if held >= CARRIED_BYTES or alone:
-                yield group
-                group.clear()
-                held = 0
-    except KEditError:
-        if group:
-            yield group
-        raise
-    if group:
-        yield group
+        yield ExampleRecord(id=example.id, stage=stage, subject=subject, probes=probes)
 
 
 def _probes(examples: Sequence[EditExample]) -> list[Probe]:

@@ -86,7 +86,7 @@ class SaveConfig(SaveConfigCallback):
         if trainer.logger is not None:
             settings = self.config.clone(with_meta=False).as_dict()
             trainer.logger.log_hyperparams({"config": settings})
-        output = getattr(trainer, "output_folder", None)
+        output = trainer.output_folder if isinstance(trainer, EditTrainer) else None
         if output is not None:
             if output.resumed:
                 return

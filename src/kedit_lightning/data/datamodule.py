@@ -87,6 +87,12 @@ class EditDataModule(LightningDataModule, ABC):
     where_to_get_it: ClassVar[str] = ""
     """Ends the message that says that no file was named."""
 
+    chunk_size: int = 1
+    """Examples of a chunk while evaluating; the method sets it as its protocol says."""
+    deals_out_chunks: bool = True
+    """Whether each process evaluates chunks of its own; in sequential runs all see all chunks, as
+    each edit is computed on the ones before it."""
+
     def __init__(
         self,
         path: str | Path | None = None,
@@ -149,7 +155,7 @@ class EditDataModule(LightningDataModule, ABC):
         named = getattr(self, _OPTION[split])
         return None if named is None else Path(named).expanduser()
 
-    # Loaders; how many examples travel together is settled by the trainer and the method -------
+    # Loaders; the method says how many examples travel together ---------------------------------
 
     def train_dataloader(self) -> BatchLoader[EditBatch]:
         """Shuffled batches of ``fit_batch_size``, a setting of the method."""
@@ -190,18 +196,13 @@ class EditDataModule(LightningDataModule, ABC):
 
     def _chunk_loader(self, split: Split) -> BatchLoader[EditBatch]:
         loaded = self._load(split)
-        protocol = getattr(self.trainer, "protocol", None)
-        size = int(getattr(protocol, "chunk_size", None) or 1)
-        rank, world_size = process_rank()
-        if getattr(protocol, "mode", None) == "sequential":
-            # Each edit of a stream is computed on the ones before it: all ranks see all of it.
-            rank, world_size = 0, 1
-        rows = evaluation_chunks(loaded.examples, size, rank, world_size)
+        rank, world_size = process_rank() if self.deals_out_chunks else (0, 1)
+        rows = evaluation_chunks(loaded.examples, self.chunk_size, rank, world_size)
         batches = [EditBatch(list(chunk)) for chunk in rows]
         identity: dict[str, int | str] = {
             "data": loaded.sha256,
             "records": len(loaded.examples),
-            "chunk size": size,
+            "chunk size": self.chunk_size,
         }
         return BatchLoader(lambda epoch: batches, len(batches), identity)
 

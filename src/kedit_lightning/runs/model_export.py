@@ -15,12 +15,13 @@ from kedit_lightning.errors import UnsupportedUseError
 Export: TypeAlias = Literal["model", "adapter"]
 
 
-def check_export(export: Export, can: Any, output: str | Path | None) -> None:
+def check_export(export: Export, weights: bool, adapter: bool, output: str | Path | None) -> None:
     """Refuse an export that cannot work, before anything is computed.
 
     Args:
         export: What is to be written.
-        can: Capabilities of the method, if it states them.
+        weights: Whether the method's edits can be exported as a full model.
+        adapter: Whether they can be exported as an adapter.
         output: The output folder, if one was named.
 
     Raises:
@@ -28,10 +29,8 @@ def check_export(export: Export, can: Any, output: str | Path | None) -> None:
     """
     if output is None:
         raise UnsupportedUseError(f"--export {export} needs a folder to write to; add --output DIR")
-    field = {"model": "weights", "adapter": "adapter"}[export]
-    if can is not None and not getattr(can, field):
-        other = export == "adapter" and can.weights
-        way_out = "use --export model" if other else "leave out --export and keep the saved edits"
+    if not (weights if export == "model" else adapter):
+        way_out = "use --export model" if weights else "leave out --export and keep the saved edits"
         raise UnsupportedUseError(
             f"edits of this method change no weights that --export {export} could write; {way_out}"
         )

@@ -7,14 +7,16 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from kedit_lightning.base_models import BaseModel
+from kedit_lightning.benchmark import RunContext
 from kedit_lightning.edits import Edit
 from kedit_lightning.edits.edit_file import read_header, write_atomically
-from kedit_lightning.errors import EditFileError, ResumeError, article_list
+from kedit_lightning.errors import EditFileError, EditOrderError, ResumeError, article_list
 from kedit_lightning.metrics import ExampleRecord
 
 _CSV_READINGS = ("tf_tok", "tf_all", "log_prob", "contrast_log_prob", "text", "kl")
@@ -110,11 +112,6 @@ class OutputFolder:
 
     def records(self) -> Iterator[ExampleRecord]:
         """All records, in the order they were written."""
-        for values in self._plain():
-            record: Any = values
-            yield record
-
-    def _plain(self) -> Iterator[dict[str, Any]]:
         if self.results.is_file():
             with self.results.open(encoding="utf-8") as file:
                 for line in file:
@@ -171,7 +168,8 @@ class OutputFolder:
         Args:
             facts: What else the file says, such as the base model.
         """
-        names = [str(record["edit_name"]) for record in self._plain() if "edit_name" in record]
+        records: Iterator[Mapping[str, Any]] = self.records()
+        names = [str(record["edit_name"]) for record in records if "edit_name" in record]
         order = [self._edits.get(name) or self._described(name) for name in [*names, *self._edits]]
         unique = {entry["file"]: entry for entry in order}
         self.write_json("stack.json", {**facts, "edits": list(unique.values())})
@@ -223,6 +221,11 @@ def open_output(
     return OutputFolder(resume, resume=True, first=first)
 
 
+def output_of(run: RunContext) -> OutputFolder | None:
+    """The output folder of a run, if it has one."""
+    return run.output if isinstance(run.output, OutputFolder) else None
+
+
 def load_stack(path: str | Path, base: BaseModel) -> list[Edit]:
     """The saved edits of a run in their order, or the edit of a single file.
 
@@ -256,6 +259,35 @@ def load_stack(path: str | Path, base: BaseModel) -> list[Edit]:
             )
         edits.append(Edit.load(file, base))
     return edits
+
+
+def apply_saved(edits: Iterable[Edit]) -> None:
+    """Apply edits in order.
+
+    Edits that were computed independently of each other are applied on top of each other all the
+    same; one warning says so instead of one an edit.
+
+    Raises:
+        EditOrderError: An edit only makes sense on the stack it was computed on.
+    """
+    apart = 0
+    for edit in edits:
+        apart += bool(edit.origin.method) and edit.origin.stack != edit.base.edits.ids
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=r"edit \S+ by .* was computed on top of")
+            try:
+                edit.apply()
+            except EditOrderError as error:
+                raise EditOrderError(
+                    f"{error}; `kedit edit --trainer.protocol.mode sequential` computes edits that "
+                    "stand on each other"
+                ) from error
+    if apart:
+        warnings.warn(
+            "the saved edits were computed apart from each other, as single mode does; applied "
+            "together they may act otherwise than they were scored",
+            stacklevel=2,
+        )
 
 
 def _differences(then: Any, now: Any, name: str = "") -> Iterator[str]:

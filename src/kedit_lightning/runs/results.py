@@ -7,18 +7,17 @@ import platform
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from lightning.pytorch import LightningModule
 from rich.table import Table
 
-from kedit_lightning.benchmark.protocol import Protocol
-from kedit_lightning.benchmark.run_context import new_metrics, run_seed
+from kedit_lightning.base_models import BaseModel
+from kedit_lightning.benchmark import Protocol, RunContext
+from kedit_lightning.benchmark.run_context import new_metrics
 from kedit_lightning.metrics import ExampleRecord, SummaryRow
 from kedit_lightning.metrics.functional import answer_text
-
-if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule, Trainer
 
 _PACKAGES = ("kedit-lightning", "torch", "lightning", "transformers", "tokenizers", "peft", "numpy")
 #: In a table, what is asked stands in this order, and costs behind it.
@@ -29,14 +28,13 @@ _COSTS = ("timing", "memory")
 
 def _learned(method: LightningModule) -> str | None:
     """Hash of what ``fit`` has taught a method; ``None`` when it holds nothing."""
-    digest, anything = hashlib.sha256(), False
-    for name, tensor in sorted(method.state_dict().items()):
-        if isinstance(tensor, torch.Tensor):
-            anything = True
-            flat = tensor.detach().cpu().contiguous().reshape(-1)
-            digest.update(f"{name}{tuple(tensor.shape)}".encode())
-            digest.update(flat.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16] if anything else None
+    state = {k: t for k, t in method.state_dict().items() if isinstance(t, torch.Tensor)}
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16] if state else None
 
 
 def _settings(method: LightningModule) -> dict[str, Any]:
@@ -50,19 +48,16 @@ def _settings(method: LightningModule) -> dict[str, Any]:
     }
 
 
-def run_settings(trainer: Trainer, method: LightningModule) -> dict[str, Any]:
-    """What the results of a run depend on, as plain values; a continued run must share it.
+def run_settings(method: LightningModule, base: BaseModel, run: RunContext) -> dict[str, Any]:
+    """What the results of a run depend on, as plain values; a resumed run must share it.
 
     Args:
-        trainer: The trainer, with its data module attached.
-        method: The method, with its base model loaded.
+        method: The method, with its settings as they were given.
+        base: Its base model.
+        run: The run.
     """
-    base: Any = method.base
-    protocol: Protocol = getattr(trainer, "protocol", None) or Protocol()
-    data: Any = getattr(trainer, "datamodule", None)
-    source = getattr(data, "source", {}).get("test", {})
     return {
-        "command": "edit" if getattr(trainer, "editing", False) else "test",
+        "command": "edit" if run.editing else "test",
         "method": {
             "name": type(method).__name__,
             "settings": _settings(method),
@@ -75,29 +70,32 @@ def run_settings(trainer: Trainer, method: LightningModule) -> dict[str, Any]:
             "chat": base.encoder.chat,
         },
         "dataset": {
-            "name": type(data).__name__,
-            **{key: source.get(key) for key in ("sha256", "records")},
+            "name": type(run.data).__name__,
+            **{key: run.source("test").get(key) for key in ("sha256", "records")},
         },
-        "protocol": protocol.facts(),
-        "seed": run_seed(),
+        "protocol": run.protocol.facts(),
+        "seed": run.seed,
     }
 
 
-def run_facts(trainer: Trainer, method: LightningModule) -> dict[str, Any]:
+def run_facts(
+    method: LightningModule, base: BaseModel, run: RunContext, resolved: Mapping[str, Any]
+) -> dict[str, Any]:
     """Facts of a run that its results name: the settings, and what ran them.
 
     Args:
-        trainer: The trainer.
         method: The method.
+        base: Its base model.
+        run: The run.
+        resolved: Settings of the method as they were used, with those that were left to the base
+            model filled in.
     """
-    base: Any = method.base
-    protocol: Protocol = getattr(trainer, "protocol", None) or Protocol()
-    facts = run_settings(trainer, method)
-    data: Any = getattr(trainer, "datamodule", None)
+    facts = run_settings(method, base, run)
+    facts["method"]["resolved"] = dict(resolved)
     facts["base_model"] |= {"revision": base.revision, "dtype": str(base.dtype)}
-    facts["dataset"] |= getattr(data, "source", {}).get("test", {})
-    facts["protocol"] = {**protocol.facts(), "id": protocol.id}
-    facts["metric_protocol"] = metric_protocol(protocol)
+    facts["dataset"] |= run.source("test")
+    facts["protocol"]["id"] = run.protocol.id
+    facts["metric_protocol"] = metric_protocol(run.protocol)
     facts["versions"] = versions()
     return facts
 
@@ -144,21 +142,22 @@ def summary_of(records: Iterable[ExampleRecord], protocol: Protocol) -> dict[str
         protocol: The protocol they were made under.
     """
     metrics = type(new_metrics(protocol)).from_records(records)
-    blocks: dict[str, dict[str, dict[str, float]]] = {"scores": {}, **{name: {} for name in _COSTS}}
-    entries: dict[str, dict[str, float]] = {}
-    for row in metrics.summary():
-        block, _, rest = row.key.partition("/")
-        entry = {"mean": row.mean, "low": row.low, "high": row.high, "n": row.n}
-        entries[row.key] = entry
-        if block in _COSTS:
-            blocks[block][rest] = entry
-        else:
-            blocks["scores"][row.key] = entry
+    entries: dict[str, dict[str, float]] = {
+        row.key: {"mean": row.mean, "low": row.low, "high": row.high, "n": row.n}
+        for row in metrics.summary()
+    }
     for key, value in metrics.compute().items():
         parent, _, name = key.rpartition("/")
         if key not in entries and parent in entries:
             entries[parent][name] = value
-    return dict(blocks)
+    blocks: dict[str, Any] = {"scores": {}, **{name: {} for name in _COSTS}}
+    for key, entry in entries.items():
+        block, _, rest = key.partition("/")
+        if block in _COSTS:
+            blocks[block][rest] = entry
+        else:
+            blocks["scores"][key] = entry
+    return blocks
 
 
 def _place(key: str) -> tuple[str, int, str]:

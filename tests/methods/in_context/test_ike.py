@@ -8,12 +8,12 @@ import warnings
 from collections import Counter
 from pathlib import Path
 
-import lightning.pytorch as pl
 import pytest
 import torch
 from support import REQUESTS, tiny_base
 
 from kedit_lightning import EditRequest, Probe
+from kedit_lightning.benchmark import RunContext
 from kedit_lightning.data import NanoFacts, Requests
 from kedit_lightning.errors import (
     BaseModelNotFoundError,
@@ -273,9 +273,7 @@ def test_pool_is_the_training_split_of_the_dataset_that_is_run(tmp_path):
         (Requests(path=path), 0),
     ):
         ike = IKE(base_model=long_base(), demonstrations=4)
-        trainer = pl.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
-        trainer.datamodule = data
-        ike.trainer = trainer
+        ike.run = RunContext(data=data)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             edit = ike.edit([REQUEST])

@@ -93,7 +93,7 @@ class IKE(EditMethod):
             )
 
     def _derived_source(self) -> PoolSource | None:
-        data = getattr(self._trainer, "datamodule", None)
+        data = self.run.data
         if isinstance(data, EditDataModule):
             path = data.split_path("train")
             if path is not None and path.is_file():

@@ -13,6 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from kedit_lightning.base_models import BaseModel, BaseModelSpec
+from kedit_lightning.data.datamodule import EditDataModule
 from kedit_lightning.errors import BaseModelMismatchError, CheckpointError, UnsupportedUseError
 from kedit_lightning.methods.method import EditMethod
 from kedit_lightning.methods.training.checkpoint import packaged_checkpoint, read_checkpoint
@@ -185,9 +186,9 @@ class LearnedMethod(EditMethod):
 
     def on_fit_start(self) -> None:
         """Collect the answers that may stand in for each other."""
-        datamodule = getattr(self.trainer, "datamodule", None)
-        if self.hparams["vary_targets"] and datamodule is not None:
-            examples = self.examples_to_fit(datamodule.examples("train"))
+        data = self.run.data
+        if self.hparams["vary_targets"] and isinstance(data, EditDataModule):
+            examples = self.examples_to_fit(data.examples("train"))
             self._alternatives = alternatives(examples)
 
     @property

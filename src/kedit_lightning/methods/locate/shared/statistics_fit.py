@@ -91,6 +91,6 @@ class StatisticsFit:
         self._trainer.should_stop = True
 
     def _text_source(self) -> str:
-        datamodule: object = self._trainer.datamodule  # type: ignore[attr-defined]
-        source = datamodule.source if isinstance(datamodule, Texts) else {}
+        data = self._method.run.data
+        source = data.source if isinstance(data, Texts) else {}
         return str(source.get("path") or source.get("hub") or "text")

@@ -1,0 +1,81 @@
+"""Callbacks that are told of edits and of scored examples."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from kedit_lightning.edits import Edit
+from kedit_lightning.errors import UnsupportedUseError
+from kedit_lightning.metrics import ExampleRecord
+
+
+class EditCallback(Callback):
+    """A Lightning callback with two more hooks, which ``EditTrainer`` calls during a run.
+
+    Lightning's own trainer calls neither.  Every public method ``on_…`` of a subclass must be a
+    hook that this class or Lightning's ``Callback`` declares.
+
+    Raises:
+        UnsupportedUseError: A subclass defines a hook that does not exist; raised by the class
+            statement, with the name that comes nearest.
+    """
+
+    #: Whether a subclass defines one of the hooks declared here.
+    takes_edits: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.takes_edits = cls.takes_edits or not vars(cls).keys().isdisjoint(EDIT_HOOKS)
+        hooks = [name for name in dir(EditCallback) if name.startswith("on_")]
+        for name in dir(cls):
+            if name.startswith("on_") and name not in hooks and callable(getattr(cls, name)):
+                (nearest,) = difflib.get_close_matches(name, hooks, 1, cutoff=0.0)
+                raise UnsupportedUseError(
+                    f"{cls.__name__} defines {name}, which is no hook of a callback; was "
+                    f"{nearest} meant? A method that is no hook needs a name without 'on_'"
+                )
+
+    def on_edit(self, trainer: Trainer, method: LightningModule, name: str, edit: Edit) -> None:
+        """Called with an edit that has just been computed, before it is applied and scored.
+
+        Args:
+            trainer: The trainer.
+            method: The editing method.
+            name: Name of the edit in this run.
+            edit: The edit.
+        """
+
+    def on_example_result(
+        self, trainer: Trainer, method: LightningModule, record: ExampleRecord, edit: Edit | None
+    ) -> None:
+        """Called with the record of an example that has just been scored.
+
+        Args:
+            trainer: The trainer.
+            method: The editing method.
+            record: The record, as ``results.jsonl`` holds it.
+            edit: The edit it was scored under; ``None`` at later stages of a sequential run.
+        """
+
+
+#: The hooks that Lightning's ``Callback`` lacks.
+EDIT_HOOKS = ("on_edit", "on_example_result")
+
+
+def check_callbacks(callbacks: Iterable[Callback]) -> None:
+    """Refuse callbacks with an edit hook that would never be called.
+
+    Raises:
+        UnsupportedUseError: A plain Lightning callback defines an edit hook.
+    """
+    for callback in callbacks:
+        hooks = [hook for hook in EDIT_HOOKS if hasattr(callback, hook)]
+        if hooks and not isinstance(callback, EditCallback):
+            raise UnsupportedUseError(
+                f"callback {type(callback).__name__} defines {hooks[0]}, a hook of EditCallback; "
+                "derive it from kedit_lightning.benchmark.EditCallback"
+            )
