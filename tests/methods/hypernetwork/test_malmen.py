@@ -19,15 +19,15 @@ from kedit_lightning import Edit, EditBatch
 from kedit_lightning.edits import DenseEdit, LowRankEdit
 from kedit_lightning.errors import NonFiniteError
 from kedit_lightning.methods import MALMEN
-from kedit_lightning.methods.hypernetwork.malmen import shift_gradient
-from kedit_lightning.methods.hypernetwork.malmen.normal_equations import NormalEquations
-from kedit_lightning.methods.hypernetwork.malmen.parameter_shift import (
+from kedit_lightning.methods.hypernetwork.shared import shift_gradient
+from kedit_lightning.methods.hypernetwork.shared.normal_equations import NormalEquations
+from kedit_lightning.methods.hypernetwork.shared.outer_loss import outer_losses
+from kedit_lightning.methods.hypernetwork.shared.parameter_shift import (
     capture_parts,
     training_shifts,
 )
-from kedit_lightning.methods.hypernetwork.malmen.shift_gradient import LossWeights, WeightedEpisodes
-from kedit_lightning.methods.hypernetwork.malmen.tensor_file import TensorFile
-from kedit_lightning.methods.hypernetwork.shared.outer_loss import outer_losses
+from kedit_lightning.methods.hypernetwork.shared.shift_gradient import LossWeights, WeightedEpisodes
+from kedit_lightning.methods.hypernetwork.shared.tensor_file import TensorFile
 from kedit_lightning.methods.locate.shared.solve import ridge_update, size_prior
 
 SMALL = {"rank": 8, "lr": 1e-4, "edit_lr": 1e-2, "n_edits": 2}

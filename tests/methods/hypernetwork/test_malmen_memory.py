@@ -18,14 +18,14 @@ from test_rledit import stirred as stirred_rledit
 from kedit_lightning import EditBatch
 from kedit_lightning.edits import DenseEdit, LowRankEdit
 from kedit_lightning.errors import NonFiniteError, TemporaryFileError
-from kedit_lightning.methods.hypernetwork.malmen import parameter_shift, tensor_file
-from kedit_lightning.methods.hypernetwork.malmen.normal_equations import (
+from kedit_lightning.methods.hypernetwork.shared import parameter_shift, tensor_file
+from kedit_lightning.methods.hypernetwork.shared.normal_equations import (
     NormalEquations,
     Sizes,
     smaller_dense,
 )
-from kedit_lightning.methods.hypernetwork.malmen.parameter_shift import minibatches
-from kedit_lightning.methods.hypernetwork.malmen.tensor_file import TensorFile
+from kedit_lightning.methods.hypernetwork.shared.parameter_shift import minibatches
+from kedit_lightning.methods.hypernetwork.shared.tensor_file import TensorFile
 
 
 @pytest.fixture

@@ -12,10 +12,10 @@ from test_mend import EXAMPLES, SaveEachStep, fit, rows_of, state
 from kedit_lightning import EditBatch
 from kedit_lightning.edits import EditOrigin
 from kedit_lightning.methods import MALMEN, RLEdit
-from kedit_lightning.methods.hypernetwork.malmen import shift_gradient
-from kedit_lightning.methods.hypernetwork.malmen.parameter_shift import shift_edit
-from kedit_lightning.methods.hypernetwork.malmen.shift_gradient import WeightedEpisodes
+from kedit_lightning.methods.hypernetwork.shared import shift_gradient
 from kedit_lightning.methods.hypernetwork.shared.outer_loss import outer_losses
+from kedit_lightning.methods.hypernetwork.shared.parameter_shift import shift_edit
+from kedit_lightning.methods.hypernetwork.shared.shift_gradient import WeightedEpisodes
 
 SMALL = {"rank": 8, "lr": 1e-4, "edit_lr": 1e-2, "n_edits": 2, "trajectory": 2, "c_reg": 0.3}
 BATCH = EditBatch(EXAMPLES)

@@ -13,9 +13,9 @@ from test_mend import EXAMPLES
 
 from kedit_lightning import Probe
 from kedit_lightning.base_models import taps
-from kedit_lightning.methods.hypernetwork.malmen.key_covariance import KeyCovariance
-from kedit_lightning.methods.hypernetwork.malmen.parameter_shift import accumulate, capture_parts
-from kedit_lightning.methods.hypernetwork.malmen.tensor_file import TensorFile
+from kedit_lightning.methods.hypernetwork.shared.key_covariance import KeyCovariance
+from kedit_lightning.methods.hypernetwork.shared.parameter_shift import accumulate, capture_parts
+from kedit_lightning.methods.hypernetwork.shared.tensor_file import TensorFile
 
 
 def test_a_moment_is_the_mean_over_all_finite_keys_and_shrinks_where_they_are_few():

@@ -8,19 +8,21 @@ from typing import Any, ClassVar
 
 from kedit_lightning.base_models import BaseModel, BaseModelSpec
 from kedit_lightning.edits import Edit
-from kedit_lightning.methods.hypernetwork.mend.mend_network import (
-    MENDNetwork,
-    MENDPlan,
-    MENDSettings,
-)
 from kedit_lightning.methods.hypernetwork.shared.editor_network import edit_from_gradient
-from kedit_lightning.methods.hypernetwork.shared.hypernetwork_method import HypernetworkMethod
+from kedit_lightning.methods.hypernetwork.shared.hypernetwork_method import (
+    HypernetworkMethod,
+    HypernetworkSettings,
+)
 from kedit_lightning.methods.hypernetwork.shared.instruction_template import (
-    TEMPLATE,
     check_tasks,
     check_template,
     instructed,
     training_description,
+)
+from kedit_lightning.methods.hypernetwork.shared.mend_network import (
+    EditorSettings,
+    InstructEditPlan,
+    MENDNetwork,
 )
 from kedit_lightning.methods.hypernetwork.shared.meta_gradient import MetaGradient, meta_gradient
 from kedit_lightning.methods.method import Capabilities, MethodSettings, Need
@@ -29,23 +31,12 @@ from kedit_lightning.requests import EditBatch, EditExample, EditRequest
 
 
 @dataclass(frozen=True)
-class InstructEditSettings(MENDSettings):
+class InstructEditSettings(EditorSettings, HypernetworkSettings):
     """Settings of :class:`InstructEdit`."""
 
     tasks: dict[str, list[str]] | None
     held_out: list[str] | None
     template: str | None
-
-
-@dataclass(frozen=True)
-class InstructEditPlan(MENDPlan):
-    """Architecture of MEND's networks, and the template they were fitted with.
-
-    Args:
-        template: The template of instructions.
-    """
-
-    template: str = TEMPLATE
 
 
 class InstructEdit(HypernetworkMethod):
@@ -115,7 +106,7 @@ class InstructEdit(HypernetworkMethod):
 
     # ---- building
 
-    def plan(self, saved: InstructEditPlan | None = None) -> InstructEditPlan:
+    def plan(self, saved: Any = None) -> Any:
         """The architecture that the settings ask for; see the base class.
 
         Raises:

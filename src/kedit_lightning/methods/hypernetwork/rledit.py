@@ -9,34 +9,37 @@ from typing import Any, ClassVar
 from kedit_lightning.base_models import BaseModel, BaseModelSpec
 from kedit_lightning.base_models.layout import Block
 from kedit_lightning.edits import Edit, EditOrigin
-from kedit_lightning.methods.hypernetwork.malmen.normal_equations import smaller_dense
-from kedit_lightning.methods.hypernetwork.malmen.parameter_shift import (
+from kedit_lightning.methods.hypernetwork.shared.hypernetwork_method import (
+    HypernetworkMethod,
+    HypernetworkSettings,
+)
+from kedit_lightning.methods.hypernetwork.shared.meta_gradient import MetaGradient
+from kedit_lightning.methods.hypernetwork.shared.normal_equations import smaller_dense
+from kedit_lightning.methods.hypernetwork.shared.parameter_shift import (
     compute_shift_edit,
     shift_edit,
     training_shifts,
 )
-from kedit_lightning.methods.hypernetwork.malmen.shift_gradient import (
+from kedit_lightning.methods.hypernetwork.shared.shift_gradient import (
     LossWeights,
     WeightedEpisodes,
     shift_gradient,
 )
-from kedit_lightning.methods.hypernetwork.malmen.value_networks import (
-    MALMENSettings,
+from kedit_lightning.methods.hypernetwork.shared.value_networks import (
     Projections,
+    ShiftSettings,
     ShiftSize,
     Tokens,
     ValueNetworks,
     ValuePlan,
     projections_of,
 )
-from kedit_lightning.methods.hypernetwork.shared.hypernetwork_method import HypernetworkMethod
-from kedit_lightning.methods.hypernetwork.shared.meta_gradient import MetaGradient
 from kedit_lightning.methods.method import MethodSettings
 from kedit_lightning.requests import EditBatch, EditRequest
 
 
 @dataclass(frozen=True)
-class RLEditSettings(MALMENSettings):
+class RLEditSettings(ShiftSettings, HypernetworkSettings):
     """Settings of :class:`RLEdit`."""
 
     c_reg: float

@@ -3,33 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from kedit_lightning.base_models import BaseModel, BaseModelSpec
 from kedit_lightning.base_models.layout import Block
 from kedit_lightning.edits import Edit
-from kedit_lightning.methods.hypernetwork.malmen.parameter_shift import (
+from kedit_lightning.methods.hypernetwork.shared.hypernetwork_method import (
+    HypernetworkMethod,
+    HypernetworkSettings,
+)
+from kedit_lightning.methods.hypernetwork.shared.meta_gradient import MetaGradient
+from kedit_lightning.methods.hypernetwork.shared.parameter_shift import (
     compute_shift_edit,
     training_shifts,
 )
-from kedit_lightning.methods.hypernetwork.malmen.shift_gradient import (
+from kedit_lightning.methods.hypernetwork.shared.shift_gradient import (
     LossWeights,
     WeightedEpisodes,
     shift_gradient,
 )
-from kedit_lightning.methods.hypernetwork.malmen.value_networks import (
-    MALMENSettings,
+from kedit_lightning.methods.hypernetwork.shared.value_networks import (
     Projections,
+    ShiftSettings,
     ShiftSize,
     Tokens,
     ValueNetworks,
     ValuePlan,
     projections_of,
 )
-from kedit_lightning.methods.hypernetwork.shared.hypernetwork_method import HypernetworkMethod
-from kedit_lightning.methods.hypernetwork.shared.meta_gradient import MetaGradient
 from kedit_lightning.methods.method import MethodSettings
 from kedit_lightning.requests import EditBatch, EditRequest
+
+
+@dataclass(frozen=True)
+class MALMENSettings(ShiftSettings, HypernetworkSettings):
+    """Settings of :class:`MALMEN`."""
 
 
 class MALMEN(HypernetworkMethod):

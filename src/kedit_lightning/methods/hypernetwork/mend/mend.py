@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from kedit_lightning.base_models import BaseModel, BaseModelSpec
 from kedit_lightning.edits import Edit
-from kedit_lightning.methods.hypernetwork.mend.mend_network import (
+from kedit_lightning.methods.hypernetwork.shared.editor_network import edit_from_gradient
+from kedit_lightning.methods.hypernetwork.shared.hypernetwork_method import (
+    HypernetworkMethod,
+    HypernetworkSettings,
+)
+from kedit_lightning.methods.hypernetwork.shared.mend_network import (
+    EditorSettings,
     MENDNetwork,
     MENDPlan,
-    MENDSettings,
 )
-from kedit_lightning.methods.hypernetwork.shared.editor_network import edit_from_gradient
-from kedit_lightning.methods.hypernetwork.shared.hypernetwork_method import HypernetworkMethod
 from kedit_lightning.methods.hypernetwork.shared.meta_gradient import MetaGradient, meta_gradient
 from kedit_lightning.methods.method import Capabilities, MethodSettings
 from kedit_lightning.requests import EditBatch, EditRequest
+
+
+@dataclass(frozen=True)
+class MENDSettings(EditorSettings, HypernetworkSettings):
+    """Settings of :class:`MEND`."""
 
 
 class MEND(HypernetworkMethod):
@@ -84,7 +92,7 @@ class MEND(HypernetworkMethod):
         super().__init__(base_model, lr=lr, **settings)
         self.fit_batch_size = self.settings.n_edits * accumulate
 
-    def plan(self, saved: MENDPlan | None = None) -> MENDPlan:
+    def plan(self, saved: Any = None) -> Any:
         """The architecture that the settings ask for; see the base class."""
         return replace(super().plan(saved), ascend=self.settings.legacy_sign)
 

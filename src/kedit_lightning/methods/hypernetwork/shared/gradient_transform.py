@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from kedit_lightning.methods.hypernetwork.shared.editor_network import ProjectionPlan
-from kedit_lightning.methods.hypernetwork.shared.hypernetwork_method import HypernetworkSettings
 from kedit_lightning.methods.hypernetwork.shared.running_normaliser import RunningNormaliser
 from kedit_lightning.methods.shared.gradient_factors import Factors
 from kedit_lightning.methods.training.trained_network import TrainedNetwork
@@ -41,9 +40,11 @@ class TransformPlan(ProjectionPlan):
 
 
 @dataclass(frozen=True)
-class TransformSettings(HypernetworkSettings):
-    """Settings of methods that transform gradients with such networks."""
+class TransformSettings:
+    """The part of the settings that methods with such networks share."""
 
+    seed: int
+    lr: float
     rank: int | None
     blocks: int | None
     shared: bool | None

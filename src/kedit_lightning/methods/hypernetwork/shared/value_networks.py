@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from kedit_lightning.base_models.layout import Block
-from kedit_lightning.methods.hypernetwork.malmen.key_covariance import KeyCovariance
 from kedit_lightning.methods.hypernetwork.shared.gradient_transform import (
     TransformNetwork,
     TransformPlan,
     TransformSettings,
 )
+from kedit_lightning.methods.hypernetwork.shared.key_covariance import KeyCovariance
 
 #: Projections of an MLP: the one that writes into the residual stream, those that read it, or all.
 Projections: TypeAlias = Literal["down", "up", "all"]
@@ -39,8 +39,8 @@ def projections_of(block: Block, projections: Projections) -> Sequence[str]:
 
 
 @dataclass(frozen=True)
-class MALMENSettings(TransformSettings):
-    """Settings of :class:`~kedit_lightning.methods.hypernetwork.malmen.malmen.MALMEN`."""
+class ShiftSettings(TransformSettings):
+    """The part of the settings that MALMEN and RLEdit share."""
 
     at_once: int
     projections: Projections | None
@@ -84,7 +84,7 @@ class ValueNetworks(TransformNetwork):
         self,
         plan: ValuePlan,
         shapes: Sequence[tuple[int, int]],
-        settings: MALMENSettings,
+        settings: ShiftSettings,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__(plan, shapes, dtype, settings.seed)

@@ -19,13 +19,14 @@ from kedit_lightning.methods.hypernetwork.shared.gradient_transform import (
     TransformPlan,
     TransformSettings,
 )
+from kedit_lightning.methods.hypernetwork.shared.instruction_template import TEMPLATE
 from kedit_lightning.methods.shared.gradient_factors import Factors
 from kedit_lightning.requests import EditRequest
 
 
 @dataclass(frozen=True)
-class MENDSettings(TransformSettings):
-    """Settings of :class:`~kedit_lightning.methods.hypernetwork.mend.mend.MEND`."""
+class EditorSettings(TransformSettings):
+    """The part of the settings that MEND and InstructEdit share."""
 
     blocks: int
     accumulate: int
@@ -43,6 +44,19 @@ class MENDPlan(TransformPlan):
     ascend: bool = False
 
 
+@dataclass(frozen=True)
+class InstructEditPlan(TransformPlan):
+    """Architecture of the networks of InstructEdit, MEND's, and the template they were fitted with.
+
+    Args:
+        ascend: As in :class:`MENDPlan`.
+        template: The template of instructions.
+    """
+
+    ascend: bool = False
+    template: str = TEMPLATE
+
+
 class MENDNetwork(TransformNetwork, EditorNetwork):
     """Maps the factors of gradients to low-rank deltas, the pseudo-gradients of an edit.
 
@@ -53,13 +67,13 @@ class MENDNetwork(TransformNetwork, EditorNetwork):
         dtype: Number type of parameters and statistics.
     """
 
-    plan: MENDPlan
+    plan: MENDPlan | InstructEditPlan
 
     def __init__(
         self,
-        plan: MENDPlan,
+        plan: MENDPlan | InstructEditPlan,
         shapes: Sequence[tuple[int, int]],
-        settings: MENDSettings,
+        settings: EditorSettings,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__(plan, shapes, dtype, settings.seed)

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, autograd
 
 from kedit_lightning.base_models import BaseModel
-from kedit_lightning.methods.hypernetwork.malmen.normal_equations import RidgeShift
-from kedit_lightning.methods.hypernetwork.malmen.parameter_shift import Part
-from kedit_lightning.methods.hypernetwork.malmen.value_networks import ValueNetworks
 from kedit_lightning.methods.hypernetwork.shared.meta_gradient import MetaGradient
+from kedit_lightning.methods.hypernetwork.shared.normal_equations import RidgeShift
 from kedit_lightning.methods.hypernetwork.shared.outer_loss import outer_losses
+from kedit_lightning.methods.hypernetwork.shared.parameter_shift import Part
+from kedit_lightning.methods.hypernetwork.shared.value_networks import ValueNetworks
 from kedit_lightning.methods.shared.losses import all_finite
 from kedit_lightning.methods.training.distributed import is_first_rank, sum_over_ranks
 from kedit_lightning.methods.training.episodes import Episode

@@ -17,14 +17,14 @@ from kedit_lightning.base_models import BaseModel
 from kedit_lightning.base_models.taps import capture
 from kedit_lightning.edits import DenseEdit, Edit, EditOrigin, LowRankDelta, LowRankEdit
 from kedit_lightning.edits.projections import compute_dtype
-from kedit_lightning.methods.hypernetwork.malmen.normal_equations import (
+from kedit_lightning.methods.hypernetwork.shared.normal_equations import (
     NormalEquations,
     RidgeShift,
     smaller_dense,
 )
-from kedit_lightning.methods.hypernetwork.malmen.tensor_file import TensorFile
-from kedit_lightning.methods.hypernetwork.malmen.value_networks import ValueNetworks
 from kedit_lightning.methods.hypernetwork.shared.outer_loss import probe_rows
+from kedit_lightning.methods.hypernetwork.shared.tensor_file import TensorFile
+from kedit_lightning.methods.hypernetwork.shared.value_networks import ValueNetworks
 from kedit_lightning.methods.shared.gradient_factors import Factors, capture_factors, predicting
 from kedit_lightning.methods.training.episodes import Episode
 from kedit_lightning.requests import EditRequest, Probe
