@@ -26,7 +26,7 @@ from kedit_lightning.methods.hypernetwork.shared.parameter_shift import (
     capture_parts,
     training_shifts,
 )
-from kedit_lightning.methods.hypernetwork.shared.shift_gradient import LossWeights, WeightedEpisodes
+from kedit_lightning.methods.hypernetwork.shared.shift_gradient import WeightedEpisodes
 from kedit_lightning.methods.hypernetwork.shared.tensor_file import TensorFile
 from kedit_lightning.methods.locate.shared.solve import ridge_update, size_prior
 
@@ -143,7 +143,7 @@ def write(method, examples):
 def cost(method, parts, shifts, groups, c_reg=0.0):
     """The gradient of a training step with given shifts."""
     settings = method.settings
-    weights = LossWeights(settings.c_edit, settings.c_loc, c_reg)
+    weights = settings.c_edit, settings.c_loc, c_reg
     at_once = settings.at_once
     return shift_gradient.shift_gradient(
         method.base, method.network, parts, shifts, groups, weights, at_once

@@ -21,7 +21,6 @@ from kedit_lightning.methods.hypernetwork.shared.parameter_shift import (
     training_shifts,
 )
 from kedit_lightning.methods.hypernetwork.shared.shift_gradient import (
-    LossWeights,
     WeightedEpisodes,
     shift_gradient,
 )
@@ -180,7 +179,7 @@ class RLEdit(HypernetworkMethod):
         The stack is restored when the iterator has ended or is closed.
         """
         settings, size = self.settings, self.settings.n_edits
-        weights = LossWeights(settings.c_edit, settings.c_loc, settings.c_reg)
+        weights = settings.c_edit, settings.c_loc, settings.c_reg
         episodes = self.draw_episodes(self.examples_of(batch), 1)
         chunks = [episodes[first : first + size] for first in range(0, len(episodes), size)]
         with self.base.edits.restored():

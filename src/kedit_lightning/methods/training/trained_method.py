@@ -16,7 +16,6 @@ from kedit_lightning.base_models import BaseModel, BaseModelSpec
 from kedit_lightning.edits import EditOrigin
 from kedit_lightning.errors import UnsupportedUseError
 from kedit_lightning.methods.method import EditMethod, MethodSettings
-from kedit_lightning.methods.training.batch_gradient import BatchGradient
 from kedit_lightning.methods.training.checkpoint import (
     check_fitted_with,
     check_shapes,
@@ -24,7 +23,7 @@ from kedit_lightning.methods.training.checkpoint import (
     read_checkpoint,
 )
 from kedit_lightning.methods.training.episodes import alternatives, with_another_target
-from kedit_lightning.methods.training.trained_network import Plan, TrainedNetwork
+from kedit_lightning.methods.training.trained_network import BatchGradient, Plan, TrainedNetwork
 from kedit_lightning.requests import EditBatch, EditExample, EditRequest
 
 GradientT = TypeVar("GradientT", bound=BatchGradient)

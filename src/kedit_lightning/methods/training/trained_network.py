@@ -1,10 +1,10 @@
-"""Networks that ``fit`` trains, and the plan that checkpoints rebuild them from."""
+"""Networks that ``fit`` trains, the plan that checkpoints hold of them, and their gradient."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -54,3 +54,27 @@ class TrainedNetwork(FullPrecision):
     def scalars(self) -> dict[str, Tensor]:
         """Scalars to log at each training step, by name."""
         return {}
+
+
+class BatchGradient(Protocol):
+    """Loss and gradient of a training batch, over the episodes of all ranks."""
+
+    @property
+    def episodes(self) -> int:
+        """Number of episodes with a finite gradient; for 0 the rest is undefined."""
+
+    @property
+    def skipped(self) -> int:
+        """Number of episodes left out because their gradient was not finite."""
+
+    @property
+    def loss(self) -> Tensor:
+        """Mean loss. Shape ``[]``."""
+
+    @property
+    def mean_gradients(self) -> list[Tensor]:
+        """Gradient of the mean loss, one tensor a parameter."""
+
+    @property
+    def scalars(self) -> Mapping[str, Tensor]:
+        """Scalars to log beside the loss, by name."""

@@ -19,7 +19,6 @@ from kedit_lightning.methods.hypernetwork.shared.parameter_shift import (
     training_shifts,
 )
 from kedit_lightning.methods.hypernetwork.shared.shift_gradient import (
-    LossWeights,
     WeightedEpisodes,
     shift_gradient,
 )
@@ -143,5 +142,5 @@ class MALMEN(HypernetworkMethod):
         base, network, settings = self.base, self.network, self.settings
         episodes = self.draw_episodes(self.examples_of(batch), 1)
         parts, shifts = training_shifts(base, network, episodes, settings.at_once)
-        weights, groups = LossWeights(settings.c_edit, settings.c_loc), [WeightedEpisodes(episodes)]
+        weights, groups = (settings.c_edit, settings.c_loc, 0.0), [WeightedEpisodes(episodes)]
         yield shift_gradient(base, network, parts, shifts, groups, weights, settings.at_once)

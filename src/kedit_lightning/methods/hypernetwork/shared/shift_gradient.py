@@ -29,21 +29,6 @@ from kedit_lightning.methods.training.episodes import Episode
 
 
 @dataclass(frozen=True)
-class LossWeights:
-    """Weights of the parts of the outer loss.
-
-    Args:
-        edit: Weight of the negative log-likelihood of the new answers.
-        locality: Weight of the divergence on unrelated probes.
-        norm: Weight of the squared norm of the shifts.
-    """
-
-    edit: float
-    locality: float
-    norm: float = 0.0
-
-
-@dataclass(frozen=True)
 class WeightedEpisodes:
     """Episodes with the weight of their mean loss in the outer loss."""
 
@@ -57,7 +42,7 @@ def shift_gradient(
     parts: Sequence[Part],
     shifts: Mapping[str, RidgeShift],
     groups: Sequence[WeightedEpisodes],
-    weights: LossWeights,
+    weights: tuple[float, float, float],
     at_once: int,
 ) -> MetaGradient:
     """Meta-gradient of the networks that shifts were computed with, over all ranks.
@@ -71,9 +56,10 @@ def shift_gradient(
         shifts: The shifts.
         groups: The episodes whose probes are run; the first group holds those whose requests were
             written, and its losses are logged.
-        weights: Weights of the parts of the loss.
+        weights: Weights of the edit loss, the locality loss and the squared norm of the shifts.
         at_once: Episodes whose probes run through the model together.
     """
+    *probe_weights, norm_weight = weights
     leaves = {
         name: shift.unknown.to(network.log_rates.dtype).requires_grad_()
         for name, shift in shifts.items()
@@ -82,11 +68,11 @@ def shift_gradient(
     sum_over_ranks([counts])
     total = counts[0]
     scales = [group.weight * total / count for group, count in zip(groups, counts, strict=True)]
-    sums, gradients = _leaf_gradients(base, shifts, leaves, groups, scales, weights, at_once)
+    sums, gradients = _leaf_gradients(base, shifts, leaves, groups, scales, probe_weights, at_once)
     sum_over_ranks(gradients.values())
-    if weights.norm:
+    if norm_weight:
         norm = sum(shift.squared_norm(leaves[name]) for name, shift in shifts.items())
-        cost = total * weights.norm * norm
+        cost = total * norm_weight * norm
         for name, gradient in zip(leaves, autograd.grad(cost, list(leaves.values())), strict=True):
             gradients[name] += gradient
         sums[0] += cost.detach() if is_first_rank() else 0
@@ -103,7 +89,7 @@ def _leaf_gradients(
     leaves: Mapping[str, Tensor],
     groups: Sequence[WeightedEpisodes],
     scales: Sequence[Tensor],
-    weights: LossWeights,
+    weights: Sequence[float],
     at_once: int,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The sums of a :class:`MetaGradient`, and the gradient of the outer loss in each leaf."""
@@ -115,7 +101,7 @@ def _leaf_gradients(
             episodes = group.episodes[first : first + at_once]
             with torch.enable_grad():
                 losses = outer_losses(base, episodes, deltas, {})
-                loss = weights.edit * losses.edit + weights.locality * losses.locality
+                loss = weights[0] * losses.edit + weights[1] * losses.locality
                 loss = scale.to(loss) * loss.sum()
                 minibatch = autograd.grad(loss, list(leaves.values()))
             for name, gradient in zip(leaves, minibatch, strict=True):

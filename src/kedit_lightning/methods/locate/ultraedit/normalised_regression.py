@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kedit_lightning.methods.locate.shared.solve import ridge_update, size_prior
-from kedit_lightning.methods.shared.running_moments import Moments
+from kedit_lightning.methods.shared.moments import Moments
 
 #: A column whose standard deviation is below this share of its mean counts as constant: what is
 #: left of it is rounding, in half precision inputs as well, since those are exact in float64.

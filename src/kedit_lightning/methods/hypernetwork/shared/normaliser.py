@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, distributed
 
-from kedit_lightning.methods.shared.running_moments import Moments, merge, moments
+from kedit_lightning.methods.shared.moments import Moments, merge, moments
 from kedit_lightning.methods.training.distributed import several_ranks
 from kedit_lightning.methods.training.precision import FullPrecision
 
