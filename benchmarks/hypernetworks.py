@@ -37,10 +37,11 @@ def train(method, examples, device: str) -> float:  # noqa: ANN001 - torch is im
     started = 0.0
     for _ in range(4):
         started = time.perf_counter()
-        gradients = method.learn(EditBatch(examples)).mean_gradients
+        (gradient,) = method.batch_gradients(EditBatch(examples))
+        gradients = gradient.mean_gradients
         for parameter, gradient in zip(method.network.parameters(), gradients, strict=True):
             parameter.grad = gradient
-        del gradients
+        del gradient, gradients
         optimizer.step()
         optimizer.zero_grad()
         if device == "cuda":

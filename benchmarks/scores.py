@@ -34,7 +34,7 @@ from kedit_lightning import BaseModel, EditTrainer, methods
 from kedit_lightning.benchmark import EditCallback, Protocol
 from kedit_lightning.data import CounterFact, EditDataModule, NanoFacts, ZsRE
 from kedit_lightning.methods.method import EditMethod
-from kedit_lightning.methods.training.learned import LearnedMethod
+from kedit_lightning.methods.training.trained_method import TrainedMethod
 from kedit_lightning.metrics import ExampleRecord
 from kedit_lightning.metrics.functional import paired_difference
 
@@ -91,7 +91,7 @@ def real_data(folder: Path, limit: int) -> dict[str, EditDataModule]:
 def ready() -> list[str]:
     """The methods that edit well without a fit of one's own."""
     kinds = {name: getattr(methods, name) for name in methods.METHODS}
-    return [n for n, kind in kinds.items() if not issubclass(kind, LearnedMethod) or kind.packaged]
+    return [n for n, kind in kinds.items() if not issubclass(kind, TrainedMethod) or kind.packaged]
 
 
 def run(

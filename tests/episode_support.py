@@ -10,9 +10,9 @@ from typing import Any
 
 from support import REQUESTS
 
-from kedit_lightning import BaseModel, EditExample, EditRequest, Probe
+from kedit_lightning import BaseModel, EditBatch, EditExample, EditRequest, Probe
 from kedit_lightning.data import Requests
-from kedit_lightning.methods.hypernetwork.shared.outer_loss import Losses, episode_losses
+from kedit_lightning.methods.hypernetwork.shared.outer_loss import OuterLosses, outer_losses
 from kedit_lightning.methods.training.episodes import Episode
 
 
@@ -30,9 +30,15 @@ def example(request: EditRequest) -> EditExample:
 EXAMPLES = [example(request) for request in REQUESTS]
 
 
-def spoiled_losses(base: BaseModel, episodes: Sequence[Episode], changes: Any) -> Losses:
-    """What episodes cost, with NaN for the episode that writes the second request."""
-    losses = episode_losses(base, episodes, changes)
+def batch_gradient(method: Any, batch: EditBatch) -> Any:
+    """The gradient of a batch for which a method takes one optimizer step."""
+    (gradient,) = method.batch_gradients(batch)
+    return gradient
+
+
+def spoiled_losses(base: BaseModel, episodes: Sequence[Episode], *deltas: Any) -> OuterLosses:
+    """The outer losses, with NaN for the episode that writes the second request."""
+    losses = outer_losses(base, episodes, *deltas)
     for number, episode in enumerate(episodes):
         if episode.requests[0].target_new == REQUESTS[1].target_new:
             losses.edit[number] = losses.edit[number] * math.nan

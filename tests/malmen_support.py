@@ -8,9 +8,13 @@ from fit_support import fitted_by_ranks
 from torch.func import functional_call
 
 from kedit_lightning.methods import MALMEN, RLEdit
-from kedit_lightning.methods.hypernetwork.malmen import massive
-from kedit_lightning.methods.hypernetwork.malmen.normal_equations import NormalEquations
-from kedit_lightning.methods.hypernetwork.malmen.tensor_file import TensorFile
+from kedit_lightning.methods.hypernetwork.shared.normal_equations import NormalEquations
+from kedit_lightning.methods.hypernetwork.shared.parameter_shift import (
+    capture_parts,
+    training_shifts,
+)
+from kedit_lightning.methods.hypernetwork.shared.shift_gradient import shift_gradient
+from kedit_lightning.methods.hypernetwork.shared.tensor_file import TensorFile
 
 SMALL = {"rank": 8, "lr": 1e-4, "edit_lr": 1e-2, "n_edits": 2}
 SMALL_RLEDIT = {"rank": 8, "lr": 1e-4, "edit_lr": 1e-2, "n_edits": 2, "trajectory": 2, "c_reg": 0.3}
@@ -47,6 +51,20 @@ def malmen(base, **settings):
     return method
 
 
+def write(method, examples):
+    """The factors and the shifts of a training step."""
+    return training_shifts(method.base, method.network, examples, method.settings.at_once)
+
+
+def cost(method, parts, shifts, groups, c_reg=0.0):
+    """The gradient of a training step with given shifts."""
+    settings = method.settings
+    weights = settings.c_edit, settings.c_loc, c_reg
+    return shift_gradient(
+        method.base, method.network, parts, shifts, groups, weights, settings.at_once
+    )
+
+
 def stirred(base, **settings):
     """A MALMEN whose networks have seen data and are no longer the identity."""
     return stir(MALMEN(base, **{"checkpoint": "none", **SMALL, **settings}))
@@ -55,7 +73,7 @@ def stirred(base, **settings):
 def stir(method):
     """Show a method data, and move its networks away from the identity."""
     method.configure_model()
-    method.write(method.draw_episodes(EXAMPLES, 1))
+    write(method, method.draw_episodes(EXAMPLES, 1))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in method.network.networks.parameters():
@@ -76,7 +94,7 @@ def end_to_end(method, examples, c_loc=1.0, c_reg=0.0):
     """Loss of a step and its gradient, by autograd through dense solves and dense weights."""
     base, network = method.base, method.network
     requests = [request for example in examples for request in example.requests]
-    parts = list(massive.capture_parts(base, network, requests, 2))
+    parts = list(capture_parts(base, network, requests, 2))
     weights, size = {}, 0.0
     for name in network.plan.modules:
         keys = torch.cat([part[name].inputs for part in parts])

@@ -7,6 +7,7 @@ from typing import Any
 
 import fit_support
 import pytest
+from episode_support import batch_gradient
 from support import REQUESTS
 
 from kedit_lightning import EditRequest, Probe
@@ -51,7 +52,7 @@ SMALL = {"batch_size": 2, "lr": 1e-3, "c_edit": 1.0, "clip": 1.0}
 
 
 def outcome(method, examples):
-    return method.learn(EditBatch(examples))
+    return batch_gradient(method, EditBatch(examples))
 
 
 def data(tmp_path, count=4):

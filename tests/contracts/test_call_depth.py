@@ -10,11 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from fit_support import fit
+from support import tiny_base
 from torch.nn.modules.module import register_module_forward_hook
 
 import kedit_lightning
 import kedit_lightning.callbacks
 from kedit_lightning.cli.main import main
+from kedit_lightning.methods import MEND
 
 PACKAGE = [
     str(Path(module.__file__).parent) for module in (kedit_lightning, kedit_lightning.callbacks)
@@ -89,3 +92,20 @@ def test_a_longer_way_is_found() -> None:
         assert_at_most(frames, 2, 1)
     with pytest.raises(AssertionError, match="too many files"):
         assert_at_most(frames, 3, 0)
+
+
+def test_from_a_batch_of_mend_to_its_gradient(tmp_path: Path, monkeypatch: Any) -> None:
+    method = MEND(tiny_base("llama"), rank=4, accumulate=2)
+    gradient, ways = torch.autograd.grad, []
+
+    def record(*args: Any, **options: Any) -> Any:
+        ways.append(own_frames(sys._getframe()))
+        return gradient(*args, **options)
+
+    monkeypatch.setattr(torch.autograd, "grad", record)
+    fit(method, tmp_path)
+    assert method.network.updates == 2
+    assert {way[0].co_name for way in ways} == {"capture_factors", "_gradient"}
+    for way in ways:  # that of the requests, and that of the networks
+        assert way[-1].co_name == "training_step"
+        assert_at_most(way, 6, 4)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from episode_support import EXAMPLES, data
+from episode_support import EXAMPLES, batch_gradient, data
 from fit_support import SaveEachStep, fit, state
 from hypernetwork_support import SMALL
 from places import ROOT, SAMPLES
@@ -21,8 +21,8 @@ from kedit_lightning.data import CounterFact, NanoFacts, Requests
 from kedit_lightning.edits.edit import EditOrigin
 from kedit_lightning.errors import MissingNeedsError, UnsupportedUseError
 from kedit_lightning.methods import MEND, InstructEdit
-from kedit_lightning.methods.hypernetwork.shared import learning
-from kedit_lightning.methods.hypernetwork.shared.outer_loss import episode_losses
+from kedit_lightning.methods.hypernetwork.shared import meta_gradient
+from kedit_lightning.methods.hypernetwork.shared.outer_loss import outer_losses
 
 WORDS = {**SMALL, "tasks": TASKS}
 
@@ -52,7 +52,7 @@ def test_without_words_of_its_own_the_template_gives_mend_to_the_bit():
     base = tiny_base("gpt2")
     plain, mend = instruct(base, template="{prompt}"), instruct(base, MEND)
     for method in (plain, mend):
-        method.outcome = method.learn(EditBatch(EXAMPLES))
+        method.outcome = batch_gradient(method, EditBatch(EXAMPLES))
     for a, b in zip(plain.outcome.gradients, mend.outcome.gradients, strict=True):
         assert torch.equal(a, b)
     deltas = [method.edit(REQUESTS).deltas() for method in (plain, mend)]
@@ -76,17 +76,17 @@ def test_names_of_tasks_are_read_as_words_and_braces_as_text():
     base = tiny_base("llama")
     tasks = {"birth_city": ["{task} or {prompt}?"]}
     method = instruct(base, tasks=tasks, template="{task}: {description} {prompt}")
-    (read,) = method.worded([EditRequest("The {town} is", "Rome", task="birth_city")])
+    (read,) = method.instruct([EditRequest("The {town} is", "Rome", task="birth_city")])
     assert read.prompt == "birth city: {task} or {prompt}? The {town} is"
 
 
 def test_fit_draws_another_description_in_each_epoch_and_never_that_of_edits(monkeypatch):
     method = instruct(tiny_base("llama"), template="{description} {prompt}")
     seen = []
-    for turn in range(4):
-        monkeypatch.setattr(InstructEdit, "turn", turn)
-        seen.append([r.prompt for r in method.worded(REQUESTS, fitting=True)])
-        assert seen[-1] == [r.prompt for r in method.worded(REQUESTS, fitting=True)]
+    for epoch in range(4):
+        monkeypatch.setattr(InstructEdit, "epoch", epoch)
+        seen.append([r.prompt for r in method.instruct(REQUESTS, fitting=True)])
+        assert seen[-1] == [r.prompt for r in method.instruct(REQUESTS, fitting=True)]
     assert seen[0] == seen[2] != seen[1] == seen[3]
     for number, request in enumerate(REQUESTS):
         own = {prompts[number].removesuffix(" " + request.prompt) for prompts in seen}
@@ -137,8 +137,8 @@ def test_fit_learns_nothing_of_tasks_that_are_held_out(tmp_path):
         vary_targets=True,
     )
     seen = []
-    learn = method.learn
-    method.learn = lambda batch: seen.extend(method.episodes(batch)) or learn(batch)
+    gradients = method.batch_gradients
+    method.batch_gradients = lambda batch: seen.extend(method.episodes(batch)) or gradients(batch)
     fit(method, tmp_path, max_epochs=3, source=tagged(tmp_path))
     assert method.network.updates == len(seen) == 6
     assert {episode.requests[0].task for episode in seen} == {"city", "birth"}
@@ -151,14 +151,14 @@ def test_the_rest_of_a_batch_is_learned_as_if_an_episode_that_is_not_finite_were
 ):
     base, bad = tiny_base("llama"), REQUESTS[1]
 
-    def spoil(base, episodes, changes):
-        losses = episode_losses(base, episodes, changes)
+    def spoil(base, episodes, *deltas):
+        losses = outer_losses(base, episodes, *deltas)
         for number, episode in enumerate(episodes):
             if episode.requests[0].prompt.endswith(bad.prompt):
                 losses.edit[number] = losses.edit[number] * math.nan
         return losses
 
-    monkeypatch.setattr(learning, "episode_losses", spoil)
+    monkeypatch.setattr(meta_gradient, "outer_losses", spoil)
     method = InstructEdit(base, **{**WORDS, "accumulate": 4})
     fit(method, tmp_path, source=tagged(tmp_path))
     assert method.trainer.callback_metrics["train/skipped_episodes"] == 1
@@ -167,8 +167,8 @@ def test_the_rest_of_a_batch_is_learned_as_if_an_episode_that_is_not_finite_were
 
     # statistics take in all rows, so the networks of this comparison have none
     plain = instruct(base, normalise=False)
-    whole = plain.learn(EditBatch(EXAMPLES))
-    rest = plain.learn(EditBatch([e for e in EXAMPLES if e.requests[0] != bad]))
+    whole = batch_gradient(plain, EditBatch(EXAMPLES))
+    rest = batch_gradient(plain, EditBatch([e for e in EXAMPLES if e.requests[0] != bad]))
     assert (whole.episodes, whole.skipped) == (3, 1)
     assert (rest.episodes, rest.skipped) == (3, 0)
     assert torch.allclose(whole.sums, rest.sums, atol=1e-12)
@@ -227,10 +227,10 @@ def test_a_resumed_fit_equals_an_unbroken_one_step_for_step(tmp_path):
     whole = InstructEdit(base, **settings)
     fit(whole, tmp_path, None, 2, tagged(tmp_path), callbacks=[SaveEachStep(tmp_path)])
     assert whole.network.updates == 4
-    wanted, loss = state(whole), whole.learn(EditBatch(EXAMPLES)).loss
+    wanted, loss = state(whole), batch_gradient(whole, EditBatch(EXAMPLES)).loss
     for stop in (1, 2, 3):
         rest = InstructEdit(base, **settings)
         fit(rest, tmp_path, tmp_path / f"{stop}.ckpt", 2, tagged(tmp_path))
         for name, tensor in state(rest).items():
             assert torch.equal(tensor, wanted[name]), (stop, name)
-        assert torch.equal(rest.learn(EditBatch(EXAMPLES)).loss, loss)
+        assert torch.equal(batch_gradient(rest, EditBatch(EXAMPLES)).loss, loss)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from episode_support import EXAMPLES, data
+from episode_support import EXAMPLES, batch_gradient, data
 from fit_support import SaveEachStep, fit, state
 from hypernetwork_support import rows_of, weight_gradients
 from places import TESTS
@@ -21,10 +21,10 @@ from kedit_lightning import EditBatch, EditRequest
 from kedit_lightning.errors import CheckpointError
 from kedit_lightning.methods import KE, MEND
 from kedit_lightning.methods.hypernetwork.ke.divergence_bound import DivergenceBound
-from kedit_lightning.methods.hypernetwork.ke.gates import Gates, gated_change
+from kedit_lightning.methods.hypernetwork.ke.gates import Gates, gated_delta
 from kedit_lightning.methods.hypernetwork.ke.knowledge_editor import condition_texts, embedded
-from kedit_lightning.methods.hypernetwork.shared import learning
-from kedit_lightning.methods.hypernetwork.shared.outer_loss import episode_losses
+from kedit_lightning.methods.hypernetwork.shared import meta_gradient
+from kedit_lightning.methods.hypernetwork.shared.outer_loss import outer_losses
 from kedit_lightning.methods.shared.gradient_factors import Factors, capture_factors
 from kedit_lightning.methods.training.episodes import make_episodes
 
@@ -80,15 +80,15 @@ def random_factors(d_in=5, d_out=3):
 
 def test_factors_multiply_to_the_gated_gradient():
     factors, gates = random_factors(), random_gates()
-    change = gated_change(factors, gates, torch.tensor([0, 1]))
+    delta, edit_of_term = gated_delta(factors, gates, torch.tensor([0, 1]))
     for number in range(2):
         own = factors.of_rows(number, number + 1)
         gradient = own.gradients.T @ own.inputs
         a = torch.outer(gates.out[number], gates.into[number])
         b = torch.outer(gates.added_out[number], gates.added_into[number])
-        mine = change.edits == number
+        mine = edit_of_term == number
         assert torch.linalg.matrix_rank(a) == torch.linalg.matrix_rank(b) == 1  # KE-1
-        product = change.b[mine].T @ change.a[mine]
+        product = delta.b[:, mine] @ delta.a[mine]
         assert torch.allclose(product, gates.strength[number] * (gradient * a + b), atol=1e-14)
 
 
@@ -104,9 +104,9 @@ def test_gates_share_outputs_out_and_have_a_largest_strength():
 
 
 def test_a_closed_gate_changes_nothing():  # KE-1
-    change = gated_change(random_factors(), random_gates(eta=-math.inf), torch.tensor([0, 1]))
-    assert not bool(change.b.any())
-    assert bool(torch.isfinite(change.a).all())
+    delta, _ = gated_delta(random_factors(), random_gates(eta=-math.inf), torch.tensor([0, 1]))
+    assert not bool(delta.b.any())
+    assert bool(torch.isfinite(delta.a).all())
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -118,8 +118,8 @@ def test_open_gates_are_a_step_of_gradient_descent(kind):
     for name, own in factors.items():
         ones = [torch.ones(1, x.shape[1]).to(x) for x in (own.gradients, own.inputs)]
         gates = Gates(*ones, ones[0], 0 * ones[1], own.inputs.new_full((1,), -0.01))
-        change = gated_change(own, gates, ONE)
-        assert torch.allclose(change.b.T @ change.a, -0.01 * gradients[name], rtol=0, atol=1e-12)
+        delta, _ = gated_delta(own, gates, ONE)
+        assert torch.allclose(delta.dense, -0.01 * gradients[name], rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -146,7 +146,7 @@ def test_gradients_equal_those_through_dense_weights(kind):
     network, parameters = method.network, list(method.network.parameters())
     (episode,) = make_episodes(EXAMPLES[:1], locality=2)
     factors = capture_factors(base, rows_of(base, REQUESTS[:1]), network.plan.modules)
-    losses = episode_losses(base, [episode], network.propose(base, REQUESTS[:1], factors, ONE))
+    losses = outer_losses(base, [episode], *network.deltas(base, REQUESTS[:1], factors, ONE))
     found = torch.autograd.grad((losses.edit + losses.locality).sum(), parameters)
 
     weights = written(base, dense(method, REQUESTS[0]))
@@ -258,8 +258,8 @@ def test_a_batch_is_the_sum_of_its_single_edits_in_any_order(kind):
 @pytest.mark.parametrize("settings", [{}, {"n_edits": 2}])
 def test_episodes_together_equal_episodes_one_at_a_time(settings):
     base = tiny_base("opt")
-    together = ke(base, **settings).learn(EditBatch(EXAMPLES))
-    alone = ke(base, at_once=1, **settings).learn(EditBatch(EXAMPLES))
+    together = batch_gradient(ke(base, **settings), EditBatch(EXAMPLES))
+    alone = batch_gradient(ke(base, at_once=1, **settings), EditBatch(EXAMPLES))
     assert together.episodes == alone.episodes
     assert torch.allclose(together.sums, alone.sums, atol=1e-12)
     for a, b in zip(together.gradients, alone.gradients, strict=True):
@@ -343,13 +343,13 @@ def test_a_resumed_fit_equals_an_unbroken_one_step_for_step(tmp_path, monkeypatc
     )
     assert whole.network.updates == 4
     assert float(whole.network.bound.margin) == pytest.approx(0.64e-3)
-    wanted, loss = state(whole), whole.learn(EditBatch(EXAMPLES)).loss
+    wanted, loss = state(whole), batch_gradient(whole, EditBatch(EXAMPLES)).loss
     for stop in (1, 2, 3):
         rest = KE(base, **settings)
         fit(rest, tmp_path, tmp_path / f"{stop}.ckpt", max_epochs=2, source=source)
         for name, tensor in state(rest).items():
             assert torch.equal(tensor, wanted[name]), (stop, name)
-        assert torch.equal(rest.learn(EditBatch(EXAMPLES)).loss, loss)
+        assert torch.equal(batch_gradient(rest, EditBatch(EXAMPLES)).loss, loss)
 
 
 def test_a_loaded_checkpoint_gives_the_same_edit_and_is_refused_by_others(tmp_path):
@@ -367,13 +367,13 @@ def test_a_loaded_checkpoint_gives_the_same_edit_and_is_refused_by_others(tmp_pa
 def test_an_episode_that_is_not_finite_is_left_out_and_counted(tmp_path, monkeypatch):
     base, bad = tiny_base("llama"), REQUESTS[1].target_new
 
-    def spoil(base, episodes, changes):
-        losses = episode_losses(base, episodes, changes)
+    def spoil(base, episodes, *deltas):
+        losses = outer_losses(base, episodes, *deltas)
         spoiled = [math.nan if e.requests[0].target_new == bad else 1.0 for e in episodes]
         factor = torch.tensor(spoiled, dtype=torch.float64)
         return replace(losses, locality=losses.locality * factor)
 
-    monkeypatch.setattr(learning, "episode_losses", spoil)
+    monkeypatch.setattr(meta_gradient, "outer_losses", spoil)
     method = KE(base, **{**SMALL, "accumulate": 4})
     fit(method, tmp_path)
     assert method.trainer.callback_metrics["train/skipped_episodes"] == 1

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
-from episode_support import EXAMPLES, spoiled_losses
+from episode_support import EXAMPLES, batch_gradient, spoiled_losses
 from fit_support import SaveEachStep, fit, state
 from hypernetwork_support import rows_of
 from malmen_support import (
@@ -16,12 +17,14 @@ from malmen_support import (
     SMALL,
     WIDTHS,
     check_ranks,
+    cost,
     dense,
     end_to_end,
     malmen,
     rows,
     solved,
     stirred,
+    write,
 )
 from support import FAMILIES, REQUESTS, tiny_base
 
@@ -29,8 +32,12 @@ from kedit_lightning import Edit, EditBatch
 from kedit_lightning.edits import DenseEdit, LowRankEdit
 from kedit_lightning.errors import NonFiniteError
 from kedit_lightning.methods import MALMEN
-from kedit_lightning.methods.hypernetwork.malmen import massive
-from kedit_lightning.methods.hypernetwork.shared.outer_loss import episode_losses
+from kedit_lightning.methods.hypernetwork.shared import shift_gradient
+from kedit_lightning.methods.hypernetwork.shared.outer_loss import outer_losses
+from kedit_lightning.methods.hypernetwork.shared.parameter_shift import (
+    capture_parts,
+)
+from kedit_lightning.methods.hypernetwork.shared.shift_gradient import WeightedEpisodes
 from kedit_lightning.methods.locate.shared.least_squares import ridge_update, size_prior
 
 #: All tokens of the tests' requests are more than the inputs of the first projection of an MLP.
@@ -111,7 +118,7 @@ def test_one_key_and_a_weak_ridge_give_a_step_of_gradient_descent(kind):  # MALM
     request = next(r for r in REQUESTS if int(rows_of(base, [r]).answer_mask.sum()) == 1)
     method = malmen(base, normalise=False, edit_lr=0.01, ridge=1e-12)
     edit = method.edit([request])
-    (part,) = massive.capture_parts(base, method.network, [request], 1)
+    (part,) = capture_parts(base, method.network, [request], 1)
     for name, factors in part.items():
         (key,), (slope,) = factors.inputs, factors.gradients  # those of the answer's one token
         delta = edit.deltas()[f"{name}.weight"]
@@ -139,7 +146,7 @@ def test_settings_choose_projections_and_tokens():
     counts = {}
     for tokens in ("answer", "all"):
         network = malmen(base, tokens=tokens).network
-        (part,) = massive.capture_parts(base, network, REQUESTS[:1], 4)
+        (part,) = capture_parts(base, network, REQUESTS[:1], 4)
         counts[tokens] = len(part[down[0]].inputs)
     rows = rows_of(base, REQUESTS[:1])
     assert counts == {
@@ -158,7 +165,7 @@ def test_few_keys_give_thin_factors_and_many_a_dense_edit(size):
     network = method.network
     with torch.no_grad():
         for edit, requests in ((few, REQUESTS[:1]), (many, REQUESTS)):
-            (part,) = massive.capture_parts(base, network, requests, 4)
+            (part,) = capture_parts(base, network, requests, 4)
             for name, factors in part.items():
                 values = network.values(name, factors.inputs, factors.gradients)
                 scales = network.ridge(name), network.metric(name)
@@ -172,7 +179,7 @@ def test_minibatches_order_and_padding_change_no_edit(kind):
     for tokens in ("answer", "all"):
         method = stirred(base, tokens=tokens)
         wanted = method.edit(REQUESTS).deltas()
-        method.hparams["at_once"] = 1
+        method.settings = replace(method.settings, at_once=1)
         base.padding_side = "left"
         found = method.edit(REQUESTS[::-1]).deltas()
         base.padding_side = "right"
@@ -222,9 +229,9 @@ def test_the_cached_backward_pass_is_that_of_autograd(kind, tokens, at_once, siz
     settings = {"tokens": tokens, "at_once": at_once, "own_wording": True, "shift_size": size}
     method = stirred(tiny_base(kind), projections=PROJECTIONS[tokens], **settings)
     examples = method.draw_episodes(EXAMPLES, 1)
-    parts, shifts = method.write(examples)
+    parts, shifts = write(method, examples)
     assert any(shift.keys is None for shift in shifts.values()) is (tokens == "all")
-    outcome = method.cost(parts, shifts, [massive.Group(examples)])
+    outcome = cost(method, parts, shifts, [WeightedEpisodes(examples)])
     loss, expected = end_to_end(method, examples)
     assert torch.allclose(outcome.loss, loss, atol=1e-12)
     for found, wanted in zip(outcome.mean_gradients, expected, strict=True):
@@ -236,14 +243,14 @@ def test_never_more_than_one_minibatch_runs_with_a_graph(monkeypatch):
     base = tiny_base("llama")
     sizes = []
     monkeypatch.setattr(
-        massive,
-        "episode_losses",
-        lambda base, episodes, changes: (
-            sizes.append(len(episodes)) or episode_losses(base, episodes, changes)
+        shift_gradient,
+        "outer_losses",
+        lambda base, episodes, *deltas: (
+            sizes.append(len(episodes)) or outer_losses(base, episodes, *deltas)
         ),
     )
     method = malmen(base, at_once=3)
-    method.learn(EditBatch(EXAMPLES))
+    batch_gradient(method, EditBatch(EXAMPLES))
     assert sizes == [3, 1]
 
 
@@ -307,7 +314,7 @@ def test_a_resumed_fit_equals_an_unbroken_one_step_for_step(tmp_path, size):
 def test_a_step_that_is_not_finite_changes_no_parameter_and_is_counted(tmp_path, monkeypatch):
     method = malmen(tiny_base("llama"))
     before = [parameter.clone() for parameter in method.parameters()]
-    monkeypatch.setattr(massive, "episode_losses", spoiled_losses)
+    monkeypatch.setattr(shift_gradient, "outer_losses", spoiled_losses)
     fit(method, tmp_path)
     assert method.trainer.callback_metrics["train/skipped_episodes"] == 2
     assert (method.network.skipped, method.network.updates) == (2, 1)

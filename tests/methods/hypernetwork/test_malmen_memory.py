@@ -9,7 +9,7 @@ import tracemalloc
 
 import pytest
 import torch
-from episode_support import EXAMPLES
+from episode_support import EXAMPLES, batch_gradient
 from hypernetwork_support import rows_of
 from malmen_support import FEW, MANY, WIDTHS, rows, solved, stirred, stirred_rledit
 from support import REQUESTS, tiny_base
@@ -17,14 +17,14 @@ from support import REQUESTS, tiny_base
 from kedit_lightning import EditBatch
 from kedit_lightning.edits import DenseEdit, LowRankEdit
 from kedit_lightning.errors import NonFiniteError, TemporaryFileError
-from kedit_lightning.methods.hypernetwork.malmen import massive, tensor_file
-from kedit_lightning.methods.hypernetwork.malmen.massive import minibatches
-from kedit_lightning.methods.hypernetwork.malmen.normal_equations import (
+from kedit_lightning.methods.hypernetwork.shared import parameter_shift, tensor_file
+from kedit_lightning.methods.hypernetwork.shared.normal_equations import (
     NormalEquations,
     Sizes,
     smaller_dense,
 )
-from kedit_lightning.methods.hypernetwork.malmen.tensor_file import TensorFile
+from kedit_lightning.methods.hypernetwork.shared.parameter_shift import minibatches
+from kedit_lightning.methods.hypernetwork.shared.tensor_file import TensorFile
 
 
 @pytest.fixture
@@ -108,7 +108,7 @@ def test_solving_twice_gives_the_same_of_the_size_that_was_announced(count):
         first, second = (equations.solve(torch.tensor(0.7).double()) for _ in range(2))
         assert first.sizes == second.sizes == equations.sizes
     assert torch.equal(first.matrix, second.matrix)
-    assert math.isinf(first.sizes.thin) is (first.keys is None)
+    assert math.isinf(first.sizes.low_rank) is (first.keys is None)
 
 
 @pytest.mark.parametrize("count", [FEW, MANY])
@@ -142,13 +142,13 @@ def test_no_minibatch_of_an_edit_is_longer_than_it_should_be(monkeypatch):
     long = type(long)(" ".join([long.prompt] * 6), long.target_new)
     asked = [*REQUESTS, long, *REQUESTS]
     wanted = method.edit(asked).deltas()
-    seen, capture = [], massive.capture_factors
+    seen, capture = [], parameter_shift.capture_factors
 
     def watch(base, rows, *others):
         seen.append(tuple(rows.attention_mask.shape))
         return capture(base, rows, *others)
 
-    monkeypatch.setattr(massive, "capture_factors", watch)
+    monkeypatch.setattr(parameter_shift, "capture_factors", watch)
     found = method.edit(asked).deltas()
     assert all(torch.equal(own, wanted[name]) for name, own in found.items())
     assert sum(count for count, _ in seen) == len(asked)
@@ -177,7 +177,7 @@ def test_few_keys_are_stored_thin_and_more_than_a_matrix_holds_dense(times, kind
     edit = method.edit(asked)
     assert type(edit) is kind
     with torch.no_grad():
-        parts = list(massive.capture_parts(base, method.network, asked, 100))
+        parts = list(parameter_shift.capture_parts(base, method.network, asked, 100))
         for name in method.network.shapes:
             keys = torch.cat([part[name].inputs for part in parts])
             assert len(keys) <= 48  # so the solve is that for few rows
@@ -194,7 +194,7 @@ def test_a_chunk_of_a_trajectory_is_stored_as_what_is_smaller():
     for tokens, kind in (("answer", LowRankEdit), ("all", DenseEdit)):
         settings = {"tokens": tokens, "projections": "down", "n_edits": 3}
         method = stirred_rledit(base, **settings, steps_per_trajectory=2)
-        stacks = [list(base.edits) for _ in method.outcomes(EditBatch(EXAMPLES))]
+        stacks = [list(base.edits) for _ in method.batch_gradients(EditBatch(EXAMPLES))]
         assert [[type(edit) for edit in stack] for stack in stacks] == [[], [kind]]
 
 
@@ -219,7 +219,7 @@ def test_no_file_is_left_after_an_edit_or_an_error(on_disk, monkeypatch, what):
             opened.append(self)
 
     monkeypatch.setattr(tempfile, "SpooledTemporaryFile", Watched)
-    capture = massive.capture_factors
+    capture = parameter_shift.capture_factors
 
     def fail(base, rows, *others):
         if opened and opened[-1].tell():  # rows wait in it
@@ -229,9 +229,9 @@ def test_no_file_is_left_after_an_edit_or_an_error(on_disk, monkeypatch, what):
     if what == "edit":
         method.edit(REQUESTS)
     elif what == "trajectory":
-        stirred_rledit(tiny_base("llama")).learn(EditBatch(EXAMPLES))
+        batch_gradient(stirred_rledit(tiny_base("llama")), EditBatch(EXAMPLES))
     elif what == "error in a capture":
-        monkeypatch.setattr(massive, "capture_factors", fail)
+        monkeypatch.setattr(parameter_shift, "capture_factors", fail)
         with pytest.raises(ZeroDivisionError):
             method.edit(REQUESTS)
     else:

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from episode_support import EXAMPLES, example, spoiled_losses
+from episode_support import EXAMPLES, batch_gradient, example, spoiled_losses
 from fit_support import SaveEachStep, fit, fitted_by_ranks, state
 from hypernetwork_support import SMALL, rows_of, weight_gradients
 from lightning.pytorch.trainer.states import TrainerFn, TrainerState
@@ -25,13 +25,10 @@ from kedit_lightning.errors import (
     UnsupportedUseError,
 )
 from kedit_lightning.methods import MEND
-from kedit_lightning.methods.hypernetwork.shared import learning
-from kedit_lightning.methods.hypernetwork.shared.gradient_transform import (
-    Hypernetwork,
-    TransformPlan,
-)
+from kedit_lightning.methods.hypernetwork.shared import meta_gradient
+from kedit_lightning.methods.hypernetwork.shared.mend_network import MENDNetwork, MENDPlan
 from kedit_lightning.methods.hypernetwork.shared.normaliser import RunningNormaliser
-from kedit_lightning.methods.hypernetwork.shared.outer_loss import episode_losses
+from kedit_lightning.methods.hypernetwork.shared.outer_loss import outer_losses
 from kedit_lightning.methods.shared.gradient_factors import Factors, answer_loss, capture_factors
 from kedit_lightning.methods.training.checkpoint import slim
 from kedit_lightning.methods.training.episodes import (
@@ -52,7 +49,7 @@ def mend(base, **settings):
 def stirred(base, **settings):
     """A MEND whose networks have seen data and are no longer the identity."""
     method = mend(base, **settings)
-    method.learn(EditBatch(EXAMPLES))
+    batch_gradient(method, EditBatch(EXAMPLES))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in method.network.networks.parameters():
@@ -132,7 +129,9 @@ def test_rows_that_are_not_finite_stay_out_of_the_statistics():
 
 
 def test_statistics_keep_their_types_and_count_past_256_in_half_precision():
-    network = Hypernetwork(TransformPlan(("a",), rank=4), [(3, 2)], 1e-4).to(torch.bfloat16).half()
+    network = (
+        MENDNetwork(MENDPlan(("a",), rank=4), [(3, 2)], MEND().settings).to(torch.bfloat16).half()
+    )
     normaliser = network.networks["3x2"].normaliser
     assert [b.dtype for b in normaliser.buffers()] == [torch.float32, torch.float32, torch.int64]
     assert {p.dtype for p in network.parameters()} == {torch.float32}
@@ -142,10 +141,14 @@ def test_statistics_keep_their_types_and_count_past_256_in_half_precision():
 
 
 def test_tokens_without_gradient_leave_the_statistics_alone():
-    network = Hypernetwork(TransformPlan(("a",), rank=4), [(3, 2)], 1e-4)
-    network.observe([{"a": Factors(torch.randn(9, 3), torch.randn(9, 2), torch.zeros(9))}])
+    network = MENDNetwork(MENDPlan(("a",), rank=4), [(3, 2)], MEND().settings)
+    network.update_statistics(
+        [{"a": Factors(torch.randn(9, 3), torch.randn(9, 2), torch.zeros(9))}]
+    )
     before = [buffer.clone() for buffer in network.buffers()]
-    network.observe([{"a": Factors(torch.randn(9, 3), torch.zeros(9, 2), torch.zeros(9))}])
+    network.update_statistics(
+        [{"a": Factors(torch.randn(9, 3), torch.zeros(9, 2), torch.zeros(9))}]
+    )
     assert all(torch.equal(a, b) for a, b in zip(before, network.buffers(), strict=True))
 
 
@@ -212,13 +215,14 @@ def test_gradients_equal_those_through_dense_weights(kind):  # MEND-4
     (episode,) = make_episodes(EXAMPLES[:1], locality=2)
     factors = capture_factors(base, rows_of(base, REQUESTS[:1]), network.plan.modules)
     one = torch.zeros(1, dtype=torch.long)
-    losses = episode_losses(base, [episode], network(factors, one))
+    deltas = network.deltas(base, REQUESTS[:1], factors, one)
+    losses = outer_losses(base, [episode], *deltas)
     found = torch.autograd.grad((losses.edit + losses.locality).sum(), list(network.parameters()))
 
     weights = {}
-    for name, change in network(factors, one).items():
-        weight, delta = base.module(name).weight, change.b.T @ change.a
-        weights[f"{name}.weight"] = weight + (delta if delta.shape == weight.shape else delta.T)
+    for name, delta in network.deltas(base, REQUESTS[:1], factors, one)[0].items():
+        weight, dense = base.module(name).weight, delta.dense
+        weights[f"{name}.weight"] = weight + (dense if dense.shape == weight.shape else dense.T)
 
     def token_log_probs(probe, edited):
         rows = base.rows([probe.prompt], [probe.answers[0] if probe.answers else None])
@@ -242,7 +246,7 @@ def test_gradients_equal_those_through_dense_weights(kind):  # MEND-4
 
 
 def test_each_epoch_asks_the_next_probes():
-    asked = [make_episodes(EXAMPLES, turn=turn)[0].asked[0].prompt for turn in range(4)]
+    asked = [make_episodes(EXAMPLES, epoch=turn)[0].asked[0].prompt for turn in range(4)]
     assert asked[0] == asked[2] != asked[1] == asked[3]
     assert sorted(rotate("abc", 5, 0, "key")) == ["a", "b", "c"]
     pair, last = make_episodes(EXAMPLES[:3], size=2, rephrases=2, locality=9)
@@ -275,7 +279,8 @@ def test_each_epoch_can_write_another_of_the_known_answers():
 def test_varied_targets_come_from_the_training_data(tmp_path):
     method = MEND(tiny_base("llama"), **SMALL, vary_targets=True)
     seen = []
-    method.learn = lambda batch: seen.extend(method.episodes(batch)) or MEND.learn(method, batch)
+    gradients = method.batch_gradients
+    method.batch_gradients = lambda batch: seen.extend(method.episodes(batch)) or gradients(batch)
     fit(method, tmp_path, max_epochs=2)
     targets = {episode.requests[0].target_new for episode in seen if "Lyon" in str(episode)}
     assert targets == {"Norway", "Rome"}
@@ -287,16 +292,16 @@ def test_an_example_without_locality_probes_borrows_some():
     assert {*first.kept, *second.kept} <= set(EXAMPLES[1].probes)
     assert len(first.kept) == len(second.kept) == 1
     base = tiny_base("llama")
-    assert mend(base).learn(EditBatch([bare, EXAMPLES[1]])).locality > 0
-    assert mend(base).learn(EditBatch([bare])).locality == 0
+    assert batch_gradient(mend(base), EditBatch([bare, EXAMPLES[1]])).locality > 0
+    assert batch_gradient(mend(base), EditBatch([bare])).locality == 0
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt"])  # opt flattens the rows of its MLPs
 @pytest.mark.parametrize("settings", [{}, {"n_edits": 2}, {"n_locality": 2, "n_rephrases": 2}])
 def test_episodes_together_equal_episodes_one_at_a_time(family, settings):
     base = tiny_base(family)
-    together = mend(base, **settings).learn(EditBatch(EXAMPLES))
-    alone = mend(base, at_once=1, **settings).learn(EditBatch(EXAMPLES))
+    together = batch_gradient(mend(base, **settings), EditBatch(EXAMPLES))
+    alone = batch_gradient(mend(base, at_once=1, **settings), EditBatch(EXAMPLES))
     assert together.episodes == alone.episodes == (2 if "n_edits" in settings else 4)
     assert torch.allclose(together.sums, alone.sums, atol=1e-12)
     for a, b in zip(together.gradients, alone.gradients, strict=True):
@@ -306,7 +311,7 @@ def test_episodes_together_equal_episodes_one_at_a_time(family, settings):
 
 def test_an_episode_that_is_not_finite_is_left_out_and_counted(tmp_path, monkeypatch):
     base = tiny_base("llama")
-    monkeypatch.setattr(learning, "episode_losses", spoiled_losses)
+    monkeypatch.setattr(meta_gradient, "outer_losses", spoiled_losses)
     method = MEND(base, accumulate=4, rank=8)
     fit(method, tmp_path)
     assert method.trainer.callback_metrics["train/skipped_episodes"] == 1
@@ -314,7 +319,7 @@ def test_an_episode_that_is_not_finite_is_left_out_and_counted(tmp_path, monkeyp
     assert method.network.updates == 1
     assert all(bool(torch.isfinite(p).all()) for p in method.parameters())
 
-    together, apart = (mend(base, at_once=n).learn(EditBatch(EXAMPLES)) for n in (4, 1))
+    together, apart = (batch_gradient(mend(base, at_once=n), EditBatch(EXAMPLES)) for n in (4, 1))
     for found in (together, apart):
         assert (found.episodes, found.skipped) == (3, 1)
         assert bool(torch.isfinite(found.sums).all())
@@ -327,9 +332,9 @@ def test_a_step_with_no_finite_episode_changes_no_parameter(tmp_path, monkeypatc
     before = [parameter.clone() for parameter in method.parameters()]
     inf = torch.tensor(math.inf)
     monkeypatch.setattr(
-        learning,
-        "episode_losses",
-        lambda *a: type(losses := episode_losses(*a))(losses.edit * inf, losses.edit, losses.right),
+        meta_gradient,
+        "outer_losses",
+        lambda *a: type(losses := outer_losses(*a))(losses.edit * inf, losses.edit, losses.success),
     )
     fit(method, tmp_path)
     assert method.network.skipped == 4
@@ -537,13 +542,13 @@ def test_a_resumed_fit_equals_an_unbroken_one_step_for_step(tmp_path):
     whole = MEND(base, **settings)
     fit(whole, tmp_path, max_epochs=2, callbacks=[SaveEachStep(tmp_path)])
     assert whole.network.updates == 4
-    wanted, loss = state(whole), whole.learn(EditBatch(EXAMPLES)).loss
+    wanted, loss = state(whole), batch_gradient(whole, EditBatch(EXAMPLES)).loss
     for stop in (1, 2, 3):
         rest = MEND(base, **settings)
         fit(rest, tmp_path, ckpt_path=tmp_path / f"{stop}.ckpt", max_epochs=2)
         for name, tensor in state(rest).items():
             assert torch.equal(tensor, wanted[name]), (stop, name)
-        assert torch.equal(rest.learn(EditBatch(EXAMPLES)).loss, loss)
+        assert torch.equal(batch_gradient(rest, EditBatch(EXAMPLES)).loss, loss)
 
 
 def test_a_checkpoint_of_another_shape_wins_over_the_settings_it_was_built_with(tmp_path):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from episode_support import EXAMPLES, data
+from episode_support import EXAMPLES, batch_gradient, data
 from support import REQUESTS, tiny_base
 from torch.func import functional_call
 
@@ -60,7 +60,7 @@ def test_factors_of_both_halves_multiply_to_the_weight_gradients():
 
 def test_an_edit_is_a_dense_change_of_the_weights_and_leaves_nothing_behind(tmp_path: Path):
     method = built(edit_lr=0.05)
-    method.learn(EditBatch(EXAMPLES))  # the normalisers have seen data
+    batch_gradient(method, EditBatch(EXAMPLES))  # the normalisers have seen data
     base, inputs = method.base, rows_of(method.base).inputs
     before = base.model(**inputs).logits
     edit = method.edit(REQUESTS)
@@ -94,7 +94,9 @@ def test_rows_with_edits_of_their_own_are_answered_as_one_at_a_time(options):
 
 @pytest.mark.parametrize("settings", [{}, {"n_edits": 2}])
 def test_episodes_together_equal_episodes_one_at_a_time(settings):
-    together, apart = (built(at_once=n, **settings).learn(EditBatch(EXAMPLES)) for n in (None, 1))
+    together, apart = (
+        batch_gradient(built(at_once=n, **settings), EditBatch(EXAMPLES)) for n in (None, 1)
+    )
     assert torch.allclose(together.sums, apart.sums, atol=1e-12)
     for a, b in zip(together.gradients, apart.gradients, strict=True):
         assert torch.allclose(a, b, rtol=1e-9, atol=1e-12)

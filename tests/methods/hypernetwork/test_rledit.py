@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import pytest
 import torch
-from episode_support import EXAMPLES, spoiled_losses
+from episode_support import EXAMPLES, batch_gradient, spoiled_losses
 from fit_support import SaveEachStep, fit, state
 from hypernetwork_support import rows_of
 from malmen_support import SMALL_RLEDIT as SMALL
-from malmen_support import check_ranks, end_to_end
+from malmen_support import check_ranks, cost, end_to_end, write
 from malmen_support import stirred_rledit as stirred
 from support import tiny_base
 
 from kedit_lightning import EditBatch
 from kedit_lightning.edits import EditOrigin
 from kedit_lightning.methods import MALMEN, RLEdit
-from kedit_lightning.methods.hypernetwork.malmen import massive
-from kedit_lightning.methods.hypernetwork.malmen.massive import Group, edit_of
-from kedit_lightning.methods.hypernetwork.shared.outer_loss import episode_losses
+from kedit_lightning.methods.hypernetwork.shared import shift_gradient
+from kedit_lightning.methods.hypernetwork.shared.outer_loss import outer_losses
+from kedit_lightning.methods.hypernetwork.shared.parameter_shift import shift_edit
+from kedit_lightning.methods.hypernetwork.shared.shift_gradient import WeightedEpisodes
 
 BATCH = EditBatch(EXAMPLES)
 
@@ -31,8 +32,8 @@ def same(found, wanted):
 def test_a_trajectory_of_one_chunk_is_a_step_of_malmen():
     shared = {"n_edits": 4, "projections": "down", "layers": [1, 2, 3], "c_loc": 1.0}
     base = tiny_base("llama")
-    found = stirred(base, trajectory=1, c_reg=0.0, **shared).learn(BATCH)
-    same(found, stirred(base, MALMEN, **shared).learn(BATCH))
+    found = batch_gradient(stirred(base, trajectory=1, c_reg=0.0, **shared), BATCH)
+    same(found, batch_gradient(stirred(base, MALMEN, **shared), BATCH))
     assert found.episodes == 4
 
 
@@ -41,10 +42,10 @@ def test_size_and_locality_have_their_true_gradients(tokens):  # RLEDIT-1, RLEDI
     base = tiny_base("gpt2")
     method = stirred(base, n_edits=4, tokens=tokens, c_loc=0.6)
     examples = method.draw_episodes(EXAMPLES, 1)
-    parts, shifts = method.write(examples)
-    found = method.cost(parts, shifts, [Group(examples)], c_reg=0.3)
+    parts, shifts = write(method, examples)
+    found = cost(method, parts, shifts, [WeightedEpisodes(examples)], c_reg=0.3)
     loss, expected = end_to_end(method, examples, c_loc=0.6, c_reg=0.3)
-    plain = method.cost(parts, shifts, [Group(examples)])
+    plain = cost(method, parts, shifts, [WeightedEpisodes(examples)])
     assert torch.allclose(found.loss, loss, atol=1e-12)
     for a, b, without in zip(found.mean_gradients, expected, plain.mean_gradients, strict=True):
         assert torch.allclose(a, b, rtol=1e-8, atol=1e-11)
@@ -56,24 +57,29 @@ def test_each_chunk_is_written_on_those_before_and_asked_with_them():
     method, again = stirred(base, decay=0.5), stirred(base, decay=0.5)
     examples = again.draw_episodes(EXAMPLES, 1)
     first, second = examples[:2], examples[2:]
-    parts, shifts = again.write(first)
-    wanted = again.cost(parts, shifts, [Group(first)], 0.3)
-    with edit_of(base, shifts.items(), False, EditOrigin()):
-        parts, shifts = again.write(second)
-        present = again.cost(parts, shifts, [Group(second), Group(first, 0.5)], 0.3)
-        alone = again.cost(parts, shifts, [Group(second)], 0.3)
-        before = again.cost(parts, shifts, [Group(first)])
+    parts, shifts = write(again, first)
+    wanted = cost(again, parts, shifts, [WeightedEpisodes(first)], 0.3)
+    with shift_edit(base, shifts.items(), False, EditOrigin()):
+        parts, shifts = write(again, second)
+        present = cost(
+            again, parts, shifts, [WeightedEpisodes(second), WeightedEpisodes(first, 0.5)], 0.3
+        )
+        alone = cost(again, parts, shifts, [WeightedEpisodes(second)], 0.3)
+        before = cost(again, parts, shifts, [WeightedEpisodes(first)])
     assert torch.allclose(present.loss, alone.loss + 0.5 * before.loss, atol=1e-12)
-    found = method.learn(BATCH)
+    found = batch_gradient(method, BATCH)
     same(found, wanted + present)
-    assert float(found.loss) != pytest.approx(float(again.learn(BATCH).loss), abs=1e-6)
+    assert float(found.loss) != pytest.approx(float(batch_gradient(again, BATCH).loss), abs=1e-6)
 
 
 def test_a_decay_of_zero_and_a_depth_of_zero_ask_the_present_chunk_alone():
     base = tiny_base("llama")
-    same(stirred(base, decay=0.0).learn(BATCH), stirred(base, back_depth=0).learn(BATCH))
-    deep = stirred(base, n_edits=1, back_depth=1, decay=1.0).learn(BATCH)
-    deeper = stirred(base, n_edits=1, back_depth=2, decay=1.0).learn(BATCH)
+    same(
+        batch_gradient(stirred(base, decay=0.0), BATCH),
+        batch_gradient(stirred(base, back_depth=0), BATCH),
+    )
+    deep = batch_gradient(stirred(base, n_edits=1, back_depth=1, decay=1.0), BATCH)
+    deeper = batch_gradient(stirred(base, n_edits=1, back_depth=2, decay=1.0), BATCH)
     assert float(deeper.loss) > float(deep.loss)
 
 
@@ -82,7 +88,7 @@ def test_the_base_model_is_as_before_after_a_trajectory_and_after_an_error(monke
     inputs = rows_of(base).inputs
     before = base.model(**inputs).logits
     method = stirred(base)
-    method.learn(BATCH)
+    batch_gradient(method, BATCH)
     assert len(base.edits) == 0
     assert torch.equal(base.model(**inputs).logits, before)
     calls = []
@@ -91,11 +97,11 @@ def test_the_base_model_is_as_before_after_a_trajectory_and_after_an_error(monke
         calls.append(len(base.edits))
         if len(calls) == 2:
             raise ZeroDivisionError
-        return episode_losses(*args)
+        return outer_losses(*args)
 
-    monkeypatch.setattr(massive, "episode_losses", fail)
+    monkeypatch.setattr(shift_gradient, "outer_losses", fail)
     with pytest.raises(ZeroDivisionError):
-        method.learn(BATCH)
+        batch_gradient(method, BATCH)
     assert calls == [0, 1]
     assert torch.equal(base.model(**inputs).logits, before)
 
@@ -115,15 +121,15 @@ def test_a_trajectory_has_the_steps_that_are_asked_for(tmp_path, steps, updates)
 
 def test_parts_of_a_trajectory_add_up_to_the_whole():
     base = tiny_base("llama")
-    parts = list(stirred(base, steps_per_trajectory=2).outcomes(BATCH))
+    parts = list(stirred(base, steps_per_trajectory=2).batch_gradients(BATCH))
     assert [part.episodes for part in parts] == [2, 2]
-    same(parts[0] + parts[1], stirred(base).learn(BATCH))
+    same(parts[0] + parts[1], batch_gradient(stirred(base), BATCH))
 
 
 def test_a_chunk_that_is_not_finite_is_left_out_and_counted(tmp_path, monkeypatch):
-    monkeypatch.setattr(massive, "episode_losses", spoiled_losses)
+    monkeypatch.setattr(shift_gradient, "outer_losses", spoiled_losses)
     base = tiny_base("llama")
-    found = stirred(base, n_edits=1, back_depth=0).learn(BATCH)
+    found = batch_gradient(stirred(base, n_edits=1, back_depth=0), BATCH)
     assert (found.episodes, found.skipped) == (3, 1)
     assert bool(torch.isfinite(found.loss))
     method = RLEdit(base, **{**SMALL, "back_depth": 0})

@@ -8,18 +8,18 @@ from dataclasses import replace
 import pytest
 import torch
 from episode_support import EXAMPLES
-from malmen_support import METRICS, malmen, stirred
+from malmen_support import METRICS, malmen, stirred, write
 from support import REQUESTS, tiny_base
 
 from kedit_lightning import Probe
 from kedit_lightning.base_models import taps
-from kedit_lightning.methods.hypernetwork.malmen import massive
-from kedit_lightning.methods.hypernetwork.malmen.key_covariance import KeyMoment
-from kedit_lightning.methods.hypernetwork.malmen.tensor_file import TensorFile
+from kedit_lightning.methods.hypernetwork.shared.key_covariance import KeyCovariance
+from kedit_lightning.methods.hypernetwork.shared.parameter_shift import accumulate, capture_parts
+from kedit_lightning.methods.hypernetwork.shared.tensor_file import TensorFile
 
 
 def test_a_moment_is_the_mean_over_all_finite_keys_and_shrinks_where_they_are_few():
-    moment, keys = KeyMoment(8, torch.float64), torch.randn(21, 8).double()
+    moment, keys = KeyCovariance(8, torch.float64), torch.randn(21, 8).double()
     assert moment.metric is None
     for part in keys.split(5):
         moment.update(torch.cat([part, torch.full((1, 8), math.inf).double()]))
@@ -40,7 +40,7 @@ def test_a_fit_meets_the_keys_of_its_requests_and_questions(tokens, side):
     examples = method.draw_episodes(EXAMPLES, 1)
     unanswered = Probe("locality", "A question without an answer")
     examples[0] = replace(examples[0], kept=(*examples[0].kept, unanswered))
-    method.write(examples)
+    write(method, examples)
     texts = [(r.prompt, r.target_new) for example in examples for r in example.requests]
     questions = [probe for e in examples for probe in (*e.asked, *e.kept)]
     texts += [(q.prompt, q.answers[0] if q.answers else None) for q in questions]
@@ -65,12 +65,12 @@ def test_the_same_values_are_written_with_less_effect_on_other_keys():
     base = tiny_base("gpt2")
     method = stirred(base, shift_size="keys", ridge=1e-9)
     name = method.network.plan.modules[0]
-    (part,) = massive.capture_parts(base, method.network, REQUESTS, 4)
+    (part,) = capture_parts(base, method.network, REQUESTS, 4)
     metric, effects = method.network.metric(name), {}
     wanted = method.network.values(name, part[name].inputs, part[name].gradients)
     for size, own in (("norm", None), ("keys", metric)):
         with TensorFile() as file:
-            equations = massive.collect(method.network, [part], file)[name]
+            equations = accumulate(method.network, [part], file)[name]
             shift = equations.solve(torch.tensor(1e-9).double(), own).matrix
         assert torch.allclose(part[name].inputs @ shift, wanted, rtol=1e-4, atol=1e-8)
         effects[size] = float(torch.trace(shift.T @ metric @ shift))

@@ -16,7 +16,7 @@ from kedit_lightning.methods.locate.ultraedit.normalised_regression import (
     normalised,
     regress_normalised,
 )
-from kedit_lightning.methods.shared.running_moments import merge, moments
+from kedit_lightning.methods.shared.moments import merge, moments
 
 pytestmark = pytest.mark.filterwarnings("ignore:UltraEdit has seen")
 FACTS = [

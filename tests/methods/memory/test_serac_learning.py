@@ -38,12 +38,12 @@ from kedit_lightning.errors import (
 from kedit_lightning.methods import SERAC
 from kedit_lightning.methods.memory.serac import scope_losses as scope_learning
 from kedit_lightning.methods.memory.serac.scope_losses import (
-    Tally,
+    LossSums,
     counterfactual_rows,
     inside_loss,
     loss_weights,
     outside_loss,
-    read_prompts,
+    prompt_hidden_states,
     statement_ids,
 )
 from kedit_lightning.requests import EditExample
@@ -53,7 +53,7 @@ def classifier_loss(inside, near, far):
     """Loss of squared distances, with a token of an answer that costs nothing. Shape ``[]``."""
     token = torch.zeros(1, dtype=torch.float64)
     kinds = [inside_loss(inside), outside_loss(near), outside_loss(far), (token, token)]
-    sums = Tally.of(kinds)
+    sums = LossSums.of(kinds)
     return (loss_weights(sums.counts, 1.0, 1.0) * sums.losses).sum()
 
 
@@ -164,9 +164,11 @@ def test_a_step_learns_from_the_base_model_without_the_edits_on_its_stack():
     method.configure_model()
     plain = outcome(method, EXAMPLES)
     with edit_kinds.low_rank(base, layer=0):
-        changed, _ = read_prompts(base, PROMPTS, method.network.scope.plan.module)
+        changed, _ = prompt_hidden_states(base, PROMPTS, method.network.scope.plan.module)
         found = outcome(method, EXAMPLES)
-    assert not torch.allclose(changed, read_prompts(base, PROMPTS, base.layout.block(1).name)[0])
+    assert not torch.allclose(
+        changed, prompt_hidden_states(base, PROMPTS, base.layout.block(1).name)[0]
+    )
     assert torch.equal(found.loss, plain.loss)
     assert all(
         torch.equal(a, b) for a, b in zip(found.mean_gradients, plain.mean_gradients, strict=True)
@@ -180,11 +182,11 @@ def spoil(monkeypatch, is_bad):
     """Let the base model read NaN from prompts, of those read together, that are bad."""
 
     def read(base, prompts, module):
-        hidden, mask = read_prompts(base, prompts, module)
+        hidden, mask = prompt_hidden_states(base, prompts, module)
         bad = torch.tensor([is_bad(prompt, prompts) for prompt in prompts])
         return hidden.masked_fill(bad[:, None, None], torch.nan), mask
 
-    monkeypatch.setattr(scope_learning, "read_prompts", read)
+    monkeypatch.setattr(scope_learning, "prompt_hidden_states", read)
 
 
 def test_an_example_that_is_not_finite_is_left_out_and_counted(tmp_path, monkeypatch):

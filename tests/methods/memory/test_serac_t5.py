@@ -14,7 +14,7 @@ from tokenizers import processors
 from kedit_lightning import BaseModel, Edit, EditTrainer
 from kedit_lightning.data import Requests
 from kedit_lightning.methods import SERAC
-from kedit_lightning.methods.memory.serac.scope_losses import read_prompts
+from kedit_lightning.methods.memory.serac.scope_losses import prompt_hidden_states
 
 ALL = [*PROMPTS, *FAR]
 
@@ -63,7 +63,7 @@ def test_the_classifier_reads_a_block_at_a_third_of_the_encoder():
     method = serac(base)
     method.configure_model()
     assert method.network.scope.plan.module == "encoder.block.2"
-    hidden, mask = read_prompts(base, ALL, "encoder.block.2")
+    hidden, mask = prompt_hidden_states(base, ALL, "encoder.block.2")
     rows = base.rows(ALL)
     states = base.forward(rows, output_hidden_states=True).encoder_hidden_states[3]
     assert torch.equal(hidden, states)

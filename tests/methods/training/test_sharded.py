@@ -9,14 +9,14 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
-from episode_support import EXAMPLES, data, spoiled_losses
+from episode_support import EXAMPLES, batch_gradient, data, spoiled_losses
 from places import TESTS
 from support import REQUESTS, tiny_base
 
 from kedit_lightning import EditBatch
 from kedit_lightning.callbacks.rollback_guard import state_of
 from kedit_lightning.methods import MEND
-from kedit_lightning.methods.hypernetwork.shared import learning
+from kedit_lightning.methods.hypernetwork.shared import meta_gradient
 
 SETTINGS = {"rank": 8, "lr": 1e-4, "edit_lr": 0.01, "accumulate": 4, "checkpoint": "none"}
 SCRIPT = """
@@ -57,11 +57,11 @@ def results(base, examples):
     method = MEND(base, **SETTINGS)
     method.configure_model()
     rows = base.rows([r.prompt for r in REQUESTS], [r.target_new for r in REQUESTS])
-    outcome = method.learn(EditBatch(examples))
+    outcome = batch_gradient(method, EditBatch(examples))
     state = state_of(base)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(learning, "episode_losses", spoiled_losses)
-        without = method.learn(EditBatch(examples))
+        patch.setattr(meta_gradient, "outer_losses", spoiled_losses)
+        without = batch_gradient(method, EditBatch(examples))
     edit = method.edit(REQUESTS)
     before = base.answer_logits(rows).detach()
     with edit:

@@ -1,67 +1,86 @@
-"""InstructEdit: MEND on requests that say what kind of fact they are."""
+"""InstructEdit: MEND on requests with an instruction that describes their task."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from kedit_lightning.base_models import BaseModel, BaseModelSpec
-from kedit_lightning.methods.hypernetwork.mend.mend import MEND
-from kedit_lightning.methods.hypernetwork.shared.gradient_transform import TransformPlan
-from kedit_lightning.methods.hypernetwork.shared.instructions import (
-    TEMPLATE,
+from kedit_lightning.edits import Edit
+from kedit_lightning.methods.hypernetwork.shared.editor_network import edit_from_gradient
+from kedit_lightning.methods.hypernetwork.shared.hypernetwork_method import (
+    HypernetworkMethod,
+    HypernetworkSettings,
+)
+from kedit_lightning.methods.hypernetwork.shared.instruction_template import (
     check_tasks,
     check_template,
-    drawn,
     instructed,
+    training_description,
 )
-from kedit_lightning.methods.method import Need
-from kedit_lightning.requests import EditExample, EditRequest
+from kedit_lightning.methods.hypernetwork.shared.mend_network import (
+    EditorSettings,
+    InstructEditPlan,
+    MENDNetwork,
+)
+from kedit_lightning.methods.hypernetwork.shared.meta_gradient import MetaGradient, meta_gradient
+from kedit_lightning.methods.method import Capabilities, MethodSettings, Need
+from kedit_lightning.methods.training.episodes import Episode
+from kedit_lightning.requests import EditBatch, EditExample, EditRequest
 
 
 @dataclass(frozen=True)
-class InstructPlan(TransformPlan):
-    """The networks of MEND, and the instructions they were fitted with.
+class InstructEditSettings(EditorSettings, HypernetworkSettings):
+    """Settings of :class:`InstructEdit`."""
 
-    Args:
-        template: What requests are put into.
-    """
-
-    template: str = TEMPLATE
+    tasks: dict[str, list[str]] | None
+    held_out: list[str] | None
+    template: str | None
 
 
-class InstructEdit(MEND):
+class InstructEdit(HypernetworkMethod):
     """MEND over several tasks with instructions (Zhang et al. 2024, arXiv 2402.16123).
 
     The gradient of a request is taken with an instruction before its prompt, which names and
     describes the request's ``task``, so that one network can tell tasks apart and edit facts of
-    tasks it was not fitted on. The questions asked afterwards are as they are. ``fit`` draws
-    another description for each request in each epoch; the last description of each task is kept
-    for edits.
+    tasks it was not fitted on. Probes carry no instruction. ``fit`` draws another description for
+    each request in each epoch; the last description of each task is kept for edits.
 
     Differences from the released code, beside those of :class:`MEND`: descriptions are drawn anew
-    in each epoch, not once a record; nothing is added to the vocabulary; the new answer is asked
-    for in other wordings, not in that of the request alone.
+    in each epoch, not once a record; nothing is added to the vocabulary; the edit loss is that of
+    rephrases, not of the request's own prompt alone.
 
     Args:
         base_model: The model to edit.
         tasks: Descriptions by task: those of ``fit``, then the one of edits. A single one serves
             for both.
         held_out: Tasks that ``fit`` leaves out.
-        template: What a request is put into: text with ``{task}``, ``{description}`` and, at its
-            end, ``{prompt}``. ``"{prompt}"`` alone gives MEND. The checkpoint's, or else one with
-            all three.
-        **settings: Those of MEND.
+        template: The template of an instructed request: text with ``{task}``, ``{description}``
+            and, at its end, ``{prompt}``. ``"{prompt}"`` alone gives MEND. The checkpoint's, or
+            else one with all three.
+        rank: Largest rank of a network's matrices. The checkpoint's, or else 1920.
+        blocks: Residual blocks of a network.
+        shared: One network for all projections of a shape. The checkpoint's, or else true.
+        normalise: Normalise the factors with running statistics.
+        lr: Learning rate of the networks.
+        lr_lr: Learning rate of the edits' own learning rates.
+        edit_lr: Initial learning rate of the edits.
+        c_edit: Weight of the edit loss.
+        c_loc: Weight of the locality loss.
+        accumulate: Episodes of a training step.
+        legacy_sign: Add the pseudo-gradient.
+        **settings: The settings of :class:`HypernetworkMethod`.
     """
 
+    can: ClassVar[Capabilities] = Capabilities(encoder_decoder=True, adapter=True, weights=True)
     needs: ClassVar[frozenset[Need]] = frozenset({"task"})
-    plan_type = InstructPlan
-    packaged: ClassVar[str] = ""
-    settles: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        **MEND.settles,
-        "template": ("template",),
-    }
+    settings_type: ClassVar[type[MethodSettings]] = InstructEditSettings
+    plan_type = InstructEditPlan
+    network_type = MENDNetwork
+
+    settings: InstructEditSettings
+    network: MENDNetwork
 
     def __init__(
         self,
@@ -69,34 +88,43 @@ class InstructEdit(MEND):
         tasks: dict[str, list[str]] | None = None,
         held_out: list[str] | None = None,
         template: str | None = None,
+        rank: int | None = None,
+        blocks: int = 2,
+        shared: bool | None = None,
+        normalise: bool = True,
+        lr: float = 1e-6,
+        lr_lr: float = 1e-4,
+        edit_lr: float = 1e-4,
+        c_edit: float = 0.1,
+        c_loc: float = 1.0,
+        accumulate: int = 10,
+        legacy_sign: bool = False,
         **settings: Any,
     ) -> None:
-        super().__init__(base_model, **settings)
+        super().__init__(base_model, lr=lr, **settings)
+        self.fit_batch_size = self.settings.n_edits * accumulate
 
     # ---- building
 
-    def plan(self) -> InstructPlan:
-        """The networks that the settings ask for.
+    def plan(self, saved: Any = None) -> Any:
+        """The architecture that the settings ask for; see the base class.
 
         Raises:
             UnsupportedUseError: The template does not end with the prompt.
         """
-        plan, template = super().plan(), self.hparams["template"]
-        template = TEMPLATE if template is None else template
-        check_template(template)
-        own = {field.name: getattr(plan, field.name) for field in fields(plan)}
-        return InstructPlan(**own, template=template)
+        plan: InstructEditPlan = super().plan(saved)
+        check_template(plan.template)
+        return replace(plan, ascend=self.settings.legacy_sign)
 
     # ---- needs
 
     @property
     def tasks(self) -> dict[str, list[str]]:
         """Descriptions by task."""
-        tasks: dict[str, list[str]] | None = self.hparams["tasks"]
-        return tasks or {}
+        return self.settings.tasks or {}
 
     def check_requests(self, requests: Sequence[EditRequest]) -> None:
-        """Make sure that each request has a task that is described.
+        """Make sure that each request has a task with a description.
 
         Raises:
             MissingNeedsError: Names every request that has not.
@@ -115,21 +143,45 @@ class InstructEdit(MEND):
             self.check_requests([r for example in examples for r in example.requests])
 
     def examples_to_fit(self, examples: Sequence[EditExample]) -> list[EditExample]:
-        """Those without a request of a task that is held out."""
-        held_out = set(self.hparams["held_out"] or ())
+        """The examples without a request of a task that is held out."""
+        held_out = set(self.settings.held_out or ())
         return [e for e in examples if not any(r.task in held_out for r in e.requests)]
 
-    # ---- editing and fitting
+    # ---- editing and training
 
-    def worded(
+    def instruct(
         self, requests: Sequence[EditRequest], fitting: bool = False
     ) -> tuple[EditRequest, ...]:
-        """The requests with instructions before their prompts; see the base class."""
-        plan, seed = self.network.plan, self.hparams["seed"]
-        assert isinstance(plan, InstructPlan)
-        read = []
+        """Requests with an instruction before their prompts.
+
+        Args:
+            requests: The requests.
+            fitting: Use the epoch's description of each, and not that of edits.
+        """
+        plan, settings = self.network.plan, self.settings
+        assert isinstance(plan, InstructEditPlan)
+        with_instructions = []
         for request in requests:
             descriptions = self.tasks[request.task or ""]
-            text = drawn(request, descriptions, self.turn, seed) if fitting else descriptions[-1]
-            read.append(instructed(request, plan.template, text))
-        return tuple(read)
+            text = descriptions[-1]
+            if fitting:
+                text = training_description(request, descriptions, self.epoch, settings.seed)
+            with_instructions.append(instructed(request, plan.template, text))
+        return tuple(with_instructions)
+
+    def compute_edit(self, requests: Sequence[EditRequest]) -> Edit:
+        """One gradient of the instructed requests, transformed by the networks."""
+        origin = self.prepare_edit(requests)
+        return edit_from_gradient(self.base, self.network, self.instruct(requests), origin)
+
+    def episodes(self, batch: EditBatch) -> list[Episode]:
+        """The episodes of a batch, with instructed requests."""
+        return [
+            replace(e, requests=self.instruct(e.requests, True)) for e in super().episodes(batch)
+        ]
+
+    def batch_gradients(self, batch: EditBatch) -> Iterator[MetaGradient]:
+        """The meta-gradient of a batch of episodes, over all ranks."""
+        weights = self.settings.c_edit, self.settings.c_loc
+        episodes, at_once = self.episodes(batch), self.settings.at_once
+        yield meta_gradient(self.base, self.network, episodes, weights, at_once)

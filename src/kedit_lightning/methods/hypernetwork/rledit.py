@@ -1,54 +1,123 @@
-"""RLEdit: MALMEN's networks, trained on whole sequences of edits."""
+"""RLEdit: MALMEN's hypernetwork, trained on whole sequences of edits."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from kedit_lightning.base_models import BaseModel, BaseModelSpec
-from kedit_lightning.edits import EditOrigin
-from kedit_lightning.methods.hypernetwork.malmen.massive import Group, edit_of
-from kedit_lightning.methods.hypernetwork.malmen.massive_base import MassiveMethod, Projections
-from kedit_lightning.methods.hypernetwork.malmen.normal_equations import smaller_dense
-from kedit_lightning.methods.hypernetwork.shared.outcome import Outcome
-from kedit_lightning.requests import EditBatch
+from kedit_lightning.base_models.layout import Block
+from kedit_lightning.edits import Edit, EditOrigin
+from kedit_lightning.methods.hypernetwork.shared.hypernetwork_method import (
+    HypernetworkMethod,
+    HypernetworkSettings,
+)
+from kedit_lightning.methods.hypernetwork.shared.meta_gradient import MetaGradient
+from kedit_lightning.methods.hypernetwork.shared.normal_equations import smaller_dense
+from kedit_lightning.methods.hypernetwork.shared.parameter_shift import (
+    compute_shift_edit,
+    shift_edit,
+    training_shifts,
+)
+from kedit_lightning.methods.hypernetwork.shared.shift_gradient import (
+    WeightedEpisodes,
+    shift_gradient,
+)
+from kedit_lightning.methods.hypernetwork.shared.value_networks import (
+    Projections,
+    ShiftSettings,
+    ShiftSize,
+    Tokens,
+    ValueNetworks,
+    ValuePlan,
+    projections_of,
+)
+from kedit_lightning.methods.method import MethodSettings
+from kedit_lightning.requests import EditBatch, EditRequest
 
 
-class RLEdit(MassiveMethod):
+@dataclass(frozen=True)
+class RLEditSettings(ShiftSettings, HypernetworkSettings):
+    """Settings of :class:`RLEdit`."""
+
+    c_reg: float
+    trajectory: int
+    back_depth: int
+    decay: float
+    steps_per_trajectory: int
+
+
+class RLEdit(HypernetworkMethod):
     """RLEdit, from "Reinforced Lifelong Editing for Language Models" (Li et al. 2025).
 
-    A training batch is a trajectory: its examples are written in chunks, each on top of the edits
-    before. After each chunk its own questions and those of the chunks before it are asked, the
-    older ones counting less. The gradient is deterministic and goes through the edit of the
-    present chunk alone, not through what earlier edits do to later gradients, so it is training on
-    many steps more than reinforcement learning. Editing is that of MALMEN.
+    A training batch is a trajectory: its examples are edited in chunks, each on top of the edits
+    before. The loss after each chunk is that of its own probes and of those of earlier chunks,
+    with decaying weights. The gradient is deterministic and goes through the edit of the present
+    chunk alone, not through what earlier edits do to later gradients, so it is training on many
+    steps more than reinforcement learning. Edits are computed as MALMEN's.
 
-    Differences from the released code: the cost of the size of a shift has its true gradient,
-    where the released code has none; the divergence on unrelated questions is differentiated while
-    the edit is in force, where the released code takes the edit off first; gradients are clipped
-    once a step of the optimizer, after averaging over chunks; rates and ridges are learned as
-    logarithms, in a group of their own.
+    Differences from the released code: the penalty on the norm of a shift has its true gradient,
+    where the released code has none; the locality loss is differentiated while the edit is in
+    force, where the released code takes the edit off first; gradients are clipped once an
+    optimizer step, after averaging over chunks; rates and ridges are learned as logarithms, in a
+    group of their own.
+
+    By default the last nine blocks are edited.
 
     Args:
         base_model: The model to edit.
-        c_loc: Weight of locality in the loss.
+        projections: The edited MLP projections of a block: ``down``, the one that writes into the
+            residual stream, ``up``, those that read it, or ``all``. The checkpoint's, or else
+            ``up``.
+        tokens: Tokens of a request that give keys: those that predict its ``answer``, or ``all``.
+            The checkpoint's, or else ``answer``.
+        shift_size: What ``ridge`` penalises, as in :class:`MALMEN`: the squared ``norm`` of a
+            shift, or its mean squared effect on ``keys``. The checkpoint's, or else ``norm``.
+        rank: Largest rank of a network's matrices. The checkpoint's, or else 1024.
+        blocks: Residual blocks of each network. The checkpoint's, or else 4.
+        shared: One network for all projections of the same shape, rather than one each. The
+            checkpoint's, or else true.
+        normalise: Normalise the factors with running statistics.
+        lr_lr: Learning rate of the logarithms of ``edit_lr`` and ``ridge``.
+        edit_lr: Initial learning rate of the value differences, one number a projection.
+        ridge: Initial weight of the penalty of a shift, one number a projection.
+        c_edit: Weight of the edit loss.
+        c_loc: Weight of the locality loss.
         c_reg: Weight of the squared norm of each chunk's shifts.
-        n_edits: Examples a chunk.
-        trajectory: Chunks a trajectory.
-        back_depth: Chunks before the present one whose questions are asked again.
-        decay: Weight of a chunk's questions, relative to those of the chunk after it.
-        steps_per_trajectory: Steps of the optimizer a trajectory, evenly spread over its chunks.
-        **settings: Those of :class:`MassiveMethod`.
+        n_edits: Examples of a chunk.
+        trajectory: Chunks of a trajectory.
+        back_depth: Number of earlier chunks whose probes are run again.
+        decay: Weight of a chunk's loss, relative to that of the next chunk.
+        steps_per_trajectory: Optimizer steps of a trajectory, evenly spread over its chunks.
+        at_once: Most examples that run through the model together, in training and in editing.
+        clip: Largest norm of the gradient of a training step.
+        **settings: The settings of :class:`HypernetworkMethod`.
     """
 
+    learns: ClassVar[str] = "a hypernetwork that turns gradients into wanted changes of outputs"
     last_blocks: ClassVar[int] = 9
-    usual_projections: ClassVar[Projections] = "up"
-    usual_rank: ClassVar[int] = 1024
-    usual_blocks: ClassVar[int] = 4
+    settings_type: ClassVar[type[MethodSettings]] = RLEditSettings
+    plan_type = ValuePlan
+    network_type = ValueNetworks
+
+    settings: RLEditSettings
+    network: ValueNetworks
 
     def __init__(
         self,
         base_model: BaseModel | BaseModelSpec | str = "nano",
+        projections: Projections | None = None,
+        tokens: Tokens | None = None,
+        shift_size: ShiftSize | None = None,
+        rank: int | None = None,
+        blocks: int | None = None,
+        shared: bool | None = None,
+        normalise: bool = True,
+        lr_lr: float = 1e-3,
+        edit_lr: float = 1e-6,
+        ridge: float = 1.0,
+        c_edit: float = 1.0,
         c_loc: float = 0.6,
         c_reg: float = 1e-4,
         n_edits: int = 20,
@@ -56,49 +125,74 @@ class RLEdit(MassiveMethod):
         back_depth: int = 10,
         decay: float = 0.95,
         steps_per_trajectory: int = 1,
+        at_once: int = 32,
+        clip: float = 1.0,
         **settings: Any,
     ) -> None:
-        super().__init__(base_model, c_loc=c_loc, n_edits=n_edits, **settings)
+        super().__init__(base_model, n_edits=n_edits, at_once=at_once, clip=clip, **settings)
         self.fit_batch_size = n_edits * trajectory
 
-    def learn(self, batch: EditBatch) -> Outcome:
-        """Losses and gradient of a trajectory as a whole, with those of the other ranks.
+    # ---- building
 
-        Takes the batch into the statistics of the normalisers, and changes nothing else.
+    @property
+    def chooses_layers(self) -> bool:
+        """Whether the settings choose layers or projections of them."""
+        return self.settings.layers is not None or self.settings.projections is not None
+
+    def projections_of(self, block: Block) -> Sequence[str]:
+        """Names of the edited projections of a block."""
+        return projections_of(block, self.settings.projections or "up")
+
+    def default_plan(self) -> ValuePlan:
+        """The architecture that the method has unless settings say otherwise."""
+        return ValuePlan(self.default_modules(), rank=1024, blocks=4)
+
+    # ---- editing and training
+
+    def compute_edit(self, requests: Sequence[EditRequest]) -> Edit:
+        """One ridge regression of all requests for each projection.
+
+        Raises:
+            NonFiniteError: Factors of a projection are NaN, or its ridge has vanished.
+            TemporaryFileError: There is no space for rows that wait for the solve.
         """
-        return sum(self._chunks(batch), Outcome.nothing(self.network))
+        origin, at_once = self.prepare_edit(requests), self.settings.at_once
+        return compute_shift_edit(self.base, self.network, requests, at_once, origin)
 
-    def outcomes(self, batch: EditBatch) -> Iterator[Outcome]:
-        """A trajectory in as many parts as it has steps of the optimizer.
+    def batch_gradients(self, batch: EditBatch) -> Iterator[MetaGradient]:
+        """The meta-gradients of a trajectory's optimizer steps, over all ranks.
 
-        The edits of earlier chunks stay as they were made when the networks have stepped.
+        The edits of earlier chunks are not computed again when the networks have changed.
         """
-        steps = self.hparams["steps_per_trajectory"]
-        count = -(-len(batch) // self.hparams["n_edits"])
-        total = Outcome.nothing(self.network)
-        for number, outcome in enumerate(self._chunks(batch), start=1):
-            total += outcome
+        steps = self.settings.steps_per_trajectory
+        count = -(-len(batch) // self.settings.n_edits)
+        total = MetaGradient.zero(self.network)
+        for number, gradient in enumerate(self._chunk_gradients(batch), start=1):
+            total += gradient
             if number * steps // count > (number - 1) * steps // count:
                 yield total
-                total = Outcome.nothing(self.network)
+                total = MetaGradient.zero(self.network)
 
-    def _chunks(self, batch: EditBatch) -> Iterator[Outcome]:
-        """What each chunk costs, written on top of the chunks before it.
+    def _chunk_gradients(self, batch: EditBatch) -> Iterator[MetaGradient]:
+        """The meta-gradient of each chunk, edited on top of the chunks before it.
 
-        The base model is as before when the iterator has ended or is closed.
+        The stack is restored when the iterator has ended or is closed.
         """
-        settings, size = self.hparams, self.hparams["n_edits"]
-        examples = self.draw_episodes(self.examples_of(batch), 1)
-        chunks = [examples[first : first + size] for first in range(0, len(examples), size)]
+        settings, size = self.settings, self.settings.n_edits
+        weights = settings.c_edit, settings.c_loc, settings.c_reg
+        episodes = self.draw_episodes(self.examples_of(batch), 1)
+        chunks = [episodes[first : first + size] for first in range(0, len(episodes), size)]
         with self.base.edits.restored():
             for number, chunk in enumerate(chunks):
-                parts, shifts = self.write(chunk)
-                asked = [
-                    Group(chunks[number - back], settings["decay"] ** back)
-                    for back in range(min(number, settings["back_depth"]) + 1)
+                parts, shifts = training_shifts(self.base, self.network, chunk, settings.at_once)
+                groups = [
+                    WeightedEpisodes(chunks[number - back], settings.decay**back)
+                    for back in range(min(number, settings.back_depth) + 1)
                 ]
-                outcome = self.cost(parts, shifts, asked, settings["c_reg"])
-                yield outcome
-                if not outcome.skipped:
+                gradient = shift_gradient(
+                    self.base, self.network, parts, shifts, groups, weights, settings.at_once
+                )
+                yield gradient
+                if not gradient.skipped:
                     dense = smaller_dense(shift.sizes for shift in shifts.values())
-                    edit_of(self.base, shifts.items(), dense, EditOrigin()).apply()
+                    shift_edit(self.base, shifts.items(), dense, EditOrigin()).apply()

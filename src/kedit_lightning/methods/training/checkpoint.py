@@ -1,19 +1,22 @@
-"""Checkpoints of learned networks: reading them, the packaged ones, and making them small."""
+"""Checkpoints of trained networks: loading, the packaged ones, checks, and slimming."""
 
 from __future__ import annotations
 
 import pickle
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from kedit_lightning.base_models import BaseModel
-from kedit_lightning.errors import CheckpointError
+from kedit_lightning.base_models.spec import PACKAGED
+from kedit_lightning.errors import BaseModelMismatchError, CheckpointError
 
-#: Entries of a checkpoint that editing needs; the rest is there to go on with the training.
-_LEARNED = (
+#: Entries of a checkpoint that editing needs; the rest resumes the training.
+_NEEDED_TO_EDIT = (
     "state_dict",
     "hyper_parameters",
     "plan",
@@ -25,7 +28,7 @@ _LEARNED = (
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint of learned networks; nothing in it is ever run.
+    """Load a checkpoint of trained networks onto the CPU; no code in it is executed.
 
     Raises:
         CheckpointError: The file is absent, or holds no such networks.
@@ -56,19 +59,48 @@ def packaged_checkpoint(name: str, base: BaseModel) -> dict[str, Any] | None:
         name: File name, such as ``mend.ckpt``.
         base: The base model to edit.
     """
-    from kedit_lightning.base_models.spec import PACKAGED
-
     for model in PACKAGED:
         path = files("kedit_lightning.base_models") / model / name
         if not path.is_file():
             continue
         checkpoint = read_checkpoint(str(path))
-        made = checkpoint["base_model"]
-        if all(made[f] == getattr(base, f) for f in ("fingerprint", "tokenizer_fingerprint")):
+        fitted_on = checkpoint["base_model"]
+        fingerprints = fitted_on["fingerprint"], fitted_on["tokenizer_fingerprint"]
+        if fingerprints == (base.fingerprint, base.tokenizer_fingerprint):
             return checkpoint
     return None
 
 
+def check_fitted_with(checkpoint: dict[str, Any], method: str, source: str) -> None:
+    """Make sure that a checkpoint, called ``source`` in messages, is of a method.
+
+    Raises:
+        CheckpointError: It was fitted with another method.
+    """
+    fitted_with = checkpoint["hyper_parameters"]["_class_path"].rpartition(".")[2]
+    if fitted_with != method:
+        raise CheckpointError(
+            f"checkpoint {source} was fitted with {fitted_with}, not {method}; name one of this "
+            "method"
+        )
+
+
+def check_shapes(checkpoint: dict[str, Any], state: Mapping[str, Tensor], base_model: str) -> None:
+    """Make sure that the tensors of a checkpoint fit the state of networks for a base model.
+
+    Raises:
+        BaseModelMismatchError: The base model has other shapes than the checkpoint's.
+    """
+    for name, tensor in state.items():
+        saved = checkpoint["state_dict"].get(f"network.{name}")
+        if saved is None or saved.shape != tensor.shape:
+            raise BaseModelMismatchError(
+                f"the checkpoint was fitted on base model '{checkpoint['base_model']['name']}', "
+                f"whose projections have other shapes than those of '{base_model}' ('{name}' does "
+                "not fit); fit again"
+            )
+
+
 def slim(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """Keep what editing needs, and drop the state of the optimizer and of the loops."""
-    return {key: checkpoint[key] for key in _LEARNED if key in checkpoint}
+    """Keep the entries that editing needs; drop the state of the optimizer and of the loops."""
+    return {key: checkpoint[key] for key in _NEEDED_TO_EDIT if key in checkpoint}

@@ -1,4 +1,4 @@
-"""What the processes of a distributed run tell each other."""
+"""Reductions and gathers over the ranks of a distributed run; the identity on one process."""
 
 from __future__ import annotations
 
@@ -23,30 +23,30 @@ def sum_over_ranks(tensors: Iterable[Tensor]) -> None:
             distributed.all_reduce(tensor)
 
 
-def on_some_rank(flags: Sequence[bool], device: torch.device) -> list[bool]:
-    """Whether each flag is set on some rank, for as many flags as there are on this one.
+def any_over_ranks(flags: Sequence[bool], device: torch.device) -> list[bool]:
+    """Logical or of flags over all ranks, for as many flags as this rank has.
 
     Args:
-        flags: Those of this rank; other ranks may have more or fewer.
-        device: Where ranks meet.
+        flags: The flags of this rank; other ranks may have more or fewer.
+        device: The device of the reduction.
     """
     if not several_ranks():
         return list(flags)
-    most = torch.tensor(len(flags), device=device)
-    distributed.all_reduce(most, distributed.ReduceOp.MAX)
-    found = torch.zeros(int(most), dtype=torch.int64, device=device)
-    found[: len(flags)] = torch.tensor(flags, dtype=torch.int64)
-    distributed.all_reduce(found, distributed.ReduceOp.MAX)
-    return found[: len(flags)].bool().tolist()
+    count = torch.tensor(len(flags), device=device)
+    distributed.all_reduce(count, distributed.ReduceOp.MAX)
+    reduced = torch.zeros(int(count), dtype=torch.int64, device=device)
+    reduced[: len(flags)] = torch.tensor(flags, dtype=torch.int64)
+    distributed.all_reduce(reduced, distributed.ReduceOp.MAX)
+    return reduced[: len(flags)].bool().tolist()
 
 
 def is_first_rank() -> bool:
-    """Whether what all ranks know alike is to be counted here."""
+    """Whether this is rank 0, which adds terms that are equal on all ranks to a sum over them."""
     return not several_ranks() or distributed.get_rank() == 0
 
 
 def gather_over_ranks(items: Sequence[Item]) -> list[Item]:
-    """The items of all ranks, in the order of the ranks; they must be picklable."""
+    """The items of all ranks, in the order of ranks; they must be picklable."""
     if not several_ranks():
         return list(items)
     gathered: list[list[Item]] = [[]] * distributed.get_world_size()

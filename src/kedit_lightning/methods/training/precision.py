@@ -1,4 +1,4 @@
-"""Modules that precision plugins leave alone."""
+"""Modules whose number types precision plugins do not change."""
 
 from __future__ import annotations
 

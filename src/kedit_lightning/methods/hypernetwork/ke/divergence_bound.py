@@ -1,4 +1,4 @@
-"""A bound on how far answers may drift, kept by a multiplier that learns with the networks."""
+"""The constraint of KnowledgeEditor: a bound on divergence with a Lagrange multiplier."""
 
 from __future__ import annotations
 
@@ -9,17 +9,16 @@ from kedit_lightning.methods.training.precision import FullPrecision
 
 
 class DivergenceBound(FullPrecision):
-    """Holds the multiplier ``λ`` and the margin ``m`` of ``min loss + λ (divergence - m)``.
+    """The multiplier ``λ`` and the margin ``m`` of ``min loss + λ (divergence - m)``.
 
-    Both are buffers and change here only, in steps that are written out: ``λ`` after each training
-    step, ``m`` after each validation.
+    Both are buffers: ``λ`` changes after each training step, ``m`` after each validation.
 
     Args:
-        margin: Divergence that is allowed to begin with.
+        margin: Initial margin.
         dtype: Number type of both.
     """
 
-    #: A validation with a larger share of successful edits makes the margin smaller ...
+    #: The margin shrinks after a validation with a larger share of successful edits ...
     SUCCESS = 0.9
     #: ... by this factor.
     SHRINK = 0.8
@@ -33,7 +32,7 @@ class DivergenceBound(FullPrecision):
 
     @torch.no_grad()
     def ascend(self, divergence: Tensor, lr: float) -> None:
-        """Step the multiplier up its gradient, ``divergence - m``; it never falls below 0.
+        """Dual ascent: step the multiplier along its gradient ``divergence - m``; never below 0.
 
         Args:
             divergence: Mean over the episodes of all ranks. Shape ``[]``.
@@ -44,11 +43,11 @@ class DivergenceBound(FullPrecision):
 
     @torch.no_grad()
     def tighten(self, success: float, floor: float) -> None:
-        """Ask for less divergence once edits succeed.
+        """Shrink the margin once edits succeed.
 
         Args:
-            success: Share of edits that a validation found successful.
-            floor: Margin below which it does not go.
+            success: Share of successful edits in a validation.
+            floor: Smallest margin.
         """
         if success > self.SUCCESS:
             smaller = (self.margin * self.SHRINK).clamp(min=floor)

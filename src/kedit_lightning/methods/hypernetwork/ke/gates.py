@@ -1,11 +1,11 @@
-"""The edit of KnowledgeEditor: gradients behind rank-one gates, as thin factors.
+"""The edit of KnowledgeEditor: the gradient behind a rank-one gate, as low-rank factors.
 
 With the gradient of a request as ``Σ_t δ_t u_tᵀ`` the edit of a weight ``[d_out, d_in]`` is
 
     s·σ(η) · ((Σ_t δ_t u_tᵀ) ⊙ A + B),   A = softmax(α) βᵀ,   B = softmax(γ) δᵀ,
 
-which equals ``s·σ(η) · (Σ_t (softmax(α) ⊙ δ_t)(β ⊙ u_t)ᵀ + softmax(γ) δᵀ)``: no gradient and no
-gate of the size of the weight is ever built.
+equal to ``s·σ(η) · (Σ_t (softmax(α) ⊙ δ_t)(β ⊙ u_t)ᵀ + softmax(γ) δᵀ)``: neither the
+gradient nor the gate is ever built at the size of the weight.
 
 Source: De Cao et al. 2021, "Editing Factual Knowledge in Language Models", section 4.2.
 """
@@ -17,20 +17,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kedit_lightning.methods.hypernetwork.shared.attach import LowRankChange
+from kedit_lightning.edits import LowRankDelta
 from kedit_lightning.methods.shared.gradient_factors import Factors
 
 
 @dataclass(frozen=True)
 class Gates:
-    """What gates the gradient of one projection, for each request.
+    """Gates and biases of the gradient of one projection, for each request.
 
     Args:
-        out: ``softmax(α)``: the gate's share of each output. Shape ``[requests, d_out]``.
-        into: ``β``: what each input is scaled with, sign included. Shape ``[requests, d_in]``.
-        added_out: ``softmax(γ)`` of what is added. Shape ``[requests, d_out]``.
-        added_into: ``δ`` of what is added. Shape ``[requests, d_in]``.
-        strength: ``s·σ(η)``. Shape ``[requests]``.
+        out: ``softmax(α)``, the gate of each output. Shape ``[requests, d_out]``.
+        into: ``β``, the signed gate of each input. Shape ``[requests, d_in]``.
+        added_out: ``softmax(γ)``, output factor of the bias ``B``. Shape ``[requests, d_out]``.
+        added_into: ``δ``, input factor of the bias ``B``. Shape ``[requests, d_in]``.
+        strength: ``s·σ(η)``, scale of the edit. Shape ``[requests]``.
     """
 
     out: Tensor
@@ -41,7 +41,7 @@ class Gates:
 
     @classmethod
     def from_values(cls, values: Tensor, d_in: int, d_out: int, scale: float) -> Gates:
-        """Gates from the plain numbers of a network.
+        """Gates from the outputs of a network.
 
         Args:
             values: ``α, β, γ, δ, η`` of each request. Shape ``[requests, 2(d_in + d_out) + 1]``.
@@ -54,17 +54,20 @@ class Gates:
         return cls(out.softmax(-1), into, added_out.softmax(-1), added_into, strength)
 
 
-def gated_change(factors: Factors, gates: Gates, edit_of_row: Tensor) -> LowRankChange:
-    """The change of one projection: a term for each token of a request, and one for each request.
+def gated_delta(factors: Factors, gates: Gates, edit_of_row: Tensor) -> tuple[LowRankDelta, Tensor]:
+    """The delta of one projection: a rank-one term for each token, and one for each request.
 
     Args:
         factors: Factors of the requests' gradients, a row for each request.
-        gates: Their gates.
-        edit_of_row: Number of the edit that each request goes into. Shape ``[requests]``.
+        gates: Gates of the requests.
+        edit_of_row: Number of the edit that each request belongs to. Shape ``[requests]``.
+
+    Returns:
+        The delta, and the number of the edit that each of its terms belongs to, ``[rank]``.
     """
     inputs, gradients = (x.to(gates.into) for x in (factors.inputs, factors.gradients))
     rows, edits = (x.to(gates.into.device) for x in (factors.rows, edit_of_row))
     a = torch.cat([gates.into[rows] * inputs, gates.added_into])
     b = torch.cat([gates.out[rows] * gradients, gates.added_out])
     strength = torch.cat([gates.strength[rows], gates.strength])
-    return LowRankChange(a, strength[:, None] * b, torch.cat([edits[rows], edits]))
+    return LowRankDelta(a, (strength[:, None] * b).T), torch.cat([edits[rows], edits])

@@ -1,4 +1,4 @@
-"""The networks of KnowledgeEditor: from the text of a request to the gates of its gradient.
+"""The hypernetwork of KnowledgeEditor: from the text of a request to the gates of its gradient.
 
 Source: De Cao et al. 2021, "Editing Factual Knowledge in Language Models", section 4.2 and
 appendix A, and the released code.
@@ -16,61 +16,60 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 from kedit_lightning.base_models import BaseModel
 from kedit_lightning.methods.hypernetwork.ke.divergence_bound import DivergenceBound
-from kedit_lightning.methods.hypernetwork.ke.gates import Gates, gated_change
-from kedit_lightning.methods.hypernetwork.shared.attach import LowRankChange
-from kedit_lightning.methods.hypernetwork.shared.network import ProjectionPlan, ProposingNetwork
+from kedit_lightning.methods.hypernetwork.ke.gates import Gates, gated_delta
+from kedit_lightning.methods.hypernetwork.shared.editor_network import (
+    BatchedDeltas,
+    EditorNetwork,
+    ProjectionPlan,
+)
 from kedit_lightning.methods.shared.gradient_factors import Factors
 from kedit_lightning.metrics.functional.text_match import answer_text
 from kedit_lightning.requests import EditRequest
 
-#: Width of the LSTM, and of a conditioner's inner layer.
-HIDDEN = 128
-#: Width of what a request is turned into.
-CONDITION = 1024
-#: Tokens of the base model's own answer that a condition holds at most.
+#: Most tokens of the base model's own answer in a condition.
 ANSWER_TOKENS = 8
 
 
 @dataclass(frozen=True)
 class EditorPlan(ProjectionPlan):
-    """The networks of KnowledgeEditor.
+    """Architecture of the hypernetwork of KnowledgeEditor.
 
     Args:
-        modules: The projections they edit, in order.
-        hidden: Width of the LSTM in each direction, and of a conditioner's inner layer.
-        condition: Width of what a request is turned into.
-        max_scale: Largest strength of an edit.
+        modules: Names of the edited projections, in order.
+        hidden: Hidden width of the LSTM in each direction, and of the conditioners.
+        condition: Width of the condition vector.
+        max_scale: Largest scale of an edit.
     """
 
-    hidden: int = HIDDEN
-    condition: int = CONDITION
+    hidden: int = 128
+    condition: int = 1024
     max_scale: float = 1.0
 
 
 def condition_texts(base: BaseModel, requests: Sequence[EditRequest]) -> list[str]:
-    """What the networks read of each request: ``old answer >> new answer || prompt``.
+    """The condition of each request: ``old answer >> new answer || prompt``.
 
-    The old answer is the request's ``target_old`` where it has one, since that is what the edit is
-    to replace and costs nothing; otherwise it is what the base model says now, as in the paper.
+    The old answer is the request's ``target_old`` where it has one, as that is the answer to
+    replace and costs nothing; otherwise it is the base model's present answer, as in the paper.
     """
     unknown = [request.prompt for request in requests if request.target_old is None]
-    said = iter(base.generate(unknown, ANSWER_TOKENS, stop_at_sentence=True) if unknown else [])
+    answers = iter(base.generate(unknown, ANSWER_TOKENS, stop_at_sentence=True) if unknown else [])
     texts = []
     for request in requests:
-        old = answer_text(next(said)) if request.target_old is None else request.target_old
+        old = answer_text(next(answers)) if request.target_old is None else request.target_old
         texts.append(f"{old.strip()} >> {request.target_new.strip()} || {request.prompt}")
     return texts
 
 
 def embedded(base: BaseModel, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Word embeddings of the base model, looked up: the networks hold no copy of the table.
+    """Word embeddings of the base model; the networks hold no copy of the table.
 
     The released code trains a table that shares its storage with the base model's, and so changes
     the base model.
 
     Returns:
-        Embeddings ``[texts, tokens, width]`` without autograd history, padded on the right, and
-        the number of tokens of each text ``[texts]``, on the CPU.
+        Embeddings ``[texts, tokens, width]``, detached and padded on the right, and the number of
+        tokens of each text ``[texts]``, on the CPU.
     """
     rows = base.pad([base.encoder.encode(text) for text in texts], "right")
     with torch.no_grad():
@@ -79,12 +78,12 @@ def embedded(base: BaseModel, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
 
 
 class ConditionEncoder(nn.Module):
-    """A bidirectional LSTM over word embeddings, whose last states become one vector.
+    """A bidirectional LSTM over word embeddings, whose last hidden states give a condition vector.
 
     Args:
         width: Width of the embeddings.
-        hidden: Width of the LSTM in each direction.
-        condition: Width of the vector.
+        hidden: Hidden width of the LSTM in each direction.
+        condition: Width of the condition vector.
         dtype: Number type of the parameters.
     """
 
@@ -94,19 +93,19 @@ class ConditionEncoder(nn.Module):
         self.linear = nn.Linear(2 * hidden, condition, dtype=dtype)
 
     def forward(self, embeddings: Tensor, lengths: Tensor) -> Tensor:
-        """``[texts, condition]`` from ``[texts, tokens, width]`` and ``[texts]``."""
+        """Condition vectors, ``[texts, condition]``, from the output of :func:`embedded`."""
         packed = pack_padded_sequence(embeddings, lengths, batch_first=True, enforce_sorted=False)
         _, (last, _) = self.lstm(packed)
         return self.linear(torch.cat([last[0], last[1]], -1)).tanh()  # type: ignore[no-any-return]
 
 
 def conditioner(condition: int, hidden: int, count: int, dtype: torch.dtype) -> nn.Module:
-    """From the vector of a request to the numbers that gate one projection.
+    """A feed-forward network from a condition vector to the gates of one projection.
 
     Args:
-        condition: Width of the vector.
-        hidden: Width of the inner layer.
-        count: Numbers to give.
+        condition: Width of the condition vector.
+        hidden: Hidden width.
+        count: Width of the output.
         dtype: Number type of the parameters.
     """
     return nn.Sequential(
@@ -116,16 +115,16 @@ def conditioner(condition: int, hidden: int, count: int, dtype: torch.dtype) -> 
     )
 
 
-class KnowledgeEditor(ProposingNetwork):
-    """Reads requests and gates their gradients, within a bound on what else may change.
+class KnowledgeEditor(EditorNetwork):
+    """Encodes the text of requests, and gates their gradients; holds the constraint's multiplier.
 
     Args:
-        plan: What it is made of.
+        plan: The architecture.
         shapes: ``(d_in, d_out)`` of each projection of the plan.
         width: Width of the base model's word embeddings.
-        margin: Divergence that the bound allows to begin with.
+        margin: Initial margin of the constraint.
         dtype: Number type of parameters and buffers.
-        seed: Fixes the starting values.
+        seed: Fixes the initial values.
     """
 
     plan: EditorPlan
@@ -151,25 +150,27 @@ class KnowledgeEditor(ProposingNetwork):
         self.bound = DivergenceBound(margin, dtype)
 
     def scalars(self) -> dict[str, Tensor]:
-        """The state of the bound."""
+        """Multiplier and margin of the constraint."""
         return {"multiplier": self.bound.multiplier.clone(), "margin": self.bound.margin.clone()}
 
     def gates(self, embeddings: Tensor, lengths: Tensor) -> dict[str, Gates]:
-        """Gates by projection, from embedded texts as :func:`embedded` gives them."""
+        """Gates by projection, from the output of :func:`embedded`."""
         vectors = self.encoder(embeddings.to(self.bound.margin), lengths)
         scale = self.plan.max_scale
         parts = zip(self.plan.modules, self.conditioners, self._shapes, strict=True)
         return {name: Gates.from_values(net(vectors), *shape, scale) for name, net, shape in parts}
 
-    def propose(
+    def deltas(
         self,
         base: BaseModel,
         requests: Sequence[EditRequest],
         factors: Mapping[str, Factors],
         edit_of_row: Tensor,
-    ) -> dict[str, LowRankChange]:
-        """Gate the gradient of each request as its text asks for; see the base class."""
+    ) -> BatchedDeltas:
+        """Gated gradients, with gates from the requests' texts; see the base class."""
         texts = embedded(base, condition_texts(base, requests))
+        deltas, edit_of_term = {}, {}
         with torch.autocast(self.bound.margin.device.type, enabled=False):
-            gates = self.gates(*texts)
-            return {n: gated_change(factors[n], own, edit_of_row) for n, own in gates.items()}
+            for name, gates in self.gates(*texts).items():
+                deltas[name], edit_of_term[name] = gated_delta(factors[name], gates, edit_of_row)
+        return deltas, edit_of_term

@@ -1,4 +1,4 @@
-"""The networks of hypernetworks: from the factors of a gradient to those of an edit.
+"""The networks of MEND and MALMEN: from the rank-one factors of a gradient to those of an edit.
 
 Source: Mitchell et al. 2022, "Fast Model Editing at Scale", section 3 and appendix C.
 """
@@ -12,60 +12,65 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from kedit_lightning.base_models import BaseModel
-from kedit_lightning.methods.hypernetwork.shared.attach import LowRankChange
-from kedit_lightning.methods.hypernetwork.shared.network import ProjectionPlan, ProposingNetwork
+from kedit_lightning.methods.hypernetwork.shared.editor_network import ProjectionPlan
 from kedit_lightning.methods.hypernetwork.shared.normaliser import RunningNormaliser
 from kedit_lightning.methods.shared.gradient_factors import Factors
-from kedit_lightning.methods.training.learned import LearnedNetwork
-from kedit_lightning.requests import EditRequest
-
-#: Largest rank of a network's matrices, unless a setting says otherwise.
-MAX_RANK = 1920
+from kedit_lightning.methods.training.trained_network import TrainedNetwork
 
 
 @dataclass(frozen=True)
-class NetworkPlan(ProjectionPlan):
-    """The networks of a method.
+class TransformPlan(ProjectionPlan):
+    """Architecture of networks that transform gradients.
 
     Args:
-        modules: The projections it edits, in order.
-        rank: Rank of its matrices, at most the width of what they act on.
-        blocks: Residual blocks a network.
+        modules: Names of the edited projections, in order.
+        rank: Largest rank of the residual blocks; at most their width.
+        blocks: Residual blocks of each network.
         shared: One network for all projections of a shape, rather than one each.
-        normalise: Normalise the factors first.
+        normalise: Standardise the factors with running statistics first.
     """
 
-    #: Whether a block's step is clamped before it is scaled and shifted, rather than after.
+    #: Whether a block clamps before it scales and shifts, rather than after.
     clamps_first: ClassVar[bool] = False
 
-    rank: int = MAX_RANK
+    rank: int = 1920
     blocks: int = 2
     shared: bool = True
     normalise: bool = True
 
 
 @dataclass(frozen=True)
-class TransformPlan(NetworkPlan):
-    """The networks of MEND.
+class TransformSettings:
+    """The part of the settings that methods with such networks share."""
 
-    Args:
-        ascend: Add the pseudo-gradient, as the released code does, instead of subtracting it.
-    """
+    seed: int
+    lr: float
+    rank: int | None
+    blocks: int | None
+    shared: bool | None
+    normalise: bool
+    lr_lr: float
+    edit_lr: float
+    c_edit: float
+    c_loc: float
 
-    ascend: bool = False
+    @property
+    def learning_rates(self) -> tuple[float, ...]:
+        """The networks' learning rate, and that of the edits' own learning rates."""
+        return self.lr, self.lr_lr
 
 
 class ResidualBlock(nn.Module):
-    """Adds ``max((z Vᵀ Uᵀ + bias) ⊙ scale + shift, 0)``, which is zero to begin with.
+    """A low-rank residual block: ``z + max((z Vᵀ Uᵀ + bias) ⊙ scale + shift, 0)``.
 
-    Clamped first it adds ``max(z Vᵀ Uᵀ + bias, 0) ⊙ scale + shift``.
+    If it clamps first: ``z + max(z Vᵀ Uᵀ + bias, 0) ⊙ scale + shift``. ``U``, the bias and the
+    shift start at 0, so an untrained block is the identity.
 
     Args:
-        width: Values a row.
-        members: Projections that share the block; each has a scale and a shift of its own.
-        plan: Rank of the map, and when it is clamped.
-        generator: Where the starting values come from.
+        width: Width of ``z``.
+        members: Number of projections that share the block; each has its own scale and shift.
+        plan: Rank of the block, and whether it clamps first.
+        generator: Random numbers of the initial values.
         dtype: Number type of the parameters.
     """
 
@@ -73,7 +78,7 @@ class ResidualBlock(nn.Module):
         self,
         width: int,
         members: int,
-        plan: NetworkPlan,
+        plan: TransformPlan,
         generator: torch.Generator,
         dtype: torch.dtype,
     ) -> None:
@@ -87,7 +92,7 @@ class ResidualBlock(nn.Module):
         self.shift = nn.Parameter(torch.zeros(members, width, dtype=dtype))
 
     def forward(self, z: Tensor, member: int) -> Tensor:
-        """Map rows ``[tokens, width]`` of one of the projections."""
+        """Transform ``z``, ``[tokens, width]``, of the projection numbered ``member``."""
         step = (z @ self.V.T) @ self.U.T + self.bias
         # A clamp passes the gradient at exactly 0, where all steps start; a relu would block it.
         if self.clamps_first:
@@ -96,14 +101,14 @@ class ResidualBlock(nn.Module):
 
 
 class GradientTransform(nn.Module):
-    """One network: maps inputs and output gradients of the projections that share it.
+    """One network, which transforms the inputs and output gradients of projections of one shape.
 
     Args:
         d_in: Width of the inputs.
         d_out: Width of the output gradients.
         members: Number of projections that share the network.
         plan: Rank, number of blocks, normalisation.
-        generator: Where the starting values come from.
+        generator: Random numbers of the initial values.
         dtype: Number type of parameters and statistics.
     """
 
@@ -112,7 +117,7 @@ class GradientTransform(nn.Module):
         d_in: int,
         d_out: int,
         members: int,
-        plan: NetworkPlan,
+        plan: TransformPlan,
         generator: torch.Generator,
         dtype: torch.dtype,
     ) -> None:
@@ -125,33 +130,33 @@ class GradientTransform(nn.Module):
         )
 
     def forward(self, inputs: Tensor, gradients: Tensor, member: int) -> tuple[Tensor, Tensor]:
-        """Map ``[tokens, d_in]`` and ``[tokens, d_out]`` to pseudo-factors of the same shapes."""
+        """Transform ``[tokens, d_in]`` and ``[tokens, d_out]`` to factors of the same shapes."""
         z = torch.cat([inputs, gradients], -1)
         if self.normaliser is not None:
             z = self.normaliser(z)
         for block in self.blocks:
             z = block(z, member)
-        mapped, mapped_gradients = z.split(self.split, -1)
-        return mapped, mapped_gradients
+        new_inputs, new_gradients = z.split(self.split, -1)
+        return new_inputs, new_gradients
 
 
-class ProjectionNetworks(LearnedNetwork):
+class TransformNetwork(TrainedNetwork):
     """The networks of all edited projections, one each or one for all of a shape.
 
-    Before any training every network is the identity on (normalised) factors.
+    Untrained networks are the identity on (normalised) factors.
 
     Args:
-        plan: What they are made of.
+        plan: Their architecture.
         shapes: ``(d_in, d_out)`` of each projection of the plan.
         dtype: Number type of parameters and statistics.
-        seed: Fixes the starting values.
+        seed: Fixes the initial values.
     """
 
-    plan: NetworkPlan
+    plan: TransformPlan
 
     def __init__(
         self,
-        plan: NetworkPlan,
+        plan: TransformPlan,
         shapes: Sequence[tuple[int, int]],
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
@@ -174,88 +179,22 @@ class ProjectionNetworks(LearnedNetwork):
         )
 
     def transform(self, name: str, inputs: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
-        """Map factors ``[tokens, d_in]`` and ``[tokens, d_out]`` by a projection's network."""
+        """Transform ``[tokens, d_in]`` and ``[tokens, d_out]`` with a projection's network."""
         key, member = self._place[name]
-        mapped: tuple[Tensor, Tensor] = self.networks[key](inputs, gradients, member)
-        return mapped
+        transformed: tuple[Tensor, Tensor] = self.networks[key](inputs, gradients, member)
+        return transformed
 
-    def observe(self, captured: Sequence[Mapping[str, Factors]]) -> None:
-        """Take factors into the statistics of the normalisers; only training does that."""
+    def update_statistics(self, factors: Sequence[Mapping[str, Factors]]) -> None:
+        """Update the normalisers with the factors of a training step."""
         if not self.plan.normalise:
             return
         rows: dict[str, list[Tensor]] = {}
         for name in self.plan.modules:
-            for own in (factors[name] for factors in captured):
-                seen = (own.gradients != 0).any(-1)
-                joined = torch.cat([own.inputs, own.gradients], -1)[seen]
+            for inputs, gradients in ((f[name].inputs, f[name].gradients) for f in factors):
+                contributes = (gradients != 0).any(-1)
+                joined = torch.cat([inputs, gradients], -1)[contributes]
                 rows.setdefault(self._place[name][0], []).append(joined)
         for key, parts in rows.items():
             normaliser = self.networks[key].normaliser
             assert isinstance(normaliser, RunningNormaliser)
             normaliser.update(torch.cat(parts))
-
-
-class Hypernetwork(ProjectionNetworks, ProposingNetwork):
-    """MEND's networks, with a learning rate for each projection.
-
-    Args:
-        plan: What they are made of.
-        shapes: ``(d_in, d_out)`` of each projection of the plan.
-        edit_lr: Starting learning rate of the edits.
-        dtype: Number type of parameters and statistics.
-        seed: Fixes the starting values.
-    """
-
-    plan: TransformPlan
-
-    def __init__(
-        self,
-        plan: TransformPlan,
-        shapes: Sequence[tuple[int, int]],
-        edit_lr: float,
-        dtype: torch.dtype = torch.float32,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(plan, shapes, dtype, seed)
-        self.rates = nn.Parameter(torch.full((len(plan.modules),), edit_lr, dtype=dtype))
-
-    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """The learning rates of the edits learn at a rate of their own."""
-        return {"lr": list(self.networks.parameters()), "lr_lr": [self.rates]}
-
-    def scalars(self) -> dict[str, Tensor]:
-        """The learning rate of each projection."""
-        rates = self.rates.detach()
-        names = (f"edit_lr/{name}" for name in self.plan.modules)
-        return dict(zip(names, rates, strict=True))
-
-    def propose(
-        self,
-        base: BaseModel,
-        requests: Sequence[EditRequest],
-        factors: Mapping[str, Factors],
-        edit_of_row: Tensor,
-    ) -> dict[str, LowRankChange]:
-        """Turn the factors of requests into changes of the projections; see the base class."""
-        changes: dict[str, LowRankChange] = self(factors, edit_of_row)
-        return changes
-
-    def forward(
-        self, factors: Mapping[str, Factors], edit_of_row: Tensor
-    ) -> dict[str, LowRankChange]:
-        """Turn factors into changes.
-
-        Args:
-            factors: Factors by projection.
-            edit_of_row: Number of the edit that each row goes into. Shape ``[rows]``.
-        """
-        changes = {}
-        with torch.autocast(self.rates.device.type, enabled=False):
-            for number, name in enumerate(self.plan.modules):
-                own = factors[name]
-                inputs, gradients = (x.to(self.rates) for x in (own.inputs, own.gradients))
-                a, b = self.transform(name, inputs, gradients)
-                rate = self.rates[number] if self.plan.ascend else -self.rates[number]
-                edits = edit_of_row.to(own.rows.device)[own.rows]
-                changes[name] = LowRankChange(a, rate * b, edits)
-        return changes

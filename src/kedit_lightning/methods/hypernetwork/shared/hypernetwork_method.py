@@ -1,64 +1,116 @@
-"""The base of hypernetworks: what they edit, and what they ask of their data."""
+"""The base of hypernetworks: their settings, the edited projections, and training episodes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import ClassVar
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
-from kedit_lightning.base_models.layout import Block, Layout
-from kedit_lightning.edits.projections import check_editable, projection_shape
-from kedit_lightning.methods.hypernetwork.shared.outcome import Outcome
+from kedit_lightning.base_models import BaseModel, BaseModelSpec
+from kedit_lightning.base_models.layout import Block
+from kedit_lightning.edits.projections import check_editable, compute_dtype, projection_shape
+from kedit_lightning.methods.hypernetwork.shared.editor_network import ProjectionPlan
+from kedit_lightning.methods.hypernetwork.shared.meta_gradient import MetaGradient
 from kedit_lightning.methods.method import Capabilities, Need
 from kedit_lightning.methods.training.episodes import Episode, make_episodes, probes_of
-from kedit_lightning.methods.training.stepping import SteppedMethod
-from kedit_lightning.requests import EditExample
+from kedit_lightning.methods.training.trained_method import TrainedMethod, TrainedSettings
+from kedit_lightning.methods.training.trained_network import TrainedNetwork
+from kedit_lightning.requests import EditBatch, EditExample
 
 
-class HypernetworkMethod(SteppedMethod[Outcome]):
-    """Steps networks on what edits cost that they have made.
+@dataclass(frozen=True)
+class HypernetworkSettings(TrainedSettings):
+    """Settings of :class:`HypernetworkMethod`."""
 
-    A subclass has the settings ``layers`` and ``modules`` and those of :meth:`draw_episodes`,
-    beside those of its base.
+    layers: list[int] | None
+    modules: list[str] | None
+    n_edits: int
+    at_once: int | None
+    n_rephrases: int
+    own_wording: bool
+    n_locality: int
+
+
+class HypernetworkMethod(TrainedMethod[MetaGradient]):
+    """Trains a hypernetwork on episodes: edits of the base model, judged by an outer loss.
 
     Args:
         base_model: The model to edit.
-        seed: Start of all random choices.
+        layers: Blocks whose projections are edited; negative numbers count from the end. If absent,
+            those of the checkpoint, or else the method's number of last blocks.
+        modules: Names of the projections to edit instead of those of ``layers``.
+        n_edits: Examples that one edit writes in training.
+        at_once: Largest number of edits of a training step that run through the model together;
+            all of them if absent. Fewer take less memory and give the same step.
+        n_rephrases: Rephrases of an example in an episode; the next ones in each epoch.
+        own_wording: Add the request's own prompt to the rephrases.
+        n_locality: Locality probes of an example in an episode; the next ones in each epoch.
+        **settings: The settings of :class:`TrainedMethod`.
     """
 
     can: ClassVar[Capabilities] = Capabilities(adapter=True, weights=True)
     needs_to_fit: ClassVar[frozenset[Need]] = frozenset({"rephrases", "locality"})
     learns: ClassVar[str] = "a hypernetwork that turns gradients into edits"
-    #: Blocks at the end of a model that are edited unless a setting says otherwise.
+    plan_type: ClassVar[type[ProjectionPlan]]
+    #: The class of the method's networks: of plan, shapes, settings and dtype.
+    network_type: ClassVar[Callable[..., TrainedNetwork]]
+    #: Number of blocks at the end of a model that are edited by default.
     last_blocks: ClassVar[int] = 3
     #: The same of each half of an encoder-decoder, as MEND's paper edits T5 and BART.
     last_blocks_of_half: ClassVar[int] = 2
 
-    # ---- building
+    settings: HypernetworkSettings
 
-    def edited_modules(self) -> tuple[str, ...]:
-        """Names of the projections that the settings ask to edit, those of an encoder first."""
-        modules: Iterable[str] | None = self.hparams["modules"]
-        if modules is None:
-            layout, halves = self.base.layout, self.base.is_encoder_decoder
-            modules = [
-                name
-                for half in ([layout.encoder, layout] if halves else [layout])
-                for i in self._layers_of(half)
-                for name in self.projections_of(half.block(i))
-            ]
-        return tuple(dict.fromkeys(modules))
+    def __init__(
+        self,
+        base_model: BaseModel | BaseModelSpec | str = "nano",
+        layers: list[int] | None = None,
+        modules: list[str] | None = None,
+        n_edits: int = 1,
+        at_once: int | None = None,
+        n_rephrases: int = 1,
+        own_wording: bool = False,
+        n_locality: int = 1,
+        **settings: Any,
+    ) -> None:
+        super().__init__(base_model, **settings)
+        self.fit_batch_size = n_edits
+
+    # ---- building
 
     def projections_of(self, block: Block) -> Sequence[str]:
         """Names of the projections of a block that are edited, unless modules are named."""
         return block.projections
 
-    def _layers_of(self, layout: Layout) -> Iterable[int]:
-        """The layers that the settings ask for, or else the last ones."""
-        layers: Iterable[int] | None = self.hparams["layers"]
-        if layers is not None:
-            return layers
-        last = self.last_blocks_of_half if self.base.is_encoder_decoder else self.last_blocks
-        return range(max(0, len(layout) - last), len(layout))
+    def default_modules(self) -> tuple[str, ...]:
+        """Names of the edited projections without a checkpoint, those of an encoder first."""
+        if self.settings.modules is not None:
+            return tuple(dict.fromkeys(self.settings.modules))
+        base, layers = self.base, self.settings.layers
+        halves = [base.layout.encoder, base.layout] if base.is_encoder_decoder else [base.layout]
+        last = self.last_blocks_of_half if base.is_encoder_decoder else self.last_blocks
+        names = [
+            name
+            for half in halves
+            for i in (range(max(0, len(half) - last), len(half)) if layers is None else layers)
+            for name in self.projections_of(half.block(i))
+        ]
+        return tuple(dict.fromkeys(names))
+
+    def default_plan(self) -> ProjectionPlan:
+        """The architecture that the method has unless settings say otherwise."""
+        return self.plan_type(self.default_modules())
+
+    def plan(self, saved: ProjectionPlan | None = None) -> Any:
+        """The architecture that the settings ask for; see the base class."""
+        plan: ProjectionPlan = super().plan(saved)
+        chosen = self.settings.modules is not None or self.chooses_layers
+        return replace(plan, modules=self.default_modules()) if chosen else plan
+
+    @property
+    def chooses_layers(self) -> bool:
+        """Whether the settings choose layers, and do not leave them to a checkpoint."""
+        return self.settings.layers is not None
 
     def shapes_of(self, modules: Sequence[str]) -> list[tuple[int, int]]:
         """``(d_in, d_out)`` of projections.
@@ -68,20 +120,26 @@ class HypernetworkMethod(SteppedMethod[Outcome]):
         """
         return [projection_shape(check_editable(self.base.model, name)) for name in modules]
 
-    # ---- fitting
+    def create(self, plan: Any) -> TrainedNetwork:
+        """Untrained networks of an architecture.
+
+        Raises:
+            UnsupportedUseError: A projection cannot be edited.
+        """
+        shapes, dtype = self.shapes_of(plan.modules), compute_dtype(self.base.dtype)
+        return self.network_type(plan, shapes, self.settings, dtype)
+
+    # ---- training
 
     def draw_episodes(self, examples: Sequence[EditExample], size: int) -> list[Episode]:
-        """What is written and asked in this epoch, ``size`` examples an episode."""
-        settings = self.hparams
-        return make_episodes(
-            examples,
-            size,
-            self.turn,
-            settings["seed"],
-            settings["n_rephrases"],
-            settings["n_locality"],
-            settings["own_wording"],
-        )
+        """The episodes of this epoch, ``size`` examples each."""
+        s = self.settings
+        counts = s.n_rephrases, s.n_locality
+        return make_episodes(examples, size, self.epoch, s.seed, *counts, s.own_wording)
+
+    def episodes(self, batch: EditBatch) -> list[Episode]:
+        """The episodes of a batch, ``n_edits`` examples each."""
+        return self.draw_episodes(self.examples_of(batch), self.settings.n_edits)
 
     def check_examples(self, examples: Sequence[EditExample], fitting: bool = False) -> None:
         """Make sure that each example has rephrases, and that some have locality probes.

@@ -1,22 +1,22 @@
-"""Running mean and variance that survive checkpoints, ranks and precision plugins."""
+"""Normalisation with a running mean and variance, synchronised over ranks."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, distributed
 
-from kedit_lightning.methods.shared.running_moments import Moments, merge, moments
+from kedit_lightning.methods.shared.moments import Moments, merge, moments
 from kedit_lightning.methods.training.distributed import several_ranks
 from kedit_lightning.methods.training.precision import FullPrecision
 
 
 class RunningNormaliser(FullPrecision):
-    """Brings rows to mean 0 and standard deviation 1, with statistics of all rows seen.
+    """Standardises rows with the mean and standard deviation of all rows seen in training.
 
-    Statistics change in :meth:`update` only; they are buffers, so that checkpoints hold them.
+    The statistics change in :meth:`update` only; they are buffers, so that checkpoints hold them.
 
     Args:
-        width: Values a row.
+        width: Width of a row.
         dtype: Number type of the statistics.
     """
 
@@ -34,7 +34,7 @@ class RunningNormaliser(FullPrecision):
 
     @torch.no_grad()
     def update(self, rows: Tensor) -> None:
-        """Take in rows ``[n, width]``, those of all ranks where there are several.
+        """Update the statistics with rows ``[n, width]``, and with those of the other ranks.
 
         Rows that hold NaN or infinity are left out.
         """

@@ -1,4 +1,4 @@
-"""The loss of training episodes: questions that are asked while an edit is attached."""
+"""The outer loss of meta-learning: probes of the model while the edit of an episode is attached."""
 
 from __future__ import annotations
 
@@ -10,70 +10,75 @@ from torch import Tensor
 
 from kedit_lightning.base_models import BaseModel, TokenRows
 from kedit_lightning.edits.projections import compute_dtype
-from kedit_lightning.methods.hypernetwork.shared.attach import Change, attached
+from kedit_lightning.methods.hypernetwork.shared.attached_delta import Delta, attached
 from kedit_lightning.methods.training.episodes import Episode
 from kedit_lightning.requests import Probe
 
 
 def request_rows(base: BaseModel, episodes: Sequence[Episode]) -> tuple[TokenRows, Tensor]:
-    """Rows of all requests, and the number of the episode that each belongs to, ``[batch]``."""
+    """Token rows of all requests, and the number of the episode of each, ``[batch]``."""
     requests = [request for episode in episodes for request in episode.requests]
     rows = base.rows([r.prompt for r in requests], [r.target_new for r in requests])
     return rows, _numbers([len(episode.requests) for episode in episodes])
 
 
 @dataclass(frozen=True)
-class Losses:
-    """What episodes cost. Shape ``[episodes]`` each.
+class OuterLosses:
+    """The parts of the outer loss of each episode. Shape ``[episodes]`` each.
 
     Args:
-        edit: Negative log-likelihood of the new answers, a token.
-        locality: KL divergence of the unrelated answers from the base model's, a token.
-        right: Share of new answers whose tokens are all arg-max.
+        edit: Mean negative log-likelihood of the tokens of new answers.
+        locality: Mean KL divergence from the base model at the tokens of unrelated answers.
+        success: Share of new answers whose tokens are all arg-max.
     """
 
     edit: Tensor
     locality: Tensor
-    right: Tensor
+    success: Tensor
 
 
-def episode_losses(
-    base: BaseModel, episodes: Sequence[Episode], changes: Mapping[str, Change]
-) -> Losses:
-    """Ask the questions of each episode with its own edit attached.
+def outer_losses(
+    base: BaseModel,
+    episodes: Sequence[Episode],
+    deltas: Mapping[str, Delta],
+    edit_of_term: Mapping[str, Tensor],
+) -> OuterLosses:
+    """Losses of the probes of each episode, with its own edit attached.
 
     Args:
-        base: The base model; the changes come on top of the edits on its stack.
+        base: The base model; the deltas come on top of the edits on its stack.
         episodes: The episodes.
-        changes: Changes by module name; their edits are numbered as the episodes are.
+        deltas: Deltas by module name.
+        edit_of_term: Number of the episode that each rank-one term of a delta belongs to, by module
+            name. Shape ``[rank]`` each. Where absent, every episode carries all terms.
     """
     asked = [probe for episode in episodes for probe in episode.asked]
     kept = [probe for episode in episodes for probe in episode.kept]
     asked_of = _numbers([len(episode.asked) for episode in episodes])
     kept_of = _numbers([len(episode.kept) for episode in episodes])
     rows = probe_rows(base, [*asked, *kept])
-    with attached(base.model, changes, torch.cat([asked_of, kept_of])):
+    with attached(base.model, deltas, torch.cat([asked_of, kept_of]), edit_of_term):
         after = _log_probs(base, rows)
     first = len(asked)
     answers, mask = rows.answer_ids[:first], rows.answer_mask[:first]
     nll = -after[:first].gather(-1, answers[..., None])[..., 0]
-    right = ((after[:first].argmax(-1) == answers) | ~mask).all(-1)[:, None].to(nll)
+    success = ((after[:first].argmax(-1) == answers) | ~mask).all(-1)[:, None].to(nll)
     divergence, kept_mask = _divergence(base, kept, after[first:])
     count = len(episodes)
-    return Losses(
+    return OuterLosses(
         edit=_mean(nll, mask, asked_of, count),
         locality=_mean(divergence, kept_mask, kept_of, count),
-        right=_mean(right, torch.ones_like(right), asked_of, count),
+        success=_mean(success, torch.ones_like(success), asked_of, count),
     )
 
 
 def _divergence(base: BaseModel, kept: Sequence[Probe], after: Tensor) -> tuple[Tensor, Tensor]:
-    """KL divergence from the present answers, and where it counts. ``[batch, width]`` each.
+    """KL divergence from the base model's answers, and its token mask. ``[batch, width]`` each.
 
     Args:
-        base: The base model, without the changes that are tried.
-        kept: The questions.
-        after: Log-probabilities with the changes. Shape ``[batch, at least width, vocab]``.
+        base: The base model, without the deltas.
+        kept: The unrelated probes.
+        after: Log-probabilities with the deltas. Shape ``[batch, at least width, vocab]``.
     """
     if not kept:
         return after[..., 0], torch.ones_like(after[..., 0])
@@ -81,7 +86,7 @@ def _divergence(base: BaseModel, kept: Sequence[Probe], after: Tensor) -> tuple[
     with torch.no_grad():
         before = _log_probs(base, rows)
     mask = rows.answer_mask.clone()
-    mask[:, 0] = True  # without an answer of its own, a question counts by its next token
+    mask[:, 0] = True  # a probe without an answer is compared at its next token
     return (before.exp() * (before - after[:, : mask.shape[1]])).sum(-1), mask
 
 
@@ -90,13 +95,13 @@ def _numbers(counts: Sequence[int]) -> Tensor:
 
 
 def probe_rows(base: BaseModel, probes: Sequence[Probe]) -> TokenRows:
-    """Rows of questions, with the first of their answers where they have any."""
+    """Token rows of probes, with the first of their answers where they have any."""
     answers = [probe.answers[0] if probe.answers else None for probe in probes]
     return base.rows([probe.prompt for probe in probes], answers)
 
 
 def _log_probs(base: BaseModel, rows: TokenRows) -> Tensor:
-    """``[batch, width, vocab]``, in at least float32."""
+    """Log-probabilities of answers, ``[batch, width, vocab]``, in at least float32."""
     logits = base.answer_logits(rows)
     return logits.to(compute_dtype(logits.dtype)).log_softmax(-1)
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kedit_lightning.edits import LowRankDelta
 from kedit_lightning.methods.locate.shared.least_squares import ridge_update, size_prior
-from kedit_lightning.methods.shared.running_moments import Moments
+from kedit_lightning.methods.shared.moments import Moments
 
 #: A column whose standard deviation is below this share of its mean counts as constant: the rest is
 #: rounding, in half precision inputs as well, since those are exact in float64.

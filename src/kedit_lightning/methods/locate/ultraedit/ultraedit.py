@@ -19,7 +19,7 @@ from kedit_lightning.methods.locate.ultraedit.normalised_regression import regre
 from kedit_lightning.methods.locate.ultraedit.ultraedit_defaults import default_lr, default_modules
 from kedit_lightning.methods.method import Capabilities, EditMethod, MethodSettings
 from kedit_lightning.methods.shared.gradient_factors import Factors, capture_factors, predicting
-from kedit_lightning.methods.shared.running_moments import Moments, merge, moments
+from kedit_lightning.methods.shared.moments import Moments, merge, moments
 from kedit_lightning.requests import EditRequest
 
 #: Answer tokens below which the statistics say little; one token alone gives an edit of zeros.

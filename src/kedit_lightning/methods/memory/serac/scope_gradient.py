@@ -1,4 +1,4 @@
-"""The gradient of a training step of SERAC, over ranks, without what is not finite."""
+"""The gradient of a training step of SERAC, over the examples of all ranks."""
 
 from __future__ import annotations
 
@@ -10,125 +10,125 @@ from torch import Tensor
 
 from kedit_lightning.base_models import BaseModel
 from kedit_lightning.edits.kinds.scope.scope_networks import ScopeNetworks
-from kedit_lightning.methods.memory.serac.scope_losses import Tally, loss_weights, tally
+from kedit_lightning.methods.memory.serac.scope_losses import LossSums, loss_sums, loss_weights
 from kedit_lightning.methods.shared.losses import all_finite
 from kedit_lightning.methods.training.distributed import gather_over_ranks, sum_over_ranks
 from kedit_lightning.requests import EditExample
 
 
 @dataclass(frozen=True)
-class ScopeOutcome:
-    """What a batch of all ranks gives.
+class ScopeGradient:
+    """Gradient and losses of a training batch, over all ranks.
 
     Args:
         mean_gradients: Gradient of the loss, one tensor a parameter.
         weights: Weights of the sums in the loss. Shape ``[4]``.
-        tally: The sums, without history.
-        episodes: Number of examples that count.
+        sums: The sums of losses, detached.
+        episodes: Number of examples with a finite gradient.
         skipped: Number of examples left out.
     """
 
     mean_gradients: list[Tensor]
     weights: Tensor
-    tally: Tally
+    sums: LossSums
     episodes: int
     skipped: int
 
     @property
     def loss(self) -> Tensor:
-        """The loss."""
-        return (self.weights * self.tally.losses).sum()
+        """The loss. Shape ``[]``."""
+        return (self.weights * self.sums.losses).sum()
 
     @property
     def is_finite(self) -> bool:
-        """Whether a step would leave the networks finite."""
+        """Whether loss and gradient are finite."""
         return all_finite((self.loss, *self.mean_gradients))
 
     @property
     def scalars(self) -> dict[str, Tensor]:
-        """Both losses without their weights, and how often the networks are right."""
-        losses, noted, counts = self.tally.losses, self.tally.noted, self.tally.counts
+        """Both losses without their weights, and the accuracies of both networks."""
+        losses, hits, counts = self.sums.losses, self.sums.hits, self.sums.counts
         scope = loss_weights(counts, 0.0, 1.0).to(losses)
         return {
             "loss_edit": losses[3] / counts[3],
             "loss_scope": (scope * losses).sum(),
-            "edit_success": noted[3] / counts[3],
-            "scope_hits": noted[0] / counts[0],
-            "scope_false_alarms": noted[1:3].sum() / counts[1:3].sum().clamp(min=1),
+            "edit_success": hits[3] / counts[3],
+            "scope_hits": hits[0] / counts[0],
+            "scope_false_alarms": hits[1:3].sum() / counts[1:3].sum().clamp(min=1),
         }
 
 
-def learn(
+def scope_gradient(
     base: BaseModel,
     networks: ScopeNetworks,
     examples: Sequence[EditExample],
     weights: tuple[float, float],
-) -> ScopeOutcome:
+) -> ScopeGradient:
     """Losses and gradient of the examples of all ranks; every rank takes part in each call.
 
-    Where the gradient is not finite, examples whose own is not are left out; where it still is
-    not, all are.
+    If the gradient is not finite, examples whose own gradient is not finite are left out; if it
+    still is not, all are.
 
     Args:
         base: The base model, without edits in force.
         networks: The networks, which do not change.
         examples: The examples of this rank.
-        weights: Weights of the loss of the new answers and of the classifier's.
+        weights: Weights of the edit loss and of the loss of the scope classifier.
     """
-    outcome = _attempt(base, networks, examples, weights)
-    if outcome.is_finite:
-        return outcome
+    gradient = _gradient(base, networks, examples, weights)
+    if gradient.is_finite:
+        return gradient
     kept = [example for example in examples if _is_finite_alone(base, networks, example, weights)]
-    outcome = _attempt(base, networks, kept, weights, skipped=len(examples) - len(kept))
-    if outcome.is_finite:
-        return outcome
-    return _attempt(base, networks, [], weights, skipped=len(examples))
+    gradient = _gradient(base, networks, kept, weights, skipped=len(examples) - len(kept))
+    if gradient.is_finite:
+        return gradient
+    return _gradient(base, networks, [], weights, skipped=len(examples))
 
 
-def _attempt(
+def _gradient(
     base: BaseModel,
     networks: ScopeNetworks,
     examples: Sequence[EditExample],
     weights: tuple[float, float],
     skipped: int = 0,
-) -> ScopeOutcome:
-    facts = gather_over_ranks([example.requests[0].prompt for example in examples])
-    found = _tally(base, networks, examples, facts)
-    counts = torch.tensor([len(examples), skipped], device=found.counts.device)
-    sum_over_ranks((found.counts, counts))
-    shares = loss_weights(found.counts, *weights).to(found.losses)
-    gradients = _gradients(networks, shares, found)
-    losses = found.losses.detach().clone()
-    sum_over_ranks((*gradients, losses, found.noted))
-    total = Tally(losses, found.noted, found.counts)
+) -> ScopeGradient:
+    prompts = gather_over_ranks([example.requests[0].prompt for example in examples])
+    sums = _loss_sums(base, networks, examples, prompts)
+    counts = torch.tensor([len(examples), skipped], device=sums.counts.device)
+    sum_over_ranks((sums.counts, counts))
+    scales = loss_weights(sums.counts, *weights).to(sums.losses)
+    gradients = _parameter_gradients(networks, scales, sums)
+    losses = sums.losses.detach().clone()
+    sum_over_ranks((*gradients, losses, sums.hits))
     episodes, left_out = counts.tolist()
-    return ScopeOutcome(gradients, shares, total, episodes, left_out)
+    total = LossSums(losses, sums.hits, sums.counts)
+    return ScopeGradient(gradients, scales, total, episodes, left_out)
 
 
-def _tally(
+def _loss_sums(
     base: BaseModel,
     networks: ScopeNetworks,
     examples: Sequence[EditExample],
-    facts: Sequence[str],
-) -> Tally:
+    prompts: Sequence[str],
+) -> LossSums:
     if not examples:
-        nothing = next(networks.parameters()).new_zeros(4)
-        return Tally(nothing, nothing.clone(), nothing.long())
+        zeros = next(networks.parameters()).new_zeros(4)
+        return LossSums(zeros, zeros.clone(), zeros.long())
     with torch.enable_grad():
-        return tally(base, networks, examples, facts)
+        return loss_sums(base, networks, examples, prompts)
 
 
-def _gradients(networks: ScopeNetworks, shares: Tensor, found: Tally) -> list[Tensor]:
+def _parameter_gradients(networks: ScopeNetworks, scales: Tensor, sums: LossSums) -> list[Tensor]:
     """Gradient of this rank's part of the loss.
 
-    That of the networks alone: no gradient is left on any tensor, and wrappers for several
-    processes see nothing that they would reduce a second time.
+    The gradient of the networks alone: no ``.grad`` is set on any tensor, so DDP has nothing to
+    reduce a second time.
     """
     parameters = list(networks.parameters())
-    if not found.losses.requires_grad:
+    if not sums.losses.requires_grad:
         return [torch.zeros_like(parameter) for parameter in parameters]
     with torch.enable_grad():
-        return list(torch.autograd.grad((shares * found.losses).sum(), parameters))
+        return list(torch.autograd.grad((scales * sums.losses).sum(), parameters))
 
 
 def _is_finite_alone(
@@ -137,6 +137,6 @@ def _is_finite_alone(
     example: EditExample,
     weights: tuple[float, float],
 ) -> bool:
-    found = _tally(base, networks, [example], [example.requests[0].prompt])
-    shares = loss_weights(found.counts, *weights).to(found.losses)
-    return all_finite((found.losses, *_gradients(networks, shares, found)))
+    sums = _loss_sums(base, networks, [example], [example.requests[0].prompt])
+    scales = loss_weights(sums.counts, *weights).to(sums.losses)
+    return all_finite((sums.losses, *_parameter_gradients(networks, scales, sums)))

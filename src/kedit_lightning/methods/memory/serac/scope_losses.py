@@ -1,4 +1,4 @@
-"""What SERAC's two networks learn from: the losses of Mitchell et al. 2022, section 3.2."""
+"""The losses of SERAC's two networks: Mitchell et al. 2022, section 3.2."""
 
 from __future__ import annotations
 
@@ -18,87 +18,89 @@ from kedit_lightning.edits.kinds.scope.scope_networks import ScopeNetworks
 from kedit_lightning.methods.training.episodes import probes_of
 from kedit_lightning.requests import EditExample, EditRequest, Probe
 
-#: Least squared distance in the loss of questions out of scope: at 0 it would be infinite.
+#: Smallest squared distance in the loss of pairs out of scope, which is infinite at 0.
 _LEAST = 1e-4
-#: Squared distance at which a question is as much in scope as out of it.
+#: Squared distance of a similarity of 0.5.
 _EDGE = 0.6931471805599453
 _NO_LABEL = -100
 
 
-def reader_of(base: BaseModel, networks: ScopeNetworks) -> RowEncoder:
-    """What turns texts into tokens of the counterfactual model, outside of any chat."""
+def counterfactual_encoder(base: BaseModel, networks: ScopeNetworks) -> RowEncoder:
+    """The encoder with the counterfactual model's tokenizer, without chat template."""
     model = networks.decoder
     own = networks.plan.own_tokens and isinstance(model, LanguageModel)
     return base.encoder.of(model.tokenizer if own else base.tokenizer)
 
 
-def ending(tokenizer: Any) -> tuple[int, ...]:
-    """The id that separates a statement from its question, and that ends an answer, if any."""
+def end_ids(tokenizer: Any) -> tuple[int, ...]:
+    """The end-of-sequence id, which ends statements and answers; empty where there is none."""
     end = tokenizer.eos_token_id
     return () if end is None else (int(end),)
 
 
-def statement_ids(reader: RowEncoder, request: EditRequest) -> tuple[int, ...]:
-    """Token ids of an edit's statement, with the separator behind: ``prompt answer <eos>``.
+def statement_ids(encoder: RowEncoder, request: EditRequest) -> tuple[int, ...]:
+    """Token ids of an edit's statement with its separator: ``prompt answer <eos>``.
 
     The statement is no turn of a chat, so it stays outside the chat template.
     """
-    stated = join_text(request.prompt, request.target_new)
-    return (*reader.encode(stated).prompt, *ending(reader.tokenizer))
+    statement = join_text(request.prompt, request.target_new)
+    return (*encoder.encode(statement).prompt, *end_ids(encoder.tokenizer))
 
 
 @torch.no_grad()
-def read_prompts(base: BaseModel, prompts: Sequence[str], module: str) -> tuple[Tensor, Tensor]:
-    """Output of a block for some prompts, and where it counts.
+def prompt_hidden_states(
+    base: BaseModel, prompts: Sequence[str], module: str
+) -> tuple[Tensor, Tensor]:
+    """Hidden states that a block returns for prompts, and their attention mask.
 
     Returns:
-        Shapes ``[batch, tokens, width]`` and ``[batch, tokens]``.
+        Shapes ``[batch, tokens, hidden]`` and ``[batch, tokens]``.
     """
     rows = base.rows(prompts)
-    with capture(base.model, [module]) as seen, stop_after(base.model, module):
+    with capture(base.model, [module]) as captured, stop_after(base.model, module):
         base.forward(rows)
-    return seen.outputs[module], rows.attention_mask
+    return captured.outputs[module], rows.attention_mask
 
 
 @dataclass(frozen=True)
-class Tally:
-    """Losses summed, by what they are of; sums of several ranks add up to those of all.
+class LossSums:
+    """Sums of losses over pairs and tokens; the sums of ranks add up to those of all.
 
-    The four kinds are: pairs of an edit and a question in its scope; pairs of an edit and a
-    question that was chosen to be out of its scope; pairs of an edit and a question about another
-    fact; and tokens of the new answers. Shape ``[4]`` each.
+    The four entries are of: pairs of an edit and a question in its scope; pairs of an edit and a
+    question labelled out of its scope; pairs of an edit and a question about another fact; and
+    tokens of the new answers. Shape ``[4]`` each.
 
     Args:
-        losses: Cross-entropy of each kind, summed.
-        noted: Pairs that are taken to be in scope at a threshold of 0.5, and tokens that are
+        losses: Sum of the cross-entropies.
+        hits: Number of pairs classified as in scope at a threshold of 0.5, and of tokens that are
             arg-max.
         counts: Number of pairs and of tokens.
     """
 
     losses: Tensor
-    noted: Tensor
+    hits: Tensor
     counts: Tensor
 
     @classmethod
-    def of(cls, kinds: Sequence[tuple[Tensor, Tensor]]) -> Tally:
-        """Sum losses and what is noted. Shape ``[n]`` each, another ``n`` for each kind."""
+    def of(cls, kinds: Sequence[tuple[Tensor, Tensor]]) -> LossSums:
+        """Sum losses and hits. Shape ``[n]`` each, another ``n`` for each entry."""
         return cls(
             torch.stack([losses.sum() for losses, _ in kinds]),
-            torch.stack([noted.sum() for losses, noted in kinds]),
+            torch.stack([hits.sum() for _, hits in kinds]),
             torch.tensor([len(losses) for losses, _ in kinds]).to(kinds[0][0].device),
         )
 
 
 def loss_weights(counts: Tensor, c_edit: float, c_loc: float) -> Tensor:
-    """Weights that make the loss of sums: each kind of pair counts as a whole.
+    """Weights of the sums in the loss, so that each kind of pair has the same weight.
 
-    The loss of the classifier is the mean of that in scope and of that out of scope, which is the
-    mean over the kinds that occur.
+    The loss of the classifier is the mean of the mean loss in scope and of that out of scope, which
+    is the mean over the kinds of pairs that occur.
 
     Args:
-        counts: The counts of a tally, over all ranks. Shape ``[4]``.
-        c_edit: Weight of the loss of the new answers.
-        c_loc: Weight of the loss of the classifier.
+        counts: The counts of all ranks. Shape ``[4]``.
+        c_edit: Weight of the edit loss.
+        c_loc: Weight of the loss of the scope classifier.
 
     Returns:
         Shape ``[4]``, float64.
@@ -112,24 +114,24 @@ def loss_weights(counts: Tensor, c_edit: float, c_loc: float) -> Tensor:
 
 
 def inside_loss(distances: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of ``exp(-d)`` for pairs in scope, and which are recognised. ``[n]`` each."""
+    """Cross-entropy of ``exp(-d)`` for pairs in scope, and true positives. ``[n]`` each."""
     return distances, (distances < _EDGE).to(distances)
 
 
 def outside_loss(distances: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of ``exp(-d)`` for pairs out of scope, and false alarms. ``[n]`` each."""
+    """Cross-entropy of ``exp(-d)`` for pairs out of scope, and false positives. ``[n]`` each."""
     # log(1 - exp(-d)), without loss of digits for small d.
     losses = -torch.log(-torch.expm1(-distances.clamp(min=_LEAST)))
     return losses, (distances < _EDGE).to(distances)
 
 
-def tally(
+def loss_sums(
     base: BaseModel,
     networks: ScopeNetworks,
     examples: Sequence[EditExample],
     facts: Sequence[str],
-) -> Tally:
-    """What examples cost. Rephrases are in the scope of their own edit, and of no other fact's.
+) -> LossSums:
+    """Losses of examples. Rephrases are in the scope of their own edit, and of no other.
 
     Args:
         base: The base model; no edit should be in force.
@@ -140,7 +142,7 @@ def tally(
     """
     inside, near, far = _distances(base, networks, examples, facts)
     answers = _answer_losses(base, networks, examples)
-    return Tally.of([inside_loss(inside), outside_loss(near), outside_loss(far), answers])
+    return LossSums.of([inside_loss(inside), outside_loss(near), outside_loss(far), answers])
 
 
 def _distances(
@@ -149,26 +151,28 @@ def _distances(
     examples: Sequence[EditExample],
     facts: Sequence[str],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Squared distances in scope, from chosen questions and from other facts. ``[n]`` each."""
-    own = [example.requests[0].prompt for example in examples]
+    """Squared distances of the three kinds of pairs of :class:`LossSums`. ``[n]`` each."""
+    edits = [example.requests[0].prompt for example in examples]
     inside, near = ([probes_of([e], kind) for e in examples] for kind in ("rephrase", "locality"))
-    asked = [probe.prompt for probes in (*inside, *near) for probe in probes]
-    prompts = list(dict.fromkeys([*facts, *own]))
-    hidden, mask = read_prompts(base, [*prompts, *asked], networks.plan.module)
-    placed = networks.embed(hidden, mask)
-    keys, questions = placed[: len(prompts)], placed[len(prompts) :]
-    distances = networks.distances(questions, keys)
+    questions = [probe.prompt for probes in (*inside, *near) for probe in probes]
+    prompts = list(dict.fromkeys([*facts, *edits]))
+    hidden, mask = prompt_hidden_states(base, [*prompts, *questions], networks.plan.module)
+    embeddings = networks.embed(hidden, mask)
+    keys = embeddings[: len(prompts)]
+    distances = networks.distances(embeddings[len(prompts) :], keys)
 
-    place = {prompt: number for number, prompt in enumerate(prompts)}
+    column = {prompt: number for number, prompt in enumerate(prompts)}
 
     def owners(probes_of_each: Sequence[Sequence[Probe]]) -> Tensor:
-        of = [place[p] for p, probes in zip(own, probes_of_each, strict=True) for _ in probes]
-        return torch.tensor(of, dtype=torch.long, device=keys.device)
+        columns = [
+            column[p] for p, probes in zip(edits, probes_of_each, strict=True) for _ in probes
+        ]
+        return torch.tensor(columns, dtype=torch.long, device=keys.device)
 
     count = sum(map(len, inside))
     owner, owner_near = owners(inside), owners(near)
     at = torch.arange(len(questions), device=keys.device)
-    columns = torch.tensor([place[prompt] for prompt in facts], device=keys.device)
+    columns = torch.tensor([column[prompt] for prompt in facts], device=keys.device)
     others = distances[:count][:, columns]
     return (
         distances[at[:count], owner],
@@ -183,18 +187,18 @@ def counterfactual_rows(
     """``statement <eos> question answer <eos>`` for each question that must follow its edit.
 
     Returns:
-        Token ids of each row, and the number of tokens that are its answer, with its end.
+        Token ids of each row, and the number of tokens of its answer, with its end.
     """
-    rows, answers, reader = [], [], reader_of(base, networks)
-    end, own_tokens = ending(reader.tokenizer), networks.plan.own_tokens
-    # Where tokens are the base model's, the question is passed on as the base model reads it.
-    encode = reader.encode if own_tokens else base.encode
-    behind = base.encoder.suffix if base.is_encoder_decoder and not own_tokens else ()
+    rows, answers, encoder = [], [], counterfactual_encoder(base, networks)
+    end, own_tokens = end_ids(encoder.tokenizer), networks.plan.own_tokens
+    # With the base model's tokenizer, questions are encoded as for the base model.
+    encode = encoder.encode if own_tokens else base.encode
+    suffix = base.encoder.suffix if base.is_encoder_decoder and not own_tokens else ()
     for example in examples:
-        statement = statement_ids(reader, example.requests[0])
+        statement = statement_ids(encoder, example.requests[0])
         for probe in (*probes_of([example], "rewrite"), *probes_of([example], "rephrase")):
             question = encode(probe.prompt, probe.answers[0])
-            rows.append((*statement, *question.prompt, *behind, *question.answer, *end))
+            rows.append((*statement, *question.prompt, *suffix, *question.answer, *end))
             answers.append(len(question.answer) + len(end))
     return rows, answers
 

@@ -1,4 +1,4 @@
-"""The keys that a fit has met, and the size of a shift by what it does to them."""
+"""The covariance of the keys of a fit, which measures the size of a parameter shift."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from kedit_lightning.methods.training.precision import FullPrecision
 from kedit_lightning.statistics.covariance import SecondMoment, shrunk
 
 
-class KeyMoment(FullPrecision):
-    """Mean of ``k kᵀ`` over the keys of one projection that were seen while it was fitted.
+class KeyCovariance(FullPrecision):
+    """Mean of ``k kᵀ`` over the keys of one projection in a fit (not centred).
 
     Args:
         width: ``d_in``.
@@ -28,7 +28,7 @@ class KeyMoment(FullPrecision):
 
     @torch.no_grad()
     def update(self, keys: Tensor) -> None:
-        """Take in keys ``[n, d_in]``, those of all ranks where there are several.
+        """Update the mean with keys ``[n, d_in]``, and with those of the other ranks.
 
         Keys that hold NaN or infinity are left out.
         """
@@ -41,11 +41,10 @@ class KeyMoment(FullPrecision):
 
     @property
     def metric(self) -> Tensor | None:
-        """``M`` for which ``tr(Sᵀ M S)`` is the size of a shift ``S``; ``None`` before any key.
+        """``M`` of the size ``tr(Sᵀ M S)`` of a shift ``S``; ``None`` before any key.
 
-        It is the mean, shrunk for small samples, with a mean diagonal of 1, so that it is the
-        squared norm of ``S`` where keys are alike in all directions. Shape ``[d_in, d_in]``,
-        float64.
+        It is the mean, shrunk for small samples and scaled to a mean diagonal of 1, so that the
+        size is the squared norm of ``S`` for isotropic keys. Shape ``[d_in, d_in]``, float64.
         """
         if int(self.count) == 0:
             return None

@@ -1,4 +1,4 @@
-"""Instructions: the words that tell a hypernetwork which kind of fact it edits."""
+"""Instructions that name and describe the task of a request (InstructEdit)."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from kedit_lightning.errors import MissingNeedsError, UnsupportedUseError, artic
 from kedit_lightning.methods.training.episodes import rotate
 from kedit_lightning.requests import EditRequest
 
-#: What a request is put into unless a setting says otherwise.
+#: The default template of an instruction.
 TEMPLATE = "Task: {task} Description: {description} Input: {prompt}"
 
 
 def check_template(template: str) -> None:
-    """Make sure that a template ends where the answer begins.
+    """Make sure that a template ends with its only ``{prompt}``.
 
     Raises:
         UnsupportedUseError: It does not end with ``{prompt}``, or holds it twice.
@@ -26,10 +26,10 @@ def check_template(template: str) -> None:
 
 
 def check_tasks(requests: Sequence[EditRequest], tasks: Mapping[str, Sequence[str]]) -> None:
-    """Make sure that the task of each request is described.
+    """Make sure that the task of each request has a description.
 
     Raises:
-        MissingNeedsError: Names every request whose task is not, and the task.
+        MissingNeedsError: Names every request whose task has none, and the task.
     """
     unknown = [f"{r.label} has task '{r.task}'" for r in requests if not tasks.get(r.task or "")]
     if unknown:
@@ -45,8 +45,8 @@ def instructed(request: EditRequest, template: str, description: str) -> EditReq
     Args:
         request: The request; it names its task.
         template: Text with ``{prompt}`` at its end, and with ``{task}`` and ``{description}``
-            wherever these go.
-        description: One of those of the request's task.
+            anywhere before it.
+        description: A description of the request's task.
     """
     # Not str.format: other braces of a prompt or a description are ordinary text.
     head = template.removesuffix("{prompt}")
@@ -55,14 +55,16 @@ def instructed(request: EditRequest, template: str, description: str) -> EditReq
     return replace(request, prompt=head + request.prompt)
 
 
-def drawn(request: EditRequest, descriptions: Sequence[str], turn: int, seed: int) -> str:
-    """A description for training: the next one at each turn, never the last of several.
+def training_description(
+    request: EditRequest, descriptions: Sequence[str], epoch: int, seed: int
+) -> str:
+    """The description of an epoch: the next one in each, never the last of several.
 
     Args:
         request: The request.
-        descriptions: Those of its task.
-        turn: Number of the pass over the data.
-        seed: Fixes the description that a request starts with.
+        descriptions: The descriptions of its task.
+        epoch: Number of the pass over the data.
+        seed: Fixes the description of the first epoch.
     """
     name = request.id or request.prompt
-    return rotate(descriptions[:-1] or descriptions, 1, turn, seed, "description", name)[0]
+    return rotate(descriptions[:-1] or descriptions, 1, epoch, seed, "description", name)[0]

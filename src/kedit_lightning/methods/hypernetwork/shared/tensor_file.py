@@ -1,4 +1,4 @@
-"""A temporary file that tensors wait in until they are needed."""
+"""A temporary file of tensors."""
 
 from __future__ import annotations
 
@@ -11,20 +11,13 @@ from torch import Tensor
 
 from kedit_lightning.errors import TemporaryFileError
 
-#: Bytes up to which the file is held in memory.
+#: Bytes up to which the file stays in memory.
 IN_MEMORY = 2**23
 
 
 @dataclass(frozen=True)
-class Kept:
-    """A tensor in a file.
-
-    Args:
-        start: Where it starts.
-        shape: Its shape.
-        dtype: Its number type.
-        device: Where it came from, and is given back.
-    """
+class StoredTensor:
+    """A tensor of the file: its byte offset, shape, dtype and original device."""
 
     start: int
     shape: torch.Size
@@ -33,10 +26,10 @@ class Kept:
 
 
 class TensorFile:
-    """Keeps tensors out of memory, bit for bit, once they are more than :data:`IN_MEMORY` bytes.
+    """Stores tensors bit for bit, on disk once they are more than :data:`IN_MEMORY` bytes.
 
-    The file lies in the folder of temporary files (``TMPDIR``), has no name there where the system
-    allows that, and is gone when the ``with`` block ends.
+    The file is in the folder of temporary files (``TMPDIR``), without a name where the system
+    allows that, and is deleted when the ``with`` block ends.
     """
 
     def __init__(self) -> None:
@@ -48,7 +41,7 @@ class TensorFile:
     def __exit__(self, *error: object) -> None:
         self._file.close()
 
-    def put(self, tensor: Tensor) -> Kept:
+    def put(self, tensor: Tensor) -> StoredTensor:
         """Add a tensor to the file.
 
         Raises:
@@ -63,11 +56,11 @@ class TensorFile:
                 f"rows that wait for the solve cannot be written to a temporary file ({error}); "
                 "set TMPDIR to a folder with more space, or write fewer facts at a time"
             ) from error
-        return Kept(start, plain.shape, plain.dtype, tensor.device)
+        return StoredTensor(start, plain.shape, plain.dtype, tensor.device)
 
-    def get(self, kept: Kept) -> Tensor:
-        """A tensor that was added, on the device it came from."""
-        found = torch.empty(kept.shape, dtype=kept.dtype)
-        self._file.seek(kept.start)
-        self._file.readinto(found.view(torch.uint8).numpy().data)
-        return found.to(kept.device)
+    def get(self, stored: StoredTensor) -> Tensor:
+        """Read a tensor back, onto the device it came from."""
+        tensor = torch.empty(stored.shape, dtype=stored.dtype)
+        self._file.seek(stored.start)
+        self._file.readinto(tensor.view(torch.uint8).numpy().data)
+        return tensor.to(stored.device)

@@ -1,0 +1,110 @@
+"""The networks of MEND, with a learned learning rate for each projection.
+
+Source: Mitchell et al. 2022, "Fast Model Editing at Scale", section 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from kedit_lightning.base_models import BaseModel
+from kedit_lightning.edits import LowRankDelta
+from kedit_lightning.methods.hypernetwork.shared.editor_network import BatchedDeltas, EditorNetwork
+from kedit_lightning.methods.hypernetwork.shared.gradient_transform import (
+    TransformNetwork,
+    TransformPlan,
+    TransformSettings,
+)
+from kedit_lightning.methods.hypernetwork.shared.instruction_template import TEMPLATE
+from kedit_lightning.methods.shared.gradient_factors import Factors
+from kedit_lightning.requests import EditRequest
+
+
+@dataclass(frozen=True)
+class EditorSettings(TransformSettings):
+    """The part of the settings that MEND and InstructEdit share."""
+
+    blocks: int
+    accumulate: int
+    legacy_sign: bool
+
+
+@dataclass(frozen=True)
+class MENDPlan(TransformPlan):
+    """Architecture of MEND's networks.
+
+    Args:
+        ascend: Add the pseudo-gradient, as the released code does, instead of subtracting it.
+    """
+
+    ascend: bool = False
+
+
+@dataclass(frozen=True)
+class InstructEditPlan(TransformPlan):
+    """Architecture of the networks of InstructEdit, MEND's, and the template they were fitted with.
+
+    Args:
+        ascend: As in :class:`MENDPlan`.
+        template: The template of instructions.
+    """
+
+    ascend: bool = False
+    template: str = TEMPLATE
+
+
+class MENDNetwork(TransformNetwork, EditorNetwork):
+    """Maps the factors of gradients to low-rank deltas, the pseudo-gradients of an edit.
+
+    Args:
+        plan: The architecture.
+        shapes: ``(d_in, d_out)`` of each projection of the plan.
+        settings: Settings with the initial learning rate of the edits, and the seed.
+        dtype: Number type of parameters and statistics.
+    """
+
+    plan: MENDPlan | InstructEditPlan
+
+    def __init__(
+        self,
+        plan: MENDPlan | InstructEditPlan,
+        shapes: Sequence[tuple[int, int]],
+        settings: EditorSettings,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(plan, shapes, dtype, settings.seed)
+        rates = torch.full((len(plan.modules),), settings.edit_lr, dtype=dtype)
+        self.rates = nn.Parameter(rates)
+
+    def parameter_groups(self) -> list[list[nn.Parameter]]:
+        """The networks, and the learning rates of the edits."""
+        return [list(self.networks.parameters()), [self.rates]]
+
+    def scalars(self) -> dict[str, Tensor]:
+        """The learning rate of each projection."""
+        rates = self.rates.detach()
+        names = (f"edit_lr/{name}" for name in self.plan.modules)
+        return dict(zip(names, rates, strict=True))
+
+    def deltas(
+        self,
+        base: BaseModel,
+        requests: Sequence[EditRequest],
+        factors: Mapping[str, Factors],
+        edit_of_row: Tensor,
+    ) -> BatchedDeltas:
+        """Deltas with a rank-one term for each token; see the base class."""
+        deltas, edit_of_term = {}, {}
+        with torch.autocast(self.rates.device.type, enabled=False):
+            for number, name in enumerate(self.plan.modules):
+                part = factors[name]
+                inputs, gradients = (x.to(self.rates) for x in (part.inputs, part.gradients))
+                a, b = self.transform(name, inputs, gradients)
+                rate = self.rates[number] if self.plan.ascend else -self.rates[number]
+                deltas[name] = LowRankDelta(a, (rate * b).T)
+                edit_of_term[name] = edit_of_row.to(part.rows.device)[part.rows]
+        return deltas, edit_of_term

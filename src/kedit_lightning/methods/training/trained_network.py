@@ -1,0 +1,80 @@
+"""Networks that ``fit`` trains, the plan that checkpoints hold of them, and their gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol, Self
+
+import torch
+from torch import Tensor, nn
+
+from kedit_lightning.methods.training.precision import FullPrecision
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Hyperparameters that fix the architecture of networks; checkpoints hold them.
+
+    An entry that follows a setting has the setting's name.
+    """
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for a checkpoint."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """Rebuild from :meth:`to_json`."""
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+class TrainedNetwork(FullPrecision):
+    """Networks with counters of their training.
+
+    Args:
+        plan: Their architecture.
+    """
+
+    updates: Tensor
+    skipped: Tensor
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__()
+        self.plan = plan
+        #: Optimizer steps so far; 0 for untrained networks.
+        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+        #: Training episodes left out because their gradient was not finite.
+        self.register_buffer("skipped", torch.zeros((), dtype=torch.int64))
+
+    def parameter_groups(self) -> list[list[nn.Parameter]]:
+        """Parameters of the optimizer's groups; each group has a learning rate of its own."""
+        return [list(self.parameters())]
+
+    def scalars(self) -> dict[str, Tensor]:
+        """Scalars to log at each training step, by name."""
+        return {}
+
+
+class BatchGradient(Protocol):
+    """Loss and gradient of a training batch, over the episodes of all ranks."""
+
+    @property
+    def episodes(self) -> int:
+        """Number of episodes with a finite gradient; for 0 the rest is undefined."""
+
+    @property
+    def skipped(self) -> int:
+        """Number of episodes left out because their gradient was not finite."""
+
+    @property
+    def loss(self) -> Tensor:
+        """Mean loss. Shape ``[]``."""
+
+    @property
+    def mean_gradients(self) -> list[Tensor]:
+        """Gradient of the mean loss, one tensor a parameter."""
+
+    @property
+    def scalars(self) -> Mapping[str, Tensor]:
+        """Scalars to log beside the loss, by name."""
