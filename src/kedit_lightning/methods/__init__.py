@@ -21,11 +21,13 @@ if TYPE_CHECKING:
     from kedit_lightning.methods.locate.ultraedit.ultraedit import UltraEdit
     from kedit_lightning.methods.memory.grace import GRACE
     from kedit_lightning.methods.memory.serac.serac import SERAC
-    from kedit_lightning.methods.method import Capabilities, EditMethod
+    from kedit_lightning.methods.method import Capabilities, EditMethod, MethodSettings
 
 _get = lazy_exports(
     "method",
-    dict.fromkeys(("Capabilities", "EditMethod"), "kedit_lightning.methods.method"),
+    dict.fromkeys(
+        ("Capabilities", "EditMethod", "MethodSettings"), "kedit_lightning.methods.method"
+    ),
 )
 
 #: Every editing method of this package.
@@ -50,6 +52,7 @@ __all__ = [
     "Capabilities",
     "EditMethod",
     "InstructEdit",
+    "MethodSettings",
     "RLEdit",
     "UltraEdit",
 ]

@@ -127,11 +127,12 @@ def test_the_layer_returns_the_value_itself_for_the_prompt_it_was_given(kind, si
     grace = GRACE(base_model=base, radius=1e-6, steps=3)
     edit = grace.edit([REQUEST])
     rows = base.rows([OTHERS[0], REQUEST.prompt], padding_side=side)
-    with edit, capture(base.model, [grace.target]) as seen:
+    assert edit.origin.settings["module"] == grace.settings.module
+    with edit, capture(base.model, [grace.settings.module]) as seen:
         base.forward(rows)
         (stored,) = edit.entries
-        output = seen.outputs[grace.target][1, rows.prompt_end[1]]
-        key = seen.inputs[grace.target][1, rows.prompt_end[1]]
+        output = seen.outputs[grace.settings.module][1, rows.prompt_end[1]]
+        key = seen.inputs[grace.settings.module][1, rows.prompt_end[1]]
     assert torch.equal(output, stored.value)
     torch.testing.assert_close(key, stored.key, rtol=0, atol=1e-12)
 
@@ -241,7 +242,7 @@ def test_value_is_that_of_a_plain_training_loop(kind):
         changed[0, end] = value
         return changed
 
-    handle = base.module(grace.target).register_forward_hook(put)
+    handle = base.module(grace.settings.module).register_forward_hook(put)
     optimizer = torch.optim.Adam([value], lr=0.3)
     for _ in range(5):
         logits = base.model(**rows.inputs).logits[0, end : end + len(answer)]
@@ -356,7 +357,7 @@ def test_settings_follow_the_base_model(monkeypatch):
     def target(**settings):
         grace = GRACE(base_model=base, **settings)
         grace.configure_model()
-        return grace.target
+        return grace.settings.module
 
     assert target() == "transformer.h.2.mlp.c_proj"
     assert target(layer=-1) == "transformer.h.3.mlp.c_proj"

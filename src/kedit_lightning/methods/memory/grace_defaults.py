@@ -1,4 +1,4 @@
-"""Published places of codebooks, and the rule for all other models."""
+"""Published layers of GRACE's codebook, and the rule for all other models."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PUBLISHED: dict[tuple[str, int, int], tuple[int, int]] = {
 def usual_layer(blocks: int) -> int:
     """The block whose down projection gets the codebook in a model without published settings.
 
-    At least one block must follow, or answers of several tokens could not read the value.
+    At least one block must follow, or the later answer tokens could not attend to the value.
 
     >>> usual_layer(32), usual_layer(6), usual_layer(2)
     (24, 4, 0)
@@ -28,9 +28,8 @@ def usual_layer(blocks: int) -> int:
     return max(0, min(round(USUAL_DEPTH * blocks), blocks - 2))
 
 
-def default_module(base: BaseModel) -> str:
-    """Name of the module that gets the codebook."""
+def default_place(base: BaseModel) -> tuple[int, int]:
+    """The block with the codebook, and the index of the projection among those of its MLP."""
     layout = base.layout
     key = (base.model.config.model_type, len(layout), layout.hidden_size)
-    layer, projection = PUBLISHED.get(key, (usual_layer(len(layout)), -1))
-    return layout.block(layer).projections[projection]
+    return PUBLISHED.get(key, (usual_layer(len(layout)), -1))
