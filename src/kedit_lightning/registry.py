@@ -1,4 +1,4 @@
-"""What there is to choose from: one entry for each method, dataset and callback.
+"""The registry: one entry for each method, dataset, metric and callback.
 
 Lists, lazy exports, names of configs and tables of the documentation are derived from these entries
 or checked against them.  A plug-in adds its own with :func:`register`.
@@ -6,23 +6,28 @@ or checked against them.  A plug-in adds its own with :func:`register`.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, Literal, TypeAlias
+from importlib.metadata import entry_points
+from typing import Any, Literal, TypeAlias, get_args
 
-Kind: TypeAlias = Literal["method", "dataset", "callback"]
+Kind: TypeAlias = Literal["method", "dataset", "metric", "callback"]
+
+#: The entry-point group in which other packages name their plug-ins.
+PLUGINS = "kedit_lightning.plugins"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One thing that can be named on the command line.
+    """A class that can be named on the command line.
 
     Args:
         kind: What it is.
         name: Class name, as papers and configs have it.
         module: Module that defines the class.
-        summary: What it is, in a few words.
+        summary: What it is, in a few words; the cell of the README's table.
         config: Name of its packaged config, such as ``methods/rome``; empty without one.
     """
 
@@ -37,7 +42,7 @@ class Entry:
         return getattr(import_module(self.module), self.name)
 
 
-_ENTRIES: dict[Kind, dict[str, Entry]] = {"method": {}, "dataset": {}, "callback": {}}
+_ENTRIES: dict[Kind, dict[str, Entry]] = {kind: {} for kind in get_args(Kind)}
 
 
 def register(entry: Entry) -> Entry:
@@ -51,16 +56,44 @@ def entries(kind: Kind) -> dict[str, Entry]:
     return dict(sorted(_ENTRIES[kind].items()))
 
 
-def lazy_exports(kind: Kind | None, others: dict[str, str]) -> Callable[[str], Any]:
-    """The ``__getattr__`` of a package that hands out classes when asked for them.
+def load_classes() -> None:
+    """Import every class that has an entry, so that it is found as a subclass of its base."""
+    for kind in _ENTRIES.values():
+        for entry in kind.values():
+            entry.load()
 
-    Importing torch, Lightning, peft or matplotlib takes a second or more each, so a package whose
-    users mostly do without some of its modules hands these out on demand.  It is the one way to
-    load a module late: no function has an import statement.
+
+def load_plugins() -> list[str]:
+    """Import the modules that other packages name in the group ``kedit_lightning.plugins``.
+
+    Such a module registers entries, or defines subclasses.  One that fails is left out with a
+    warning.
+
+    Returns:
+        The packages of plug-ins and of the entries they registered, which configs may name.
+    """
+    modules = []
+    for point in entry_points(group=PLUGINS):
+        try:
+            point.load()
+        except Exception as error:
+            warnings.warn(f"plug-in '{point.name}' cannot be loaded: {error}", stacklevel=2)
+        else:
+            modules.append(point.module)
+    modules += [entry.module for kind in _ENTRIES.values() for entry in kind.values()]
+    return sorted({module.partition(".")[0] for module in modules} - {"kedit_lightning"})
+
+
+def lazy_exports(kind: Kind | None, others: dict[str, str]) -> Callable[[str], Any]:
+    """The ``__getattr__`` of a package that imports its classes on first use.
+
+    Importing torch, Lightning, peft or matplotlib takes a second or more each, so a package imports
+    a module only when one of its names is used.  This is the one way to import a module late: no
+    function has an import statement.
 
     Args:
-        kind: Entries that the package exports, if any.
-        others: Further names, and the modules that define them.
+        kind: Kind of the entries that the package exports, if any.
+        others: Further names, with the modules that define them.
     """
 
     def get(name: str) -> Any:
@@ -89,8 +122,8 @@ _add(
         ),
         "EMMET": ("locate.memit", "methods/emmet", "MEMIT with equality, at one layer"),
         "FTM": ("finetune.ftm", "methods/ftm", "fine-tuning one layer (FT-M, FT-L)"),
-        "GRACE": ("memory.grace", "methods/grace", "codebook memory"),
-        "IKE": ("in_context.ike", "methods/ike", "in context, with demonstrations"),
+        "GRACE": ("memory.grace", "methods/grace", "codebook memory of keys and values"),
+        "IKE": ("in_context.ike", "methods/ike", "in-context editing with demonstrations"),
         "InstructEdit": (
             "hypernetwork.instructedit",
             "methods/instructedit",
@@ -121,10 +154,10 @@ _add(
         "RLEdit": (
             "hypernetwork.rledit",
             "methods/rledit",
-            "the same, fitted on sequences of edits",
+            "MALMEN fitted on sequences of edits",
         ),
         "ROME": ("locate.rome", "methods/rome", "rank-one update, closed form"),
-        "RROME": ("locate.rome", "methods/rrome", "the same with the mean key"),
+        "RROME": ("locate.rome", "methods/rrome", "ROME with the mean key"),
         "SERAC": (
             "memory.serac",
             "methods/serac",
@@ -150,9 +183,14 @@ _add(
         "Requests": (
             "knowledge.requests_file",
             "data/requests",
-            "your own JSON, JSONL or CSV",
+            "your own JSON, JSONL or CSV: `prompt`, `target_new`, `subject?`, `target_old?`, "
+            "`id?`, `task?`, `rephrases?`, `locality?`, `portability?`",
         ),
-        "Texts": ("text.texts", "data/texts", "plain text for key statistics"),
+        "Texts": (
+            "text.texts",
+            "data/texts",
+            "plain text for key statistics: a file, a folder, or a hub data set, streamed",
+        ),
         "ZsRE": ("knowledge.zsre", "data/zsre", "MEND's records"),
     },
 )

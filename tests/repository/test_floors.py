@@ -12,7 +12,7 @@ SRC = ROOT / "src" / "kedit_lightning"
 # Parts of one floor do not import each other. `errors` lies under `requests`, which raises them.
 FLOORS = [
     ["errors"],
-    ["requests", "registry"],
+    ["requests", "registry", "cache_folder"],
     ["edits", "data", "metrics"],
     ["base_models"],
     ["statistics", "benchmark"],
