@@ -4,9 +4,9 @@ Importing this package loads neither torch nor transformers: each public name is
 module on first use, so that ``kedit --help`` and plain imports are fast.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from .registry import lazy_exports
+from kedit_lightning.registry import lazy_exports
 
 if TYPE_CHECKING:
     from .base_models import BaseModel, BaseModelSpec
@@ -38,11 +38,7 @@ _MODULE_OF = {
     "EditTrainer": "trainer",
     "Probe": "requests",
 }
-_get = lazy_exports(None, {name: f"{__name__}.{module}" for name, module in _MODULE_OF.items()})
-
-
-def __getattr__(name: str) -> Any:
-    return _get(name)
+__getattr__ = lazy_exports(None, {n: f"{__name__}.{module}" for n, module in _MODULE_OF.items()})
 
 
 def __dir__() -> list[str]:

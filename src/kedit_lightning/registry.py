@@ -56,13 +56,6 @@ def entries(kind: Kind) -> dict[str, Entry]:
     return dict(sorted(_ENTRIES[kind].items()))
 
 
-def load_classes() -> None:
-    """Import every class that has an entry, so that it is found as a subclass of its base."""
-    for kind in _ENTRIES.values():
-        for entry in kind.values():
-            entry.load()
-
-
 def load_plugins() -> list[str]:
     """Import the modules that other packages name in the group ``kedit_lightning.plugins``.
 
@@ -107,7 +100,9 @@ def lazy_exports(kind: Kind | None, others: dict[str, str]) -> Callable[[str], A
 
 
 def _add(kind: Kind, package: str, table: dict[str, tuple[str, str, str]]) -> None:
+    """Register classes of a package: module, file of the packaged config or "", and summary."""
     for name, (module, config, summary) in table.items():
+        config = config and f"{package}/{config}"
         register(Entry(kind, name, f"kedit_lightning.{package}.{module}", summary, config))
 
 
@@ -115,59 +110,31 @@ _add(
     "method",
     "methods",
     {
-        "AlphaEdit": (
-            "locate.alphaedit",
-            "methods/alphaedit",
-            "MEMIT in the null space of typical keys, with a memory",
-        ),
-        "EMMET": ("locate.memit", "methods/emmet", "MEMIT with equality, at one layer"),
-        "FTM": ("finetune.ftm", "methods/ftm", "fine-tuning one layer (FT-M, FT-L)"),
-        "GRACE": ("memory.grace", "methods/grace", "codebook memory of keys and values"),
-        "IKE": ("in_context.ike", "methods/ike", "in-context editing with demonstrations"),
+        "AlphaEdit": ("locate.alphaedit", "alphaedit", "MEMIT in the null space of typical keys"),
+        "EMMET": ("locate.memit", "emmet", "MEMIT with equality, at one layer"),
+        "FTM": ("finetune.ftm", "ftm", "fine-tuning one layer (FT-M, FT-L)"),
+        "GRACE": ("memory.grace", "grace", "codebook memory of keys and values"),
+        "IKE": ("in_context.ike", "ike", "in-context editing with demonstrations"),
         "InstructEdit": (
             "hypernetwork.instructedit",
-            "methods/instructedit",
-            "MEND with an instruction of the request's task",
+            "instructedit",
+            "MEND with instructions",
         ),
-        "KE": (
-            "hypernetwork.ke",
-            "methods/ke",
-            "hypernetwork that reads the request and gates its gradient",
-        ),
-        "KN": ("locate.kn", "methods/kn", "knowledge neurons, a historical baseline"),
+        "KE": ("hypernetwork.ke", "ke", "hypernetwork that gates the gradient of a request"),
+        "KN": ("locate.kn", "kn", "knowledge neurons, a historical baseline"),
         "MALMEN": (
             "hypernetwork.malmen",
-            "methods/malmen",
-            "hypernetwork and one ridge regression for thousands of facts",
+            "malmen",
+            "hypernetwork and ridge regression, many facts",
         ),
-        "MEMIT": (
-            "locate.memit",
-            "methods/memit",
-            "many facts over a few layers, closed form",
-        ),
-        "MEND": (
-            "hypernetwork.mend",
-            "methods/mend",
-            "hypernetwork that turns a gradient into an edit; T5 too",
-        ),
-        "PMET": ("locate.memit", "methods/pmet", "MEMIT with values of attention and MLP"),
-        "RLEdit": (
-            "hypernetwork.rledit",
-            "methods/rledit",
-            "MALMEN fitted on sequences of edits",
-        ),
-        "ROME": ("locate.rome", "methods/rome", "rank-one update, closed form"),
-        "RROME": ("locate.rome", "methods/rrome", "ROME with the mean key"),
-        "SERAC": (
-            "memory.serac",
-            "methods/serac",
-            "memory with a learned scope and a small or named model that answers inside it; T5 too",
-        ),
-        "UltraEdit": (
-            "locate.ultraedit",
-            "methods/ultraedit",
-            "normalised gradients of many facts, regressed",
-        ),
+        "MEMIT": ("locate.memit", "memit", "many facts over a few layers, closed form"),
+        "MEND": ("hypernetwork.mend", "mend", "hypernetwork that transforms a gradient; T5 too"),
+        "PMET": ("locate.memit", "pmet", "MEMIT with values of attention and MLP"),
+        "RLEdit": ("hypernetwork.rledit", "rledit", "MALMEN fitted on sequences of edits"),
+        "ROME": ("locate.rome", "rome", "rank-one update, closed form"),
+        "RROME": ("locate.rome", "rrome", "ROME with the mean key"),
+        "SERAC": ("memory.serac", "serac", "memory with scope and counterfactual model; T5 too"),
+        "UltraEdit": ("locate.ultraedit", "ultraedit", "regression of normalised gradients"),
     },
 )
 _add(
@@ -176,22 +143,22 @@ _add(
     {
         "CounterFact": (
             "knowledge.counterfact",
-            "data/counterfact",
+            "counterfact",
             "ROME's nested records and EasyEdit's flat ones, told apart by content",
         ),
-        "NanoFacts": ("knowledge.nano", "data/nano_facts", "packaged"),
+        "NanoFacts": ("knowledge.nano", "nano_facts", "packaged"),
         "Requests": (
             "knowledge.requests_file",
-            "data/requests",
+            "requests",
             "your own JSON, JSONL or CSV: `prompt`, `target_new`, `subject?`, `target_old?`, "
             "`id?`, `task?`, `rephrases?`, `locality?`, `portability?`",
         ),
         "Texts": (
             "text.texts",
-            "data/texts",
+            "texts",
             "plain text for key statistics: a file, a folder, or a hub data set, streamed",
         ),
-        "ZsRE": ("knowledge.zsre", "data/zsre", "MEND's records"),
+        "ZsRE": ("knowledge.zsre", "zsre", "MEND's records"),
     },
 )
 _add(
@@ -200,16 +167,12 @@ _add(
     {
         "CausalTracing": ("causal_tracing", "", "heat maps of causal traces"),
         "EditSaver": ("edit_saver", "", "saves edits as they are computed"),
-        "EditTable": ("edit_table", "", "a table of edits that grows while they are made"),
-        "LayerSweep": ("layer_sweep", "", "which layer takes edits best"),
+        "EditTable": ("edit_table", "", "a table of edits that grows during a run"),
+        "LayerSweep": ("layer_sweep", "", "scores of edits at each layer"),
         "PlaceBaseModel": ("place_base_model", "", "puts the base model on the trainer's device"),
         "ResultsWriter": ("results_writer", "", "writes results as they come"),
-        "RollbackGuard": (
-            "rollback_guard",
-            "",
-            "checks that a run changes no weight",
-        ),
-        "TrainingReport": ("training_report", "", "draws how a fit went"),
+        "RollbackGuard": ("rollback_guard", "", "checks that a run changes no weight"),
+        "TrainingReport": ("training_report", "", "draws the curves of a fit"),
         "WandbTable": ("wandb_table", "", "a table of answers in Weights & Biases"),
     },
 )

@@ -19,10 +19,14 @@ import kedit_lightning.data
 import kedit_lightning.methods
 from kedit_lightning import __version__, registry
 from kedit_lightning.cli import help_pages
+from kedit_lightning.cli.config_arguments import (
+    config_file,
+    packaged_configs,
+    with_saved_config,
+    with_saved_method,
+)
 from kedit_lightning.cli.help_pages import caching, help_page
 from kedit_lightning.cli.main import HELP, KEditCLI, main
-from kedit_lightning.cli.packaged_configs import config_file, packaged_configs
-from kedit_lightning.cli.saved_config import with_saved_config, with_saved_method
 from kedit_lightning.errors import ResumeError
 
 DATA = SAMPLES

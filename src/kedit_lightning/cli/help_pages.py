@@ -23,18 +23,13 @@ from kedit_lightning.registry import PLUGINS
 
 
 def help_page(arguments: Sequence[str]) -> Path | None:
-    """The file that caches the help which arguments ask for, whether it exists or not.
+    """The cache file of a command's help, whether it exists or not.
 
-    Args:
-        arguments: Arguments of the process.
-
-    Returns:
-        ``None`` if they ask for something else, or if plug-ins, whose sources may change, add to
-        the help.
+    There is none if arguments ask for something else, or if there are plug-ins, since these add to
+    the help and may change.
     """
-    if len(arguments) != 2 or arguments[1] not in ("-h", "--help") or not arguments[0].isalpha():
-        return None
-    if entry_points(group=PLUGINS):
+    is_help = len(arguments) == 2 and arguments[1] in ("-h", "--help") and arguments[0].isalpha()
+    if not is_help or entry_points(group=PLUGINS):
         return None
     width = shutil.get_terminal_size().columns
     return cache_dir() / "help" / f"{arguments[0]}-{width}-{_fingerprint()}.txt"
@@ -44,8 +39,10 @@ def _fingerprint() -> str:
     """Hash of the versions of all packages, and of size and time of this package's sources."""
     packages = {path.name for entry in sys.path for path in Path(entry).glob("*.dist-info")}
     callbacks = find_spec("kedit_lightning.callbacks")
-    folders = [str(Path(__file__).parents[1]), *(callbacks.submodule_search_locations or ())]
-    files = [path for folder in folders for path in Path(folder).rglob("*.py")]
+    folders = [Path(__file__).parents[1]]
+    if callbacks is not None and callbacks.origin is not None:
+        folders.append(Path(callbacks.origin).parent)
+    files = [path for folder in folders for path in folder.rglob("*.py")]
     stats = sorted((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files)
     allowed = os.environ.get("KEDIT_ALLOW_IMPORTS")
     text = repr((sys.version, sorted(packages), stats, allowed))
@@ -54,11 +51,7 @@ def _fingerprint() -> str:
 
 @contextmanager
 def caching(page: Path | None) -> Iterator[None]:
-    """Save what is printed inside as a page of help, if that ends well.
-
-    Args:
-        page: Its file; with ``None`` nothing is saved.
-    """
+    """Save what is printed inside to a page, unless it is ``None`` or the command fails."""
     if page is None:
         yield
         return

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from kedit_lightning import __version__
 from kedit_lightning.cli.help_pages import caching, help_page
 from kedit_lightning.errors import KEditError
+from kedit_lightning.registry import lazy_exports
 
 HELP = """\
 usage: kedit <command> [options]
@@ -113,12 +114,8 @@ def _warning(message: Warning | str, *_: Any, **__: Any) -> str:
     return f"warning: {message}\n"
 
 
-def __getattr__(name: str) -> Any:
-    """Import ``KEditCLI`` on first use."""
-    if name == "KEditCLI":
-        return import_module("kedit_lightning.cli.parser").KEditCLI
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
+#: ``KEditCLI`` is imported on first use.
+__getattr__ = lazy_exports(None, {"KEditCLI": "kedit_lightning.cli.parser"})
 
 if __name__ == "__main__":
     main()

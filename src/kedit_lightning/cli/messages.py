@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, LightningDataModule
@@ -76,7 +76,8 @@ def explain(message: str, options: Sequence[str] = ()) -> str:
     if match := re.search(_CHOICE, text):
         return f"option {name} must be one of {match[2]}, got '{match[3]}'"
     if match := re.search(r"Option '(\w+)' is not accepted", text):
-        known = {*known_fields(EditMethod), *known_fields(LightningDataModule)}
+        kinds = [*known_classes(EditMethod).values(), *known_classes(LightningDataModule).values()]
+        known = {parameter for kind in kinds for parameter in inspect.signature(kind).parameters}
         return f"there is no option {name}.{match[1]}{meant(match[1], known, limit=0)}"
     if match := re.search(_TYPE, text):
         return f"option {name} must be {match[2]}, got '{match[3]}'"
@@ -115,13 +116,3 @@ def known_classes(kind: type[Any]) -> dict[str, type[Any]]:
             classes[child.__name__] = child
         classes |= known_classes(child)
     return classes
-
-
-def known_fields(kind: type[Any]) -> Iterator[str]:
-    """Names of the settings of all subclasses.
-
-    Args:
-        kind: Base class.
-    """
-    for child in known_classes(kind).values():
-        yield from inspect.signature(child).parameters

@@ -7,7 +7,7 @@ import re
 import sys
 import warnings
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 from zipfile import is_zipfile
 
 import yaml
@@ -21,6 +21,12 @@ from lightning.pytorch.cli import (
 )
 
 from kedit_lightning import __version__
+from kedit_lightning.cli.config_arguments import (
+    with_config_files,
+    with_named_model,
+    with_saved_config,
+    with_saved_method,
+)
 from kedit_lightning.cli.messages import (
     ALLOW_MORE,
     ALLOWED,
@@ -29,11 +35,9 @@ from kedit_lightning.cli.messages import (
     explain,
     kedit_error,
 )
-from kedit_lightning.cli.packaged_configs import with_config_files, with_named_model
-from kedit_lightning.cli.saved_config import with_saved_config, with_saved_method
 from kedit_lightning.errors import DataFileNotFoundError
 from kedit_lightning.methods import EditMethod
-from kedit_lightning.registry import load_classes, load_plugins
+from kedit_lightning.registry import Kind, entries, load_plugins
 from kedit_lightning.trainer import EditTrainer
 
 #: A cross-reference of reStructuredText, which may span two lines.
@@ -207,7 +211,9 @@ def run_command_line(args: ArgsType, run: bool) -> KEditCLI:
         run: Run the subcommand; without, objects are only built.
     """
     allow_imports(*load_plugins())
-    load_classes()
+    for kind in get_args(Kind):  # a config may name each class by its name alone
+        for entry in entries(kind).values():
+            entry.load()
     keep_sentences()
     return KEditCLI(
         EditMethod,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kedit_lightning.registry import entries, lazy_exports
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from kedit_lightning.methods.memory.serac.serac import SERAC
     from kedit_lightning.methods.method import Capabilities, EditMethod, MethodSettings
 
-_get = lazy_exports(
+__getattr__ = lazy_exports(
     "method",
     dict.fromkeys(
         ("Capabilities", "EditMethod", "MethodSettings"), "kedit_lightning.methods.method"
@@ -56,10 +56,6 @@ __all__ = [
     "RLEdit",
     "UltraEdit",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    return _get(name)
 
 
 def __dir__() -> list[str]:

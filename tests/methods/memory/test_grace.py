@@ -366,6 +366,11 @@ def test_settings_follow_the_base_model(monkeypatch):
     assert target() == "transformer.h.3.mlp.c_fc"
 
 
+@pytest.mark.parametrize(("blocks", "layer"), [(32, 24), (6, 4), (2, 0)])
+def test_the_default_layer_follows_the_number_of_blocks(blocks, layer):
+    assert presets.default_place(tiny_base("llama", num_hidden_layers=blocks)) == (layer, -1)
+
+
 def test_published_layers_exist():
     for (_, blocks, _), (layer, projection) in presets.PUBLISHED.items():
         assert 0 <= layer < blocks

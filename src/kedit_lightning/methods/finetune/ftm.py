@@ -16,7 +16,6 @@ from kedit_lightning.edits.projections import check_editable
 from kedit_lightning.errors import UnsupportedUseError
 from kedit_lightning.methods.finetune.shared.fine_tuning import (
     fine_tune,
-    trainable_tensors,
     zero_change,
 )
 from kedit_lightning.methods.finetune.shared.finetune_defaults import published_settings
@@ -31,11 +30,11 @@ Objective: TypeAlias = Literal["target_new", "prompt_last"]
 class FTMSettings(MethodSettings):
     """Settings of :class:`FTM`; ``layers``, ``steps`` and ``norm_constraint`` once it is built."""
 
-    layers: list[int]
+    layers: list[int] | None
     lr: float
-    steps: int
+    steps: int | None
     batch_size: int
-    norm_constraint: float
+    norm_constraint: float | None
     objective: Objective
     weight_decay: float
     stop_loss: float
@@ -100,33 +99,31 @@ class FTM(EditMethod):
             UnsupportedUseError: A setting is out of range, or a projection cannot be edited.
             ModuleNotLocatedError: A block does not exist or has no dense MLP.
         """
-        given, published = self.settings, published_settings(self.base)
-        layers = list(published.layers) if given.layers is None else given.layers
-        self.settings = replace(
-            given,
-            layers=layers,
-            steps=published.steps if given.steps is None else given.steps,
-            norm_constraint=published.norm_constraint
-            if given.norm_constraint is None
-            else given.norm_constraint,
-        )
-        self._check_settings()
-        names = dict.fromkeys(self.base.layout.block(layer).down for layer in layers)
-        self.modules_trained = tuple(names)
-        for name in names:
-            check_editable(self.base.model, name)
-
-    def _check_settings(self) -> None:
-        if not self.settings.layers:
+        settings, published = self.settings, published_settings(self.base)
+        layers = list(published.layers) if settings.layers is None else settings.layers
+        steps = published.steps if settings.steps is None else settings.steps
+        bound = settings.norm_constraint
+        bound = published.norm_constraint if bound is None else bound
+        if not layers:
             raise UnsupportedUseError("FTM: layers must name at least one block, got []")
-        for name, least in (("batch_size", 1), ("steps", 1), ("norm_constraint", 0)):
-            value = getattr(self.settings, name)
+        for name, value, least in (
+            ("batch_size", settings.batch_size, 1),
+            ("steps", steps, 1),
+            ("norm_constraint", bound, 0),
+        ):
             if value < least:
                 raise UnsupportedUseError(f"FTM: {name} must be at least {least}, got {value}")
+        self.modules_trained = tuple(
+            dict.fromkeys(self.base.layout.block(layer).down for layer in layers)
+        )
+        for module in self.modules_trained:
+            check_editable(self.base.model, module)
+        self.settings = replace(settings, layers=layers, steps=steps, norm_constraint=bound)
 
     def compute_edit(self, requests: Sequence[EditRequest]) -> DenseEdit:
         """Train a change of the projections on all requests together."""
         base, settings = self.base, self.settings
+        assert settings.steps is not None and settings.norm_constraint is not None  # noqa: PT018
         encoded = [base.encode(r.prompt, self._answer(r)) for r in requests]
         changes = {n: zero_change(base.module(n), base.dtype) for n in self.modules_trained}
         whole = base.pad(encoded) if len(encoded) <= settings.batch_size else None
@@ -136,9 +133,10 @@ class FTM(EditMethod):
             mean = self.row_losses(rows).mean()
             return check_finite("loss", ", ".join(self.modules_trained), mean)
 
+        tensors = [t for change in changes.values() for t in (change.delta, change.bias)]
         with visiting(base.model, changes):
             history = fine_tune(
-                trainable_tensors(changes),
+                [tensor for tensor in tensors if tensor is not None],
                 len(encoded),
                 loss,
                 self.generator(requests, "order"),

@@ -38,7 +38,7 @@ PUBLISHED_COUNT, PUBLISHED_CONTEXT = 32, 2048
 class IKESettings(MethodSettings):
     """Settings of :class:`IKE`; ``demonstrations`` is the number used once it is built."""
 
-    demonstrations: int
+    demonstrations: int | None
     retriever: str
 
 
@@ -80,7 +80,7 @@ class IKE(EditMethod):
     ) -> None:
         super().__init__(base_model, seed)
         self._pool_source: PoolSource | None = pool
-        self.hparams.update(pool=pool_name(pool))  # records are too many for a checkpoint
+        self.save_hyperparameters({"pool": pool_name(pool)})  # its name, not its records
         self.pool: Pool | None = None
 
     def build(self) -> None:
@@ -131,8 +131,9 @@ class IKE(EditMethod):
 
     def choose(self, request: EditRequest) -> list[Demonstration]:
         """The demonstrations for one fact, whatever other facts are written with it."""
-        pool, count = self.pool, self.settings.demonstrations
-        nearest = pool.nearest(request, count) if pool else []
+        count = self.settings.demonstrations
+        assert count is not None  # resolved by build()
+        nearest = self.pool.nearest(request, count) if self.pool else []
         return demonstrations_for(request, nearest, self.generator([request], "forms"))
 
 

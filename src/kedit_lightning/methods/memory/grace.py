@@ -35,7 +35,7 @@ class GRACESettings(MethodSettings):
     """Settings of :class:`GRACE`; ``layer`` and ``module`` once it is built."""
 
     layer: int | None
-    module: str
+    module: str | None
     radius: float
     lr: float
     steps: int
@@ -108,13 +108,19 @@ class GRACE(EditMethod):
         check_editable(self.base.model, module)
         self.settings = replace(settings, layer=layer, module=module)
 
+    @property
+    def module_name(self) -> str:
+        """Name of the module with the codebook."""
+        assert self.settings.module is not None  # resolved by build()
+        return self.settings.module
+
     def compute_edit(self, requests: Sequence[EditRequest]) -> CodebookEdit:
         """Write one fact into the codebook that the edits on the stack make up."""
         (request,), settings = requests, self.settings
         key, output = self._key_and_output(request.prompt)
         label = self.base.encode(request.prompt, request.target_new).answer
         entry = CodebookEntry(key, self._initial_value(request, output), label, settings.radius)
-        family = CodebookEdit.family_of(settings.module, settings.replacement)
+        family = CodebookEdit.family_of(self.module_name, settings.replacement)
         codebook = stacked_codebook(self.base.edits, family, key.device)
         grown, rule, index = write_entry(codebook, entry)
         # An entry that is expanded is trained on from its present value.
@@ -129,12 +135,12 @@ class GRACE(EditMethod):
             loss=losses[-1] if losses else None,
         )
         entries = [replace(entry, value=value)]
-        return CodebookEdit(self.base, settings.module, entries, settings.replacement, origin)
+        return CodebookEdit(self.base, self.module_name, entries, settings.replacement, origin)
 
     @torch.no_grad()
     def _key_and_output(self, prompt: str) -> tuple[Tensor, Tensor]:
         """Input and output of the layer at the last prompt token: ``[d_in]``, ``[d_out]``."""
-        base, module = self.base, self.settings.module
+        base, module = self.base, self.module_name
         rows = base.rows([prompt])
         with capture(base.model, [module]) as states, stop_after(base.model, module):
             base.forward(rows)
@@ -144,7 +150,7 @@ class GRACE(EditMethod):
     def _initial_value(self, request: EditRequest, output: Tensor) -> Tensor:
         if self.settings.value_init == "warm":
             return output
-        width = projection_shape(self.base.module(self.settings.module))[1]
+        width = projection_shape(self.base.module(self.module_name))[1]
         value = torch.rand(width, generator=self.generator([request], "value"), dtype=torch.float64)
         return value.to(output)
 
@@ -154,24 +160,19 @@ class GRACE(EditMethod):
         optimizer = torch.optim.Adam([value], lr=self.settings.lr)
         losses: list[float] = []
         for _ in range(self.settings.steps):
-            loss = check_finite("loss", self.settings.module, self.value_loss(rows, value))
+            loss = check_finite("loss", self.module_name, self.value_loss(rows, value))
             losses.append(float(loss.detach()))
             (value.grad,) = torch.autograd.grad(loss, value)
             optimizer.step()
         return value.detach(), losses
 
     def value_loss(self, rows: TokenRows, value: Tensor) -> Tensor:
-        """Mean negative log-likelihood of the answers when every row gets a value.
-
-        Args:
-            rows: Prompts with their answers.
-            value: Replaces the layer's output. Shape ``[d_out]``.
-        """
+        """Mean negative log-likelihood of the answers if every row gets a value ``[d_out]``."""
         index, replacement = torch.zeros_like(rows.prompt_end), self.settings.replacement
 
         def put(output: Tensor) -> Tensor:
             return replace_rows(output, value[None], index, rows.prompt_end, replacement)
 
-        with change_output(self.base.model, self.settings.module, put):
+        with change_output(self.base.model, self.module_name, put):
             logits = self.base.answer_logits(rows)
         return answer_nll(logits, rows.answer_ids, rows.answer_mask).mean()

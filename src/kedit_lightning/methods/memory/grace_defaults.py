@@ -17,19 +17,10 @@ PUBLISHED: dict[tuple[str, int, int], tuple[int, int]] = {
 }
 
 
-def usual_layer(blocks: int) -> int:
-    """The block whose down projection gets the codebook in a model without published settings.
-
-    At least one block must follow, or the later answer tokens could not attend to the value.
-
-    >>> usual_layer(32), usual_layer(6), usual_layer(2)
-    (24, 4, 0)
-    """
-    return max(0, min(round(USUAL_DEPTH * blocks), blocks - 2))
-
-
 def default_place(base: BaseModel) -> tuple[int, int]:
     """The block with the codebook, and the index of the projection among those of its MLP."""
     layout = base.layout
     key = (base.model.config.model_type, len(layout), layout.hidden_size)
-    return PUBLISHED.get(key, (usual_layer(len(layout)), -1))
+    # At least one block must follow, or the later answer tokens could not attend to the value.
+    layer = max(0, min(round(USUAL_DEPTH * len(layout)), len(layout) - 2))
+    return PUBLISHED.get(key, (layer, -1))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -40,12 +40,6 @@ def zero_change(module: nn.Module, dtype: torch.dtype) -> WeightSum:
     has_bias = getattr(module, "bias", None) is not None
     bias = torch.zeros(d_out, **options) if has_bias else None
     return WeightSum(None, None, torch.zeros(d_out, d_in, **options), bias)
-
-
-def trainable_tensors(changes: Mapping[str, WeightSum]) -> list[Tensor]:
-    """The weights and biases of changes, in the order of their modules."""
-    parts = [part for change in changes.values() for part in (change.delta, change.bias)]
-    return [part for part in parts if part is not None]
 
 
 def fine_tune(

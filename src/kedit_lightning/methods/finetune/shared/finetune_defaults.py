@@ -45,17 +45,9 @@ PUBLISHED: dict[tuple[str, int, int], PublishedSettings] = {
 }
 
 
-def usual_layer(blocks: int) -> int:
-    """The block that is trained in a model without published settings.
-
-    >>> usual_layer(32), usual_layer(6), usual_layer(1)
-    (21, 4, 0)
-    """
-    return min(round(USUAL_DEPTH * blocks), blocks - 1)
-
-
 def published_settings(base: BaseModel) -> PublishedSettings:
     """Published settings of a known model, else defaults for its number of blocks."""
     layout = base.layout
     key = (base.model.config.model_type, len(layout), layout.hidden_size)
-    return PUBLISHED.get(key) or PublishedSettings((usual_layer(len(layout)),))
+    layer = min(round(USUAL_DEPTH * len(layout)), len(layout) - 1)
+    return PUBLISHED.get(key) or PublishedSettings((layer,))

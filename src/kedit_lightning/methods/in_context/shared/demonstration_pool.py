@@ -12,9 +12,10 @@ from typing import Any, TypeAlias
 
 from kedit_lightning.data import Requests
 from kedit_lightning.data.datamodule import EditDataModule
+from kedit_lightning.edits.kinds.prompt.tfidf import LexicalIndex
 from kedit_lightning.errors import InvalidRequestError
 from kedit_lightning.methods.in_context.shared.demonstrations import same_text, statement
-from kedit_lightning.methods.in_context.shared.retrieval import Index, build_index
+from kedit_lightning.methods.in_context.shared.retrieval import LEXICAL, DenseIndex, Index
 from kedit_lightning.requests import EditExample, EditRequest
 
 #: A dataset (its training split is used), a file of facts, or records.
@@ -37,9 +38,9 @@ class Pool:
 
     @cached_property
     def _index(self) -> Index:
-        return build_index(
-            [_text(example.requests[0]) for example in self.examples], self.retriever
-        )
+        texts = [_text(example.requests[0]) for example in self.examples]
+        lexical = self.retriever == LEXICAL
+        return LexicalIndex(texts) if lexical else DenseIndex(texts, self.retriever)
 
     def nearest(self, request: EditRequest, count: int) -> list[EditExample]:
         """The records most similar to a fact, best first, without those about the fact itself."""

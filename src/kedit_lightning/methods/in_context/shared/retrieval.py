@@ -7,7 +7,6 @@ from typing import Protocol
 
 import torch
 
-from kedit_lightning.edits.kinds.prompt.tfidf import LexicalIndex
 from kedit_lightning.errors import BaseModelNotFoundError, MissingExtraError
 
 #: The built-in retriever: tf-idf of words, without a model.
@@ -65,8 +64,3 @@ class DenseIndex:
         """Indices of the ``k`` most similar texts, best first; ties go to the earlier text."""
         scores = self._vectors @ self._embed([query])[0]
         return scores.argsort(descending=True, stable=True)[:k].tolist()
-
-
-def build_index(texts: Sequence[str], retriever: str) -> Index:
-    """Index texts for the built-in retriever, or for a sentence-transformers model."""
-    return LexicalIndex(texts) if retriever == LEXICAL else DenseIndex(texts, retriever)
