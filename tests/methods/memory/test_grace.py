@@ -20,7 +20,7 @@ from kedit_lightning.edits.kinds.codebook.codebook_edit import (
 )
 from kedit_lightning.errors import ModuleNotLocatedError, NonFiniteError, UnsupportedUseError
 from kedit_lightning.methods import GRACE
-from kedit_lightning.methods.memory import grace_defaults as presets
+from kedit_lightning.methods.memory import grace as presets
 
 REQUEST = REQUESTS[0]
 OTHERS = [text.split(".")[0] for text in TEXT]

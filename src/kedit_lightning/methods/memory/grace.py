@@ -22,12 +22,23 @@ from kedit_lightning.edits.kinds.codebook.codebook_edit import (
 )
 from kedit_lightning.edits.projections import check_editable, compute_dtype, projection_shape
 from kedit_lightning.errors import UnsupportedUseError
-from kedit_lightning.methods.memory.grace_defaults import default_place
 from kedit_lightning.methods.method import Capabilities, EditMethod, MethodSettings
 from kedit_lightning.methods.shared.losses import answer_nll
 from kedit_lightning.requests import EditRequest
 
 ValueInit: TypeAlias = Literal["cold", "warm"]
+
+#: Depth, as a share of the blocks, of the codebook in models without published settings.
+USUAL_DEPTH = 0.75
+#: Block, and which of its MLP projections, by model type, number of blocks and hidden size: GPT-2
+#: XL as in the GRACE paper's code, the others as in EasyEdit.
+PUBLISHED: dict[tuple[str, int, int], tuple[int, int]] = {
+    ("gpt2", 48, 1600): (35, 0),
+    ("gptj", 28, 4096): (25, -1),
+    ("llama", 32, 4096): (27, -1),
+    ("llama", 28, 3072): (27, -1),
+    ("qwen2", 28, 3584): (18, -1),
+}
 
 
 @dataclass(frozen=True)
@@ -176,3 +187,12 @@ class GRACE(EditMethod):
         with change_output(self.base.model, self.module_name, put):
             logits = self.base.answer_logits(rows)
         return answer_nll(logits, rows.answer_ids, rows.answer_mask).mean()
+
+
+def default_place(base: BaseModel) -> tuple[int, int]:
+    """The block with the codebook, and the index of the projection among those of its MLP."""
+    layout = base.layout
+    key = (base.model.config.model_type, len(layout), layout.hidden_size)
+    # At least one block must follow, or the later answer tokens could not attend to the value.
+    layer = max(0, min(round(USUAL_DEPTH * len(layout)), len(layout) - 2))
+    return PUBLISHED.get(key, (layer, -1))
