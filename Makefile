@@ -48,6 +48,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PIP) install -qq $(TORCH) -c $(VENV)/constraints.txt
 	@echo "[4/4] installing kedit-lightning with its development tools (a minute or two)"
 	@$(PIP) install -qq -e '.[dev]' -c $(VENV)/constraints.txt
+	@# Help of the commands is rendered once and cached, which takes some seconds.
+	@for command in fit edit validate test predict; do $(BIN)/kedit $$command --help > /dev/null; done
 	@touch $@
 	@echo "$(VENV) is ready"
 

@@ -1,11 +1,12 @@
 """Knowledge editing of language models with PyTorch Lightning.
 
-Importing this package loads neither torch nor transformers: each public name is fetched from its
-module when it is first used, so that ``kedit --help`` and plain imports answer at once.
+Importing this package loads neither torch nor transformers: each public name is imported from its
+module on first use, so that ``kedit --help`` and plain imports are fast.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from kedit_lightning.registry import lazy_exports
 
 if TYPE_CHECKING:
     from .base_models import BaseModel, BaseModelSpec
@@ -37,15 +38,7 @@ _MODULE_OF = {
     "EditTrainer": "trainer",
     "Probe": "requests",
 }
-
-
-def __getattr__(name: str) -> Any:
-    """Import the module of a public name and hand the name out."""
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
-    globals()[name] = value  # the next look-up does not come here
-    return value
+__getattr__ = lazy_exports(None, {n: f"{__name__}.{module}" for n, module in _MODULE_OF.items()})
 
 
 def __dir__() -> list[str]:

@@ -1,4 +1,4 @@
-"""The registry: one entry for each method, dataset, callback and metric.
+"""The registry: one entry for each method, dataset, metric and callback.
 
 Lists, lazy exports, names of configs and tables of the documentation are derived from these entries
 or checked against them.  A plug-in adds its own with :func:`register`.
@@ -6,23 +6,28 @@ or checked against them.  A plug-in adds its own with :func:`register`.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, Literal, TypeAlias
+from importlib.metadata import entry_points
+from typing import Any, Literal, TypeAlias, get_args
 
-Kind: TypeAlias = Literal["method", "dataset", "callback", "metric"]
+Kind: TypeAlias = Literal["method", "dataset", "metric", "callback"]
+
+#: The entry-point group in which other packages name their plug-ins.
+PLUGINS = "kedit_lightning.plugins"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One thing that can be named on the command line.
+    """A class that can be named on the command line.
 
     Args:
         kind: What it is.
         name: Class name, as papers and configs have it.
         module: Module that defines the class.
-        summary: What it is, in a few words.
+        summary: What it is, in a few words; the cell of the README's table.
         config: Name of its packaged config, such as ``methods/rome``; empty without one.
     """
 
@@ -37,12 +42,7 @@ class Entry:
         return getattr(import_module(self.module), self.name)
 
 
-_ENTRIES: dict[Kind, dict[str, Entry]] = {
-    "method": {},
-    "dataset": {},
-    "callback": {},
-    "metric": {},
-}
+_ENTRIES: dict[Kind, dict[str, Entry]] = {kind: {} for kind in get_args(Kind)}
 
 
 def register(entry: Entry) -> Entry:
@@ -61,16 +61,37 @@ def entries(kind: Kind) -> dict[str, Entry]:
     return dict(sorted(_ENTRIES[kind].items()))
 
 
-def lazy_exports(kind: Kind | None, others: dict[str, str]) -> Callable[[str], Any]:
-    """The ``__getattr__`` of a package that hands out classes when asked for them.
+def load_plugins() -> list[str]:
+    """Import the modules that other packages name in the group ``kedit_lightning.plugins``.
 
-    Importing torch, Lightning, peft or matplotlib takes a second or more each, so a package whose
-    users mostly do without some of its modules hands these out on demand.  It is the one way to
-    load a module late: no function has an import statement.
+    Such a module registers entries, or defines subclasses.  One that fails is left out with a
+    warning.
+
+    Returns:
+        The packages of plug-ins and of the entries they registered, which configs may name.
+    """
+    modules = []
+    for point in entry_points(group=PLUGINS):
+        try:
+            point.load()
+        except Exception as error:
+            warnings.warn(f"plug-in '{point.name}' cannot be loaded: {error}", stacklevel=2)
+        else:
+            modules.append(point.module)
+    modules += [entry.module for kind in _ENTRIES.values() for entry in kind.values()]
+    return sorted({module.partition(".")[0] for module in modules} - {"kedit_lightning"})
+
+
+def lazy_exports(kind: Kind | None, others: dict[str, str]) -> Callable[[str], Any]:
+    """The ``__getattr__`` of a package that imports its classes on first use.
+
+    Importing torch, Lightning, peft or matplotlib takes a second or more each, so a package imports
+    a module only when one of its names is used.  This is the one way to import a module late: no
+    function has an import statement.
 
     Args:
-        kind: Entries that the package exports, if any.
-        others: Further names, and the modules that define them.
+        kind: Kind of the entries that the package exports, if any.
+        others: Further names, with the modules that define them.
     """
 
     def get(name: str) -> Any:
@@ -84,7 +105,9 @@ def lazy_exports(kind: Kind | None, others: dict[str, str]) -> Callable[[str], A
 
 
 def _add(kind: Kind, package: str, table: dict[str, tuple[str, str, str]]) -> None:
+    """Register classes of a package: module, file of the packaged config or "", and summary."""
     for name, (module, config, summary) in table.items():
+        config = config and f"{package}/{config}"
         register(Entry(kind, name, f"kedit_lightning.{package}.{module}", summary, config))
 
 
@@ -92,59 +115,31 @@ _add(
     "method",
     "methods",
     {
-        "AlphaEdit": (
-            "locate.alphaedit",
-            "methods/alphaedit",
-            "MEMIT in the null space of typical keys, with a memory",
-        ),
-        "EMMET": ("locate.memit", "methods/emmet", "MEMIT with equality, at one layer"),
-        "FTM": ("finetune.ftm", "methods/ftm", "fine-tuning one layer (FT-M, FT-L)"),
-        "GRACE": ("memory.grace", "methods/grace", "codebook memory"),
-        "IKE": ("in_context.ike", "methods/ike", "in context, with demonstrations"),
+        "AlphaEdit": ("locate.alphaedit", "alphaedit", "MEMIT in the null space of typical keys"),
+        "EMMET": ("locate.memit", "emmet", "MEMIT with equality, at one layer"),
+        "FTM": ("finetune.ftm", "ftm", "fine-tuning one layer (FT-M, FT-L)"),
+        "GRACE": ("memory.grace", "grace", "codebook memory of keys and values"),
+        "IKE": ("in_context.ike", "ike", "in-context editing with demonstrations"),
         "InstructEdit": (
             "hypernetwork.instructedit",
-            "methods/instructedit",
-            "MEND with an instruction of the request's task",
+            "instructedit",
+            "MEND with instructions",
         ),
-        "KE": (
-            "hypernetwork.ke",
-            "methods/ke",
-            "hypernetwork that reads the request and gates its gradient",
-        ),
-        "KN": ("locate.kn", "methods/kn", "knowledge neurons, a historical baseline"),
+        "KE": ("hypernetwork.ke", "ke", "hypernetwork that gates the gradient of a request"),
+        "KN": ("locate.kn", "kn", "knowledge neurons, a historical baseline"),
         "MALMEN": (
             "hypernetwork.malmen",
-            "methods/malmen",
-            "hypernetwork and one ridge regression for thousands of facts",
+            "malmen",
+            "hypernetwork and ridge regression, many facts",
         ),
-        "MEMIT": (
-            "locate.memit",
-            "methods/memit",
-            "many facts over a few layers, closed form",
-        ),
-        "MEND": (
-            "hypernetwork.mend",
-            "methods/mend",
-            "hypernetwork that turns a gradient into an edit; T5 too",
-        ),
-        "PMET": ("locate.memit", "methods/pmet", "MEMIT with values of attention and MLP"),
-        "RLEdit": (
-            "hypernetwork.rledit",
-            "methods/rledit",
-            "the same, fitted on sequences of edits",
-        ),
-        "ROME": ("locate.rome", "methods/rome", "rank-one update, closed form"),
-        "RROME": ("locate.rome", "methods/rrome", "the same with the mean key"),
-        "SERAC": (
-            "memory.serac",
-            "methods/serac",
-            "memory with a learned scope and a small or named model that answers inside it; T5 too",
-        ),
-        "UltraEdit": (
-            "locate.ultraedit",
-            "methods/ultraedit",
-            "normalised gradients of many facts, regressed",
-        ),
+        "MEMIT": ("locate.memit", "memit", "many facts over a few layers, closed form"),
+        "MEND": ("hypernetwork.mend", "mend", "hypernetwork that transforms a gradient; T5 too"),
+        "PMET": ("locate.memit", "pmet", "MEMIT with values of attention and MLP"),
+        "RLEdit": ("hypernetwork.rledit", "rledit", "MALMEN fitted on sequences of edits"),
+        "ROME": ("locate.rome", "rome", "rank-one update, closed form"),
+        "RROME": ("locate.rome", "rrome", "ROME with the mean key"),
+        "SERAC": ("memory.serac", "serac", "memory with scope and counterfactual model; T5 too"),
+        "UltraEdit": ("locate.ultraedit", "ultraedit", "regression of normalised gradients"),
     },
 )
 _add(
@@ -153,17 +148,22 @@ _add(
     {
         "CounterFact": (
             "knowledge.counterfact",
-            "data/counterfact",
+            "counterfact",
             "ROME's nested records and EasyEdit's flat ones, told apart by content",
         ),
-        "NanoFacts": ("knowledge.nano", "data/nano_facts", "packaged"),
+        "NanoFacts": ("knowledge.nano", "nano_facts", "packaged"),
         "Requests": (
             "knowledge.requests_file",
-            "data/requests",
-            "your own JSON, JSONL or CSV",
+            "requests",
+            "your own JSON, JSONL or CSV: `prompt`, `target_new`, `subject?`, `target_old?`, "
+            "`id?`, `task?`, `rephrases?`, `locality?`, `portability?`",
         ),
-        "Texts": ("text.texts", "data/texts", "plain text for key statistics"),
-        "ZsRE": ("knowledge.zsre", "data/zsre", "MEND's records"),
+        "Texts": (
+            "text.texts",
+            "texts",
+            "plain text for key statistics: a file, a folder, or a hub data set, streamed",
+        ),
+        "ZsRE": ("knowledge.zsre", "zsre", "MEND's records"),
     },
 )
 _add(
@@ -172,16 +172,12 @@ _add(
     {
         "CausalTracing": ("causal_tracing", "", "heat maps of causal traces"),
         "EditSaver": ("edit_saver", "", "saves edits as they are computed"),
-        "EditTable": ("edit_table", "", "a table of edits that grows while they are made"),
-        "LayerSweep": ("layer_sweep", "", "which layer takes edits best"),
+        "EditTable": ("edit_table", "", "a table of edits that grows during a run"),
+        "LayerSweep": ("layer_sweep", "", "scores of edits at each layer"),
         "PlaceBaseModel": ("place_base_model", "", "puts the base model on the trainer's device"),
         "ResultsWriter": ("results_writer", "", "writes results as they come"),
-        "RollbackGuard": (
-            "rollback_guard",
-            "",
-            "checks that a run changes no weight",
-        ),
-        "TrainingReport": ("training_report", "", "draws how a fit went"),
+        "RollbackGuard": ("rollback_guard", "", "checks that a run changes no weight"),
+        "TrainingReport": ("training_report", "", "draws the curves of a fit"),
         "WandbTable": ("wandb_table", "", "a table of answers in Weights & Biases"),
     },
 )

@@ -15,15 +15,18 @@ import yaml
 from places import ROOT, SAMPLES, TESTS
 from support import tiny_model, tiny_tokenizer
 
-from kedit_lightning import __version__
-from kedit_lightning.cli import parser as command_parser
-from kedit_lightning.cli.main import HELP, KEditCLI, main
-from kedit_lightning.cli.parser import (
+import kedit_lightning.data
+import kedit_lightning.methods
+from kedit_lightning import __version__, registry
+from kedit_lightning.cli import help_pages
+from kedit_lightning.cli.config_arguments import (
     config_file,
     packaged_configs,
     with_saved_config,
     with_saved_method,
 )
+from kedit_lightning.cli.help_pages import caching, help_page
+from kedit_lightning.cli.main import HELP, KEditCLI, main
 from kedit_lightning.errors import ResumeError
 
 DATA = SAMPLES
@@ -273,9 +276,49 @@ class Plugin:
 def test_plugins_are_imported_and_may_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
     points = [Plugin("good", "toys.inner"), Plugin("broken", "no_such_module")]
     monkeypatch.setattr(Plugin, "load", lambda self: __import__(self.module.partition(".")[0]))
-    monkeypatch.setattr(command_parser, "entry_points", lambda group: points)
+    monkeypatch.setattr(registry, "entry_points", lambda group: points)
     with pytest.warns(UserWarning, match="plug-in 'broken' cannot be loaded"):
-        assert command_parser.load_plugins() == ["toys"]
+        assert registry.load_plugins() == ["toys"]
+
+
+PLUGIN = """
+from kedit_lightning.callbacks import EditTable
+from kedit_lightning.data import Requests
+from kedit_lightning.registry import Entry, register
+from toys import Toy
+
+
+class OutsideMethod(Toy): ...
+class OutsideData(Requests): ...
+class OutsideCallback(EditTable): ...
+
+
+for kind, name in (
+    ("method", "OutsideMethod"), ("dataset", "OutsideData"), ("callback", "OutsideCallback"),
+):
+    register(Entry(kind, name, "outside_plugin", "of another package"))
+"""
+
+
+def test_a_plugin_adds_a_method_a_dataset_and_a_callback(
+    toy: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "outside_plugin.py").write_text(PLUGIN)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(
+        registry, "entry_points", lambda group: [Plugin("outside", "outside_plugin")]
+    )
+    kinds = {kind: dict(entries) for kind, entries in registry._ENTRIES.items()}
+    monkeypatch.setattr(registry, "_ENTRIES", kinds)
+    data = ["--data=OutsideData", f"--data.path={FACTS}", "--data.limit=1"]
+    callback = "--trainer.callbacks+=OutsideCallback"
+    cli = main(["test", "--model=OutsideMethod", *toy[1:], *data, callback])
+    module = sys.modules["outside_plugin"]
+    assert type(cli.model) is module.OutsideMethod
+    assert type(cli.datamodule) is module.OutsideData
+    assert any(type(added) is module.OutsideCallback for added in cli.trainer.callbacks)
+    assert kedit_lightning.methods.OutsideMethod is module.OutsideMethod  # exported as ours are
+    assert kedit_lightning.data.OutsideData is module.OutsideData
 
 
 # ---- what is refused
@@ -425,6 +468,103 @@ def test_help_of_commands(command: str, capsys: pytest.CaptureFixture[str]) -> N
     for option in {"test": ("--output", "--resume"), "edit": ("--export",)}.get(command, ()):
         assert option in text
     assert ":meth:" not in text
+
+
+#: Prints the help of every command, with a line between, in a process that loads no test class.
+EACH_HELP = """
+import sys
+from kedit_lightning.cli import main
+for command in {commands}:
+    sys.argv = ["kedit", command, "--help"]
+    try: main.main()
+    except SystemExit as stop: assert not stop.code
+    print(">>>")
+"""
+
+
+def test_cached_help_is_what_the_parser_shows(tmp_path: Path) -> None:
+    """A first process renders help and saves it; the second has no Lightning to parse with."""
+    code = EACH_HELP.format(commands=sorted(KEditCLI.subcommands()))
+    uncached = "main.help_page = lambda arguments: None" + code.partition("import main")[2]
+    block = "import sys; sys.modules.update(lightning=None, torch=None, jsonargparse=None)"
+    environment = {**os.environ, "COLUMNS": "101"}
+
+    def output(code: str) -> str:
+        return subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            check=True,
+            env=environment,
+        ).stdout
+
+    rendered, cached = output(code + uncached).split(">>>\n")[:-1], output(block + code)
+    saved, parsed = rendered[:5], rendered[5:]
+    assert len(list((tmp_path / "cache" / "help").iterdir())) == len(saved) == len(parsed)
+    assert cached.split(">>>\n")[:-1] == saved == parsed
+    assert all(text.startswith("usage: kedit") for text in cached.split(">>>\n")[:-1])
+    assert max(len(line) for line in saved[0].splitlines()) > 80
+
+
+def test_what_help_depends_on_makes_a_new_page(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    page = help_page(["test", "--help"])
+    assert page is not None
+    assert page == help_page(["test", "-h"])
+    assert page != help_page(["fit", "--help"])
+    for other in (["test"], ["test", "--help", "x"], ["--help"], ["../x", "--help"]):
+        assert help_page(other) is None
+    monkeypatch.setenv("COLUMNS", "90")
+    assert help_page(["test", "--help"]) != page
+    monkeypatch.setenv("COLUMNS", "80")
+    assert help_page(["test", "--help"]) == page
+    monkeypatch.setenv("KEDIT_ALLOW_IMPORTS", "")
+    assert help_page(["test", "--help"]) != page
+    monkeypatch.setenv("KEDIT_ALLOW_IMPORTS", "toys")
+    (tmp_path / "lightning-9.9.dist-info").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert help_page(["test", "--help"]) != page
+    monkeypatch.setattr(help_pages, "entry_points", lambda group: ["a plug-in"])
+    assert help_page(["test", "--help"]) is None
+
+
+def test_a_changed_source_file_makes_a_new_page(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    package = tmp_path / "package"
+    (package / "cli").mkdir(parents=True)
+    source = package / "trainer.py"
+    source.write_text("one = 1")
+    monkeypatch.setattr(help_pages, "__file__", str(package / "cli" / "help_pages.py"))
+    page = help_page(["test", "--help"])
+    source.write_text("one = 11")
+    assert help_page(["test", "--help"]) != page
+
+
+def test_only_help_that_was_printed_whole_is_cached(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def leave(page: Path, code: Any) -> None:
+        with caching(page):
+            sys.stdout.write("usage")
+            raise SystemExit(code)
+
+    page = tmp_path / "help" / "test-80-0.txt"
+    with pytest.raises(SystemExit):
+        leave(page, 2)
+    assert not page.exists()
+    page.parent.mkdir()
+    stale, other = page.with_name("test-80-1.txt"), page.with_name("test-90-1.txt")
+    stale.touch()
+    other.touch()
+    with pytest.raises(SystemExit):
+        leave(page, 0)
+    assert (page.read_text(), capsys.readouterr().out) == ("usage", "usageusage")
+    assert sorted(page.parent.iterdir()) == [page, other]
+    with pytest.raises(SystemExit):
+        leave(page / "no folder" / "x.txt", 0)
 
 
 def test_help_and_version_need_neither_lightning_nor_torch() -> None:

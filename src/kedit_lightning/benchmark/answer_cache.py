@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kedit_lightning.base_models.cache import cache_dir
+from kedit_lightning.cache_folder import cache_dir
 from kedit_lightning.metrics import ProbeReading
 
 

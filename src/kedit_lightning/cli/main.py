@@ -1,6 +1,6 @@
 """The ``kedit`` command.
 
-Help and version answer at once: what parses options is imported when there is something to parse.
+Help and version are printed at once: the parser is imported only when there are options to parse.
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ import os
 import sys
 import warnings
 from importlib import import_module
-from typing import Any
+from typing import Any, NoReturn
 
 from kedit_lightning import __version__
+from kedit_lightning.cli.help_pages import caching, help_page
 from kedit_lightning.errors import KEditError
+from kedit_lightning.registry import lazy_exports
 
 HELP = """\
 usage: kedit <command> [options]
@@ -46,7 +48,7 @@ examples:
   kedit test --resume scores/
 """
 
-#: Messages of other libraries that tell a user nothing.
+#: Warnings of other libraries that a user need not see.
 _NOISE = (
     ".*LeafSpec.* is deprecated",
     "The '.*_dataloader' does not have many workers",
@@ -54,14 +56,14 @@ _NOISE = (
     "Found .* in eval mode at the start of training",
     "The dirpath has changed",
 )
-_CHATTY = ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed")
+#: Loggers of other libraries of which only warnings are shown.
+_LOGGERS = ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed")
 
 
 def main(args: Any = None, run: bool = True) -> Any:
     """Run the command line.
 
-    An error that the user can put right becomes one sentence and exit code 2; a bug of ours keeps
-    its traceback.
+    A :class:`KEditError` becomes one sentence and exit code 2; a bug keeps its traceback.
 
     Args:
         args: Arguments instead of those of the process: a list, or a dictionary.
@@ -69,48 +71,51 @@ def main(args: Any = None, run: bool = True) -> Any:
 
     Returns:
         The command line object, with ``model``, ``datamodule`` and ``trainer``, if arguments were
-        given; ``None`` for the process, whose exit code it becomes.
+        given; ``None`` for the process, as it becomes the exit code.
     """
-    given = sys.argv[1:] if args is None else args
-    if run and given in ([], ["-h"], ["--help"]):
-        sys.stdout.write(HELP)
-        raise SystemExit(0 if given else 2)
-    if given == ["--version"]:
-        sys.stdout.write(f"kedit {__version__}\n")
-        raise SystemExit(0)
+    arguments = sys.argv[1:] if args is None else args
+    if run and arguments in ([], ["-h"], ["--help"]):
+        _leave(HELP, 0 if arguments else 2)
+    if arguments == ["--version"]:
+        _leave(f"kedit {__version__}\n", 0)
+    page = help_page(arguments) if args is None and run else None
+    if page is not None and page.is_file():
+        _leave(page.read_text(encoding="utf-8"), 0)
     for message in _NOISE:
         warnings.filterwarnings("ignore", message=message)
-    for name in _CHATTY:
+    for name in _LOGGERS:
         logging.getLogger(name).setLevel(logging.WARNING)
     if args is None and not sys.stderr.isatty():
-        # Bars of loading weights, which a log would hold line by line.
+        # A log would keep each line of the progress bars of loading weights.
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    command = import_module("kedit_lightning.cli.parser")
-    if args is None:  # a process of our own; importing Lightning has set its own form
+    parser = import_module("kedit_lightning.cli.parser")
+    if args is None:  # importing Lightning has set a format of its own
         warnings.formatwarning = _warning
     try:
-        done = command.run_command_line(args, run)
+        with caching(page):
+            command_line = parser.run_command_line(args, run)
     except Exception as error:
-        found: KEditError | None = command.kedit_error(error)
-        if found is None:
+        cause: KEditError | None = parser.kedit_error(error)
+        if cause is None:
             raise
-        said = [str(found), *getattr(found, "__notes__", ())]
-        sys.stderr.write(f"error: {' '.join('; '.join(said).split())}\n")
+        sentence = "; ".join([str(cause), *getattr(cause, "__notes__", ())])
+        sys.stderr.write(f"error: {' '.join(sentence.split())}\n")
         raise SystemExit(2) from error
-    return None if args is None else done
+    return None if args is None else command_line
+
+
+def _leave(text: str, code: int) -> NoReturn:
+    sys.stdout.write(text)
+    raise SystemExit(code)
 
 
 def _warning(message: Warning | str, *_: Any, **__: Any) -> str:
-    """A warning as a user reads it, without the place in our code it comes from."""
+    """Format a warning without the line of code that raised it."""
     return f"warning: {message}\n"
 
 
-def __getattr__(name: str) -> Any:
-    """``KEditCLI`` is fetched when it is asked for."""
-    if name == "KEditCLI":
-        return import_module("kedit_lightning.cli.parser").KEditCLI
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
+#: ``KEditCLI`` is imported on first use.
+__getattr__ = lazy_exports(None, {"KEditCLI": "kedit_lightning.cli.parser"})
 
 if __name__ == "__main__":
     main()

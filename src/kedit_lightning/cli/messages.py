@@ -1,11 +1,11 @@
-"""What the command line says about arguments and configs that it cannot use."""
+"""Messages about arguments and configs that cannot be used."""
 
 from __future__ import annotations
 
 import difflib
 import inspect
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, LightningDataModule
@@ -13,13 +13,13 @@ from lightning.pytorch import Callback, LightningDataModule
 from kedit_lightning.errors import KEditError, article_list
 from kedit_lightning.methods import EditMethod
 
-#: What a config may name. A config file then cannot run code of its own choice.
+#: Packages that a config may name, so that a config file cannot run arbitrary code.
 ALLOWED = ("kedit_lightning", "lightning.pytorch", "torch.optim", "torch.nn", "transformers")
-#: The environment variable that adds to it.
+#: The environment variable that adds packages.
 ALLOW_MORE = "KEDIT_ALLOW_IMPORTS"
 NO_METHOD = "no editing method was named; add one with --model ROME, or -c methods/rome"
 
-#: What the parser says, with the key it says it about in the nearest place before.
+#: Messages of the parser, with the nearest key before each.
 _KEY = r'Parser key "([\w.]+)": '
 _NEAR = r"(?:(?!Parser key).)*?"
 _CLASS = r'Parser key "(model|data|[\w.]*callbacks)": ' + _NEAR + r"import path string: (\S+)"
@@ -29,14 +29,14 @@ _UNION = r".*" + _KEY + r"[^:]*Subtypes: \[((?:(?!Parser key).)*?)\] Errors: .*?
 
 
 class UsageError(KEditError, ValueError):
-    """The command line or a config holds something that is not known."""
+    """The command line or a config names something unknown."""
 
 
 def kedit_error(error: BaseException | None) -> KEditError | None:
-    """The error for the user in a chain of causes, if there is one.
+    """The first :class:`KEditError` in a chain of causes, if there is one.
 
     Args:
-        error: What was raised.
+        error: The exception that was raised.
     """
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
@@ -48,50 +48,51 @@ def kedit_error(error: BaseException | None) -> KEditError | None:
 
 
 def explain(message: str, options: Sequence[str] = ()) -> str:
-    """A parser's message as a sentence a user can act on.
+    """Rewrite a parser's message as a sentence that names a way out.
 
     Args:
-        message: The message, perhaps over several lines and about keys within keys.
-        options: Options that are known.
+        message: The message, perhaps over several lines and about nested keys.
+        options: The known options.
 
     >>> explain("Unrecognized arguments: --outptu x", ["--output", "--resume"])
     'there is no option --outptu (was --output meant?)'
     """
     text = re.sub(r"<class '(?:[\w.]+\.)?(\w+)'>", r"\1", " ".join(message.split()))
     text = text.replace("NoneType", "null").replace("typing.", "")
-    if found := re.search(r"Importing '(\S+)' is not allowed", text):
+    if match := re.search(r"Importing '(\S+)' is not allowed", text):
         return (
-            f"configs may not name '{found[1]}': they name what lies below {', '.join(ALLOWED)}; "
+            f"configs may not name '{match[1]}': they name what lies below {', '.join(ALLOWED)}; "
             f"the environment variable {ALLOW_MORE} adds modules, separated by commas"
         )
-    if found := re.search(_CLASS, text):
-        kind = {"model": EditMethod, "data": LightningDataModule}.get(found[1], Callback)
-        return f"there is no '{found[2]}' for --{found[1]}{meant(found[2], known_classes(kind))}"
-    if found := re.search(r"[Uu]nrecognized arguments: (--[\w.]+)", text):
-        return f"there is no option {found[1]}{meant(found[1], options, limit=0)}"
+    if match := re.search(_CLASS, text):
+        kind = {"model": EditMethod, "data": LightningDataModule}.get(match[1], Callback)
+        return f"there is no '{match[2]}' for --{match[1]}{meant(match[2], known_classes(kind))}"
+    if match := re.search(r"[Uu]nrecognized arguments: (--[\w.]+)", text):
+        return f"there is no option {match[1]}{meant(match[1], options, limit=0)}"
     if re.search(r"required: (\w+\.)?model", text):
         return NO_METHOD
-    # Keys stand within keys, the one in question last.
+    # Keys are nested, the one in question last.
     name = "--" + ".".join(re.findall(_KEY, text))
-    if found := re.search(_CHOICE, text):
-        return f"option {name} must be one of {found[2]}, got '{found[3]}'"
-    if found := re.search(r"Option '(\w+)' is not accepted", text):
-        known = {*known_fields(EditMethod), *known_fields(LightningDataModule)}
-        return f"there is no option {name}.{found[1]}{meant(found[1], known, limit=0)}"
-    if found := re.search(_TYPE, text):
-        return f"option {name} must be {found[2]}, got '{found[3]}'"
-    if found := re.search(_UNION, text):
-        return f"option {name} must be {found[2].replace(', ', ' or ')}, got '{found[3]}'"
+    if match := re.search(_CHOICE, text):
+        return f"option {name} must be one of {match[2]}, got '{match[3]}'"
+    if match := re.search(r"Option '(\w+)' is not accepted", text):
+        kinds = [*known_classes(EditMethod).values(), *known_classes(LightningDataModule).values()]
+        known = {parameter for kind in kinds for parameter in inspect.signature(kind).parameters}
+        return f"there is no option {name}.{match[1]}{meant(match[1], known, limit=0)}"
+    if match := re.search(_TYPE, text):
+        return f"option {name} must be {match[2]}, got '{match[3]}'"
+    if match := re.search(_UNION, text):
+        return f"option {name} must be {match[2].replace(', ', ' or ')}, got '{match[3]}'"
     return re.sub(_KEY, r"option \1: ", text)
 
 
 def meant(name: str, known: Iterable[str], limit: int = 30) -> str:
-    """What an unknown name is close to, or else the first of what is known, in parentheses.
+    """The known names closest to an unknown one, or else the first of them, in parentheses.
 
     Args:
         name: The unknown name.
-        known: What is known.
-        limit: How many known names are listed when none is close.
+        known: The known names.
+        limit: Number of known names listed when none is close.
     """
     known = sorted(set(known))
     close = difflib.get_close_matches(name, known, 3, 0.6)
@@ -102,26 +103,16 @@ def meant(name: str, known: Iterable[str], limit: int = 30) -> str:
 
 
 def known_classes(kind: type[Any]) -> dict[str, type[Any]]:
-    """Classes that a config may name by class name alone, below a class.
+    """Subclasses that a config may name by class name alone.
 
     Args:
         kind: Base class.
     """
-    found: dict[str, type[Any]] = {}
+    classes: dict[str, type[Any]] = {}
     child: type[Any]
     for child in kind.__subclasses__():
         foreign = child.__module__.startswith("lightning")
         if not (foreign or inspect.isabstract(child) or child.__name__ == "SaveConfig"):
-            found[child.__name__] = child
-        found |= known_classes(child)
-    return found
-
-
-def known_fields(kind: type[Any]) -> Iterator[str]:
-    """Names of the settings of all classes below a class.
-
-    Args:
-        kind: Base class.
-    """
-    for child in known_classes(kind).values():
-        yield from inspect.signature(child).parameters
+            classes[child.__name__] = child
+        classes |= known_classes(child)
+    return classes

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import sys
 import warnings
-from collections.abc import Iterable
-from importlib import import_module
-from importlib.metadata import entry_points
-from importlib.resources import files
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 from zipfile import is_zipfile
 
 import yaml
@@ -26,6 +21,12 @@ from lightning.pytorch.cli import (
 )
 
 from kedit_lightning import __version__
+from kedit_lightning.cli.config_arguments import (
+    with_config_files,
+    with_named_model,
+    with_saved_config,
+    with_saved_method,
+)
 from kedit_lightning.cli.messages import (
     ALLOW_MORE,
     ALLOWED,
@@ -33,22 +34,19 @@ from kedit_lightning.cli.messages import (
     UsageError,
     explain,
     kedit_error,
-    meant,
 )
-from kedit_lightning.errors import DataFileError, DataFileNotFoundError, ResumeError
-from kedit_lightning.methods import METHODS, EditMethod
+from kedit_lightning.errors import DataFileNotFoundError
+from kedit_lightning.methods import EditMethod
+from kedit_lightning.registry import Kind, entries, load_plugins
 from kedit_lightning.trainer import EditTrainer
 
-_PLUGINS = "kedit_lightning.plugins"
-#: A cross-reference of a documentation tool, perhaps broken over two lines.
+#: A cross-reference of reStructuredText, which may span two lines.
 _ROLE = r":\s*(?:class|meth|func|attr|mod|ref|doc|paramref):`~?([^`]*?)\s*`"
-#: Words that stand for checkpoints which Lightning finds by itself.
+#: Names of checkpoints that Lightning resolves itself.
 _CHECKPOINT_WORDS = ("best", "last", "hpc", "registry")
-
-
-#: How jsonargparse reads values before we add to it.
+#: jsonargparse's own loader of YAML values.
 _YAML_LOADER = get_loader("yaml")
-#: What a config of one line may begin with.
+#: Keys by which a one-line value is recognised as a config.
 _CONFIG_KEYS = {"model", "data", "trainer", "seed_everything", "class_path", "init_args"}
 
 
@@ -59,14 +57,18 @@ class KEditParser(LightningArgumentParser):
         super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def format_help(self, *args: Any, **kwargs: Any) -> str:
-        """Help without the markup that Lightning's own docstrings carry."""
+        """Help without the reStructuredText roles of Lightning's docstrings."""
         return re.sub(_ROLE, r"\1", super().format_help(*args, **kwargs))
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raise what was wrong with the arguments, for ``main`` to print."""
-        found = kedit_error(ex)
-        if found is not None:
-            raise found
+        """Raise the error in the arguments, for ``main`` to print.
+
+        Raises:
+            KEditError: The cause, or a :class:`UsageError` that explains the parser's message.
+        """
+        cause = kedit_error(ex)
+        if cause is not None:
+            raise cause
         if not self.exit_on_error:  # a parser inside another one, which tries several types
             super().error(message, ex)
         parser = getattr(ex, "subcommand_parser", None) or self
@@ -82,7 +84,7 @@ class SaveConfig(SaveConfigCallback):
         super().__init__(parser, config, save_to_log_dir=False, **kwargs)
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write ``config.yaml``; a run that is continued keeps the one it has."""
+        """Write ``config.yaml``, unless a resumed run has one."""
         if trainer.logger is not None:
             settings = self.config.clone(with_meta=False).as_dict()
             trainer.logger.log_hyperparams({"config": settings})
@@ -106,7 +108,7 @@ class KEditCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Subcommands, each with the parameters that are no options."""
+        """The subcommands, each with parameters of the trainer's method that are no options."""
         shared = {"model", "datamodule", "dataloaders", "weights_only"}
         return {
             "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule", "weights_only"},
@@ -117,7 +119,7 @@ class KEditCLI(LightningCLI):
         }
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse arguments, with names of packaged configs in place of files."""
+        """Parse arguments that may name packaged configs and saved runs."""
         if args is None:
             args = sys.argv[1:]
             sys.argv[1:] = []  # Lightning warns when both are given
@@ -125,23 +127,23 @@ class KEditCLI(LightningCLI):
             args = with_saved_config(with_config_files([str(arg) for arg in args]))
             args = with_named_model(with_saved_method(args))
         super().parse_arguments(parser, args)
-        self._as_given: Namespace = self.config.clone()
+        self._given_config: Namespace = self.config.clone()
         self._check_method()
         self._check_checkpoint()
 
-    def _own(self, config: Namespace) -> Any:
+    def _of_subcommand(self, config: Namespace) -> Any:
         """The part of a config that belongs to the subcommand."""
         name = config.get("subcommand")
         return config if name is None else config[name]
 
     def _check_method(self) -> None:
         # Given settings but no class, a parser takes the class that all methods derive from.
-        model = self._own(self.config).get("model") or {}
+        model = self._of_subcommand(self.config).get("model") or {}
         if model.get("class_path", "").rpartition(".")[2] == EditMethod.__name__:
             raise UsageError(NO_METHOD)
 
     def _check_checkpoint(self) -> None:
-        path = self._own(self.config).get("ckpt_path")
+        path = self._of_subcommand(self.config).get("ckpt_path")
         known = path is None or str(path).split(":")[0] in _CHECKPOINT_WORDS
         if not known and not Path(path).expanduser().is_file():
             raise DataFileNotFoundError(f"there is no checkpoint at {path}; correct --ckpt_path")
@@ -149,12 +151,12 @@ class KEditCLI(LightningCLI):
             raise UsageError(f"{path} is no checkpoint that `kedit fit` wrote; correct --ckpt_path")
 
     def before_instantiate_classes(self) -> None:
-        """Say which settings a checkpoint overrules."""
-        if not self._own(self.config).get("ckpt_path"):
+        """Warn about settings that a checkpoint overrules."""
+        if not self._of_subcommand(self.config).get("ckpt_path"):
             return
         given, used = (
-            dict((self._own(config).get("model") or {}).get("init_args", {}))
-            for config in (self._as_given, self.config)
+            dict((self._of_subcommand(config).get("model") or {}).get("init_args", {}))
+            for config in (self._given_config, self.config)
         )
         changed = [
             f"{key}: {value!r} -> {used[key]!r}"
@@ -168,158 +170,28 @@ class KEditCLI(LightningCLI):
             )
 
 
-# ---- configs
+# ---- parsing settings
 
 
-def packaged_configs() -> list[str]:
-    """Names of the packaged configs, such as ``methods/rome``."""
-    root = Path(str(files("kedit_lightning.configs")))
-    found = (path.relative_to(root).with_suffix("") for path in root.rglob("*.yaml"))
-    return sorted(path.as_posix() for path in found)
-
-
-def config_file(name: str) -> str:
-    """The file of a config that is named by file, or by the name of a packaged one.
+def allow_imports(*plugins: str) -> None:
+    """Let configs name what lies below the allowed packages, and nothing else.
 
     Args:
-        name: What was given behind ``-c``.
-
-    Raises:
-        DataFileNotFoundError: There is neither.
-        DataFileError: The file is no YAML.
+        plugins: Packages of plug-ins; the environment variable adds more.
     """
-    if any(mark in name for mark in "{\n"):  # YAML itself
-        return name
-    if Path(name).is_file():
-        try:
-            yaml.safe_load(Path(name).read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise DataFileError(f"config file '{name}' is no YAML: {error}") from error
-        return name
-    plain = name.removeprefix("configs/").removesuffix(".yaml").removesuffix(".yml")
-    known = packaged_configs()
-    if plain in known:
-        return str(files("kedit_lightning.configs").joinpath(f"{plain}.yaml"))
-    raise DataFileNotFoundError(
-        f"there is no config file '{name}', and none of the packaged configs has that name"
-        f"{meant(plain, known)}"
-    )
-
-
-def with_config_files(args: list[str]) -> list[str]:
-    """Arguments with the files of packaged configs in place of their names."""
-    done: list[str] = []
-    expected = False
-    for arg in args:
-        if expected:
-            done.append(config_file(arg))
-            expected = False
-        elif arg.startswith("--config="):
-            done.append(f"--config={config_file(arg.removeprefix('--config='))}")
-        else:
-            expected = arg in ("-c", "--config")
-            done.append(arg)
-    return done
-
-
-def with_saved_config(args: list[str]) -> list[str]:
-    """Arguments with the config of the run that ``--resume`` names, if no other is given.
-
-    Raises:
-        ResumeError: No run has left its config there.
-    """
-    saved = _config_of_run("--resume", args)
-    if saved is None:
-        return args
-    if not saved.is_file():
-        raise ResumeError(
-            f"there is no run to resume in '{saved.parent}', which has no config.yaml; name the "
-            "folder that --output gave to `kedit test` or `kedit edit`"
-        )
-    # The saved config names the folder as it was called then.
-    return [args[0], f"--config={saved}", "--output=null", *args[1:]]
-
-
-def with_saved_method(args: list[str]) -> list[str]:
-    """Arguments of ``predict`` with the method of the run that ``--edits`` names, if none is given.
-
-    The method brings the base model; the data and the trainer of that run are no part of it.
-    """
-    saved = _config_of_run("--edits", args) if args[:1] == ["predict"] else None
-    if saved is None or not saved.is_file():
-        return args
-    model = (yaml.safe_load(saved.read_text(encoding="utf-8")) or {}).get("model")
-    return [args[0], f"--model={json.dumps(model)}", *args[1:]] if model else args
-
-
-def _config_of_run(option: str, args: list[str]) -> Path | None:
-    """Where a run leaves its config in the folder an option names, unless another is given."""
-    names = [arg.split("=")[0] for arg in args]
-    if option not in names or {"-c", "--config", "--model"} & set(names):
-        return None
-    at = names.index(option)
-    folder = args[at].partition("=")[2] or (args[at + 1] if at + 1 < len(args) else "")
-    return Path(folder) / "config.yaml"
-
-
-def with_named_model(args: list[str]) -> list[str]:
-    """Arguments with the base model named inside its specification, if they hold parts of one.
-
-    Otherwise ``--model.base_model.dtype`` would replace the name given before it.
-
-    >>> with_named_model(["--model.base_model", "gpt2", "--model.base_model.dtype=bfloat16"])
-    ['--model.base_model.name', 'gpt2', '--model.base_model.dtype=bfloat16']
-    """
-    plain = "--model.base_model"
-    if not any(arg.startswith(f"{plain}.") for arg in args):
-        return args
-    return [
-        f"{plain}.name{arg.removeprefix(plain)}" if arg.split("=")[0] == plain else arg
-        for arg in args
-    ]
-
-
-# ---- what configs may name
-
-
-def allow_imports(paths: Iterable[str]) -> None:
-    """Let configs name what lies below these modules, and nothing else."""
+    more = [part.strip() for part in os.environ.get(ALLOW_MORE, "").split(",") if part.strip()]
     set_parsing_settings(
         instantiate_subclass_spec_in_any=False,
         import_path_denylist=["*"],
-        import_path_allowlist=list(paths),
+        import_path_allowlist=[*ALLOWED, *more, *plugins],
     )
 
 
-def load_plugins() -> list[str]:
-    """Import outside methods and datasets, and give the modules they live in."""
-    modules = []
-    for point in entry_points(group=_PLUGINS):
-        try:
-            point.load()
-        except Exception as error:
-            warnings.warn(f"plug-in '{point.name}' cannot be loaded: {error}", stacklevel=2)
-        else:
-            modules.append(point.module.partition(".")[0])
-    return modules
-
-
-def import_classes() -> None:
-    """Import what configs may name by class name alone."""
-    methods, data = (import_module(f"kedit_lightning.{name}") for name in ("methods", "data"))
-    for name in METHODS:
-        getattr(methods, name)
-    for name in data.__all__:
-        getattr(data, name)
-    import_module("kedit_lightning.callbacks")
-
-
-def read_text_as_it_stands() -> None:
-    """Keep prompts such as ``Question: who`` text, which YAML would take for a mapping."""
-    read = _YAML_LOADER
+def keep_sentences() -> None:
+    """Keep prompts such as ``Question: who`` text, which YAML would read as a mapping."""
 
     def load(text: str) -> Any:
-        value = read(text)
+        value = _YAML_LOADER(text)
         if "\n" in text.strip() or text.lstrip().startswith(("{", "[")):
             return value
         commented = value is None and text.lstrip().startswith("#")
@@ -332,16 +204,17 @@ def read_text_as_it_stands() -> None:
 
 
 def run_command_line(args: ArgsType, run: bool) -> KEditCLI:
-    """Build the command line and run it.
+    """Parse the command line and run its subcommand.
 
     Args:
         args: Arguments; those of the process when ``None``.
-        run: Run the subcommand.
+        run: Run the subcommand; without, objects are only built.
     """
-    more = [part.strip() for part in os.environ.get(ALLOW_MORE, "").split(",") if part.strip()]
-    allow_imports([*ALLOWED, *more, *load_plugins()])
-    import_classes()
-    read_text_as_it_stands()
+    allow_imports(*load_plugins())
+    for kind in get_args(Kind):  # a config may name each class by its name alone
+        for entry in entries(kind).values():
+            entry.load()
+    keep_sentences()
     return KEditCLI(
         EditMethod,
         None,  # any data module; predict needs none

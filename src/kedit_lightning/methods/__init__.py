@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kedit_lightning.registry import entries, lazy_exports
 
@@ -21,11 +21,13 @@ if TYPE_CHECKING:
     from kedit_lightning.methods.locate.ultraedit.ultraedit import UltraEdit
     from kedit_lightning.methods.memory.grace import GRACE
     from kedit_lightning.methods.memory.serac.serac import SERAC
-    from kedit_lightning.methods.method import Capabilities, EditMethod
+    from kedit_lightning.methods.method import Capabilities, EditMethod, MethodSettings
 
-_get = lazy_exports(
+__getattr__ = lazy_exports(
     "method",
-    dict.fromkeys(("Capabilities", "EditMethod"), "kedit_lightning.methods.method"),
+    dict.fromkeys(
+        ("Capabilities", "EditMethod", "MethodSettings"), "kedit_lightning.methods.method"
+    ),
 )
 
 #: Every editing method of this package.
@@ -50,13 +52,10 @@ __all__ = [
     "Capabilities",
     "EditMethod",
     "InstructEdit",
+    "MethodSettings",
     "RLEdit",
     "UltraEdit",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    return _get(name)
 
 
 def __dir__() -> list[str]:

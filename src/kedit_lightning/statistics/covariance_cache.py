@@ -19,8 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from kedit_lightning.base_models import BaseModel
-from kedit_lightning.base_models.cache import cache_dir
 from kedit_lightning.base_models.spec import PACKAGED, resolve
+from kedit_lightning.cache_folder import cache_dir
 from kedit_lightning.edits.edit_file import write_atomically
 from kedit_lightning.errors import NonFiniteError
 from kedit_lightning.statistics.covariance import SecondMoment

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from kedit_lightning.base_models.cache import cache_dir
+from kedit_lightning.cache_folder import cache_dir
 from kedit_lightning.edits.edit_file import write_atomically
 
 #: Width from which decompositions are cached on disk; a narrower one takes less than a second.

@@ -10,19 +10,14 @@ import torch.nn.functional as F
 from support import FAMILIES, REQUESTS, tiny_base, tiny_model
 
 from kedit_lightning import BaseModel, EditRequest
-from kedit_lightning.base_models.taps import capture
+from kedit_lightning.base_models.taps import capture, visiting
 from kedit_lightning.errors import ModuleNotLocatedError, NonFiniteError, UnsupportedUseError
 from kedit_lightning.methods import FTM
 from kedit_lightning.methods.finetune.shared import finetune_defaults as presets
-from kedit_lightning.methods.finetune.shared.descent import (
-    Recipe,
-    attached,
-    descend,
-    tensors_of,
+from kedit_lightning.methods.finetune.shared.fine_tuning import (
+    fine_tune,
     zero_change,
 )
-
-RECIPE = Recipe(lr=0.1, epochs=5, batch_size=2, weight_decay=0.0, box=0.25, stop_loss=0.0)
 
 
 def answered(base, requests=REQUESTS, side="right"):
@@ -89,9 +84,10 @@ def test_every_step_stays_in_the_box():
         seen.append(float(tensors[0].detach().abs().max()))
         return (tensors[0] - wanted[indices]).square().sum()
 
-    descend(tensors, 6, loss_of, RECIPE, torch.Generator().manual_seed(0))
+    order = torch.Generator().manual_seed(0)
+    fine_tune(tensors, 6, loss_of, order, lr=0.1, epochs=5, batch_size=2, norm_constraint=0.25)
     assert len(seen) == 15  # five epochs of three mini-batches
-    assert max(seen) == RECIPE.box  # reached, never passed
+    assert max(seen) == 0.25  # reached, never passed
 
 
 def test_box_holds_for_an_edit_and_equals_clamped_weights():
@@ -211,10 +207,12 @@ def test_nothing_but_the_change_gets_a_gradient():
         base.layout.block(2).down: zero_change(base.module(base.layout.block(2).down), base.dtype)
     }
     rows = answered(base)
-    with torch.enable_grad(), attached(base.model, changes), capture(base.model, names) as seen:
+    with torch.enable_grad(), visiting(base.model, changes), capture(base.model, names) as seen:
         loss = base.answer_logits(rows).square().mean()
     loss.backward()
-    assert all(tensor.grad is not None and tensor.grad.any() for tensor in tensors_of(changes))
+    (change,) = changes.values()
+    assert change.dense.grad.any()
+    assert change.bias.grad.any()
     assert all(parameter.grad is None for parameter in base.model.parameters())
     # No graph below the edited block: those blocks cost no backward pass and keep no activations.
     assert [seen.outputs[name].requires_grad for name in names] == [False, False, True, True]
@@ -237,17 +235,26 @@ def test_settings_follow_the_base_model(monkeypatch):
     derived = FTM(base_model=base)
     derived.configure_model()
     assert derived.modules_trained == ("transformer.h.3.mlp.c_proj",)
-    assert (derived.recipe.epochs, derived.recipe.box) == (25, float("inf"))
-    published = presets.FinetuneSettings((0,), steps=40, norm_constraint=5e-4)
+    assert (derived.settings.steps, derived.settings.norm_constraint) == (25, float("inf"))
+    published = presets.PublishedSettings((0,), steps=40, norm_constraint=5e-4)
     monkeypatch.setitem(presets.PUBLISHED, ("gpt2", 4, 32), published)
     known = FTM(base_model=base)
     known.configure_model()
     assert known.modules_trained == ("transformer.h.0.mlp.c_proj",)
-    assert (known.recipe.epochs, known.recipe.box) == (40, 5e-4)
+    assert (known.settings.steps, known.settings.norm_constraint) == (40, 5e-4)
     own = FTM(base_model=base, layers=[1], steps=3, norm_constraint=float("inf"))
     own.configure_model()
     assert own.modules_trained == ("transformer.h.1.mlp.c_proj",)
-    assert (own.recipe.epochs, own.recipe.box) == (3, float("inf"))
+    edit = known.edit(REQUESTS[:1])  # it records the values used, not what was left open
+    used = {name: edit.origin.settings[name] for name in ("layers", "steps", "norm_constraint")}
+    assert used == {"layers": [0], "steps": 40, "norm_constraint": 5e-4}
+    assert (own.settings.steps, own.settings.norm_constraint) == (3, float("inf"))
+
+
+@pytest.mark.parametrize(("blocks", "layer"), [(32, 21), (6, 4), (1, 0)])
+def test_the_default_layer_follows_the_number_of_blocks(blocks, layer):
+    base = tiny_base("llama", num_hidden_layers=blocks)
+    assert presets.published_settings(base).layers == (layer,)
 
 
 def test_published_layers_exist():
@@ -266,8 +273,8 @@ def test_mini_batches_cover_all_rows_in_every_epoch():
         seen.append(indices)
         return (tensors[0] - 1).square().sum()
 
-    recipe = Recipe(lr=1e-3, epochs=3, batch_size=4, weight_decay=0, box=1.0, stop_loss=0)
-    descend(tensors, 10, loss_of, recipe, torch.Generator().manual_seed(0))
+    order = torch.Generator().manual_seed(0)
+    fine_tune(tensors, 10, loss_of, order, lr=1e-3, epochs=3, batch_size=4, norm_constraint=1.0)
     assert [len(batch) for batch in seen] == [4, 4, 2] * 3
     epochs = [[*seen[i], *seen[i + 1], *seen[i + 2]] for i in (0, 3, 6)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
@@ -283,8 +290,8 @@ def test_batches_below_the_stop_loss_are_skipped_and_training_ends():
         steps.append(float(tensors[0].detach()))
         return next(losses) + 0 * tensors[0].sum() + (tensors[0] - tensors[0].detach()).sum()
 
-    recipe = Recipe(lr=0.1, epochs=9, batch_size=1, weight_decay=0, box=9.0, stop_loss=0.01)
-    history = descend(tensors, 2, loss_of, recipe, torch.Generator().manual_seed(0))
+    order = torch.Generator().manual_seed(0)
+    history = fine_tune(tensors, 2, loss_of, order, lr=0.1, epochs=9, stop_loss=0.01)
     assert history == pytest.approx([0.2505, 0.009])  # the second epoch is the last
     assert steps[0] == 0
     assert steps[1] == steps[2] == steps[3] == float(tensors[0].detach()) != 0  # one update in all

@@ -23,12 +23,12 @@ from kedit_lightning.errors import (
     UnsupportedUseError,
 )
 from kedit_lightning.methods import IKE
-from kedit_lightning.methods.in_context.ike import usual_count
+from kedit_lightning.methods.in_context.ike import default_count
 from kedit_lightning.methods.in_context.shared.demonstration_pool import load_pool
 from kedit_lightning.methods.in_context.shared.demonstrations import (
     QUOTA,
     demonstrations_for,
-    share_out,
+    form_counts,
     shuffled_forms,
 )
 from kedit_lightning.methods.in_context.shared.retrieval import DenseIndex
@@ -74,7 +74,7 @@ def test_quota_of_the_released_code():
 
 @pytest.mark.parametrize("count", range(40))
 def test_shares_add_up_and_stay_within_one_of_the_quota(count):
-    shares = share_out(count)
+    shares = form_counts(count)
     assert sum(shares.values()) == count
     assert all(abs(shares[form] - count * QUOTA[form] / 32) < 1 for form in QUOTA)
 
@@ -211,6 +211,8 @@ def test_an_edit_records_what_was_shown():
     other = IKE(base_model=base, pool=POOL[1:], demonstrations=3).edit([REQUEST])
     assert other.origin.notes["pool"]["hash"] != notes["pool"]["hash"]
     assert edit.origin.settings["pool"] == "40 records"
+    derived = IKE(base_model=base, pool=POOL).edit([REQUEST])
+    assert derived.origin.settings["demonstrations"] == 32  # the number used
 
 
 # ---- the pool
@@ -300,8 +302,8 @@ def test_says_once_that_there_is_no_pool():
 
 
 @pytest.mark.parametrize(("tokens", "count"), [(4096, 32), (2048, 32), (1024, 16), (128, 2)])
-def test_usual_count_follows_the_length_of_the_context(tokens, count):
-    assert usual_count(tiny_base("llama", max_position_embeddings=tokens)) == count
+def test_default_count_follows_the_length_of_the_context(tokens, count):
+    assert default_count(tiny_base("llama", max_position_embeddings=tokens)) == count
 
 
 def test_refuses_a_negative_count():

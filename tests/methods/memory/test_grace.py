@@ -20,7 +20,7 @@ from kedit_lightning.edits.kinds.codebook.codebook import (
 from kedit_lightning.edits.kinds.codebook.codebook_edit import stacked_codebook
 from kedit_lightning.errors import ModuleNotLocatedError, NonFiniteError, UnsupportedUseError
 from kedit_lightning.methods import GRACE
-from kedit_lightning.methods.memory import grace_defaults as presets
+from kedit_lightning.methods.memory import grace as presets
 
 REQUEST = REQUESTS[0]
 OTHERS = [text.split(".")[0] for text in TEXT]
@@ -127,11 +127,12 @@ def test_the_layer_returns_the_value_itself_for_the_prompt_it_was_given(kind, si
     grace = GRACE(base_model=base, radius=1e-6, steps=3)
     edit = grace.edit([REQUEST])
     rows = base.rows([OTHERS[0], REQUEST.prompt], padding_side=side)
-    with edit, capture(base.model, [grace.target]) as seen:
+    assert edit.origin.settings["module"] == grace.settings.module
+    with edit, capture(base.model, [grace.settings.module]) as seen:
         base.forward(rows)
         (stored,) = edit.entries
-        output = seen.outputs[grace.target][1, rows.prompt_end[1]]
-        key = seen.inputs[grace.target][1, rows.prompt_end[1]]
+        output = seen.outputs[grace.settings.module][1, rows.prompt_end[1]]
+        key = seen.inputs[grace.settings.module][1, rows.prompt_end[1]]
     assert torch.equal(output, stored.value)
     torch.testing.assert_close(key, stored.key, rtol=0, atol=1e-12)
 
@@ -241,7 +242,7 @@ def test_value_is_that_of_a_plain_training_loop(kind):
         changed[0, end] = value
         return changed
 
-    handle = base.module(grace.target).register_forward_hook(put)
+    handle = base.module(grace.settings.module).register_forward_hook(put)
     optimizer = torch.optim.Adam([value], lr=0.3)
     for _ in range(5):
         logits = base.model(**rows.inputs).logits[0, end : end + len(answer)]
@@ -356,13 +357,18 @@ def test_settings_follow_the_base_model(monkeypatch):
     def target(**settings):
         grace = GRACE(base_model=base, **settings)
         grace.configure_model()
-        return grace.target
+        return grace.settings.module
 
     assert target() == "transformer.h.2.mlp.c_proj"
     assert target(layer=-1) == "transformer.h.3.mlp.c_proj"
     assert target(module="transformer.h.1.mlp.c_fc") == "transformer.h.1.mlp.c_fc"
     monkeypatch.setitem(presets.PUBLISHED, ("gpt2", 4, 32), (3, 0))
     assert target() == "transformer.h.3.mlp.c_fc"
+
+
+@pytest.mark.parametrize(("blocks", "layer"), [(32, 24), (6, 4), (2, 0)])
+def test_the_default_layer_follows_the_number_of_blocks(blocks, layer):
+    assert presets.default_place(tiny_base("llama", num_hidden_layers=blocks)) == (layer, -1)
 
 
 def test_published_layers_exist():

@@ -3,35 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, TypeAlias
 
 from torch import Tensor
 
 from kedit_lightning.base_models import BaseModel, BaseModelSpec, TokenRows
+from kedit_lightning.base_models.taps import visiting
 from kedit_lightning.edits import DenseEdit
 from kedit_lightning.edits.edit import check_finite
 from kedit_lightning.edits.projections import check_editable
 from kedit_lightning.errors import UnsupportedUseError
-from kedit_lightning.methods.finetune.shared.descent import (
-    Recipe,
-    attached,
-    descend,
-    tensors_of,
+from kedit_lightning.methods.finetune.shared.fine_tuning import (
+    fine_tune,
     zero_change,
 )
-from kedit_lightning.methods.finetune.shared.finetune_defaults import settings_for
-from kedit_lightning.methods.method import Capabilities, EditMethod
+from kedit_lightning.methods.finetune.shared.finetune_defaults import published_settings
+from kedit_lightning.methods.method import Capabilities, EditMethod, MethodSettings
 from kedit_lightning.methods.shared.losses import answer_nll
 from kedit_lightning.requests import EditRequest
+
+Objective: TypeAlias = Literal["target_new", "prompt_last"]
+
+
+@dataclass(frozen=True)
+class FTMSettings(MethodSettings):
+    """Settings of :class:`FTM`; ``layers``, ``steps`` and ``norm_constraint`` once it is built."""
+
+    layers: list[int] | None
+    lr: float
+    steps: int | None
+    batch_size: int
+    norm_constraint: float | None
+    objective: Objective
+    weight_decay: float
+    stop_loss: float
+    eos_in_target: bool
 
 
 class FTM(EditMethod):
     """Fine-tunes the down projection of one block, or of a few, on the answers.
 
-    FT-M is plain fine-tuning with the loss on the answer's tokens alone. Given many requests at
-    once it trains in ordinary epochs over all of them, breadth first, as LocFT-BF does. With
-    ``objective: prompt_last`` and a ``norm_constraint`` it is FT-L. The weights are not written to:
-    what is trained is a change of its own that starts at zero. Papers:
+    FT-M is plain fine-tuning with the loss on the answer tokens alone. Many requests are trained
+    together in epochs over all of them, breadth first, as in LocFT-BF. With
+    ``objective: prompt_last`` and a ``norm_constraint`` it is FT-L. The weights stay as they are:
+    a separate change, which starts at zero, is trained. Papers:
     https://arxiv.org/abs/2202.05262 (FT and FT-L), https://arxiv.org/abs/2401.01286 (FT-M),
     https://arxiv.org/abs/2509.22072 (LocFT-BF).
 
@@ -39,24 +55,26 @@ class FTM(EditMethod):
         base_model: The model to edit: an object, a specification, or a name.
         layers: Blocks whose down projection is trained, negative numbers from the end. When absent
             the published ones of a known model, or else block 0.66 n of n.
-        lr: Step size of Adam.
-        steps: Most passes over the requests; 25 when absent, unless published otherwise.
-        batch_size: Requests that a step looks at, where there are several: 1 as in EasyEdit, about
-            64 in LocFT-BF, for thousands of requests. Few requests in large batches get too few
-            steps.
+        lr: Learning rate of Adam.
+        steps: Maximum number of epochs over the requests; 25 when absent, unless published
+            otherwise.
+        batch_size: Requests of an optimizer step: 1 as in EasyEdit, about 64 in LocFT-BF, for
+            thousands of requests. Few requests in large batches get too few steps.
         norm_constraint: Largest change of any entry of the weights (FT-L). When absent the
             published one of a known model, or else none; ``inf`` switches it off.
-        objective: ``target_new`` predicts each token of the answer from what stands before it;
+        objective: ``target_new`` predicts each answer token from the tokens before it;
             ``prompt_last`` predicts all of them from the last token of the prompt, as the released
             code of FT-L does, which is right for answers of one token only.
-        weight_decay: Pulls the change towards zero; added to its gradient.
-        stop_loss: A batch whose loss is below it is skipped, and training ends once the mean over
-            all requests is.
-        eos_in_target: Train the end-of-text token behind each answer, against run-on answers.
-        seed: Start of all random choices; together with the requests it fixes them.
+        weight_decay: L2 penalty on the change.
+        stop_loss: A batch with a lower loss is skipped, and training ends once the mean loss of an
+            epoch is lower.
+        eos_in_target: Train the end-of-text token after each answer, against run-on answers.
+        seed: Seed of the order of requests, which depends on the requests too.
     """
 
     can: ClassVar[Capabilities] = Capabilities(weights=True)
+    settings_type: ClassVar[type[MethodSettings]] = FTMSettings
+    settings: FTMSettings
 
     def __init__(
         self,
@@ -66,73 +84,68 @@ class FTM(EditMethod):
         steps: int | None = None,
         batch_size: int = 1,
         norm_constraint: float | None = None,
-        objective: Literal["target_new", "prompt_last"] = "target_new",
+        objective: Objective = "target_new",
         weight_decay: float = 0.0,
         stop_loss: float = 1e-2,
         eos_in_target: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__(base_model, seed)
-        self.layers = layers
-        self.lr = lr
-        self.steps = steps
-        self.batch_size = batch_size
-        self.norm_constraint = norm_constraint
-        self.objective = objective
-        self.weight_decay = weight_decay
-        self.stop_loss = stop_loss
-        self.eos_in_target = eos_in_target
-        self.modules_trained: tuple[str, ...] = ()
 
     def build(self) -> None:
-        """Find the projections to train, and settle what was left to the base model."""
-        self._check_settings()
-        usual = settings_for(self.base)
-        layers = usual.layers if self.layers is None else self.layers
-        names = dict.fromkeys(self.base.layout.block(layer).down for layer in layers)
-        for name in names:
-            check_editable(self.base.model, name)
-        self.modules_trained = tuple(names)
-        box = usual.norm_constraint if self.norm_constraint is None else self.norm_constraint
-        self.recipe = Recipe(
-            lr=self.lr,
-            epochs=usual.steps if self.steps is None else self.steps,
-            batch_size=self.batch_size,
-            weight_decay=self.weight_decay,
-            box=box,
-            stop_loss=self.stop_loss,
-        )
+        """Find the projections to train, and take the settings left to the base model.
 
-    def _check_settings(self) -> None:
+        Raises:
+            UnsupportedUseError: A setting is out of range, or a projection cannot be edited.
+            ModuleNotLocatedError: A block does not exist or has no dense MLP.
+        """
+        settings, published = self.settings, published_settings(self.base)
+        layers = list(published.layers) if settings.layers is None else settings.layers
+        steps = published.steps if settings.steps is None else settings.steps
+        bound = settings.norm_constraint
+        bound = published.norm_constraint if bound is None else bound
+        if not layers:
+            raise UnsupportedUseError("FTM: layers must name at least one block, got []")
         for name, value, least in (
-            ("layers", None if self.layers is None else len(self.layers), 1),
-            ("batch_size", self.batch_size, 1),
-            ("steps", self.steps, 1),
-            ("norm_constraint", self.norm_constraint, 0),
+            ("batch_size", settings.batch_size, 1),
+            ("steps", steps, 1),
+            ("norm_constraint", bound, 0),
         ):
-            if value is not None and value < least:
-                what = "name at least one block" if name == "layers" else f"be at least {least}"
-                raise UnsupportedUseError(f"FTM: {name} must {what}, got {getattr(self, name)}")
+            if value < least:
+                raise UnsupportedUseError(f"FTM: {name} must be at least {least}, got {value}")
+        self.modules_trained = tuple(
+            dict.fromkeys(self.base.layout.block(layer).down for layer in layers)
+        )
+        for module in self.modules_trained:
+            check_editable(self.base.model, module)
+        self.settings = replace(settings, layers=layers, steps=steps, norm_constraint=bound)
 
     def compute_edit(self, requests: Sequence[EditRequest]) -> DenseEdit:
         """Train a change of the projections on all requests together."""
-        base = self.base
+        base, settings = self.base, self.settings
+        assert settings.steps is not None and settings.norm_constraint is not None  # noqa: PT018
         encoded = [base.encode(r.prompt, self._answer(r)) for r in requests]
         changes = {n: zero_change(base.module(n), base.dtype) for n in self.modules_trained}
-        whole = base.pad(encoded) if len(encoded) <= self.recipe.batch_size else None
+        whole = base.pad(encoded) if len(encoded) <= settings.batch_size else None
 
-        def loss_of(indices: list[int]) -> Tensor:
+        def loss(indices: list[int]) -> Tensor:
             rows = whole if whole is not None else base.pad([encoded[i] for i in indices])
-            loss = self.row_losses(rows).mean()
-            return check_finite("loss", ", ".join(self.modules_trained), loss)
+            mean = self.row_losses(rows).mean()
+            return check_finite("loss", ", ".join(self.modules_trained), mean)
 
-        with attached(base.model, changes):
-            history = descend(
-                tensors_of(changes),
+        tensors = [t for change in changes.values() for t in (change.dense, change.bias)]
+        with visiting(base.model, changes):
+            history = fine_tune(
+                [tensor for tensor in tensors if tensor is not None],
                 len(encoded),
-                loss_of,
-                self.recipe,
+                loss,
                 self.generator(requests, "order"),
+                lr=settings.lr,
+                epochs=settings.steps,
+                batch_size=settings.batch_size,
+                weight_decay=settings.weight_decay,
+                norm_constraint=settings.norm_constraint,
+                stop_loss=settings.stop_loss,
             )
         pairs = {name: (change.dense, change.bias) for name, change in changes.items()}
         notes = {
@@ -143,15 +156,15 @@ class FTM(EditMethod):
         return DenseEdit(base, pairs, self.origin(requests, **notes))
 
     def row_losses(self, rows: TokenRows) -> Tensor:
-        """Loss of each row under the objective. Shape ``[batch]``."""
-        if self.objective == "target_new":
+        """Negative log-likelihood of each row's answer under the objective. Shape ``[batch]``."""
+        if self.settings.objective == "target_new":
             logits = self.base.answer_logits(rows)
         else:
             logits = self.base.logits_at(rows, rows.prompt_end[:, None])
         return answer_nll(logits, rows.answer_ids, rows.answer_mask)
 
     def _answer(self, request: EditRequest) -> str:
-        if not self.eos_in_target:
+        if not self.settings.eos_in_target:
             return request.target_new
         eos = self.base.tokenizer.eos_token
         if eos is None:

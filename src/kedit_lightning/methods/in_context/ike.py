@@ -1,14 +1,16 @@
-"""IKE: the new fact is stated before each question, after demonstrations of how to read it."""
+"""IKE: in-context knowledge editing with demonstrations."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from kedit_lightning.base_models import BaseModel, BaseModelSpec
 from kedit_lightning.base_models.spec import PACKAGED
+from kedit_lightning.data import NanoFacts
 from kedit_lightning.data.datamodule import EditDataModule
 from kedit_lightning.edits import PromptEdit, PromptEntry
 from kedit_lightning.errors import UnsupportedUseError
@@ -17,46 +19,55 @@ from kedit_lightning.methods.in_context.shared.demonstration_pool import (
     PoolSource,
     load_pool,
     pool_name,
-    pool_of_packaged_model,
 )
 from kedit_lightning.methods.in_context.shared.demonstrations import (
     Demonstration,
-    demonstrate,
+    answered_question,
     demonstrations_for,
     statement,
 )
 from kedit_lightning.methods.in_context.shared.retrieval import LEXICAL
-from kedit_lightning.methods.method import Capabilities, EditMethod
+from kedit_lightning.methods.method import Capabilities, EditMethod, MethodSettings
 from kedit_lightning.requests import EditExample, EditRequest
 
-#: Demonstrations in the IKE paper, and the context of the model (GPT-J) they were chosen for.
+#: Demonstrations in the IKE paper, and the context length of its model (GPT-J) in tokens.
 PUBLISHED_COUNT, PUBLISHED_CONTEXT = 32, 2048
 
 
-class IKE(EditMethod):
-    """States the new fact before each question, after demonstrations that show how to read it.
+@dataclass(frozen=True)
+class IKESettings(MethodSettings):
+    """Settings of :class:`IKE`; ``demonstrations`` is the number used once it is built."""
 
-    Nothing is trained and no weight is touched. Demonstrations are made of the records of a pool
-    that are most similar to the fact, the most similar last: some ask for the stated fact, some
-    for the fact in other words, some for another fact, which stays as it was (4 : 12 : 16). Where
-    a context grows too long for the base model, demonstrations are left out from the far end,
-    never the fact or the question. Paper: https://arxiv.org/abs/2305.12740.
+    demonstrations: int | None
+    retriever: str
+
+
+class IKE(EditMethod):
+    """States the new fact before each question, after demonstrations of edited facts.
+
+    Nothing is trained and no weight changes. Demonstrations come from the records of a pool that
+    are most similar to the fact, the most similar last: some ask for the stated fact, some for a
+    rephrase of it, some for another fact, which keeps its answer (4 : 12 : 16). Where the context
+    exceeds the base model's window, the least similar demonstrations are dropped, never the fact
+    or the question. Paper: https://arxiv.org/abs/2305.12740.
 
     Args:
         base_model: The model to edit: an object, a specification, or a name.
-        demonstrations: How many; when absent 32 for models that take 2,048 tokens or more, and the
-            same share of the context for others.
-        pool: Where they come from: a dataset, whose training split is used, or a file of facts as
-            the dataset ``Requests`` reads it. When absent the training split of the dataset that
-            the trainer runs on, or for ``nano`` that of ``NanoFacts``; without either the fact is
+        demonstrations: Number of demonstrations; when absent 32 for models that take 2,048 tokens
+            or more, and the same share of the context for others.
+        pool: Source of demonstrations: a dataset, whose training split is used, or a file of facts
+            in the form of the dataset ``Requests``. When absent the training split of the
+            trainer's dataset, or for ``nano`` that of ``NanoFacts``; without either the fact is
             stated without demonstrations.
-        retriever: ``lexical`` compares words; anything else is the name or folder of a
+        retriever: ``lexical`` compares words by tf-idf; anything else is the name or folder of a
             sentence-transformers model, such as ``sentence-transformers/all-MiniLM-L6-v2``, which
             needs the extra ``retrieval``.
-        seed: Start of all random choices; together with the requests it fixes them.
+        seed: Seed of the forms of demonstrations, which depend on the request too.
     """
 
     can: ClassVar[Capabilities] = Capabilities(encoder_decoder=True)
+    settings_type: ClassVar[type[MethodSettings]] = IKESettings
+    settings: IKESettings
     unsaved: ClassVar[tuple[str, ...]] = ("base_model", "pool")
 
     def __init__(
@@ -68,23 +79,27 @@ class IKE(EditMethod):
         seed: int = 0,
     ) -> None:
         super().__init__(base_model, seed)
-        self.demonstrations = demonstrations
-        self.retriever = retriever
-        self.source: PoolSource | None = pool
-        self.hparams["pool"] = pool_name(pool)
+        self._pool_source: PoolSource | None = pool
+        self.save_hyperparameters({"pool": pool_name(pool)})  # its name, not its records
         self.pool: Pool | None = None
 
     def build(self) -> None:
-        """Read the pool and settle the number of demonstrations."""
-        self.count = usual_count(self.base) if self.demonstrations is None else self.demonstrations
-        if self.count < 0:
+        """Read the pool and settle the number of demonstrations.
+
+        Raises:
+            UnsupportedUseError: The number of demonstrations is negative.
+        """
+        count = self.settings.demonstrations
+        count = default_count(self.base) if count is None else count
+        if count < 0:
             raise UnsupportedUseError(
-                f"demonstrations must be 0 or more, got {self.count}; 0 states the fact alone"
+                f"demonstrations must be 0 or more, got {count}; 0 states the fact alone"
             )
-        source = self.source if self.source is not None else self._derived_source()
-        if self.count and source is not None:
-            self.pool = load_pool(source, self.retriever)
-        elif self.count:
+        self.settings = replace(self.settings, demonstrations=count)
+        source = self._pool_source if self._pool_source is not None else self._default_source()
+        if count and source is not None:
+            self.pool = load_pool(source, self.settings.retriever)
+        elif count:
             warnings.warn(
                 "IKE has no pool of demonstrations, so the fact is stated without any, which "
                 "small models often do not follow; name one with model.pool (a dataset with a "
@@ -92,40 +107,44 @@ class IKE(EditMethod):
                 stacklevel=2,
             )
 
-    def _derived_source(self) -> PoolSource | None:
+    def _default_source(self) -> PoolSource | None:
         data = self.run.data
         if isinstance(data, EditDataModule):
             path = data.split_path("train")
             if path is not None and path.is_file():
                 return data
-        return pool_of_packaged_model() if self.base.name in PACKAGED else None
+        return NanoFacts() if self.base.name in PACKAGED else None
 
     def compute_edit(self, requests: Sequence[EditRequest]) -> PromptEdit:
-        """Write the texts that go before each question."""
+        """Choose the demonstrations of each fact; they go before every question."""
         chosen = [self.choose(request) for request in requests]
         entries = [
-            PromptEntry(request.prompt, statement(request), self._texts(request, found))
-            for request, found in zip(requests, chosen, strict=True)
+            PromptEntry(request.prompt, statement(request), _texts(request, demonstrations))
+            for request, demonstrations in zip(requests, chosen, strict=True)
         ]
-        notes: dict[str, Any] = {
-            "pool": self.pool.description if self.pool else None,
-            "demonstrations": [[(d.record, d.form) for d in found] for found in chosen],
-        }
-        return PromptEdit(self.base, entries, self.origin(requests, **notes))
+        origin = self.origin(
+            requests,
+            pool=self.pool.description if self.pool else None,
+            demonstrations=[[(d.record, d.form) for d in shown] for shown in chosen],
+        )
+        return PromptEdit(self.base, entries, origin)
 
     def choose(self, request: EditRequest) -> list[Demonstration]:
         """The demonstrations for one fact, whatever other facts are written with it."""
-        nearest = self.pool.nearest(request, self.count) if self.pool else []
+        count = self.settings.demonstrations
+        assert count is not None  # resolved by build()
+        nearest = self.pool.nearest(request, count) if self.pool else []
         return demonstrations_for(request, nearest, self.generator([request], "forms"))
 
-    @staticmethod
-    def _texts(request: EditRequest, found: Sequence[Demonstration]) -> tuple[str, ...]:
-        if not found:
-            return ()
-        # As in the paper's code the fact itself is demonstrated too, last of all.
-        return (*(d.text for d in found), demonstrate(request, request.prompt, request.target_new))
+
+def _texts(request: EditRequest, demonstrations: Sequence[Demonstration]) -> tuple[str, ...]:
+    if not demonstrations:
+        return ()
+    # As in the paper's code the fact itself is demonstrated too, last of all.
+    last = answered_question(request, request.prompt, request.target_new)
+    return (*(demonstration.text for demonstration in demonstrations), last)
 
 
-def usual_count(base: BaseModel) -> int:
-    """Demonstrations that take as much of the context as the paper's do, at most as many."""
+def default_count(base: BaseModel) -> int:
+    """The paper's number of demonstrations, in proportion to a shorter context."""
     return min(PUBLISHED_COUNT, PUBLISHED_COUNT * base.max_tokens // PUBLISHED_CONTEXT)

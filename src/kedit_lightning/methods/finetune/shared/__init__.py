@@ -1,1 +1,1 @@
-"""What fine-tuning methods share."""
+"""Modules shared by the fine-tuning methods."""

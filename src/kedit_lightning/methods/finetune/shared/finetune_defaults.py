@@ -1,6 +1,6 @@
 """Published settings of constrained fine-tuning, and the rule for all other models.
 
-Values are those of the configuration files of EasyEdit, and of the ROME repository for the smaller
+Values come from the configuration files of EasyEdit, and from the ROME repository for the smaller
 GPT-2 models, which EasyEdit does not have.
 """
 
@@ -10,17 +10,17 @@ from dataclasses import dataclass
 
 from kedit_lightning.base_models import BaseModel
 
-#: Depth, as a share of the blocks, that EasyEdit's choices have in common (block 21 of 32).
+#: Depth as a share of the blocks in most of EasyEdit's configurations (block 21 of 32).
 USUAL_DEPTH = 0.66
 
 
 @dataclass(frozen=True)
-class FinetuneSettings:
-    """Where and how far a model is fine-tuned.
+class PublishedSettings:
+    """Published settings of one model.
 
     Args:
         layers: Blocks whose down projection is trained.
-        steps: Passes over the requests.
+        steps: Epochs over the requests.
         norm_constraint: Largest change of any entry; infinite where there is no limit.
     """
 
@@ -29,33 +29,25 @@ class FinetuneSettings:
     norm_constraint: float = float("inf")
 
 
-#: By model type, number of blocks and hidden size, which tell models apart wherever they lie.
-PUBLISHED: dict[tuple[str, int, int], FinetuneSettings] = {
-    ("gpt2", 24, 1024): FinetuneSettings((0,), norm_constraint=2e-3),
-    ("gpt2", 36, 1280): FinetuneSettings((0,), norm_constraint=1e-3),
-    ("gpt2", 48, 1600): FinetuneSettings((0,), norm_constraint=5e-4),
-    ("gptj", 28, 4096): FinetuneSettings((21,)),
-    ("llama", 32, 4096): FinetuneSettings((21,)),
-    ("llama", 28, 3072): FinetuneSettings((21,)),
-    ("mistral", 32, 4096): FinetuneSettings((21,), norm_constraint=5e-5),
-    ("qwen", 32, 4096): FinetuneSettings((31,), norm_constraint=5e-5),
-    ("qwen2", 28, 3584): FinetuneSettings((27,)),
-    ("chatglm", 28, 4096): FinetuneSettings((27,), steps=40),
-    ("internlm", 32, 4096): FinetuneSettings((0, 31), steps=40),
+#: By model type, number of blocks and hidden size, which identify a model under any name or path.
+PUBLISHED: dict[tuple[str, int, int], PublishedSettings] = {
+    ("gpt2", 24, 1024): PublishedSettings((0,), norm_constraint=2e-3),
+    ("gpt2", 36, 1280): PublishedSettings((0,), norm_constraint=1e-3),
+    ("gpt2", 48, 1600): PublishedSettings((0,), norm_constraint=5e-4),
+    ("gptj", 28, 4096): PublishedSettings((21,)),
+    ("llama", 32, 4096): PublishedSettings((21,)),
+    ("llama", 28, 3072): PublishedSettings((21,)),
+    ("mistral", 32, 4096): PublishedSettings((21,), norm_constraint=5e-5),
+    ("qwen", 32, 4096): PublishedSettings((31,), norm_constraint=5e-5),
+    ("qwen2", 28, 3584): PublishedSettings((27,)),
+    ("chatglm", 28, 4096): PublishedSettings((27,), steps=40),
+    ("internlm", 32, 4096): PublishedSettings((0, 31), steps=40),
 }
 
 
-def usual_layer(blocks: int) -> int:
-    """The block that is trained in a model without published settings.
-
-    >>> usual_layer(32), usual_layer(6), usual_layer(1)
-    (21, 4, 0)
-    """
-    return min(round(USUAL_DEPTH * blocks), blocks - 1)
-
-
-def settings_for(base: BaseModel) -> FinetuneSettings:
-    """Published settings of a known model, or those that follow from the number of blocks."""
+def published_settings(base: BaseModel) -> PublishedSettings:
+    """Published settings of a known model, else defaults for its number of blocks."""
     layout = base.layout
     key = (base.model.config.model_type, len(layout), layout.hidden_size)
-    return PUBLISHED.get(key) or FinetuneSettings((usual_layer(len(layout)),))
+    layer = min(round(USUAL_DEPTH * len(layout)), len(layout) - 1)
+    return PUBLISHED.get(key) or PublishedSettings((layer,))

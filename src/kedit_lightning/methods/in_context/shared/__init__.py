@@ -1,1 +1,1 @@
-"""What in-context methods share."""
+"""Modules shared by the in-context methods."""

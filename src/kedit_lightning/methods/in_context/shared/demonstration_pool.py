@@ -1,4 +1,4 @@
-"""Where demonstrations come from."""
+"""The pool of records that demonstrations are built from."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from kedit_lightning.data import NanoFacts, Requests
+from kedit_lightning.data import Requests
 from kedit_lightning.data.datamodule import EditDataModule
+from kedit_lightning.edits.kinds.prompt.tfidf import LexicalIndex
 from kedit_lightning.errors import InvalidRequestError
 from kedit_lightning.methods.in_context.shared.demonstrations import same_text, statement
-from kedit_lightning.methods.in_context.shared.retrieval import Index, make_index
+from kedit_lightning.methods.in_context.shared.retrieval import LEXICAL, DenseIndex, Index
 from kedit_lightning.requests import EditExample, EditRequest
 
 #: A dataset (its training split is used), a file of facts, or records.
@@ -23,10 +24,10 @@ PoolSource: TypeAlias = EditDataModule | Sequence[EditExample] | str | Path
 
 @dataclass(frozen=True)
 class Pool:
-    """Records to demonstrate with, and the retriever that finds them.
+    """Records for demonstrations, with their retriever.
 
     Args:
-        name: What reports call it.
+        name: Name of the pool in reports.
         examples: The records.
         retriever: ``lexical``, or a sentence-transformers model.
     """
@@ -37,20 +38,22 @@ class Pool:
 
     @cached_property
     def _index(self) -> Index:
-        return make_index([_text(example.requests[0]) for example in self.examples], self.retriever)
+        texts = [_text(example.requests[0]) for example in self.examples]
+        lexical = self.retriever == LEXICAL
+        return LexicalIndex(texts) if lexical else DenseIndex(texts, self.retriever)
 
     def nearest(self, request: EditRequest, count: int) -> list[EditExample]:
-        """The records most similar to a fact, best first, without those that are the fact's own."""
+        """The records most similar to a fact, best first, without those about the fact itself."""
         if not count:
             return []
-        own = [self._is_own(example, request) for example in self.examples]
-        ranked = self._index.top(_text(request), count + sum(own))
-        return [self.examples[i] for i in ranked if not own[i]][:count]
+        excluded = [self._same_fact(example, request) for example in self.examples]
+        ranking = self._index.top(_text(request), count + sum(excluded))
+        return [self.examples[i] for i in ranking if not excluded[i]][:count]
 
     @staticmethod
-    def _is_own(example: EditExample, request: EditRequest) -> bool:
-        # Not by the id: ids of different files have nothing to do with each other.  Other facts
-        # of the subject are left out too, since a probe may ask for them.
+    def _same_fact(example: EditExample, request: EditRequest) -> bool:
+        # Ids of different files are unrelated, so texts are compared.  Other facts about the
+        # subject count too, since a probe may ask for them.
         return any(
             same_text(other.prompt, request.prompt)
             or (
@@ -63,7 +66,7 @@ class Pool:
 
     @cached_property
     def description(self) -> dict[str, Any]:
-        """What an edit records about the pool."""
+        """Name, size, hash and retriever of the pool, which edits record."""
         digest = hashlib.sha256()
         for example in self.examples:
             digest.update(json.dumps(example.to_json(), sort_keys=True).encode())
@@ -80,7 +83,7 @@ def _text(request: EditRequest) -> str:
 
 
 def pool_name(source: PoolSource | None) -> str | None:
-    """A pool in one line, for reports."""
+    """Short name of a pool, for reports."""
     if source is None or isinstance(source, str | Path):
         return None if source is None else str(source)
     if isinstance(source, EditDataModule):
@@ -92,8 +95,8 @@ def load_pool(source: PoolSource, retriever: str) -> Pool:
     """Read the records of a pool.
 
     Raises:
-        DataFileError: Its file is absent or holds bad records.
-        InvalidRequestError: It is empty.
+        DataFileError: The file is absent or holds bad records.
+        InvalidRequestError: The pool is empty.
     """
     if isinstance(source, str | Path):
         examples: Sequence[EditExample] = Requests(train_path=source).examples("train")
@@ -106,8 +109,3 @@ def load_pool(source: PoolSource, retriever: str) -> Pool:
             "the pool of demonstrations holds no records; give one that does, or leave it out"
         )
     return Pool(pool_name(source) or "", tuple(examples), retriever)
-
-
-def pool_of_packaged_model() -> NanoFacts:
-    """Facts of the packaged base model that are kept apart from its test facts."""
-    return NanoFacts()

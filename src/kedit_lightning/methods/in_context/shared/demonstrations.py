@@ -1,7 +1,7 @@
-"""Demonstrations of how a stated fact is read: their words, their forms and their order.
+"""Demonstrations of in-context editing: text, form and order (Zheng et al. 2023, section 3).
 
-A demonstration shows a changed fact and a question.  ``copy`` asks for the fact itself, ``update``
-for the fact in other words, ``retain`` for another fact, which stays as it was.
+A demonstration states a new fact and answers a question.  The form ``copy`` asks for the fact
+itself, ``update`` for a rephrase of it, ``retain`` for another fact, which keeps its answer.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from kedit_lightning.requests import EditExample, EditRequest
 
 Form: TypeAlias = Literal["copy", "update", "retain"]
 
-#: How many of 32 demonstrations have each form in the IKE paper's code.
+#: Demonstrations of each form among 32, as in the IKE paper's code.
 QUOTA: dict[Form, int] = {"copy": 4, "update": 12, "retain": 16}
 
 
 @dataclass(frozen=True)
 class Demonstration:
-    """One demonstration, and the record it was made of.
+    """One demonstration.
 
     Args:
-        record: Id of the record.
-        form: What its question asks for.
-        text: The demonstration, with the empty line that ends it.
+        record: Id of the record it comes from.
+        form: Its form.
+        text: Its text, up to and with the empty line at its end.
     """
 
     record: str
@@ -37,7 +37,7 @@ class Demonstration:
 
 
 def statement(request: EditRequest) -> str:
-    r"""The words that state a fact, up to where a question follows.
+    r"""The statement of a fact, up to where a question follows.
 
     >>> statement(EditRequest("The capital of France is", "Lyon"))
     'New Fact: The capital of France is Lyon\nPrompt: '
@@ -45,15 +45,15 @@ def statement(request: EditRequest) -> str:
     return f"New Fact: {join_text(request.prompt, request.target_new)}\nPrompt: "
 
 
-def demonstrate(request: EditRequest, question: str, answer: str) -> str:
-    """A stated fact with a question that has been answered."""
+def answered_question(request: EditRequest, question: str, answer: str) -> str:
+    """The statement of a fact, a question and its answer."""
     return f"{statement(request)}{join_text(question, answer)}\n\n"
 
 
-def share_out(count: int) -> dict[Form, int]:
-    """Share demonstrations among the forms as in the paper, by largest remainders.
+def form_counts(count: int) -> dict[Form, int]:
+    """Number of demonstrations of each form, in the paper's proportions by largest remainders.
 
-    >>> share_out(32), share_out(3)
+    >>> form_counts(32), form_counts(3)
     ({'copy': 4, 'update': 12, 'retain': 16}, {'copy': 0, 'update': 1, 'retain': 2})
     """
     total = sum(QUOTA.values())
@@ -65,41 +65,41 @@ def share_out(count: int) -> dict[Form, int]:
 
 
 def shuffled_forms(count: int, generator: torch.Generator) -> list[Form]:
-    """Forms of demonstrations in random order, the share of each as in the paper."""
-    forms: list[Form] = [form for form, n in share_out(count).items() for _ in range(n)]
+    """Forms of demonstrations in random order, in the paper's proportions."""
+    forms: list[Form] = [form for form, n in form_counts(count).items() for _ in range(n)]
     return [forms[i] for i in torch.randperm(len(forms), generator=generator).tolist()]
 
 
-def questions(example: EditExample, form: Form, asked: str) -> list[tuple[str, str]]:
-    """Questions with answers that a record has for a form, but not the one that will be asked."""
+def candidate_questions(example: EditExample, form: Form, prompt: str) -> list[tuple[str, str]]:
+    """Questions with answers that a record offers for a form, without the prompt of the edit."""
     request = example.requests[0]
     if form == "copy":
         return [(request.prompt, request.target_new)]
     if form == "update":
-        found = [(p.prompt, request.target_new) for p in example.probes if p.kind == "rephrase"]
+        pairs = [(p.prompt, request.target_new) for p in example.probes if p.kind == "rephrase"]
     else:
-        found = [
-            (p.prompt, p.answers[0]) for p in example.probes if p.kind == "locality" if p.answers
+        pairs = [
+            (p.prompt, p.answers[0]) for p in example.probes if p.kind == "locality" and p.answers
         ]
-    return [(prompt, answer) for prompt, answer in found if not same_text(prompt, asked)]
+    return [(question, answer) for question, answer in pairs if not same_text(question, prompt)]
 
 
-def make_demonstration(
-    example: EditExample, form: Form, asked: str, generator: torch.Generator
+def build_demonstration(
+    example: EditExample, form: Form, prompt: str, generator: torch.Generator
 ) -> Demonstration:
-    """Write one demonstration; a record that has nothing for the form makes a copy.
+    """Build one demonstration; a record without a question for the form gives a copy.
 
     Args:
         example: The record.
-        form: The form wanted.
-        asked: Prompt of the fact that is being written, which no demonstration may answer.
+        form: The form.
+        prompt: Prompt of the edit, which no demonstration may answer.
         generator: Chooses among the questions.
     """
-    found = questions(example, form, asked)
-    if not found:
-        form, found = "copy", questions(example, "copy", asked)
-    chosen = int(torch.randint(len(found), (1,), generator=generator))
-    return Demonstration(example.id, form, demonstrate(example.requests[0], *found[chosen]))
+    questions = candidate_questions(example, form, prompt)
+    if not questions:
+        form, questions = "copy", candidate_questions(example, "copy", prompt)
+    question = questions[int(torch.randint(len(questions), (1,), generator=generator))]
+    return Demonstration(example.id, form, answered_question(example.requests[0], *question))
 
 
 def demonstrations_for(
@@ -109,19 +109,19 @@ def demonstrations_for(
 
     Args:
         request: The fact.
-        nearest: Records to demonstrate with, the most similar first.
-        generator: Deals out the forms and chooses among the questions.
+        nearest: Records of the demonstrations, the most similar first.
+        generator: Shuffles the forms and chooses among the questions.
     """
     forms = shuffled_forms(len(nearest), generator)
-    made = [
-        make_demonstration(example, form, request.prompt, generator)
+    demonstrations = [
+        build_demonstration(example, form, request.prompt, generator)
         for example, form in zip(nearest, forms, strict=True)
     ]
-    return made[::-1]
+    return demonstrations[::-1]
 
 
 def same_text(one: str, other: str) -> bool:
-    """Whether two texts differ at most in case and spacing.
+    """Whether two texts are equal up to case and spacing.
 
     >>> same_text("The capital  of France is", "the capital of France is ")
     True

@@ -1,4 +1,4 @@
-"""Finding the records that are most similar to a fact."""
+"""Retrieval of the records that are most similar to a fact."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ from typing import Protocol
 
 import torch
 
-from kedit_lightning.edits.kinds.prompt.tfidf import LexicalIndex
 from kedit_lightning.errors import BaseModelNotFoundError, MissingExtraError
 
-#: The retriever that is built in: tf-idf of words, no model.
+#: The built-in retriever: tf-idf of words, without a model.
 LEXICAL = "lexical"
 
 
 class Index(Protocol):
-    """Ranks the texts it was made of by similarity to a query."""
+    """Ranks texts by similarity to a query."""
 
     def top(self, query: str, k: int) -> list[int]:
         """Indices of the ``k`` most similar texts, best first; ties go to the earlier text."""
@@ -25,7 +24,7 @@ class DenseIndex:
     """Ranks texts by the cosine between embeddings of a sentence-transformers model.
 
     Args:
-        texts: The texts to rank; they are embedded once, here.
+        texts: The texts to rank, embedded once at construction.
         encoder: Name on the Hugging Face hub, or a folder.
 
     Raises:
@@ -65,8 +64,3 @@ class DenseIndex:
         """Indices of the ``k`` most similar texts, best first; ties go to the earlier text."""
         scores = self._vectors @ self._embed([query])[0]
         return scores.argsort(descending=True, stable=True)[:k].tolist()
-
-
-def make_index(texts: Sequence[str], retriever: str) -> Index:
-    """Index texts with the built-in retriever, or with a sentence-transformers model."""
-    return LexicalIndex(texts) if retriever == LEXICAL else DenseIndex(texts, retriever)

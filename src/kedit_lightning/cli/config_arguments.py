@@ -1,0 +1,114 @@
+"""Arguments that name packaged configs and saved runs, rewritten for the parser."""
+
+from __future__ import annotations
+
+import json
+from importlib.resources import files
+from pathlib import Path
+
+import yaml
+
+from kedit_lightning.cli.messages import meant
+from kedit_lightning.errors import DataFileError, DataFileNotFoundError, ResumeError
+
+
+def packaged_configs() -> list[str]:
+    """Names of the packaged configs, such as ``methods/rome``."""
+    root = Path(str(files("kedit_lightning.configs")))
+    paths = (path.relative_to(root).with_suffix("") for path in root.rglob("*.yaml"))
+    return sorted(path.as_posix() for path in paths)
+
+
+def config_file(name: str) -> str:
+    """The file of a config, given as a path or as the name of a packaged config.
+
+    Args:
+        name: The value of ``-c``; YAML text is returned as it is.
+
+    Raises:
+        DataFileNotFoundError: There is neither such a file nor such a packaged config.
+        DataFileError: The file is no YAML.
+    """
+    if any(mark in name for mark in "{\n"):  # YAML itself
+        return name
+    if Path(name).is_file():
+        try:
+            yaml.safe_load(Path(name).read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise DataFileError(f"config file '{name}' is no YAML: {error}") from error
+        return name
+    plain = name.removeprefix("configs/").removesuffix(".yaml").removesuffix(".yml")
+    known = packaged_configs()
+    if plain in known:
+        return str(files("kedit_lightning.configs").joinpath(f"{plain}.yaml"))
+    raise DataFileNotFoundError(
+        f"there is no config file '{name}', and none of the packaged configs has that name"
+        f"{meant(plain, known)}"
+    )
+
+
+def with_config_files(args: list[str]) -> list[str]:
+    """Replace the names of packaged configs among arguments by their files."""
+    args = [
+        config_file(arg) if option in ("-c", "--config") else arg
+        for option, arg in zip(["", *args], args, strict=False)
+    ]
+    start = "--config="
+    return [start + config_file(a[len(start) :]) if a.startswith(start) else a for a in args]
+
+
+def with_named_model(args: list[str]) -> list[str]:
+    """Move the name of the base model into its specification, if arguments set parts of one.
+
+    Otherwise ``--model.base_model.dtype`` would replace the name given before it.
+
+    >>> with_named_model(["--model.base_model", "gpt2", "--model.base_model.dtype=bfloat16"])
+    ['--model.base_model.name', 'gpt2', '--model.base_model.dtype=bfloat16']
+    """
+    plain = "--model.base_model"
+    if not any(arg.startswith(f"{plain}.") for arg in args):
+        return args
+    return [
+        f"{plain}.name{arg.removeprefix(plain)}" if arg.split("=")[0] == plain else arg
+        for arg in args
+    ]
+
+
+def with_saved_config(args: list[str]) -> list[str]:
+    """Add the config of the run that ``--resume`` names, unless arguments give another.
+
+    Raises:
+        ResumeError: The folder holds no config.
+    """
+    saved = _saved_config("--resume", args)
+    if saved is None:
+        return args
+    if not saved.is_file():
+        raise ResumeError(
+            f"there is no run to resume in '{saved.parent}', which has no config.yaml; name the "
+            "folder that --output gave to `kedit test` or `kedit edit`"
+        )
+    # The saved config holds the folder's name at that time.
+    return [args[0], f"--config={saved}", "--output=null", *args[1:]]
+
+
+def with_saved_method(args: list[str]) -> list[str]:
+    """Add the method of the run that ``--edits`` of ``predict`` names, unless one is given.
+
+    The method brings the base model; the run's data and trainer are left out.
+    """
+    saved = _saved_config("--edits", args) if args[:1] == ["predict"] else None
+    if saved is None or not saved.is_file():
+        return args
+    model = (yaml.safe_load(saved.read_text(encoding="utf-8")) or {}).get("model")
+    return [args[0], f"--model={json.dumps(model)}", *args[1:]] if model else args
+
+
+def _saved_config(option: str, args: list[str]) -> Path | None:
+    """The config in the folder that an option names; ``None`` if another config is given."""
+    names = [arg.split("=")[0] for arg in args]
+    if option not in names or {"-c", "--config", "--model"} & set(names):
+        return None
+    at = names.index(option)
+    folder = args[at].partition("=")[2] or (args[at + 1] if at + 1 < len(args) else "")
+    return Path(folder) / "config.yaml"

@@ -1,0 +1,104 @@
+"""The training loop of fine-tuning methods, and a trainable change of a projection."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+
+from kedit_lightning.edits.effects import WeightDelta
+from kedit_lightning.edits.projections import compute_dtype, projection_shape
+
+#: Optimizer steps from which on a progress bar is shown.
+_LONG = 300
+
+
+def zero_change(module: nn.Module, dtype: torch.dtype) -> WeightDelta:
+    """A trainable change of a projection that starts at zero.
+
+    It has a bias where the module has one.  It is kept in at least float32: in bfloat16 an entry
+    of 0.02 could not move by less than 6e-5.
+
+    Args:
+        module: The projection, a Linear or Conv1D module.
+        dtype: Data type of the base model.
+
+    Returns:
+        A change with a dense part ``[d_out, d_in]`` and perhaps a bias ``[d_out]``.
+    """
+    d_in, d_out = projection_shape(module)
+    options: dict[str, Any] = {
+        "dtype": compute_dtype(dtype),
+        "device": next(module.parameters()).device,
+        "requires_grad": True,
+    }
+    has_bias = getattr(module, "bias", None) is not None
+    bias = torch.zeros(d_out, **options) if has_bias else None
+    return WeightDelta(None, torch.zeros(d_out, d_in, **options), bias)
+
+
+def fine_tune(
+    tensors: Sequence[Tensor],
+    rows: int,
+    loss: Callable[[list[int]], Tensor],
+    generator: torch.Generator,
+    *,
+    lr: float,
+    epochs: int,
+    batch_size: int = 1,
+    weight_decay: float = 0.0,
+    norm_constraint: float = math.inf,
+    stop_loss: float = 0.0,
+) -> list[float]:
+    """Train tensors in place with Adam, in epochs over shuffled rows.
+
+    Args:
+        tensors: The tensors to train, of any shape.
+        rows: Number of training rows.
+        loss: Mean loss of the rows with the given indices, a scalar.
+        generator: Source of the order of rows.
+        lr: Learning rate.
+        epochs: Maximum number of passes over all rows.
+        batch_size: Rows of an optimizer step.
+        weight_decay: L2 penalty, added to the gradient.
+        norm_constraint: Every entry is clamped to this absolute value after each step.
+        stop_loss: A batch with a lower loss is skipped, and training ends after an epoch with a
+            lower mean loss.
+
+    Returns:
+        Mean loss of each epoch, each batch's taken before its update.
+    """
+    optimizer = torch.optim.Adam(tensors, lr=lr, weight_decay=weight_decay)
+    history: list[float] = []
+    progress = track(
+        range(epochs),
+        "Fine-tuning",
+        console=Console(stderr=True),
+        transient=True,
+        disable=epochs * -(-rows // batch_size) < _LONG,
+    )
+    for _ in progress:
+        total = 0.0
+        for batch in torch.randperm(rows, generator=generator).split(batch_size):
+            # Sorted, so that a batch of all rows is the same in every epoch.
+            batch_loss = loss(sorted(batch.tolist()))
+            value = float(batch_loss.detach())
+            total += value * len(batch)
+            if value < stop_loss:
+                continue
+            gradients = torch.autograd.grad(batch_loss, list(tensors))
+            for tensor, gradient in zip(tensors, gradients, strict=True):
+                tensor.grad = gradient
+            optimizer.step()
+            with torch.no_grad():
+                for tensor in tensors:
+                    tensor.clamp_(-norm_constraint, norm_constraint)
+        history.append(total / rows)
+        if history[-1] < stop_loss:
+            break
+    return history

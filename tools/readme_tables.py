@@ -1,0 +1,82 @@
+"""Write the README's tables of methods and datasets from the registry.
+
+Run ``python tools/readme_tables.py`` after a change of an entry or of what a method can do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from kedit_lightning.methods import EditMethod
+from kedit_lightning.registry import Entry, entries
+
+README = Path(__file__).parents[1] / "README.md"
+#: The families of methods in the order of the table, which are packages of ``methods``.
+FAMILIES = ("finetune", "locate", "hypernetwork", "memory", "in_context")
+METHODS = (
+    "| method | kind | GPT-2, GPT-J, GPT-Neo(X), OPT, BLOOM, Falcon | Llama, Mistral, Qwen, Gemma, "
+    "Phi, OLMo | single | batch | sequential | rollback | export | `fit` learns |"
+)
+DATASETS = "| dataset | reads |"
+#: Remarks in cells, which no declaration of a method gives.
+REMARKS = {
+    ("FTM", "batch"): " breadth first",
+    ("IKE", "batch"): " by retrieval",
+    ("AlphaEdit", "sequential"): " keeps earlier facts",
+    ("UltraEdit", "sequential"): " lifelong statistics",
+    ("MALMEN", "export"): " while thin",
+    ("RLEdit", "export"): " while thin",
+}
+#: Methods that need several facts in an edit.
+NEEDS_SEVERAL = ("UltraEdit",)
+
+
+def methods_table() -> Iterator[str]:
+    """Lines of the table of methods."""
+    yield METHODS
+    yield "|---" * (METHODS.count("|") - 1) + "|"
+    methods = entries("method").values()
+    for family in FAMILIES:
+        yield from (_method_row(entry) for entry in methods if f".{family}." in entry.module)
+
+
+def _method_row(entry: Entry) -> str:
+    method: type[EditMethod] = entry.load()
+    can, name = method.can, entry.name
+    export = ["full model"] * can.weights + ["LoRA"] * can.adapter
+    cells = {
+        "method": f"`{name}`",
+        "kind": entry.summary,
+        "absolute positions": "✓",
+        "rotary positions": "✓",
+        "single": "– needs several facts" if name in NEEDS_SEVERAL else "✓",
+        "batch": "✓" if can.batch else "one by one",
+        "sequential": "✓" if can.sequential else "–",
+        "rollback": "✓",
+        "export": ", ".join(export) or "edit file",
+        "fit": method.learns or "–",
+    }
+    return f"| {' | '.join(cell + REMARKS.get((name, key), '') for key, cell in cells.items())} |"
+
+
+def datasets_table() -> Iterator[str]:
+    """Lines of the table of datasets."""
+    yield DATASETS
+    yield "|---|---|"
+    for entry in entries("dataset").values():
+        yield f"| `{entry.name}` | {entry.summary} |"
+
+
+def with_tables(text: str) -> str:
+    """A README in which both tables are those of the registry."""
+    lines = text.splitlines()
+    for header, table in ((METHODS, methods_table()), (DATASETS, datasets_table())):
+        start = lines.index(header)
+        end = next(at for at in range(start, len(lines)) if not lines[at].startswith("|"))
+        lines[start:end] = table
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    README.write_text(with_tables(README.read_text(encoding="utf-8")), encoding="utf-8")
