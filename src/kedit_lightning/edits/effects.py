@@ -33,6 +33,11 @@ class WeightDelta:
     dense: Tensor | None = None
     bias: Tensor | None = None
 
+    @property
+    def only_low_rank(self) -> LowRankDelta | None:
+        """The factors if there is no other part, else ``None``."""
+        return self.low_rank if self.dense is None and self.bias is None else None
+
     def change(self, x: Tensor) -> Tensor:
         """What is added to the output, ``[..., d_out]``, in the dtype of ``x``, ``[..., d_in]``."""
         parts = []

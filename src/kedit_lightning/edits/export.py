@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kedit_lightning.edits.edit import Edit, EditableModel, materialise
-from kedit_lightning.edits.kinds.weights import AdapterEdit, LowRankEdit
+from kedit_lightning.edits.effects import AddToOutput, KeepMemory
+from kedit_lightning.edits.kinds.weights import AdapterEdit
 from kedit_lightning.edits.low_rank import LowRankDelta
 from kedit_lightning.edits.origin import EditOrigin
 from kedit_lightning.edits.projections import is_transposed
@@ -20,18 +21,21 @@ from kedit_lightning.errors import EditFileError, UnsupportedUseError, article_l
 __all__ = ["load_adapter", "materialise", "save_adapter"]
 
 
-def _low_rank_parts(edits: Iterable[Edit]) -> list[LowRankEdit]:
-    parts = [part for edit in edits for part in edit.parts()]
-    low: list[LowRankEdit] = []
-    for part in parts:
-        if not isinstance(part, LowRankEdit):
-            raise UnsupportedUseError(
-                f"only low-rank edits can be exported as a LoRA adapter, and edit {part.id} by "
-                f"{part.origin.method or 'hand'} is of kind '{part.kind}'; export the full model "
-                "instead"
-            )
-        low.append(part)
-    return low
+def _low_rank_changes(edit: Edit) -> list[tuple[str, LowRankDelta]]:
+    """Low-rank changes of an edit, by module name."""
+    changes: list[tuple[str, LowRankDelta]] = []
+    for part in edit.parts():
+        for effect in part.effects():
+            delta = effect.delta.only_low_rank if isinstance(effect, AddToOutput) else None
+            if isinstance(effect, AddToOutput) and delta is not None:
+                changes.append((effect.module, delta))
+            elif not isinstance(effect, KeepMemory):
+                raise UnsupportedUseError(
+                    f"only low-rank edits can be exported as a LoRA adapter, and edit {part.id} by "
+                    f"{part.origin.method or 'hand'} is of kind '{part.kind}'; export the full "
+                    "model instead"
+                )
+    return changes
 
 
 def save_adapter(base: EditableModel, edits: Iterable[Edit], folder: str | Path) -> Path:
@@ -41,9 +45,8 @@ def save_adapter(base: EditableModel, edits: Iterable[Edit], folder: str | Path)
         UnsupportedUseError: An edit is not low-rank.
     """
     factors: dict[str, list[LowRankDelta]] = {}
-    for part in _low_rank_parts(edits):
-        for name, delta in part.factors.items():
-            factors.setdefault(name, []).append(delta)
+    for name, delta in (change for edit in edits for change in _low_rank_changes(edit)):
+        factors.setdefault(name, []).append(delta)
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     for name, deltas in factors.items():

@@ -89,11 +89,10 @@ class ModuleHook:
         low: list[tuple[Sequence[int], LowRankDelta]] = []
         for at, effects in carried:
             index, delta = torch.tensor(at, device=device), _delta(effects, module)
-            if delta is not None:
-                if delta.low_rank is not None and delta.dense is None and delta.bias is None:
-                    low.append((at, delta.low_rank))
-                else:
-                    self._carried.append((index, delta))
+            if delta is not None and delta.only_low_rank is not None:
+                low.append((at, delta.only_low_rank))
+            elif delta is not None:
+                self._carried.append((index, delta))
             if of_type(effects, RouteRows):
                 functions = _row_functions([*shared, *effects])
                 self._carried_functions.append((index, at[0], functions))
