@@ -302,14 +302,16 @@ def pages() -> dict[str, str]:
 # ---- hooks of mkdocs
 
 
-def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Lay the package out as it is imported: callbacks stand at the top of the repository."""
+def on_startup(**_: Any) -> None:
+    """Lay the package out as it is imported: callbacks stand at the top of the repository.
+
+    Before any plug-in starts, since mkdocstrings looks once whether the folder is there.
+    """
     package = ROOT / "build" / "docs_source" / "kedit_lightning"
     shutil.rmtree(package, ignore_errors=True)
     data = shutil.ignore_patterns("__pycache__", "nano", "nano_facts")
     shutil.copytree(ROOT / "src" / "kedit_lightning", package, ignore=data)
     shutil.copytree(ROOT / "callbacks", package / "callbacks", ignore=data)
-    return config
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
