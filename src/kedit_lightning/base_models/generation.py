@@ -13,7 +13,7 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from kedit_lightning.base_models.rows import TokenRows
 from kedit_lightning.edits import EditStack
-from kedit_lightning.metrics.functional.text_match import answer_text
+from kedit_lightning.sentence import answer_text
 
 #: Inputs that ``generate`` makes itself.
 _MADE = ("position_ids", "decoder_input_ids", "decoder_attention_mask")
