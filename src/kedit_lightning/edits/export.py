@@ -22,13 +22,12 @@ __all__ = ["load_adapter", "materialise", "save_adapter"]
 
 
 def _low_rank_changes(edit: Edit) -> list[tuple[str, LowRankDelta]]:
-    """Low-rank changes of an edit, by module name."""
+    """Modules and low-rank changes of an edit."""
     changes: list[tuple[str, LowRankDelta]] = []
     for part in edit.parts():
         for effect in part.effects():
-            delta = effect.delta.only_low_rank if isinstance(effect, AddToOutput) else None
-            if isinstance(effect, AddToOutput) and delta is not None:
-                changes.append((effect.module, delta))
+            if isinstance(effect, AddToOutput) and effect.delta.only_low_rank is not None:
+                changes.append((effect.module, effect.delta.only_low_rank))
             elif not isinstance(effect, KeepMemory):
                 raise UnsupportedUseError(
                     f"only low-rank edits can be exported as a LoRA adapter, and edit {part.id} by "
@@ -57,10 +56,9 @@ def save_adapter(base: EditableModel, edits: Iterable[Edit], folder: str | Path)
         tensors[f"{prefix}.lora_B.weight"] = total.b.cpu().contiguous()
     modules = [base.model.get_submodule(name) for name in factors]
     encoder_decoder = getattr(base.model.config, "is_encoder_decoder", False)
-    # With alpha equal to the rank the adapter is added unscaled.
     config = LoraConfig(
         r=max(ranks.values()),
-        lora_alpha=max(ranks.values()),
+        lora_alpha=max(ranks.values()),  # equal to the rank, so the adapter is added unscaled
         rank_pattern=ranks,
         alpha_pattern=ranks,
         target_modules=list(factors),
@@ -89,9 +87,7 @@ def load_adapter(
     weights = folder / "adapter_model.safetensors"
     for file in (folder / "adapter_config.json", weights):
         if not file.is_file():
-            raise EditFileError(
-                f"{folder} holds no adapter that can be read: it has no {file.name}"
-            )
+            raise EditFileError(f"{folder} holds no adapter to read: it has no {file.name}")
     config = PeftConfig.from_pretrained(str(folder)).to_dict()
     tensors = load_file(weights)
     others = [k for k in tensors if not k.endswith((".lora_A.weight", ".lora_B.weight"))]
