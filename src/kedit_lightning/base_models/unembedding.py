@@ -32,19 +32,11 @@ def find_head(model: Any) -> str:
 
 
 def find_final_norm(model: nn.Module, block: str, head: str) -> str | None:
-    """Name of the module that normalises the last hidden state for the head.
+    """Name of the module that normalises the last block's output for the head.
 
-    It is the innermost module whose input is the output of the last block and whose output is the
-    input of the head, up to a factor that some models multiply by.
-
-    Args:
-        model: The model.
-        block: Name of the last block.
-        head: Name of the output embedding.
-
-    Returns:
-        The name; ``None`` where the head reads the output of the block itself, as in post-norm
-        models.
+    It is the innermost module whose input is the one and whose output is the input of the other, up
+    to a factor that some models multiply by; ``None`` where the head reads the output of the block
+    itself, as in post-norm models.
 
     Raises:
         ModuleNotLocatedError: No single module leads from the one to the other.
@@ -89,9 +81,8 @@ def _first(value: Any) -> Any:
 
 def _is_scaled(states: Any, others: Any, exactly: bool = False) -> bool:
     """Whether hidden states are others times a number, or times one."""
-    if not (isinstance(states, Tensor) and isinstance(others, Tensor)):
-        return False
-    if states.shape != others.shape:
+    both = isinstance(states, Tensor) and isinstance(others, Tensor)
+    if not both or states.shape != others.shape:
         return False
     states, others = states.double(), others.double().to(states.device)
     factor = 1.0 if exactly else (states * others).sum() / others.square().sum()

@@ -56,11 +56,7 @@ class TokenRows:
 
     @property
     def subject_mask(self) -> Tensor:
-        """Where the tokens of the subjects are, in the columns of ``input_ids``.
-
-        Returns:
-            Bool, shape ``[batch, tokens]``; all ``False`` in a row without a subject.
-        """
+        """Where the tokens of the subjects are. Bool, shape ``[batch, tokens]`` of the inputs."""
         ids = self.inputs["input_ids"]
         columns = torch.arange(ids.shape[1], device=ids.device)
         start, end = self.subject_start[:, None], self.subject_end[:, None]
@@ -74,17 +70,12 @@ class TokenRows:
         return rows.with_pictures([self.pictures[i] for i in index.tolist()])
 
     def with_pictures(self, pictures: Sequence[Sequence[Mapping[str, Tensor]]]) -> TokenRows:
-        """The same rows with pictures.
-
-        Args:
-            pictures: For each row the model inputs of its pictures, such as ``pixel_values``.
-        """
+        """The same rows, each with the model inputs of its pictures, such as ``pixel_values``."""
         every = [picture for row in pictures for picture in row]
         names = dict.fromkeys(name for picture in every for name in picture)
         pixels = {name: torch.cat([picture[name] for picture in every]) for name in names}
-        return replace(
-            self, inputs={**self.inputs, **pixels}, pictures=tuple(tuple(row) for row in pictures)
-        )
+        kept = tuple(tuple(row) for row in pictures)
+        return replace(self, inputs={**self.inputs, **pixels}, pictures=kept)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> TokenRows:
         """The rows after a change of each tensor with a value a row; pictures are left out."""
@@ -172,7 +163,9 @@ def pad_tails(
 ) -> tuple[dict[str, Tensor], TokenRows]:
     """Cut rows of a decoder in two: heads for a key-value cache, tails for passes on top of it.
 
-    Heads are padded on the left and tails on the right, so all tails start in the same column.
+    Heads are padded on the left and tails on the right, so all tails start in the same column.  The
+    attention mask of the tails covers heads too; their columns count from the start of the tail.
+    Of a subject that begins in the head, the tail knows the tokens behind the cut.
 
     Args:
         rows: The rows.
@@ -180,11 +173,6 @@ def pad_tails(
         pad_id: Id put where there is no token.
         takes_positions: Whether the model's ``forward`` takes ``position_ids``.
         device: Where the tensors go.
-
-    Returns:
-        Inputs of the heads, and the tails.  The attention mask of the tails covers heads too; their
-        columns count from the start of the tail.  Of a subject that begins in the head, the tail
-        knows the tokens behind the cut.
     """
     pairs = list(zip(rows, cuts, strict=True))
     head, head_mask, _ = _pad([row.prompt[:at] for row, at in pairs], pad_id, "left")
@@ -198,9 +186,8 @@ def pad_tails(
     inputs = {"input_ids": padded.inputs["input_ids"], "attention_mask": mask}
     first = {"input_ids": head.to(device), "attention_mask": head_mask.to(device)}
     if takes_positions:
-        first["position_ids"], inputs["position_ids"] = positions(mask).split(
-            [head.shape[1], mask.shape[1] - head.shape[1]], dim=1
-        )
+        width, places = head.shape[1], positions(mask)
+        first["position_ids"], inputs["position_ids"] = places[:, :width], places[:, width:]
     return first, replace(padded, inputs=inputs)
 
 
@@ -213,9 +200,8 @@ def pad_encoder_decoder_rows(
 ) -> TokenRows:
     """Pad rows of an encoder-decoder: the prompt goes to the encoder, the answer to the decoder.
 
-    The decoder's first column, the start token, predicts the first answer token; ``prompt_end`` is
-    that column, since in the decoder the prompt is the start token alone.  Columns of subjects are
-    those of the encoder.
+    ``prompt_end`` is the decoder's first column, the start token, which predicts the first answer
+    token.  Columns of subjects are those of the encoder.
     """
     ids, mask, first = _pad([(*row.prompt, *suffix) for row in rows], pad_id, "right")
     shifted = [(start_id, *row.answer[:-1]) if row.answer else (start_id,) for row in rows]
