@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kedit_lightning.base_models.base_model import BaseModel
 from kedit_lightning.base_models.blocks import removing
-from kedit_lightning.base_models.rows import EncodedRow, TokenRows, pad_tails
+from kedit_lightning.base_models.rows import EncodedRow, pad_tails
 from kedit_lightning.base_models.taps import skipping
 from kedit_lightning.edits.projections import first_tensor, with_first
 
@@ -49,7 +49,11 @@ class Continuation:
         if not resume:
             self.rows = base.pad(rows, "right")
             return
-        head, self.rows = self._cut(rows)
+        cuts = [row.subject_end for row in rows]
+        head, self.rows = pad_tails(rows, cuts, base.pad_id, base.takes_positions, base.device)
+        if not any(cuts):
+            width = head["input_ids"].shape[1]
+            self.rows.inputs["attention_mask"] = self.rows.attention_mask[:, width:]
         self._fill(head, block)
 
     @torch.no_grad()
@@ -65,14 +69,6 @@ class Continuation:
                 self.base.forward(self.rows, **self._options())
             self._below, self._output = names, seen[-1]
 
-    def _cut(self, rows: Sequence[EncodedRow]) -> tuple[dict[str, Tensor], TokenRows]:
-        base, cuts = self.base, [row.subject_end for row in rows]
-        head, tails = pad_tails(rows, cuts, base.pad_id, base.takes_positions, base.device)
-        if not any(cuts):
-            width = head["input_ids"].shape[1]
-            tails.inputs["attention_mask"] = tails.attention_mask[:, width:]
-        return head, tails
-
     def _options(self) -> dict[str, Any]:
         if self._cache is None:
             return {}
@@ -83,8 +79,7 @@ class Continuation:
 
     def logits_of(self, places: tuple[Tensor, Tensor]) -> Tensor:
         """Logits ``[n, vocab]`` at rows and columns ``[n]``, with the hooks now on the model."""
-        outputs = dict.fromkeys(self._below, self._output)
-        with skipping(self.base.model, outputs):
+        with skipping(self.base.model, dict.fromkeys(self._below, self._output)):
             return self.base.logits_of(self.rows, places, **self._options())
 
     def select(self, index: Tensor) -> Continuation:

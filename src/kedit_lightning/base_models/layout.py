@@ -26,7 +26,7 @@ from kedit_lightning.base_models.blocks import (
     removing,
     text_config,
 )
-from kedit_lightning.base_models.unembedding import find_final_norm, find_head
+from kedit_lightning.base_models.unembedding import find_final_norm
 from kedit_lightning.base_models.write_path import WritePath, measure_write_path
 from kedit_lightning.edits.projections import (
     as_rows,
@@ -131,8 +131,20 @@ class Layout:
 
     @cached_property
     def head(self) -> str:
-        """Name of the output embedding, which turns hidden states into logits."""
-        return find_head(self.model)
+        """Name of the output embedding, which turns hidden states into logits.
+
+        Raises:
+            ModuleNotLocatedError: The model has none.
+        """
+        model: Any = self.model
+        output = model.get_output_embeddings()
+        for name, module in model.named_modules():
+            if module is output:
+                return str(name)
+        raise ModuleNotLocatedError(
+            f"a model of type '{model.config.model_type}' has no output embedding, so its hidden "
+            "states cannot be turned into logits; use a model with a language-modelling head"
+        )
 
     @cached_property
     def final_norm(self) -> str | None:
@@ -147,7 +159,7 @@ class Layout:
         """
         if self._of_encoder:
             raise ModuleNotLocatedError(
-                "an encoder has no head; ask for the final norm of the decoder instead"
+                "the encoder of an encoder-decoder has no head; ask for its decoder's final norm"
             )
         return find_final_norm(self.model, self.block_name(len(self) - 1), self.head)
 
@@ -171,8 +183,7 @@ class Layout:
             )
         index %= count
         if index not in self._described:
-            name, block = self.block_name(index), self._found[1][index]
-            self._described[index] = self._describe(name, block)
+            self._described[index] = self._describe(self.block_name(index), self._found[1][index])
         return self._described[index]
 
     @cached_property
@@ -226,12 +237,8 @@ class Layout:
         # What all of the MLP lies in: in OPT and BERT that is only the block itself.
         nested = zip(*(key.split(".")[:-1] for key in (*inner, down)), strict=False)
         owner = ".".join(part for part, *_ in takewhile(lambda p: len({*p}) == 1, nested))
-        return Block(
-            name=name,
-            down=f"{name}.{down}",
-            mlp=f"{name}.{owner or down}",
-            projections=tuple(f"{name}.{key}" for key in (*inner, down)),
-        )
+        projections = tuple(f"{name}.{key}" for key in (*inner, down))
+        return Block(name, projections[-1], f"{name}.{owner or down}", projections)
 
     def _locate(
         self, name: str, block: nn.Module, matrices: dict[str, nn.Module]

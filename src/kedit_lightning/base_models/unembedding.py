@@ -1,4 +1,4 @@
-"""From the last hidden state to logits: the final norm and the head."""
+"""The final norm, from the last hidden state to the input of the head."""
 
 from __future__ import annotations
 
@@ -13,22 +13,6 @@ from kedit_lightning.errors import ModuleNotLocatedError
 #: Relative difference below which two hidden states count as the same up to a factor: rounding in
 #: bfloat16 gives some 3e-3.
 _SAME = 2e-2
-
-
-def find_head(model: Any) -> str:
-    """Name of the output embedding, the module that turns hidden states into logits.
-
-    Raises:
-        ModuleNotLocatedError: The model has none.
-    """
-    head = model.get_output_embeddings()
-    for name, module in model.named_modules():
-        if module is head:
-            return str(name)
-    raise ModuleNotLocatedError(
-        f"a model of type '{model.config.model_type}' has no output embedding, so its hidden "
-        "states cannot be turned into logits; use a model with a language-modelling head"
-    )
 
 
 def find_final_norm(model: nn.Module, block: str, head: str) -> str | None:
@@ -60,9 +44,8 @@ def find_final_norm(model: nn.Module, block: str, head: str) -> str | None:
     wanted, _ = through.pop(head)
     for name, (before, after) in through.items():
         # A dropout, which has no parameters, changes nothing.
-        changes = any(True for _ in model.get_submodule(name).parameters()) or not _is_scaled(
-            after, hidden[0]
-        )
+        weighted = any(True for _ in model.get_submodule(name).parameters())
+        changes = weighted or not _is_scaled(after, hidden[0])
         if changes and _is_scaled(before, hidden[0], exactly=True) and _is_scaled(after, wanted):
             return name
     if _is_scaled(wanted, hidden[0]):

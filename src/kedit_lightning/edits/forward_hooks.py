@@ -139,13 +139,9 @@ def _copied(rows: Tensor, copies: int, device: torch.device) -> Tensor:
     return (rows[:, None] * copies + torch.arange(copies, device=device)).flatten()
 
 
-def states_hook(function: StatesFunction) -> ForwardHook:
-    """A hook that passes the output of a module to a function that reads it."""
-
-    def read(args: tuple[Any, ...], output: Any, context: RowContext | None) -> None:
-        function(first_tensor(output), known_context(context))
-
-    return read
+def read_states(read: StatesFunction, args: Any, output: Any, context: RowContext | None) -> None:
+    """Forward hook, with its first argument bound: passes the output of a module to a function."""
+    read(first_tensor(output), known_context(context))
 
 
 class LogitsHook:

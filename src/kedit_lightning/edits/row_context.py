@@ -234,9 +234,7 @@ class ContextTracker:
                 self._read_question(call)
             self._attach(cache)
 
-    def enter_encoder(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
+    def enter_encoder(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Open a context when generation runs the encoder before it calls the model."""
         if self.current is not None:
             return
@@ -271,9 +269,7 @@ class ContextTracker:
         columns = torch.arange(attended.shape[1], device=attended.device)
         return (columns * attended).argmax(dim=1)
 
-    def leave(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> None:
+    def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """Store the context with a cache that the model created itself, and close it."""
         for name in ("past_key_values", "cache_params"):
             self._attach(getattr(output, name, None))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -24,7 +25,7 @@ from kedit_lightning.edits.effects import (
     families,
     of_type,
 )
-from kedit_lightning.edits.forward_hooks import ForwardHook, LogitsHook, ModuleHook, states_hook
+from kedit_lightning.edits.forward_hooks import ForwardHook, LogitsHook, ModuleHook, read_states
 from kedit_lightning.edits.row_context import ContextTracker
 from kedit_lightning.errors import EditOrderError, UnsupportedUseError
 
@@ -58,7 +59,7 @@ def _states_hooks(
             for number, effect in enumerate(group):
                 carriers[rows_of.get(id(effect), slice(None)), number] = True
         function = group[0].build([effect.content for effect in group], carriers)
-        hooks.append((group[0].module, states_hook(function)))
+        hooks.append((group[0].module, partial(read_states, function)))
     return hooks
 
 
@@ -164,10 +165,7 @@ class EditStack:
 
     @contextmanager
     def carried(self, edits: Sequence[Edit | None]) -> Iterator[None]:
-        """Inside, each row of a forward pass carries an edit of its own on top of the stack.
-
-        Args:
-            edits: One for each row, ``None`` for rows without an edit.
+        """Inside, each row of a forward pass carries its own edit, or ``None``, on the stack.
 
         Raises:
             UnsupportedUseError: An edit acts on prompts or on decoding, where rows are not told

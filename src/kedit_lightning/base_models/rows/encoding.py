@@ -182,9 +182,7 @@ class RowEncoder:
         prompt, subject = prompt.strip(), subject.strip()
         at = last_place(prompt, subject) if subject else -1
         if at < 0 or prompt not in text:
-            raise InvalidRequestError(
-                f"the subject {subject!r} does not occur in prompt {prompt!r}"
-            )
+            raise InvalidRequestError(f"subject {subject!r} does not occur in prompt {prompt!r}")
         begin = text.rfind(prompt) + at
         end = begin + len(subject)
         encoded = self._offsets(text)

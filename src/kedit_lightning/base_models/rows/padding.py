@@ -27,14 +27,12 @@ class TokenRows:
         inputs: What the model takes: ids, attention mask, and position ids or decoder ids where it
             knows them. Shape ``[batch, tokens]`` each.
         prompt_end: Column of each row's last prompt token. Shape ``[batch]``.
-        subject_start: Column of each row's first subject token, ``-1`` without one. Shape
-            ``[batch]``.
-        subject_end: Column of each row's last subject token, ``-1`` without one. Shape ``[batch]``.
+        subject_start: Column of the first subject token, ``-1`` without one. Shape ``[batch]``.
+        subject_end: Column of the last subject token, ``-1`` without one. Shape ``[batch]``.
         answer_ids: Ids of the answers, padded on the right. Shape ``[batch, width]``.
         answer_mask: Where ``answer_ids`` is no padding. Shape ``[batch, width]``.
         answer_columns: Column whose logits predict each answer token. Shape ``[batch, width]``.
-        pictures: Model inputs of the pictures of each row; ``inputs`` holds all of them joined
-            along their first axis. Empty without pictures.
+        pictures: Model inputs of each row's pictures; ``inputs`` joins them along the first axis.
     """
 
     inputs: dict[str, Tensor]
@@ -57,9 +55,8 @@ class TokenRows:
     @property
     def subject_mask(self) -> Tensor:
         """Where the tokens of the subjects are. Bool, shape ``[batch, tokens]`` of the inputs."""
-        ids = self.inputs["input_ids"]
-        columns = torch.arange(ids.shape[1], device=ids.device)
         start, end = self.subject_start[:, None], self.subject_end[:, None]
+        columns = torch.arange(self.inputs["input_ids"].shape[1], device=start.device)
         return (start >= 0) & (columns >= start) & (columns <= end)
 
     def select(self, index: Tensor) -> TokenRows:
@@ -90,7 +87,7 @@ def _pad(
     rows: Sequence[Sequence[int]], fill: int, side: PaddingSide
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Ids and mask, ``[batch, tokens]``, and the column of each row's first token, ``[batch]``."""
-    width = max(1, *(len(row) for row in rows)) if rows else 1
+    width = max([1, *map(len, rows)])
     ids = torch.full((len(rows), width), fill, dtype=torch.long)
     mask = torch.zeros((len(rows), width), dtype=torch.long)
     first = torch.zeros(len(rows), dtype=torch.long)
@@ -167,12 +164,8 @@ def pad_tails(
     attention mask of the tails covers heads too; their columns count from the start of the tail.
     Of a subject that begins in the head, the tail knows the tokens behind the cut.
 
-    Args:
-        rows: The rows.
-        cuts: Number of tokens in each head; less than the length of the prompt.
-        pad_id: Id put where there is no token.
-        takes_positions: Whether the model's ``forward`` takes ``position_ids``.
-        device: Where the tensors go.
+    ``cuts`` is the number of tokens in each head, less than the length of the prompt; the other
+    arguments are those of :func:`pad_rows`.
     """
     pairs = list(zip(rows, cuts, strict=True))
     head, head_mask, _ = _pad([row.prompt[:at] for row, at in pairs], pad_id, "left")

@@ -39,14 +39,7 @@ class CodebookEdit(MemoryEdit):
     """Entries of a codebook at one layer; all such edits of the stack form one codebook.
 
     It is built from the edits on the stack, in order, so rolling one back also gives its neighbours
-    their radii back.
-
-    Args:
-        base: The base model.
-        module: Name of the layer.
-        entries: The facts.
-        replacement: Which tokens of a recognised row get the value.
-        origin: Where the edit comes from.
+    their radii back.  ``replacement`` tells which tokens of a recognised row get the value.
     """
 
     kind: ClassVar[str] = "codebook"

@@ -57,14 +57,10 @@ class PromptEdit(Edit):
 
 
 def retrieval(contents: Sequence[Sequence[PromptEntry]]) -> PromptFunction:
-    """A function that puts the fact most similar to a prompt before it.
+    """A function that puts the fact most similar to a prompt before it; of equals the latest.
 
     Demonstrations are dropped, the least similar first, until the text leaves room for an answer;
     the fact and the question never are.
-
-    Args:
-        contents: Facts of each edit, oldest first.  Of equally similar facts the latest is stated,
-            since it overwrites the earlier ones.
     """
     entries = [entry for content in contents for entry in content]
     index = LexicalIndex([entry.key for entry in entries]) if len(entries) > 1 else None

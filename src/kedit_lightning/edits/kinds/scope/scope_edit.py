@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import ClassVar
 
@@ -44,13 +44,7 @@ class ScopeEdit(MemoryEdit):
 
     The output of one block of the base model tells which fact, if any, a question is about.  The
     logits of rows in scope are replaced by those of the counterfactual model.  The networks are
-    saved with each edit.
-
-    Args:
-        base: The base model.
-        networks: Scope classifier and counterfactual model; they must not be trained further.
-        entries: The facts.
-        origin: Where the edit comes from.
+    saved with each edit, and must not be trained further.
     """
 
     kind: ClassVar[str] = "scope"
@@ -95,7 +89,7 @@ class ScopeEdit(MemoryEdit):
         """Keys as a matrix, the networks, and the statements as plain values."""
         networks = {_NETWORK + name: t for name, t in self.networks.state_dict().items()}
         return {"keys": torch.stack([entry.key for entry in self.entries]), **networks}, {
-            "plan": self.networks.plan.to_json(),
+            "plan": asdict(self.networks.plan),
             "statements": [list(entry.statement) for entry in self.entries],
             "thresholds": [entry.threshold for entry in self.entries],
         }
@@ -121,11 +115,9 @@ def _decision_name(edits: Sequence[ScopeEdit]) -> str:
 
 
 class ScopeRouter:
-    """Decides during prefill which entry, if any, each row's question is about.
+    """Decides during prefill which entry of a family, if any, each row's question is about.
 
-    Args:
-        edits: The edits of one family, oldest first.
-        carriers: Rows that carry each edit, ``[rows, edits]``; ``None`` if all rows do.
+    ``carriers`` are the rows that carry each edit, ``[rows, edits]``; ``None`` if all rows do.
     """
 
     def __init__(self, edits: Sequence[ScopeEdit], carriers: Tensor | None) -> None:
@@ -167,11 +159,7 @@ class ScopeRouter:
 
 
 class ScopeAnswers:
-    """Replaces the logits of rows in scope by those of the counterfactual model.
-
-    Args:
-        edits: The edits of one family, oldest first.
-    """
+    """Replaces the logits of rows in scope by those of the counterfactual model."""
 
     def __init__(self, edits: Sequence[ScopeEdit]) -> None:
         self._name = _decision_name(edits)

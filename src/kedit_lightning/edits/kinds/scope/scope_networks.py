@@ -40,10 +40,6 @@ class ScopePlan:
     made_of: dict[str, Any] | None = None
     own_tokens: bool = False
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain values for files."""
-        return asdict(self)
-
 
 def heads_of(width: int) -> int:
     """Number of attention heads: 64 wide if possible, and of even width for rotary positions.
@@ -149,7 +145,7 @@ class ScopeNetworks(nn.Module):
 
     def digest(self) -> str:
         """Short hash of shape and weights; edits with equal hashes share a memory."""
-        digest = hashlib.sha256(json.dumps(self.plan.to_json(), sort_keys=True).encode())
+        digest = hashlib.sha256(json.dumps(asdict(self.plan), sort_keys=True).encode())
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(f"{name}{tensor.dtype}".encode())
             digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
