@@ -20,7 +20,6 @@ class DoLaEdit(DecodingEdit):
         base: The base model.
         block: Block whose hidden states give the early distribution, through final norm and head.
         alpha: Tokens less likely than this share of the likeliest token are excluded.
-        origin: Where the edit comes from.
     """
 
     kind: ClassVar[str] = "dola"
@@ -30,6 +29,8 @@ class DoLaEdit(DecodingEdit):
     ) -> None:
         super().__init__(base, origin)
         self.block, self.alpha = block, alpha
+        # Located now: the search runs the model, which calls an applied edit.
+        self.unembedding = [n for n in (base.layout.final_norm, base.layout.head) if n]
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -38,11 +39,11 @@ class DoLaEdit(DecodingEdit):
 
     def adjust(self, logits: Tensor, states: Mapping[str, Tensor]) -> Tensor:
         """Contrast logits ``[n, vocab]`` with those of the early states ``[n, hidden]``."""
-        model, (early,) = self.base.model, states.values()
-        before = model.get_output_embeddings()(model.model.norm(early)).log_softmax(-1)
-        after = logits.log_softmax(-1)
+        early, after = states[self.reads[0]], logits.log_softmax(-1)
+        for name in self.unembedding:
+            early = self.base.module(name)(early)
         plausible = after >= after.amax(-1, keepdim=True) + torch.tensor(self.alpha).log()
-        return torch.where(plausible, after - before, -1e4)
+        return torch.where(plausible, after - early.log_softmax(-1), -1e4)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The settings; there are no tensors."""

@@ -9,7 +9,7 @@ from source_tree import check, modules, planted
 
 KINDS = ("edits", "kinds")
 #: What applies effects.
-BLIND = {"edits.effects", "edits.row_context", "edits.stack"}
+BLIND = {"edits.effects", "edits.forward_hooks", "edits.row_context", "edits.stack"}
 
 
 def kinds_known(tree):
@@ -26,11 +26,12 @@ def kinds_of(tree):
     """Classes of edits below ``edits/kinds/``, and the room of each: its folder, or its module."""
     rooms, bases = {}, {}
     for module in tree:
-        if module.parts[:2] != KINDS:
+        if module.parts[0] != "edits":
             continue
         for node in module.tree.body:
             if isinstance(node, ast.ClassDef):
-                rooms[node.name] = module.parts[:3]
+                if module.parts[:2] == KINDS:
+                    rooms[node.name] = module.parts[:3]
                 bases[node.name] = {_last(base) for base in node.bases}
     edits = {"Edit"}
     while grown := {name for name, above in bases.items() if above & edits} - edits:
@@ -78,8 +79,8 @@ def test_all_kinds_are_seen():
 
 
 ROOM = {
-    "edits__kinds__scope__scope_edit": "class MemoryEdit(Edit): ...\n"
-    "class ScopeEdit(MemoryEdit): ...",
+    "edits__edit": "class MemoryEdit(Edit): ...",
+    "edits__kinds__scope__scope_edit": "class ScopeEdit(MemoryEdit): ...",
 }
 
 
@@ -90,7 +91,7 @@ ROOM = {
         (kinds_known, {"edits__effects": "from .kinds import scope"}),
         (kinds_asked_for, {**ROOM, "edits__stack": "isinstance(edit, ScopeEdit)"}),
         (kinds_asked_for, {**ROOM, "runs__a": "isinstance(edit, (int, edits.ScopeEdit))"}),
-        (kinds_asked_for, {**ROOM, "runs__a": "isinstance(edit, int | MemoryEdit)"}),
+        (kinds_asked_for, {**ROOM, "runs__a": "isinstance(edit, int | ScopeEdit)"}),
         (kinds_asked_for, {**ROOM, "callbacks__a": "match e:\n    case ScopeEdit():\n        f()"}),
         (kinds_asked_for, {**ROOM, "edits__kinds__weights": "isinstance(edit, ScopeEdit)"}),
     ],

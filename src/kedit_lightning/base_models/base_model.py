@@ -26,7 +26,7 @@ from kedit_lightning.base_models.rows import (
 )
 from kedit_lightning.base_models.spec import BaseModelSpec, load_pretrained
 from kedit_lightning.edits import EditStack
-from kedit_lightning.edits.projections import first_tensor
+from kedit_lightning.edits.projections import compute_dtype, first_tensor
 from kedit_lightning.errors import InvalidRequestError, NonFiniteError
 
 
@@ -51,20 +51,18 @@ class BaseModel:
         padding_side: PaddingSide = "right",
         processor: Any = None,
     ) -> None:
+        config = model.config
         self.model: Any = model.eval().requires_grad_(False)
         self.tokenizer: Any = tokenizer
-        self.name: str = (
-            name or getattr(model.config, "_name_or_path", "") or model.config.model_type
-        )
-        self.revision: str | None = getattr(model.config, "_commit_hash", None)
+        self.name: str = name or getattr(config, "_name_or_path", "") or config.model_type
+        self.revision: str | None = getattr(config, "_commit_hash", None)
         self.padding_side: PaddingSide = padding_side
         self.edits = EditStack(model)
         images = None if processor is None else ImageEncoder(processor)
         self.encoder = RowEncoder(tokenizer, chat, images)
         self.layout = Layout(model)
-        parameters = inspect.signature(model.forward).parameters
         #: Whether its ``forward`` takes ``position_ids``.
-        self.takes_positions = "position_ids" in parameters
+        self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         #: Whether its passes can start in the middle; ``None`` until ``can_resume`` has tried.
         self.resumes: bool | None = None
 
@@ -79,12 +77,9 @@ class BaseModel:
         Raises:
             BaseModelNotFoundError: There is no such model.
         """
-        if isinstance(source, BaseModelSpec):
-            spec = replace(source, **options)
-        else:
-            spec = BaseModelSpec(fspath(source), **options)
-        model, tokenizer = load_pretrained(spec)
-        base = cls(model, tokenizer, name=spec.name)
+        given = source if isinstance(source, BaseModelSpec) else BaseModelSpec(fspath(source))
+        spec = replace(given, **options)
+        base = cls(*load_pretrained(spec), name=spec.name)
         base.revision = base.revision or spec.revision
         return base
 
@@ -108,9 +103,8 @@ class BaseModel:
     @property
     def is_placed(self) -> bool:
         """Whether its weights must stay where they are: quantised, or spread by a device map."""
-        return bool(
-            getattr(self.model, "is_quantized", False) or getattr(self.model, "hf_device_map", None)
-        )
+        quantised = getattr(self.model, "is_quantized", False)
+        return bool(quantised or getattr(self.model, "hf_device_map", None))
 
     def to(self, device: torch.device | str) -> BaseModel:
         """Move it, unless it is quantised or has a device map."""
@@ -172,9 +166,7 @@ class BaseModel:
         padding_side: PaddingSide | None = None,
         images: Sequence[str | None] | None = None,
     ) -> TokenRows:
-        """Tokenise and pad prompts, with answers, subjects and pictures where given.
-
-        Prompt edits on the stack rewrite the prompts first.
+        """Pad the rows of :meth:`encode`.
 
         Args:
             prompts: The prompts.
@@ -182,10 +174,6 @@ class BaseModel:
             subjects: The part of each prompt that the fact is about.
             padding_side: Side of padding; that of the base model if not given.
             images: Path or URL of the picture that each prompt is about.
-
-        Raises:
-            InvalidRequestError: A row is longer than the model allows, or lacks its subject.
-            UnsupportedUseError: A row has a picture, and the base model no processor.
         """
         _refuse_one_text(prompts)
         absent = [None] * len(prompts)
@@ -199,8 +187,7 @@ class BaseModel:
         """Align and pad rows that are tokens already, and add the pixels of their pictures."""
         pad_id = self.pad_id
         if self.is_encoder_decoder:
-            start = self.model.config.decoder_start_token_id
-            suffix = self.encoder.suffix
+            start, suffix = self.model.config.decoder_start_token_id, self.encoder.suffix
             rows = pad_encoder_decoder_rows(encoded, pad_id, start, suffix, self.device)
         else:
             side = padding_side or self.padding_side
@@ -246,36 +233,22 @@ class BaseModel:
             return self.model(**{**rows.inputs, "use_cache": False, **options})
 
     def answer_logits(self, rows: TokenRows) -> Tensor:
-        """Logits that predict the answer tokens. Shape ``[batch, width, vocab]``.
-
-        The vocabulary projection runs on these positions only.
-        """
+        """Logits that predict the answer tokens. Shape ``[batch, width, vocab]``."""
         return self.logits_at(rows, rows.answer_columns)
 
     def logits_at(self, rows: TokenRows, columns: Tensor) -> Tensor:
-        """Logits at some columns of each row.
-
-        Args:
-            rows: The rows.
-            columns: Shape ``[batch, width]``.
-
-        Returns:
-            Shape ``[batch, width, vocab]``.
-        """
+        """Logits ``[batch, width, vocab]`` at some columns ``[batch, width]`` of each row."""
         at = torch.arange(len(columns), device=columns.device)[:, None].expand_as(columns)
         flat = self.logits_of(rows, (at.flatten(), columns.flatten()))
         return flat.reshape(*columns.shape, -1)
 
     def logits_of(self, rows: TokenRows, places: tuple[Tensor, Tensor], **options: Any) -> Tensor:
-        """Logits at single places; the vocabulary projection runs on these only.
+        """Logits ``[n, vocab]`` at single places; the vocabulary projection runs on these only.
 
         Args:
             rows: The rows.
             places: Row and column of each place. Shape ``[n]`` each.
             **options: Passed to the model.
-
-        Returns:
-            Shape ``[n, vocab]``.
         """
         head = self.model.get_output_embeddings()
         if head is None:
@@ -297,12 +270,12 @@ class BaseModel:
         return logits[0]
 
     def answer_log_probs(self, rows: TokenRows) -> Tensor:
-        """Log-probability of each answer token, 0 on padding. Shape ``[batch, width]``.
+        """Log-probability of each answer token, in at least float32. Shape ``[batch, width]``.
 
-        Computed in at least float32.
+        It is 0 on padding.
         """
         logits = self.answer_logits(rows)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = logits.to(compute_dtype(logits.dtype))
         chosen = logits.log_softmax(-1).gather(-1, rows.answer_ids[..., None])[..., 0]
         return chosen * rows.answer_mask
 
@@ -315,7 +288,7 @@ class BaseModel:
         images: Sequence[str | None] | None = None,
         **options: Any,
     ) -> list[str]:
-        """Continue prompts, greedily unless ``options`` say otherwise.
+        """Continue prompts, greedily unless ``options`` say otherwise; prompts are not repeated.
 
         Args:
             prompts: The prompts.
@@ -324,18 +297,21 @@ class BaseModel:
             stop_at_sentence: End once every row has ended a line or a sentence.
             images: Path or URL of the picture that each prompt is about.
             **options: Passed to ``transformers``' ``generate``.
-
-        Returns:
-            The continuations, without the prompts.
         """
         _refuse_one_text(prompts)
         texts: list[str] = []
         for start in range(0, len(prompts), batch_size):
             part = slice(start, start + batch_size)
-            rows = self.rows(
-                prompts[part], padding_side="left", images=None if images is None else images[part]
-            )
-            texts += generate_texts(self, rows, max_new_tokens, stop_at_sentence, options)
+            rows = self.rows(prompts[part], padding_side="left", images=images and images[part])
+            settings = {"pad_token_id": self.pad_id, "max_new_tokens": max_new_tokens, **options}
+            if not self.is_encoder_decoder:
+                room = self.max_tokens - rows.inputs["input_ids"].shape[1]
+                settings["max_new_tokens"] = max(1, min(max_new_tokens, room))
+            # Told once: without a key-value cache every step looks like the first one.
+            with self.edits.prompts_end_at(rows.prompt_end):
+                texts += generate_texts(
+                    self.model, self.tokenizer, rows, stop_at_sentence, settings
+                )
         return texts
 
     def __repr__(self) -> str:

@@ -42,9 +42,8 @@ def _layer_counts(config: Any, encoder: bool) -> tuple[int, ...]:
 def find_blocks(model: nn.Module, encoder: bool = False) -> tuple[str, nn.ModuleList]:
     """Name and modules of the decoder's blocks, or of the encoder's.
 
-    Args:
-        model: The model.
-        encoder: Find those of the encoder of an encoder-decoder.
+    Of the lists of as many modules as there are layers that text runs through, they are the one
+    with most parameters.
 
     Raises:
         ModuleNotLocatedError: No list of modules has the length the configuration states.
@@ -72,13 +71,10 @@ def _that_run(
     model: nn.Module, lists: list[tuple[str, nn.ModuleList]]
 ) -> list[tuple[str, nn.ModuleList]]:
     """Those of the lists whose modules run when the input is text."""
-    ran: set[int] = set()
-    handles = [
-        modules[0].register_forward_pre_hook(lambda m, a: ran.add(id(m))) for _, modules in lists
-    ]
-    with removing(handles):
+    ran: set[nn.Module] = set()
+    with removing([m[0].register_forward_pre_hook(lambda m, _: ran.add(m)) for _, m in lists]):
         read_probe(model)
-    return [pair for pair in lists if id(pair[1][0]) in ran]
+    return [pair for pair in lists if pair[1][0] in ran]
 
 
 @torch.no_grad()
@@ -87,10 +83,8 @@ def read_probe(model: Any) -> None:
     device = next(model.parameters()).device
     vocabulary = int(text_config(model).vocab_size)
     ids = torch.arange(1, PROBE_TOKENS + 1, device=device)[None] % vocabulary
-    inputs = {"input_ids": ids}
-    if getattr(model.config, "is_encoder_decoder", False):
-        inputs["decoder_input_ids"] = ids
-    model(**inputs, use_cache=False)
+    encoder_decoder = getattr(model.config, "is_encoder_decoder", False)
+    model(input_ids=ids, use_cache=False, **({"decoder_input_ids": ids} if encoder_decoder else {}))
 
 
 @contextmanager

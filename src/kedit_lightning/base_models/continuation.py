@@ -1,8 +1,6 @@
 """Forward passes that resume in the middle: at a column of each row, above a block.
 
-A change of one token's hidden state above a block changes neither earlier tokens nor the blocks
-below.  So earlier tokens are prefilled once into a key-value cache, the blocks below run once, and
-each further pass computes only the rest.
+Earlier tokens are prefilled once into a key-value cache, and the blocks below run once.
 """
 
 from __future__ import annotations
@@ -15,14 +13,14 @@ import torch
 from torch import Tensor
 
 from kedit_lightning.base_models.base_model import BaseModel
-from kedit_lightning.base_models.rows import EncodedRow, TokenRows, pad_tails
+from kedit_lightning.base_models.blocks import removing
+from kedit_lightning.base_models.rows import EncodedRow, pad_tails
 from kedit_lightning.base_models.taps import skipping
 from kedit_lightning.edits.projections import first_tensor, with_first
 
 #: Errors of models whose caches or blocks have another form.
 _OTHER_FORM = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-#: Largest relative difference of logits between resumed and complete passes, by the number of bytes
-#: of the dtype.
+#: Largest relative difference of logits of resumed and complete passes, by bytes of the dtype.
 _SAME = {8: 1e-9, 4: 1e-4, 2: 5e-2}
 
 
@@ -40,11 +38,7 @@ class Continuation:
     """
 
     def __init__(
-        self,
-        base: BaseModel,
-        rows: Sequence[EncodedRow],
-        block: int,
-        resume: bool | None = None,
+        self, base: BaseModel, rows: Sequence[EncodedRow], block: int, resume: bool | None = None
     ) -> None:
         self.base = base
         self._cache: Any = None
@@ -55,7 +49,11 @@ class Continuation:
         if not resume:
             self.rows = base.pad(rows, "right")
             return
-        head, self.rows = self._cut(rows)
+        cuts = [row.subject_end for row in rows]
+        head, self.rows = pad_tails(rows, cuts, base.pad_id, base.takes_positions, base.device)
+        if not any(cuts):
+            width = head["input_ids"].shape[1]
+            self.rows.inputs["attention_mask"] = self.rows.attention_mask[:, width:]
         self._fill(head, block)
 
     @torch.no_grad()
@@ -65,24 +63,11 @@ class Continuation:
             self._cache = self.base.model(**head, use_cache=True, logits_to_keep=1).past_key_values
         if block > 0:
             names = tuple(self.base.layout.block_name(index) for index in range(block))
-            last = self.base.module(names[-1])
-            seen: list[Any] = []
-            handle = last.register_forward_hook(lambda module, args, output: seen.append(output))
-            try:
+            last, seen = self.base.module(names[-1]), list[Any]()
+            note = last.register_forward_hook(lambda module, args, output: seen.append(output))
+            with removing([note]):
                 self.base.forward(self.rows, **self._options())
-            finally:
-                handle.remove()
             self._below, self._output = names, seen[-1]
-
-    def _cut(self, rows: Sequence[EncodedRow]) -> tuple[dict[str, Tensor], TokenRows]:
-        cuts = [row.subject_end for row in rows]
-        base = self.base
-        pad = base.pad_id
-        head, tails = pad_tails(rows, cuts, pad, base.takes_positions, base.device)
-        if not any(cuts):
-            width = head["input_ids"].shape[1]
-            tails.inputs["attention_mask"] = tails.attention_mask[:, width:]
-        return head, tails
 
     def _options(self) -> dict[str, Any]:
         if self._cache is None:
@@ -93,24 +78,12 @@ class Continuation:
         return {"past_key_values": cache, "use_cache": True}
 
     def logits_of(self, places: tuple[Tensor, Tensor]) -> Tensor:
-        """Logits at single places of :attr:`rows`, with the hooks now on the model.
-
-        Args:
-            places: Row and column of each place. Shape ``[n]`` each.
-
-        Returns:
-            Shape ``[n, vocab]``.
-        """
-        outputs = dict.fromkeys(self._below, self._output)
-        with skipping(self.base.model, outputs):
+        """Logits ``[n, vocab]`` at rows and columns ``[n]``, with the hooks now on the model."""
+        with skipping(self.base.model, dict.fromkeys(self._below, self._output)):
             return self.base.logits_of(self.rows, places, **self._options())
 
     def select(self, index: Tensor) -> Continuation:
-        """The same for some of the rows.
-
-        Args:
-            index: Numbers of the rows that stay. Shape ``[n]``.
-        """
+        """The same for some of the rows, by number. Shape of ``index``: ``[n]``."""
         part = copy.copy(self)
         part.rows = self.rows.select(index)
         if self._output is not None:
@@ -122,10 +95,9 @@ class Continuation:
 
 
 def can_resume(base: BaseModel) -> bool:
-    """Whether passes of a base model can resume in the middle.
+    """Whether passes of a base model can resume in the middle; its architecture is tested once.
 
-    Memory edits decide at the end of a prompt that one call reads, so none may be applied.  The
-    architecture is tested once, on two short rows.
+    Memory edits decide at the end of a prompt that one call reads, so none may be applied.
     """
     if base.is_encoder_decoder or base.edits.reads_rows:
         return False
@@ -147,12 +119,11 @@ def _tried(base: BaseModel) -> bool:
     depth, tolerance = len(base.layout), _SAME[base.dtype.itemsize]
     for block in sorted({0, depth // 2, depth}):
         try:
-            found, expected = (
-                _answers(Continuation(base, rows, block, resume)) for resume in (True, False)
-            )
+            resumed = _answers(Continuation(base, rows, block, resume=True))
+            complete = _answers(Continuation(base, rows, block, resume=False))
         except _OTHER_FORM:
             return False
-        if not bool((found - expected).norm() <= tolerance * expected.norm()):
+        if not bool((resumed - complete).norm() <= tolerance * complete.norm()):
             return False
     return True
 

@@ -14,22 +14,12 @@ from torch import nn
 _SAMPLE = 64
 #: Settings of a configuration that do not change what the model computes, or that saving it adds.
 _IGNORED = frozenset(
-    {
-        "_commit_hash",
-        "_name_or_path",
-        "architectures",
-        "dtype",
-        "transformers_version",
-        "use_cache",
-    }
+    {"_commit_hash", "_name_or_path", "architectures", "dtype", "transformers_version", "use_cache"}
 )
 
 
 def _digest(*parts: bytes) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()[:16]
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
 
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:

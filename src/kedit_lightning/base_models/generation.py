@@ -5,15 +5,14 @@ from __future__ import annotations
 import re
 from bisect import bisect_left
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from kedit_lightning.base_models.rows import TokenRows
-from kedit_lightning.edits import EditStack
-from kedit_lightning.metrics.functional.text_match import answer_text
+from kedit_lightning.sentence import answer_text
 
 #: Inputs that ``generate`` makes itself.
 _MADE = ("position_ids", "decoder_input_ids", "decoder_attention_mask")
@@ -33,74 +32,36 @@ def sentence_ended(text: str) -> bool:
     return answer_text(text) != text.rstrip()
 
 
-class Generator(Protocol):
-    """The parts of a base model that generation uses."""
-
-    model: Any
-    tokenizer: Any
-    edits: EditStack
-
-    @property
-    def is_encoder_decoder(self) -> bool:
-        """Whether the prompt goes to an encoder."""
-
-    @property
-    def pad_id(self) -> int:
-        """Id of padding."""
-
-    @property
-    def max_tokens(self) -> int:
-        """Longest row."""
-
-
 @torch.no_grad()
 def generate_texts(
-    base: Generator,
-    rows: TokenRows,
-    max_new_tokens: int,
-    stop_at_sentence: bool,
-    options: dict[str, Any],
+    model: Any, tokenizer: Any, rows: TokenRows, stop_at_sentence: bool, options: dict[str, Any]
 ) -> list[str]:
     """Continue left-padded rows; see :meth:`BaseModel.generate`."""
-    prompt = 1 if base.is_encoder_decoder else rows.inputs["input_ids"].shape[1]
+    prompt = 1 if "decoder_input_ids" in rows.inputs else rows.inputs["input_ids"].shape[1]
 
     def decode(ids: Tensor) -> str:
-        text: str = base.tokenizer.decode(ids, skip_special_tokens=True)
+        text: str = tokenizer.decode(ids, skip_special_tokens=True)
         return text
 
     def ended(ids: Tensor, scores: Any, **_: Any) -> Tensor:
         done = [sentence_ended(decode(row[prompt:])) for row in ids]
         return torch.tensor(done, device=ids.device)
 
-    settings: dict[str, Any] = {
-        "do_sample": False,
-        "pad_token_id": base.pad_id,
-        "max_new_tokens": max_new_tokens,
-        **options,
-    }
+    settings = {"do_sample": False, **options}
     criteria = [*settings.pop("stopping_criteria", []), *([ended] if stop_at_sentence else [])]
-    processors = settings.pop("logits_processor", [])
-    if not base.is_encoder_decoder:
-        room = base.max_tokens - prompt
-        settings["max_new_tokens"] = max(1, min(settings["max_new_tokens"], room))
-    # The stack is told once: without a key-value cache every step looks like the first one.
-    with base.edits.prompts_end_at(rows.prompt_end):
-        ids: Tensor = base.model.generate(
-            **{name: value for name, value in rows.inputs.items() if name not in _MADE},
-            stopping_criteria=StoppingCriteriaList(criteria),
-            logits_processor=LogitsProcessorList(processors),
-            **settings,
-        )
+    ids: Tensor = model.generate(
+        **{name: value for name, value in rows.inputs.items() if name not in _MADE},
+        stopping_criteria=StoppingCriteriaList(criteria),
+        logits_processor=LogitsProcessorList(settings.pop("logits_processor", [])),
+        **settings,
+    )
     if not stop_at_sentence:
         return [decode(row[prompt:]) for row in ids]
     return [_until_ended(row[prompt:], decode) for row in ids]
 
 
 def _until_ended(ids: Tensor, decode: Callable[[Tensor], str]) -> str:
-    """Text up to the token that ends the sentence.
-
-    A model without an end-of-text token writes on until all rows of the batch have ended.
-    """
+    """Text up to the token that ends the sentence; other rows of the batch may go on longer."""
     lengths = range(len(ids) + 1)
     end = bisect_left(lengths, True, key=lambda n: sentence_ended(decode(ids[:n])))
     return decode(ids[:end])

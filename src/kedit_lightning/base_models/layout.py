@@ -1,20 +1,16 @@
 """Finding a decoder's parts by structure, not by name.
 
-Rules (tried on tiny models of every type that transformers registers as a causal language model):
-
-* blocks: of the lists of as many modules as the model has layers that text runs through, the one
-  with most parameters;
-* down projection: of the matrices in a block that write ``hidden`` values, the widest one that
-  other matrices beside it feed token by token (those of attention and of state-space mixers feed
-  theirs across tokens, the experts of a mixture see some tokens only, and what stands beside an
-  MLP, such as adapters and per-layer embeddings, is narrower);
-* MLP projections: the matrices beside it that read ``hidden`` values and feed its width;
-* final norm: the module that turns the last block's output into the input of the head.
+The down projection is, of the matrices in a block that write ``hidden`` values, the widest one that
+matrices beside it feed token by token.  Those of attention and of state-space mixers feed theirs
+across tokens, the experts of a mixture see some tokens only, and adapters and per-layer embeddings
+are narrower.  The MLP's other projections are the matrices beside it that read ``hidden`` values
+and feed its width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import takewhile
@@ -30,7 +26,7 @@ from kedit_lightning.base_models.blocks import (
     removing,
     text_config,
 )
-from kedit_lightning.base_models.unembedding import find_final_norm, find_head
+from kedit_lightning.base_models.unembedding import find_final_norm
 from kedit_lightning.base_models.write_path import WritePath, measure_write_path
 from kedit_lightning.edits.projections import (
     as_rows,
@@ -119,25 +115,18 @@ class Layout:
         Raises:
             ModuleNotLocatedError: No block has one.
         """
-        found, refused = [], []
+        dense = []
         for index in range(len(self)):
-            try:
+            with suppress(ModuleNotLocatedError):
                 self.block(index)
-            except ModuleNotLocatedError as error:
-                refused.append(error)
-            else:
-                found.append(index)
-        if not found:
-            raise refused[0]
-        return tuple(found)
+                dense.append(index)
+        if not dense:
+            self.block(0)  # raises
+        return tuple(dense)
 
     @property
     def dense_blocks(self) -> tuple[Block, ...]:
-        """The blocks with a dense MLP.
-
-        Raises:
-            ModuleNotLocatedError: No block has one.
-        """
+        """The blocks of :attr:`dense_layers`."""
         return tuple(self.block(index) for index in self.dense_layers)
 
     @cached_property
@@ -147,7 +136,15 @@ class Layout:
         Raises:
             ModuleNotLocatedError: The model has none.
         """
-        return find_head(self.model)
+        model: Any = self.model
+        output = model.get_output_embeddings()
+        for name, module in model.named_modules():
+            if module is output:
+                return str(name)
+        raise ModuleNotLocatedError(
+            f"a model of type '{model.config.model_type}' has no output embedding, so its hidden "
+            "states cannot be turned into logits; use a model with a language-modelling head"
+        )
 
     @cached_property
     def final_norm(self) -> str | None:
@@ -162,8 +159,7 @@ class Layout:
         """
         if self._of_encoder:
             raise ModuleNotLocatedError(
-                "the encoder of an encoder-decoder has no head; ask for the final norm of its "
-                "decoder"
+                "the encoder of an encoder-decoder has no head; ask for its decoder's final norm"
             )
         return find_final_norm(self.model, self.block_name(len(self) - 1), self.head)
 
@@ -187,30 +183,23 @@ class Layout:
             )
         index %= count
         if index not in self._described:
-            prefix, modules = self._found
-            self._described[index] = self._describe(f"{prefix}.{index}", modules[index])
+            self._described[index] = self._describe(self.block_name(index), self._found[1][index])
         return self._described[index]
 
     @cached_property
     def is_gated(self) -> bool:
         """Whether the MLPs have more than one projection before the one that writes."""
-        return len(self.dense_blocks[0].projections) > 2 or self._fused_gate
-
-    @property
-    def _fused_gate(self) -> bool:
-        names = self.dense_blocks[0].projections
-        if len(names) != 2:
-            return False
-        up, down = (self.model.get_submodule(name) for name in names)
-        return projection_shape(up)[1] == 2 * projection_shape(down)[0]
+        modules = [self.model.get_submodule(name) for name in self.dense_blocks[0].projections]
+        written = projection_shape(modules[0])[1]
+        fused = len(modules) == 2 and written == 2 * projection_shape(modules[1])[0]
+        return fused or len(modules) > 2
 
     def write_path(self, index: int) -> WritePath:
         """How the down projection of a block writes to its output; measured once, without edits."""
         block = self.block(index)
         if block.name not in self._paths:
-            self._paths[block.name] = measure_write_path(
-                self.model, block.name, block.down, self.hidden_size
-            )
+            names = block.name, block.down
+            self._paths[block.name] = measure_write_path(self.model, *names, self.hidden_size)
         return self._paths[block.name]
 
     def attention(self, index: int) -> str:
@@ -221,8 +210,7 @@ class Layout:
         """
         block = self.block(index)
         owner = self.model.get_submodule(block.name)
-        inside = len(block.name) + 1
-        mlp = {name[inside:] for name in block.projections}
+        mlp = {name.removeprefix(f"{block.name}.") for name in block.projections}
         matrices = {k: m for k, m in owner.named_modules() if is_projection(m) and k not in mlp}
         plain = self._inputs_of(matrices)
         for key in reversed(plain):
@@ -249,12 +237,8 @@ class Layout:
         # What all of the MLP lies in: in OPT and BERT that is only the block itself.
         nested = zip(*(key.split(".")[:-1] for key in (*inner, down)), strict=False)
         owner = ".".join(part for part, *_ in takewhile(lambda p: len({*p}) == 1, nested))
-        return Block(
-            name=name,
-            down=f"{name}.{down}",
-            mlp=f"{name}.{owner or down}",
-            projections=tuple(f"{name}.{key}" for key in (*inner, down)),
-        )
+        projections = tuple(f"{name}.{key}" for key in (*inner, down))
+        return Block(name, projections[-1], f"{name}.{owner or down}", projections)
 
     def _locate(
         self, name: str, block: nn.Module, matrices: dict[str, nn.Module]
@@ -282,9 +266,7 @@ class Layout:
     ) -> dict[str, Tensor]:
         """Inputs of projections in the order they run, ``[tokens, d_in]`` each.
 
-        Args:
-            matrices: The projections.
-            change: Those whose output for the first token is changed.
+        The output of those in ``change`` is changed for the first token.
         """
         seen: dict[str, Tensor] = {}
 
@@ -297,9 +279,8 @@ class Layout:
 
         def disturb(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
             rows = as_rows(first_tensor(output), 1).clone()
-            generator = torch.Generator().manual_seed(0)
-            noise = torch.randn(rows.shape[-1], generator=generator).to(rows)
-            rows[:, 0] += 10 * (rows.std() + 1) * noise
+            noise = torch.randn(rows.shape[-1], generator=torch.Generator().manual_seed(0))
+            rows[:, 0] += 10 * (rows.std() + 1) * noise.to(rows)
             return with_first(output, rows.reshape(first_tensor(output).shape))
 
         handles = [m.register_forward_pre_hook(note(key)) for key, m in matrices.items()]

@@ -64,9 +64,7 @@ class BaseModelSpec:
 
 def resolve(name: str) -> str:
     """Where the files of a base model are: a packaged folder, or the name itself."""
-    if name in PACKAGED:
-        return str(files("kedit_lightning.base_models") / name)
-    return name
+    return str(files("kedit_lightning.base_models") / name) if name in PACKAGED else name
 
 
 def _quantization(spec: BaseModelSpec) -> dict[str, Any]:
@@ -79,9 +77,7 @@ def _quantization(spec: BaseModelSpec) -> dict[str, Any]:
             f"loading '{spec.name}' in {spec.quantization} needs bitsandbytes: "
             "pip install bitsandbytes"
         ) from error
-    four = spec.quantization == "4bit"
-    config = BitsAndBytesConfig(load_in_4bit=four, load_in_8bit=not four)
-    return {"quantization_config": config}
+    return {"quantization_config": BitsAndBytesConfig(**{f"load_in_{spec.quantization}": True})}
 
 
 @contextmanager
@@ -100,24 +96,17 @@ def _bar_for(name: str) -> Iterator[None]:
 def load_pretrained(spec: BaseModelSpec) -> tuple[Any, Any]:
     """Load model and tokenizer.
 
-    Args:
-        spec: Name, dtype, placement and kernels.
-
-    Returns:
-        The model and its tokenizer.
-
     Raises:
         BaseModelNotFoundError: There is no such model.
+        UnsupportedUseError: It needs code of its own, which is not trusted.
     """
     where = resolve(spec.name)
     # The packaged model is stored in 16 bit and computes in 32.
     dtype = "float32" if spec.dtype == "auto" and spec.name in PACKAGED else spec.dtype
     source = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
-    options: dict[str, Any] = {**source, **_quantization(spec)}
-    if spec.device_map is not None:
-        options["device_map"] = spec.device_map
-    if spec.attn_implementation is not None:
-        options["attn_implementation"] = spec.attn_implementation
+    choices = {n: getattr(spec, n) for n in ("device_map", "attn_implementation")}
+    options = {name: value for name, value in choices.items() if value is not None}
+    options |= {**source, **_quantization(spec)}
     folder = Path(where)
     try:
         # For a folder without a tokenizer transformers returns an empty one.

@@ -1,7 +1,6 @@
 """Forward hooks that read and change inputs and outputs of modules inside a ``with`` block.
 
-They see ``[batch, tokens, width]`` whatever the module's own form is: a tensor, a tuple that starts
-with one, or rows that the block has flattened.
+They see ``[batch, tokens, width]``, whatever the module's own form is.
 """
 
 from __future__ import annotations
@@ -9,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -22,12 +22,7 @@ Visit: TypeAlias = Callable[[Tensor, Tensor], Tensor | None]
 
 @dataclass
 class Capture:
-    """Inputs and outputs of modules in the last forward pass, by module name.
-
-    Args:
-        inputs: Shape ``[batch, tokens, d_in]`` each.
-        outputs: Shape ``[batch, tokens, d_out]`` each.
-    """
+    """Inputs and outputs of modules, ``[batch, tokens, width]``, in the last forward pass."""
 
     inputs: dict[str, Tensor] = field(default_factory=dict)
     outputs: dict[str, Tensor] = field(default_factory=dict)
@@ -63,20 +58,15 @@ def visiting(model: nn.Module, visits: Mapping[str, Visit]) -> Iterator[None]:
             outputs are those after the edits that are applied.
     """
 
-    def hook(visit: Visit, batch: Callable[[], int]) -> Callable[..., Any]:
-        def call(
-            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-        ) -> Any:
-            x, y = args[0] if args else kwargs["hidden_states"], first_tensor(output)
-            new = visit(as_rows(x, batch()), as_rows(y, batch()))
-            return None if new is None else with_first(output, new.reshape(y.shape))
-
-        return call
+    def call(visit: Visit, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        x, y = args[0] if args else kwargs["hidden_states"], first_tensor(output)
+        new = visit(as_rows(x, batch()), as_rows(y, batch()))
+        return None if new is None else with_first(output, new.reshape(y.shape))
 
     with _called(model) as batch, ExitStack() as hooks:
         for name, visit in visits.items():
             module = model.get_submodule(name)
-            handle = module.register_forward_hook(hook(visit, batch), with_kwargs=True)
+            handle = module.register_forward_hook(partial(call, visit), with_kwargs=True)
             hooks.callback(handle.remove)
         yield
 
@@ -87,15 +77,12 @@ def change_inputs(
 ) -> Iterator[None]:
     """Pass the inputs of modules, ``[batch, tokens, d_in]`` each, through functions."""
 
-    def hook(change: Callable[[Tensor], Tensor], batch: Callable[[], int]) -> Callable[..., Any]:
-        def call(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            return (change(as_rows(args[0], batch())).reshape(args[0].shape), *args[1:])
-
-        return call
+    def call(change: Callable[[Tensor], Tensor], module: nn.Module, args: Any) -> Any:
+        return (change(as_rows(args[0], batch())).reshape(args[0].shape), *args[1:])
 
     with _called(model) as batch, ExitStack() as hooks:
         for name, change in changes.items():
-            handle = model.get_submodule(name).register_forward_pre_hook(hook(change, batch))
+            handle = model.get_submodule(name).register_forward_pre_hook(partial(call, change))
             hooks.callback(handle.remove)
         yield
 
@@ -109,13 +96,10 @@ def capture(model: nn.Module, names: Sequence[str]) -> Iterator[Capture]:
     """
     seen = Capture()
 
-    def visit(name: str) -> Visit:
-        def record(x: Tensor, y: Tensor) -> None:
-            seen.inputs[name], seen.outputs[name] = x, y
+    def record(name: str, x: Tensor, y: Tensor) -> None:
+        seen.inputs[name], seen.outputs[name] = x, y
 
-        return record
-
-    with visiting(model, {name: visit(name) for name in names}):
+    with visiting(model, {name: partial(record, name) for name in names}):
         yield seen
 
 
@@ -136,12 +120,7 @@ def stop_after(model: nn.Module, name: str) -> Iterator[None]:
 
 @contextmanager
 def skipping(model: nn.Module, outputs: Mapping[str, Any]) -> Iterator[None]:
-    """Replace forward passes of modules by stored outputs.
-
-    Args:
-        model: The model.
-        outputs: The output of each module, by name, in the module's own form.
-    """
+    """Replace forward passes of modules by stored outputs, in the module's own form."""
     modules = {name: model.get_submodule(name) for name in outputs}
     before = {name: vars(module).get("forward") for name, module in modules.items()}
     try:
@@ -166,13 +145,7 @@ def change_output(
 
 
 def add_at(output: Tensor, columns: Tensor, vectors: Tensor) -> Tensor:
-    """Add a vector to one column of each row.
-
-    Args:
-        output: Shape ``[batch, tokens, hidden]``.
-        columns: Shape ``[batch]``.
-        vectors: Shape ``[batch, hidden]``.
-    """
+    """Add vectors ``[batch, hidden]`` at columns ``[batch]`` of ``[batch, tokens, hidden]``."""
     at = torch.zeros(output.shape[:2], dtype=output.dtype, device=output.device)
     at[torch.arange(len(output), device=output.device), columns.to(output.device)] = 1
     return output + at[..., None] * vectors.to(output)[:, None]
@@ -185,23 +158,19 @@ def zero_leaves(
     """Add a zero that requires grad to the outputs of modules.
 
     Gradients with respect to these zeros are those with respect to the outputs, and no weight
-    gradient is built.  Gives the capture and the zeros, ``[batch, tokens, d_out]`` each, by module
-    name.
+    gradient is built.  Gives the capture, and the zeros ``[batch, tokens, d_out]`` by module name.
     """
     leaves: dict[str, Tensor] = {}
     seen = Capture()
 
-    def visit(name: str) -> Visit:
-        def add(x: Tensor, y: Tensor) -> Tensor:
-            leaf = leaves.get(name)
-            # Gradient checkpointing runs a block again in the backward pass: the zero of the first
-            # run gets the gradient.
-            if leaf is None or leaf.grad is not None or leaf.shape != y.shape:
-                leaf = leaves[name] = torch.zeros_like(y, requires_grad=True)
-            seen.inputs[name], seen.outputs[name] = x.detach(), y
-            return y + leaf
+    def add(name: str, x: Tensor, y: Tensor) -> Tensor:
+        leaf = leaves.get(name)
+        # Gradient checkpointing runs a block again in the backward pass: the zero of the first run
+        # gets the gradient.
+        if leaf is None or leaf.grad is not None or leaf.shape != y.shape:
+            leaf = leaves[name] = torch.zeros_like(y, requires_grad=True)
+        seen.inputs[name], seen.outputs[name] = x.detach(), y
+        return y + leaf
 
-        return add
-
-    with visiting(model, {name: visit(name) for name in names}):
+    with visiting(model, {name: partial(add, name) for name in names}):
         yield seen, leaves

@@ -1,4 +1,4 @@
-"""From the last hidden state to logits: the final norm and the head."""
+"""The final norm, from the last hidden state to the input of the head."""
 
 from __future__ import annotations
 
@@ -15,36 +15,12 @@ from kedit_lightning.errors import ModuleNotLocatedError
 _SAME = 2e-2
 
 
-def find_head(model: Any) -> str:
-    """Name of the output embedding, the module that turns hidden states into logits.
-
-    Raises:
-        ModuleNotLocatedError: The model has none.
-    """
-    head = model.get_output_embeddings()
-    for name, module in model.named_modules():
-        if module is head:
-            return str(name)
-    raise ModuleNotLocatedError(
-        f"a model of type '{model.config.model_type}' has no output embedding, so its hidden "
-        "states cannot be turned into logits; use a model with a language-modelling head"
-    )
-
-
 def find_final_norm(model: nn.Module, block: str, head: str) -> str | None:
-    """Name of the module that normalises the last hidden state for the head.
+    """Name of the module that normalises the last block's output for the head.
 
-    It is the innermost module whose input is the output of the last block and whose output is the
-    input of the head, up to a factor that some models multiply by.
-
-    Args:
-        model: The model.
-        block: Name of the last block.
-        head: Name of the output embedding.
-
-    Returns:
-        The name; ``None`` where the head reads the output of the block itself, as in post-norm
-        models.
+    It is the innermost module whose input is the one and whose output is the input of the other, up
+    to a factor that some models multiply by; ``None`` where the head reads the output of the block
+    itself, as in post-norm models.
 
     Raises:
         ModuleNotLocatedError: No single module leads from the one to the other.
@@ -68,9 +44,8 @@ def find_final_norm(model: nn.Module, block: str, head: str) -> str | None:
     wanted, _ = through.pop(head)
     for name, (before, after) in through.items():
         # A dropout, which has no parameters, changes nothing.
-        changes = any(True for _ in model.get_submodule(name).parameters()) or not _is_scaled(
-            after, hidden[0]
-        )
+        weighted = any(True for _ in model.get_submodule(name).parameters())
+        changes = weighted or not _is_scaled(after, hidden[0])
         if changes and _is_scaled(before, hidden[0], exactly=True) and _is_scaled(after, wanted):
             return name
     if _is_scaled(wanted, hidden[0]):
@@ -89,9 +64,8 @@ def _first(value: Any) -> Any:
 
 def _is_scaled(states: Any, others: Any, exactly: bool = False) -> bool:
     """Whether hidden states are others times a number, or times one."""
-    if not (isinstance(states, Tensor) and isinstance(others, Tensor)):
-        return False
-    if states.shape != others.shape:
+    both = isinstance(states, Tensor) and isinstance(others, Tensor)
+    if not both or states.shape != others.shape:
         return False
     states, others = states.double(), others.double().to(states.device)
     factor = 1.0 if exactly else (states * others).sum() / others.square().sum()

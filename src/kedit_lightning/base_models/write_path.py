@@ -18,14 +18,11 @@ _LINEAR = 2e-2
 
 @dataclass(frozen=True)
 class WritePath:
-    """How a change of a down projection's output reaches the block's output.
+    """How a change of a down projection's output reaches the block's output."""
 
-    Args:
-        gain: Factor with which it arrives.
-        nonlinearity: Relative size of what a factor cannot explain.
-    """
-
+    #: Factor with which it arrives.
     gain: float
+    #: Relative size of what a factor cannot explain.
     nonlinearity: float
 
     @property
@@ -35,14 +32,7 @@ class WritePath:
 
 
 def measure_write_path(model: nn.Module, block: str, down: str, width: int) -> WritePath:
-    """Add noise to the output of a down projection and compare it with the block's output.
-
-    Args:
-        model: The model.
-        block: Name of the block.
-        down: Name of its down projection.
-        width: Width of the residual stream.
-    """
+    """Add noise to a down projection's output, ``width`` wide, and compare the block's output."""
     plain = _block_output(model, block, down, None)
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(width, generator=generator) * plain.std().cpu()
@@ -64,14 +54,11 @@ def _block_output(model: nn.Module, block: str, down: str, add: Tensor | None) -
     def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         seen.append(first_tensor(output).detach())
 
-    handles = [model.get_submodule(block).register_forward_hook(note)]
-    if add is not None:
+    def shift(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        y = first_tensor(output)
+        return None if add is None else with_first(output, y + add.to(y))
 
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            y = first_tensor(output)
-            return with_first(output, y + add.to(y))
-
-        handles.append(model.get_submodule(down).register_forward_hook(hook))
-    with removing(handles):
+    hooks = {block: note, down: shift}
+    with removing([model.get_submodule(n).register_forward_hook(h) for n, h in hooks.items()]):
         read_probe(model)
     return seen[-1].double()

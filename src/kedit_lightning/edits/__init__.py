@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from kedit_lightning.edits.edit import Edit, MemoryEdit, materialise, register_late_kind
+from kedit_lightning.edits.edit import LATE_KINDS, Edit, MemoryEdit, materialise
 from kedit_lightning.edits.kinds.codebook.codebook_edit import CodebookEdit
 from kedit_lightning.edits.kinds.composite import CompositeEdit
 from kedit_lightning.edits.kinds.decoding import DecodingEdit
@@ -41,13 +41,6 @@ __all__ = [
 
 # These import transformers and peft, which take seconds.
 _EXPORT, _SCOPE = (f"kedit_lightning.edits.{name}" for name in ("export", "kinds.scope.scope_edit"))
-register_late_kind("scope", _SCOPE)
-__getattr__ = lazy_exports(
-    None,
-    {
-        "ScopeEdit": _SCOPE,
-        "ScopeEntry": _SCOPE,
-        "load_adapter": _EXPORT,
-        "save_adapter": _EXPORT,
-    },
-)
+LATE_KINDS["scope"] = _SCOPE
+_LATE = {"ScopeEdit": _SCOPE, "ScopeEntry": _SCOPE}
+__getattr__ = lazy_exports(None, {**_LATE, "load_adapter": _EXPORT, "save_adapter": _EXPORT})

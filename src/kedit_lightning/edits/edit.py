@@ -10,14 +10,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from importlib import import_module
 from pathlib import Path
-from types import TracebackType
 from typing import Any, ClassVar, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from kedit_lightning.edits.edit_file import read_header, read_tensors, write_edit
-from kedit_lightning.edits.effects import E, Effect, KeepMemory, of_type
+from kedit_lightning.edits.effects import AddToOutput, E, Effect, KeepMemory, of_type
 from kedit_lightning.edits.origin import EditOrigin
 from kedit_lightning.edits.projections import compute_dtype
 from kedit_lightning.errors import (
@@ -61,10 +60,8 @@ class EditableModel(Protocol):
     """The part of a base model that edits use."""
 
     model: nn.Module
-    #: Its name in reports.
     name: str
     tokenizer: Any
-    #: Turns texts into token ids.
     encoder: Any
 
     @property
@@ -81,11 +78,9 @@ class EditableModel(Protocol):
 
 
 class Edit(ABC):
-    """A reversible change of a base model.
+    """A reversible change of a base model; a context manager that applies it and rolls it back.
 
-    ``apply`` puts it on the base model's stack, ``rollback`` takes it off; both may be called
-    twice.  Used as a context manager it is applied inside and rolled back outside.  The weights of
-    the base model are never written to, so rolling back is exact to the last bit.
+    The weights of the base model are never written to, so rolling back is exact to the last bit.
     """
 
     kind: ClassVar[str]
@@ -124,18 +119,28 @@ class Edit(ABC):
         """The simple edits this one consists of: itself, unless it is composed."""
         return (self,)
 
+    # ---- what all kinds share
+
     def deltas(self) -> dict[str, Tensor]:
         """Change of each parameter, dense and in the parameter's own orientation.
 
         Raises:
-            UnsupportedUseError: The edit changes no weights.
+            UnsupportedUseError: A part of the edit changes no weights.
         """
-        raise UnsupportedUseError(
-            f"an edit of kind '{self.kind}' changes no weights, so it has no deltas; "
-            "save it with edit.save(path) instead"
-        )
-
-    # ---- what all kinds share
+        total: dict[str, Tensor] = {}
+        for part in self.parts():
+            for effect in part.effects():
+                if isinstance(effect, AddToOutput):
+                    module = self.base.model.get_submodule(effect.module)
+                    for name, delta in effect.delta.of_parameters(module).items():
+                        key = f"{effect.module}.{name}"
+                        total[key] = total[key] + delta if key in total else delta
+                elif not isinstance(effect, KeepMemory):
+                    raise UnsupportedUseError(
+                        f"an edit of kind '{part.kind}' changes no weights, so it has no deltas; "
+                        "save it with edit.save(path) instead"
+                    )
+        return total
 
     @property
     def requires_its_stack(self) -> bool:
@@ -189,12 +194,7 @@ class Edit(ABC):
     def __enter__(self) -> Edit:
         return self.apply()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.rollback()
 
     def materialise(self) -> nn.Module:
@@ -203,18 +203,17 @@ class Edit(ABC):
 
     def save(self, path: str | Path) -> Path:
         """Write the edit to a safetensors file with a JSON header."""
-        path, (tensors, values) = Path(path), self.state()
+        tensors, values = self.state()
         origin = self.origin.to_json()
         header = {"kind": self.kind, "id": self.id, "origin": origin, "values": values}
-        write_edit(path, header, tensors)
-        return path
+        return write_edit(Path(path), header, tensors)
 
     @staticmethod
     def load(path: str | Path, base: EditableModel, force: bool = False) -> Edit:
-        """Read an edit for a base model; it is not applied yet.
+        """Read what :meth:`save` wrote; the edit is not applied yet.
 
         Args:
-            path: File that :meth:`save` wrote.
+            path: The file.
             base: The base model to edit.
             force: Load it even if it was made for another base model.
 
@@ -244,13 +243,8 @@ class MemoryEdit(Edit):
     """An edit that decides row by row, at the last prompt token, whether it acts."""
 
 
-#: Modules of kinds that are imported when a file first names them.
-_LATE_KINDS: dict[str, str] = {}
-
-
-def register_late_kind(kind: str, module: str) -> None:
-    """Name the module of a kind that takes long to import."""
-    _LATE_KINDS[kind] = module
+#: Modules of kinds that take long to import, which happens when a file first names the kind.
+LATE_KINDS: dict[str, str] = {}
 
 
 def edit_class(kind: str) -> type[Edit]:
@@ -259,10 +253,10 @@ def edit_class(kind: str) -> type[Edit]:
     Raises:
         EditFileError: No class with that kind has been defined.
     """
-    if kind not in Edit._kinds and kind in _LATE_KINDS:
-        import_module(_LATE_KINDS[kind])
+    if kind not in Edit._kinds and kind in LATE_KINDS:
+        import_module(LATE_KINDS[kind])
     if kind not in Edit._kinds:
-        known = sorted({*Edit._kinds, *_LATE_KINDS})
+        known = sorted({*Edit._kinds, *LATE_KINDS})
         raise EditFileError(f"unknown kind of edit '{kind}'; known are {', '.join(known)}")
     return Edit._kinds[kind]
 
@@ -301,10 +295,8 @@ def check_same_base(what: str, origin: EditOrigin, base: EditableModel) -> None:
     Raises:
         BaseModelMismatchError: The message names both models.
     """
-    for made, here, part in (
-        (origin.fingerprint, base.fingerprint, "base model"),
-        (origin.tokenizer_fingerprint, base.tokenizer_fingerprint, "tokenizer"),
-    ):
+    for field, part in (("fingerprint", "base model"), ("tokenizer_fingerprint", "tokenizer")):
+        made, here = getattr(origin, field), getattr(base, field)
         if made and made != here:
             raise BaseModelMismatchError(
                 f"{what} was made for the {part} of '{origin.base_model}' (fingerprint {made}), "

@@ -29,18 +29,13 @@ def write_atomically(path: Path, content: bytes) -> None:
         partial.unlink(missing_ok=True)
 
 
-def write_edit(path: Path, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Write the file of an edit.
-
-    Args:
-        path: The file.
-        header: ``kind``, ``id``, ``origin`` and ``values`` of the edit.
-        tensors: Its tensors.
-    """
+def write_edit(path: Path, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Path:
+    """Write ``kind``, ``id``, ``origin`` and ``values`` of an edit, and its tensors, to a file."""
     header = {"format_version": FORMAT_VERSION, **header}
     # Cloned, since safetensors refuses tensors that share memory, as layers with equal keys do.
     flat = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     write_atomically(path, save(flat, metadata={_HEADER: json.dumps(header)}))
+    return path
 
 
 def read_header(path: Path) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The effects that an edit can have on a base model.
 
-An edit states its effects; the stack applies them and knows no kind of edit.  Effects of one
-``family`` act as one: ``build`` of the first turns their contents, oldest first, into a function.
+Effects of one ``family`` act as one: ``build`` of the first turns the contents of all of them,
+oldest first, into a function.
 """
 
 from __future__ import annotations
@@ -15,19 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from kedit_lightning.edits.low_rank import LowRankDelta
-from kedit_lightning.edits.projections import compute_dtype, projection_shape
+from kedit_lightning.edits.projections import compute_dtype, oriented, projection_shape
 from kedit_lightning.edits.row_context import RowContext
 
 
 @dataclass(frozen=True)
 class WeightDelta:
-    """Change of a projection: a low-rank part, a dense part and a bias, each of them optional.
-
-    Args:
-        low_rank: Factors of the low-rank part.
-        dense: Shape ``[d_out, d_in]``.
-        bias: Shape ``[d_out]``.
-    """
+    """Change of a projection: low-rank, dense ``[d_out, d_in]`` and bias ``[d_out]``."""
 
     low_rank: LowRankDelta | None = None
     dense: Tensor | None = None
@@ -40,14 +34,19 @@ class WeightDelta:
 
     def change(self, x: Tensor) -> Tensor:
         """What is added to the output, ``[..., d_out]``, in the dtype of ``x``, ``[..., d_in]``."""
-        parts = []
-        if self.low_rank is not None:
-            parts.append(self.low_rank.change(x))
+        parts = [] if self.low_rank is None else [self.low_rank.change(x)]
         if self.dense is not None:
             parts.append(x @ self.dense.to(x.dtype).T)
         if self.bias is not None:
             parts.append(self.bias.to(x.dtype).expand(*x.shape[:-1], -1))
         return reduce(torch.add, parts)
+
+    def of_parameters(self, module: nn.Module) -> dict[str, Tensor]:
+        """Change of the module's ``weight`` and ``bias``, dense and in their own orientation."""
+        dense = self.dense if self.low_rank is None else self.low_rank.dense
+        weight = None if dense is None else oriented(dense, module)
+        parts = {"weight": weight, "bias": self.bias}
+        return {name: part for name, part in parts.items() if part is not None}
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         """Add the change to ``y`` of shape ``[..., d_out]``, in at least float32."""
@@ -57,13 +56,7 @@ class WeightDelta:
 
 @dataclass(frozen=True)
 class Places:
-    """Where the logits of a call stand, and hidden states there.
-
-    Args:
-        rows: Row of each logit vector. Shape ``[n]``.
-        columns: Its column, counted from the start of the prompt. Shape ``[n]``.
-        states: Output of each requested module at these places, ``[n, hidden]``, by module name.
-    """
+    """Rows and columns of a call's logits, ``[n]`` each; hidden states there, ``[n, hidden]``."""
 
     rows: Tensor
     columns: Tensor
@@ -102,8 +95,7 @@ class RouteRows:
 class ReadStates:
     """Reads a module's output, after all changes of it, into the row context.
 
-    The second argument of ``build`` tells which rows carry which content, ``[rows, contents]``; it
-    is ``None`` where all rows carry all of them.
+    ``build`` is also told which rows carry which content, ``[rows, contents]``; ``None`` if all do.
     """
 
     module: str
@@ -114,10 +106,7 @@ class ReadStates:
 
 @dataclass(frozen=True)
 class ChangeLogits:
-    """Changes logits, wherever the model computes them.
-
-    ``reads`` names modules whose output is passed on, at the places of the logits.
-    """
+    """Changes logits, given the output of the modules in ``reads`` at the places of the logits."""
 
     family: Hashable
     build: Callable[[Sequence[Any]], LogitsFunction]
@@ -139,10 +128,6 @@ class KeepMemory:
     """Keeps tensors that later edits of the same method read; the model does not change.
 
     An edit with this effect was computed from the memories below it, so it requires its stack.
-
-    Args:
-        method: Name of the editing method.
-        tensors: The memory.
     """
 
     method: str
@@ -169,17 +154,10 @@ def families(effects: Iterable[Effect], kind: type[F]) -> list[list[F]]:
 
 
 def sum_deltas(deltas: Sequence[WeightDelta], module: nn.Module) -> WeightDelta | None:
-    """Sum changes of a projection; low-rank parts stay factors until one matrix is cheaper.
+    """Sum changes of a projection on its device; low-rank parts stay factors while that is cheaper.
 
     The result is a pure function of the ordered changes, so rolling back and re-applying edits
-    gives the same numbers.
-
-    Args:
-        deltas: The changes, oldest first.
-        module: The projection, on whose device the sum is.
-
-    Returns:
-        The sum; ``None`` if there is no change.
+    gives the same numbers.  It is ``None`` without changes.
     """
     if not deltas:
         return None

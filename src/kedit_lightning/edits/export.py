@@ -21,14 +21,13 @@ from kedit_lightning.errors import EditFileError, UnsupportedUseError, article_l
 __all__ = ["load_adapter", "materialise", "save_adapter"]
 
 
-def _low_rank_changes(edit: Edit) -> list[tuple[str, LowRankDelta]]:
-    """Low-rank changes of an edit, by module name."""
-    changes: list[tuple[str, LowRankDelta]] = []
-    for part in edit.parts():
+def _low_rank_changes(edits: Iterable[Edit]) -> dict[str, list[LowRankDelta]]:
+    """Low-rank changes of edits, by module name."""
+    changes: dict[str, list[LowRankDelta]] = {}
+    for part in (part for edit in edits for part in edit.parts()):
         for effect in part.effects():
-            delta = effect.delta.only_low_rank if isinstance(effect, AddToOutput) else None
-            if isinstance(effect, AddToOutput) and delta is not None:
-                changes.append((effect.module, delta))
+            if isinstance(effect, AddToOutput) and effect.delta.only_low_rank is not None:
+                changes.setdefault(effect.module, []).append(effect.delta.only_low_rank)
             elif not isinstance(effect, KeepMemory):
                 raise UnsupportedUseError(
                     f"only low-rank edits can be exported as a LoRA adapter, and edit {part.id} by "
@@ -44,26 +43,20 @@ def save_adapter(base: EditableModel, edits: Iterable[Edit], folder: str | Path)
     Raises:
         UnsupportedUseError: An edit is not low-rank.
     """
-    factors: dict[str, list[LowRankDelta]] = {}
-    for name, delta in (change for edit in edits for change in _low_rank_changes(edit)):
-        factors.setdefault(name, []).append(delta)
     tensors: dict[str, Tensor] = {}
-    ranks: dict[str, int] = {}
-    for name, deltas in factors.items():
-        total = LowRankDelta.sum(deltas)
-        ranks[name] = total.rank
-        prefix = f"base_model.model.{name}"
-        tensors[f"{prefix}.lora_A.weight"] = total.a.cpu().contiguous()
-        tensors[f"{prefix}.lora_B.weight"] = total.b.cpu().contiguous()
-    modules = [base.model.get_submodule(name) for name in factors]
+    totals = {name: LowRankDelta.sum(deltas) for name, deltas in _low_rank_changes(edits).items()}
+    ranks = {name: total.rank for name, total in totals.items()}
+    for name, total in totals.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = total.a.cpu().contiguous()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = total.b.cpu().contiguous()
+    modules = [base.model.get_submodule(name) for name in totals]
     encoder_decoder = getattr(base.model.config, "is_encoder_decoder", False)
-    # With alpha equal to the rank the adapter is added unscaled.
     config = LoraConfig(
         r=max(ranks.values()),
-        lora_alpha=max(ranks.values()),
+        lora_alpha=max(ranks.values()),  # equal to the rank, so the adapter is added unscaled
         rank_pattern=ranks,
         alpha_pattern=ranks,
-        target_modules=list(factors),
+        target_modules=list(totals),
         fan_in_fan_out=any(is_transposed(module) for module in modules),
         base_model_name_or_path=base.name,
         task_type="SEQ_2_SEQ_LM" if encoder_decoder else "CAUSAL_LM",
@@ -89,9 +82,7 @@ def load_adapter(
     weights = folder / "adapter_model.safetensors"
     for file in (folder / "adapter_config.json", weights):
         if not file.is_file():
-            raise EditFileError(
-                f"{folder} holds no adapter that can be read: it has no {file.name}"
-            )
+            raise EditFileError(f"{folder} holds no adapter to read: it has no {file.name}")
     config = PeftConfig.from_pretrained(str(folder)).to_dict()
     tensors = load_file(weights)
     others = [k for k in tensors if not k.endswith((".lora_A.weight", ".lora_B.weight"))]

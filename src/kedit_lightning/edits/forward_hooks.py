@@ -1,12 +1,9 @@
-"""Forward hooks that apply effects to modules, to rows and to logits.
-
-A module carries at most one hook that changes its output.  Changes of weights add up; functions of
-rows act on the result, in the order of the stack.
-"""
+"""Forward hooks that apply effects: one on each changed module, and one on the logits."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -36,11 +33,7 @@ ForwardHook: TypeAlias = Callable[[tuple[Any, ...], Any, RowContext | None], Any
 
 
 def known_context(context: RowContext | None) -> RowContext:
-    """The context of the current call.
-
-    Raises:
-        UnsupportedUseError: A part of the model was called by itself.
-    """
+    """The context of the current call; refused if a part of the model was called by itself."""
     if context is None:
         raise UnsupportedUseError(
             "a part of the model was called by itself while edits are applied that must know its "
@@ -59,10 +52,10 @@ def _row_functions(effects: Sequence[Effect]) -> list[RowFunction]:
 
 
 class ModuleHook:
-    """Changes the output of a module.
+    """Changes the output of a module: changes of weights add up, then row functions act in order.
 
-    The change of weights that a row carries is added to the one that all rows share.  Its row
-    functions are built together with the shared ones, as families span both.
+    The row functions of carried effects are built together with the shared ones, as families span
+    both.
 
     Args:
         module: The module.
@@ -146,21 +139,13 @@ def _copied(rows: Tensor, copies: int, device: torch.device) -> Tensor:
     return (rows[:, None] * copies + torch.arange(copies, device=device)).flatten()
 
 
-def states_hook(function: StatesFunction) -> ForwardHook:
-    """A hook that passes the output of a module to a function that reads it."""
-
-    def read(args: tuple[Any, ...], output: Any, context: RowContext | None) -> None:
-        function(first_tensor(output), known_context(context))
-
-    return read
+def read_states(read: StatesFunction, args: Any, output: Any, context: RowContext | None) -> None:
+    """Forward hook, with its first argument bound: passes the output of a module to a function."""
+    read(first_tensor(output), known_context(context))
 
 
 class LogitsHook:
-    """Changes the logits of the whole model.
-
-    Args:
-        effects: Changes of logits, oldest first.
-    """
+    """Changes the logits of the whole model by effects, oldest first."""
 
     def __init__(self, effects: Iterable[ChangeLogits]) -> None:
         self._functions: list[tuple[LogitsFunction, tuple[str, ...]]] = []
@@ -172,22 +157,15 @@ class LogitsHook:
 
     def readers(self) -> list[tuple[str, ForwardHook]]:
         """Names of the modules whose output is needed, and hooks that keep it for this call."""
+
+        def keep(name: str, args: Any, output: Any, context: RowContext | None) -> None:
+            self._states[name] = first_tensor(output)
+
         names = dict.fromkeys(name for _, reads in self._functions for name in reads)
-
-        def reader(name: str) -> ForwardHook:
-            def keep(args: tuple[Any, ...], output: Any, context: RowContext | None) -> None:
-                self._states[name] = first_tensor(output)
-
-            return keep
-
-        return [(name, reader(name)) for name in names]
+        return [(name, partial(keep, name)) for name in names]
 
     def __call__(self, args: tuple[Any, ...], output: Any, context: RowContext | None) -> Any:
-        """Return the model's output with changed logits.
-
-        Raises:
-            UnsupportedUseError: The model was asked for its loss, which knows no change of logits.
-        """
+        """Return the model's output with changed logits; refused if it holds a loss."""
         context = known_context(context)
         states, self._states = self._states, {}
         logits = output.logits

@@ -13,12 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 
 class LowRankDelta(NamedTuple):
-    """``Δ = B A``: the output of the projection becomes ``y + (x Aᵀ) Bᵀ``.
-
-    Args:
-        a: ``A``, which maps the input. Shape ``[rank, d_in]``.
-        b: ``B``, which maps to the output. Shape ``[d_out, rank]``.
-    """
+    """``Δ = B A``: ``A [rank, d_in]``, ``B [d_out, rank]``; outputs become ``y + (x Aᵀ) Bᵀ``."""
 
     a: Tensor
     b: Tensor
@@ -52,8 +47,7 @@ class LowRankDelta(NamedTuple):
 class LowRankBatch:
     """Low-rank changes of several edits, for rows that carry one of them each.
 
-    Ranks are padded with zeros, which change nothing.  One batched product then serves all rows,
-    where single edits need two small products each.
+    Ranks are padded with zeros, which change nothing, so one batched product serves all rows.
 
     Args:
         deltas: ``a`` of shape ``[edits, rank, d_in]`` and ``b`` of shape ``[edits, d_out, rank]``.
@@ -73,13 +67,10 @@ class LowRankBatch:
         return cls(LowRankDelta(a, b), index.to(a.device))
 
     def change(self, x: Tensor) -> Tensor:
-        """What is added to the output.
+        """What is added to the output, ``[rows · copies, tokens, d_out]``.
 
         Args:
             x: Shape ``[rows · copies, tokens, d_in]``; copies of a row are neighbours.
-
-        Returns:
-            Shape ``[rows · copies, tokens, d_out]``.
         """
         # Copies of a row are treated as further tokens of it.  The factors are gathered at each
         # call: one copy for each row would take many times the memory of the edits.

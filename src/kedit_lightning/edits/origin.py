@@ -12,15 +12,11 @@ from kedit_lightning.requests import EditRequest
 
 @dataclass(frozen=True)
 class EditOrigin:
-    """Where an edit comes from.
+    """Where an edit comes from: method, settings and requests, base model and stack.
 
     Args:
         method: Class name of the editing method.
         settings: The method's settings as plain values.
-        requests: The facts it writes.
-        base_model: Name of the base model.
-        fingerprint: Fingerprint of the base model.
-        tokenizer_fingerprint: Fingerprint of its tokenizer.
         stack: Ids of the edits it was computed on top of, in order.
         notes: Further facts, such as which statistics were used.
     """

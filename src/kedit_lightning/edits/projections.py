@@ -12,10 +12,8 @@ from kedit_lightning.errors import UnsupportedUseError
 
 
 def is_transposed(module: nn.Module) -> bool:
-    """Whether the module stores its weight as ``[d_in, d_out]``, as GPT-2's ``Conv1D`` does.
-
-    The answer comes from the type: shapes cannot tell for square matrices.
-    """
+    """Whether the module stores its weight as ``[d_in, d_out]``, as GPT-2's ``Conv1D`` does."""
+    # By type, as shapes cannot tell for square matrices.
     return type(module).__name__ == "Conv1D"
 
 
@@ -47,9 +45,7 @@ def first_tensor(output: Any) -> Tensor:
 
 def with_first(output: Any, tensor: Tensor) -> Any:
     """The same output with its hidden states replaced."""
-    if isinstance(output, (tuple, list)):
-        return (tensor, *output[1:])
-    return tensor
+    return (tensor, *output[1:]) if isinstance(output, (tuple, list)) else tensor
 
 
 def batch_size(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:

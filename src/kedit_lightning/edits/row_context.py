@@ -1,10 +1,7 @@
 """The row context: what forward hooks know about the rows of a call.
 
-Memory edits decide for each row, at the last prompt token, whether they act.  They decide during
-prefill, while the key-value (KV) cache is empty, and the decision holds for the rest of the answer.
-It is stored with the cache, so that answers which are generated in turns do not disturb each other,
-and it follows the beams of beam search.  An encoder runs once, in generation before the model
-itself is called: its token ids and the decisions taken there are stored with its output.
+Memory edits decide during prefill, while the key-value (KV) cache is empty; the decision is stored
+with the cache and follows the beams.  What is decided in an encoder is stored with its output.
 """
 
 from __future__ import annotations
@@ -24,6 +21,7 @@ from kedit_lightning.errors import UnsupportedUseError
 
 #: Prefix of our entries in the output of an encoder.
 _PREFIX = "edits:"
+_QUESTION = ("question_ids", "question_mask")
 
 
 @dataclass
@@ -38,12 +36,10 @@ class RowContext:
             those of the last columns of every row.
         decisions: Decisions of memory edits at prefill, by family; rows in the first dimension.
         parts: Contexts of the rows that carry an edit of their own.
-        token_ids: All tokens read so far, padding included; ``None`` when the model was given
-            embeddings. Shape ``[batch, tokens]``.
+        token_ids: All tokens read so far, ``[batch, tokens]``; ``None`` for embeddings.
         token_mask: False on padding. Shape ``[batch, tokens]``.
         has_encoder: Whether an encoder reads the question.
-        question_ids: Tokens of the encoder; ``None`` when it was given embeddings. Shape
-            ``[batch, question]``.
+        question_ids: Tokens of the encoder, ``[batch, question]``; ``None`` for embeddings.
         question_mask: False on padding. Shape ``[batch, question]``.
     """
 
@@ -67,16 +63,18 @@ class RowContext:
 
     def reorder(self, beam_index: Tensor) -> None:
         """Reorder rows as beam search does. Shape ``[batch]``."""
-        for name in ("token_ids", "token_mask", "question_ids", "question_mask"):
+        for name in ("token_ids", "token_mask", *_QUESTION):
             tokens: Tensor | None = getattr(self, name)
             if tokens is not None:
                 setattr(self, name, tokens.index_select(0, beam_index.to(tokens.device)))
         for key, decision in self.decisions.items():
             self.decisions[key] = decision.index_select(0, beam_index.to(decision.device))
 
-    def read(self, ids: Tensor, mask: Tensor) -> None:
-        """Append the tokens of a call. Shape ``[batch, new tokens]`` each."""
-        if self.prefill:
+    def read(self, ids: Tensor | None, mask: Tensor) -> None:
+        """Append the tokens of a call, ``[batch, new tokens]``; no ids if it has embeddings."""
+        if ids is None:
+            self.token_ids = self.token_mask = None
+        elif self.prefill:
             self.token_ids, self.token_mask = ids, mask
         elif self.token_ids is not None and self.token_mask is not None:
             self.token_ids = torch.cat([self.token_ids, ids.to(self.token_ids)], dim=1)
@@ -87,32 +85,24 @@ class RowContext:
 
         Generation repeats the rows of all tensors of that output where a row has several beams.
         """
-        for name, tensor in (*self._question().items(), *self.decisions.items()):
+        question = {name: getattr(self, name) for name in _QUESTION}
+        for name, tensor in (*question.items(), *self.decisions.items()):
             output[f"{_PREFIX}{name}"] = tensor
 
     def load_from(self, output: Any) -> None:
         """Load what :meth:`store_in` stored; nothing if the encoder ran before the edit applied."""
-        stored = {
-            name.removeprefix(_PREFIX): tensor
-            for name, tensor in (output.items() if isinstance(output, Mapping) else ())
-            if name.startswith(_PREFIX)
-        }
-        for name in self._question():
+        entries = output if isinstance(output, Mapping) else {}
+        names = [name for name in entries if name.startswith(_PREFIX)]
+        stored = {name.removeprefix(_PREFIX): entries[name] for name in names}
+        for name in _QUESTION:
             setattr(self, name, stored.pop(name, None))
         self.decisions.update(stored)
 
-    def _question(self) -> dict[str, Tensor | None]:
-        return {"question_ids": self.question_ids, "question_mask": self.question_mask}
-
 
 def copies_of_rows(batch: int, rows: int) -> int:
-    """How often each row that edits were given for is repeated in a call.
+    """How often a call of ``batch`` rows repeats each of the ``rows`` that edits were given for.
 
     Beams of a row, and several answers to it, are neighbours.
-
-    Args:
-        batch: Rows of the call.
-        rows: Rows that edits were given for.
 
     Raises:
         UnsupportedUseError: The call has other rows.
@@ -126,10 +116,11 @@ def copies_of_rows(batch: int, rows: int) -> int:
     return copies
 
 
-def last_attended(attention_mask: Tensor) -> Tensor:
-    """Column of the last attended token. Shape ``[batch]`` from ``[batch, tokens]``."""
-    columns = torch.arange(attention_mask.shape[1], device=attention_mask.device)
-    return (columns * (attention_mask != 0)).argmax(dim=1)
+def _attended(mask: Any, ids: Tensor) -> Tensor:
+    """Which tokens of a call are no padding; all of them without a mask. ``[batch, tokens]``."""
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        return mask[:, -ids.shape[1] :].bool()
+    return torch.ones(ids.shape[:2], dtype=torch.bool, device=ids.device)
 
 
 class _BeamReorder:
@@ -164,23 +155,23 @@ def _is_filled(cache: Any) -> bool:
         return bool(cache.has_previous_state())
 
 
+def _first_tensor(call: Mapping[str, Any]) -> Tensor:
+    return next(value for value in call.values() if isinstance(value, Tensor))
+
+
 class ContextTracker:
     """Keeps the row context of a model's calls, by hooks before and after its forward pass.
 
     Prompts end at ``prompt_ends`` where a caller has set it, as for teacher-forced answers.
     Otherwise they end at the last attended token of the prefill, or in a decoder with an encoder at
     its start token.
-
-    Args:
-        model: The language model.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._signature = inspect.signature(model.forward)
-        self.is_encoder_decoder = bool(
-            getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-        )
+        config = getattr(model, "config", None)
+        self.is_encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
         self.prompt_ends: Tensor | None = None
         self.logit_places: tuple[Tensor, Tensor] | None = None
         #: Context of the current call; ``None`` between calls of the model.
@@ -193,8 +184,7 @@ class ContextTracker:
 
         Args:
             with_encoder: Whether a decision may be taken in the encoder, if there is one.
-            decides: Whether edits decide at the end of the prompt, which must then be read in one
-                call.
+            decides: Whether edits decide at the end of the prompt, which one call must then read.
         """
         self._decides = decides
         handles = []
@@ -218,10 +208,10 @@ class ContextTracker:
         """
         call = self._signature.bind_partial(*args, **kwargs).arguments
         cache = call.get("past_key_values", call.get("cache_params"))
-        given = call.get("decoder_input_ids" if self.is_encoder_decoder else "input_ids")
-        ids = given
-        if ids is None:
-            ids = next(t for t in call.values() if isinstance(t, Tensor))
+        side = "decoder_" if self.is_encoder_decoder else ""
+        given = call.get(f"{side}input_ids")
+        ids = _first_tensor(call) if given is None else given
+        attended = _attended(call.get(f"{side}attention_mask"), ids)
         if _is_filled(cache):
             if ids.shape[1] > 1 and self._decides:
                 raise UnsupportedUseError(
@@ -235,24 +225,21 @@ class ContextTracker:
             self.current = known or RowContext(torch.zeros(len(ids), dtype=torch.long))
             self.current.prefill = False
         else:
-            self.current = RowContext(self._prompt_end(ids, self._mask_of(call)))
+            self.current = RowContext(self._prompt_end(attended))
         self.current.columns += ids.shape[1]
         self.current.logit_places = self.logit_places
-        self._read(given, self._mask_of(call))
+        self.current.read(given, attended)
         if self.current.prefill:
             if self.is_encoder_decoder:
                 self._read_question(call)
             self._attach(cache)
 
-    def enter_encoder(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
+    def enter_encoder(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Open a context when generation runs the encoder before it calls the model."""
         if self.current is not None:
             return
         call = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
-        ids = next(t for t in call.values() if isinstance(t, Tensor))
-        self.current = RowContext(torch.zeros(len(ids), dtype=torch.long))
+        self.current = RowContext(torch.zeros(len(_first_tensor(call)), dtype=torch.long))
         self._in_encoder = True
         self._read_question(call)
 
@@ -267,41 +254,22 @@ class ContextTracker:
         assert self.current is not None
         self.current.has_encoder = True
         ids: Tensor | None = call.get("input_ids")
-        mask: Any = call.get("attention_mask")
         if call.get("encoder_outputs") is not None:
             self.current.load_from(call["encoder_outputs"])
         elif ids is not None:
             self.current.question_ids = ids
-            given = isinstance(mask, Tensor) and mask.dim() == 2
-            self.current.question_mask = (mask if given else torch.ones_like(ids)).bool()
+            self.current.question_mask = _attended(call.get("attention_mask"), ids)
 
-    def _mask_of(self, call: Mapping[str, Any]) -> Any:
-        return call.get("decoder_attention_mask" if self.is_encoder_decoder else "attention_mask")
-
-    def _read(self, ids: Tensor | None, mask: Any) -> None:
-        assert self.current is not None
-        if ids is None:  # the model was given embeddings
-            self.current.token_ids = self.current.token_mask = None
-            return
-        known = isinstance(mask, Tensor) and mask.dim() == 2
-        new = mask[:, -ids.shape[1] :] if known else torch.ones_like(ids)
-        self.current.read(ids, new.bool())
-
-    def _prompt_end(self, ids: Tensor, mask: Any) -> Tensor:
+    def _prompt_end(self, attended: Tensor) -> Tensor:
         if self.prompt_ends is not None:
             # Beams and several answers to one prompt are neighbours.
-            return self.prompt_ends.repeat_interleave(len(ids) // len(self.prompt_ends))
-        if not isinstance(mask, Tensor) or mask.dim() != 2:
-            mask = torch.ones(ids.shape[:2], device=ids.device)
-        mask = mask[:, -ids.shape[1] :]
+            return self.prompt_ends.repeat_interleave(len(attended) // len(self.prompt_ends))
         if self.is_encoder_decoder:  # the start token, which follows the padding
-            start: Tensor = (mask != 0).int().argmax(dim=1)
-            return start
-        return last_attended(mask)
+            return attended.int().argmax(dim=1)
+        columns = torch.arange(attended.shape[1], device=attended.device)
+        return (columns * attended).argmax(dim=1)
 
-    def leave(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> None:
+    def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """Store the context with a cache that the model created itself, and close it."""
         for name in ("past_key_values", "cache_params"):
             self._attach(getattr(output, name, None))

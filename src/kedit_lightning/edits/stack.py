@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -24,7 +25,7 @@ from kedit_lightning.edits.effects import (
     families,
     of_type,
 )
-from kedit_lightning.edits.forward_hooks import ForwardHook, LogitsHook, ModuleHook, states_hook
+from kedit_lightning.edits.forward_hooks import ForwardHook, LogitsHook, ModuleHook, read_states
 from kedit_lightning.edits.row_context import ContextTracker
 from kedit_lightning.errors import EditOrderError, UnsupportedUseError
 
@@ -58,18 +59,15 @@ def _states_hooks(
             for number, effect in enumerate(group):
                 carriers[rows_of.get(id(effect), slice(None)), number] = True
         function = group[0].build([effect.content for effect in group], carriers)
-        hooks.append((group[0].module, states_hook(function)))
+        hooks.append((group[0].module, partial(read_states, function)))
     return hooks
 
 
 class EditStack:
-    """Ordered edits of one base model.
+    """Ordered edits of one base model, oldest first.
 
-    Iterating gives the edits, oldest first.  Hooks exist only while an edit is on the stack, and
-    they are rebuilt from the edits alone at every change: there is no other state.
-
-    Args:
-        model: The language model.
+    Hooks exist only while an edit is on the stack, and they are rebuilt from the edits alone at
+    every change: there is no other state.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -167,19 +165,14 @@ class EditStack:
 
     @contextmanager
     def carried(self, edits: Sequence[Edit | None]) -> Iterator[None]:
-        """Inside, each row of a forward pass carries an edit of its own on top of the stack.
-
-        Args:
-            edits: One for each row, ``None`` for rows without an edit.
+        """Inside, each row of a forward pass carries its own edit, or ``None``, on the stack.
 
         Raises:
             UnsupportedUseError: An edit acts on prompts or on decoding, where rows are not told
                 apart.
             EditOrderError: An edit depends on the stack it was computed on, which is another.
         """
-        for edit in dict.fromkeys(edits):
-            if edit is None:
-                continue
+        for edit in filter(None, dict.fromkeys(edits)):
             self._check_origin(edit)
             for part in edit.parts():
                 if not part.rows_apart:
@@ -213,12 +206,7 @@ class EditStack:
             self._tracker.logit_places = before
 
     def render(self, prompt: str, fits: Callable[[str], bool]) -> str:
-        """The prompt as prompt edits rewrite it; the prompt itself when there are none.
-
-        Args:
-            prompt: The prompt.
-            fits: Whether a text leaves room for an answer.
-        """
+        """The prompt as prompt edits rewrite it; ``fits``: a text leaves room for an answer."""
         for rewrite in self._prompts if self._active else ():
             prompt = rewrite(prompt, fits)
         return prompt
@@ -260,7 +248,7 @@ class EditStack:
         on_all = _by_module(shared)
         on_some = [(at, _by_module(effects)) for at, effects in apart]
         hooks: list[tuple[str, ForwardHook]] = []
-        for name in dict.fromkeys([*on_all, *(name for _, modules in on_some for name in modules)]):
+        for name in dict.fromkeys(name for on in (on_all, *(m for _, m in on_some)) for name in on):
             carried = [(at, modules[name]) for at, modules in on_some if name in modules]
             module = self._model.get_submodule(name)
             hook = ModuleHook(module, on_all.get(name, []), carried, rows if carried else 0)

@@ -1,7 +1,6 @@
 """From text to token ids.
 
-Prompt and answer are tokenised together and cut at the character where the answer begins, the
-beginning-of-sequence token is put once, and the subject is found by character offsets.
+Prompt and answer are tokenised together, and cut at the character where the answer begins.
 """
 
 from __future__ import annotations
@@ -67,16 +66,14 @@ class RowEncoder:
         self.tokenizer = tokenizer
         self.chat = chat
         self.images = images
-        plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-        special = tokenizer("a")["input_ids"]
-        #: Ids the tokenizer puts before a text by itself (a beginning-of-sequence token, or none).
-        self.prefix: tuple[int, ...] = ()
-        #: Ids it puts behind, which encoders need and decoders must not see.
-        self.suffix: tuple[int, ...] = ()
+        plain, special = self._ids("a"), list(tokenizer("a")["input_ids"])
+        #: Ids the tokenizer puts before a text by itself (a beginning-of-sequence token, or none),
+        #: and behind it, which encoders need and decoders must not see.
+        self.prefix, self.suffix = tuple[int, ...](), tuple[int, ...]()
         for start in range(len(special) - len(plain) + 1):
             if special[start : start + len(plain)] == plain:
-                self.prefix = tuple(special[:start])
-                self.suffix = tuple(special[start + len(plain) :])
+                end = start + len(plain)
+                self.prefix, self.suffix = tuple(special[:start]), tuple(special[end:])
                 break
 
     def of(self, tokenizer: Any) -> RowEncoder:
@@ -122,9 +119,6 @@ class RowEncoder:
             subject: Part of the prompt; its last occurrence as a whole word counts.
             images: Paths or URLs of the pictures that the prompt is about.
 
-        Returns:
-            The ids, with the first and last token of the subject.
-
         Raises:
             InvalidRequestError: The subject is not part of the prompt, or a text is empty.
             UnsupportedUseError: There are pictures, and the base model has no processor.
@@ -167,13 +161,12 @@ class RowEncoder:
 
     def _answer(self, text: str, ids: list[int], answer: str) -> list[int]:
         joined = text + answer.lstrip() if self.chat else join_text(text, answer)
-        found = self._offsets(joined)
-        if found is None:
+        encoded = self._offsets(joined)
+        if encoded is None:
             all_ids, cut = self._ids(joined), len(ids)
         else:
-            all_ids, offsets = found
-            beyond = (i for i, (_, end) in enumerate(offsets) if end > len(text))
-            cut = next(beyond, len(offsets))
+            all_ids, offsets = encoded
+            cut = next((i for i, (_, end) in enumerate(offsets) if end > len(text)), len(offsets))
         if all_ids[:cut] == ids and all_ids[cut:]:
             return all_ids[cut:]
         # The tokenizer merges across the border: take the answer's ids behind a neutral word.
@@ -189,14 +182,12 @@ class RowEncoder:
         prompt, subject = prompt.strip(), subject.strip()
         at = last_place(prompt, subject) if subject else -1
         if at < 0 or prompt not in text:
-            raise InvalidRequestError(
-                f"the subject {subject!r} does not occur in prompt {prompt!r}"
-            )
+            raise InvalidRequestError(f"subject {subject!r} does not occur in prompt {prompt!r}")
         begin = text.rfind(prompt) + at
         end = begin + len(subject)
-        found = self._offsets(text)
-        if found is not None:
-            return token_span(found[1], begin, end)
+        encoded = self._offsets(text)
+        if encoded is not None:
+            return token_span(encoded[1], begin, end)
         whole, before, part = (self._ids(cut) for cut in (text, text[:begin], text[:end]))
         # Where a token goes on past a cut, the cut text has other tokens from there on.
         last = min(shared_length(whole, part), len(part) - 1)

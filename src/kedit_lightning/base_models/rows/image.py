@@ -38,10 +38,8 @@ class ImageEncoder:
             raise InvalidRequestError(
                 f"image {image!r} cannot be read ({error}); give the path or URL of a picture"
             ) from error
-        text = self.processor.image_token
-        values = self.processor(
-            images=[picture], text=[text], add_special_tokens=False, return_tensors="pt"
-        )
+        inputs = {"images": [picture], "text": [self.processor.image_token]}
+        values = self.processor(**inputs, add_special_tokens=False, return_tensors="pt")
         ids = values["input_ids"]
         pixels = {name: value for name, value in values.items() if value.shape != ids.shape}
         return tuple(ids[0].tolist()), pixels
@@ -68,8 +66,7 @@ class ImageEncoder:
     def expand(self, ids: Sequence[int], images: Sequence[str]) -> tuple[list[int], list[int]]:
         """Replace each image token by the placeholder ids of its picture.
 
-        Returns:
-            The ids, and for each id given the index at which it, or its replacement, now begins.
+        Gives the new ids, and the index at which each old one, or its replacement, now begins.
         """
         left, expanded, index = list(images), list[int](), list[int]()
         for token in ids:

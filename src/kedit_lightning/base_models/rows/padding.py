@@ -27,14 +27,12 @@ class TokenRows:
         inputs: What the model takes: ids, attention mask, and position ids or decoder ids where it
             knows them. Shape ``[batch, tokens]`` each.
         prompt_end: Column of each row's last prompt token. Shape ``[batch]``.
-        subject_start: Column of each row's first subject token, ``-1`` without one. Shape
-            ``[batch]``.
-        subject_end: Column of each row's last subject token, ``-1`` without one. Shape ``[batch]``.
+        subject_start: Column of the first subject token, ``-1`` without one. Shape ``[batch]``.
+        subject_end: Column of the last subject token, ``-1`` without one. Shape ``[batch]``.
         answer_ids: Ids of the answers, padded on the right. Shape ``[batch, width]``.
         answer_mask: Where ``answer_ids`` is no padding. Shape ``[batch, width]``.
         answer_columns: Column whose logits predict each answer token. Shape ``[batch, width]``.
-        pictures: Model inputs of the pictures of each row; ``inputs`` holds all of them joined
-            along their first axis. Empty without pictures.
+        pictures: Model inputs of each row's pictures; ``inputs`` joins them along the first axis.
     """
 
     inputs: dict[str, Tensor]
@@ -56,14 +54,9 @@ class TokenRows:
 
     @property
     def subject_mask(self) -> Tensor:
-        """Where the tokens of the subjects are, in the columns of ``input_ids``.
-
-        Returns:
-            Bool, shape ``[batch, tokens]``; all ``False`` in a row without a subject.
-        """
-        ids = self.inputs["input_ids"]
-        columns = torch.arange(ids.shape[1], device=ids.device)
+        """Where the tokens of the subjects are. Bool, shape ``[batch, tokens]`` of the inputs."""
         start, end = self.subject_start[:, None], self.subject_end[:, None]
+        columns = torch.arange(self.inputs["input_ids"].shape[1], device=start.device)
         return (start >= 0) & (columns >= start) & (columns <= end)
 
     def select(self, index: Tensor) -> TokenRows:
@@ -74,17 +67,12 @@ class TokenRows:
         return rows.with_pictures([self.pictures[i] for i in index.tolist()])
 
     def with_pictures(self, pictures: Sequence[Sequence[Mapping[str, Tensor]]]) -> TokenRows:
-        """The same rows with pictures.
-
-        Args:
-            pictures: For each row the model inputs of its pictures, such as ``pixel_values``.
-        """
+        """The same rows, each with the model inputs of its pictures, such as ``pixel_values``."""
         every = [picture for row in pictures for picture in row]
         names = dict.fromkeys(name for picture in every for name in picture)
         pixels = {name: torch.cat([picture[name] for picture in every]) for name in names}
-        return replace(
-            self, inputs={**self.inputs, **pixels}, pictures=tuple(tuple(row) for row in pictures)
-        )
+        kept = tuple(tuple(row) for row in pictures)
+        return replace(self, inputs={**self.inputs, **pixels}, pictures=kept)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> TokenRows:
         """The rows after a change of each tensor with a value a row; pictures are left out."""
@@ -99,7 +87,7 @@ def _pad(
     rows: Sequence[Sequence[int]], fill: int, side: PaddingSide
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Ids and mask, ``[batch, tokens]``, and the column of each row's first token, ``[batch]``."""
-    width = max(1, *(len(row) for row in rows)) if rows else 1
+    width = max([1, *map(len, rows)])
     ids = torch.full((len(rows), width), fill, dtype=torch.long)
     mask = torch.zeros((len(rows), width), dtype=torch.long)
     first = torch.zeros(len(rows), dtype=torch.long)
@@ -172,19 +160,12 @@ def pad_tails(
 ) -> tuple[dict[str, Tensor], TokenRows]:
     """Cut rows of a decoder in two: heads for a key-value cache, tails for passes on top of it.
 
-    Heads are padded on the left and tails on the right, so all tails start in the same column.
+    Heads are padded on the left and tails on the right, so all tails start in the same column.  The
+    attention mask of the tails covers heads too; their columns count from the start of the tail.
+    Of a subject that begins in the head, the tail knows the tokens behind the cut.
 
-    Args:
-        rows: The rows.
-        cuts: Number of tokens in each head; less than the length of the prompt.
-        pad_id: Id put where there is no token.
-        takes_positions: Whether the model's ``forward`` takes ``position_ids``.
-        device: Where the tensors go.
-
-    Returns:
-        Inputs of the heads, and the tails.  The attention mask of the tails covers heads too; their
-        columns count from the start of the tail.  Of a subject that begins in the head, the tail
-        knows the tokens behind the cut.
+    ``cuts`` is the number of tokens in each head, less than the length of the prompt; the other
+    arguments are those of :func:`pad_rows`.
     """
     pairs = list(zip(rows, cuts, strict=True))
     head, head_mask, _ = _pad([row.prompt[:at] for row, at in pairs], pad_id, "left")
@@ -198,9 +179,8 @@ def pad_tails(
     inputs = {"input_ids": padded.inputs["input_ids"], "attention_mask": mask}
     first = {"input_ids": head.to(device), "attention_mask": head_mask.to(device)}
     if takes_positions:
-        first["position_ids"], inputs["position_ids"] = positions(mask).split(
-            [head.shape[1], mask.shape[1] - head.shape[1]], dim=1
-        )
+        width, places = head.shape[1], positions(mask)
+        first["position_ids"], inputs["position_ids"] = places[:, :width], places[:, width:]
     return first, replace(padded, inputs=inputs)
 
 
@@ -213,9 +193,8 @@ def pad_encoder_decoder_rows(
 ) -> TokenRows:
     """Pad rows of an encoder-decoder: the prompt goes to the encoder, the answer to the decoder.
 
-    The decoder's first column, the start token, predicts the first answer token; ``prompt_end`` is
-    that column, since in the decoder the prompt is the start token alone.  Columns of subjects are
-    those of the encoder.
+    ``prompt_end`` is the decoder's first column, the start token, which predicts the first answer
+    token.  Columns of subjects are those of the encoder.
     """
     ids, mask, first = _pad([(*row.prompt, *suffix) for row in rows], pad_id, "right")
     shifted = [(start_id, *row.answer[:-1]) if row.answer else (start_id,) for row in rows]

@@ -27,10 +27,7 @@ def is_unspaced(character: str) -> bool:
 
 
 def last_place(text: str, part: str) -> int:
-    """Index of the last occurrence of a part in a text, preferably as a whole word.
-
-    Returns:
-        Index of its first character; ``-1`` if it does not occur.
+    """Index of the last occurrence of a part in a text, preferably as a whole word, or ``-1``.
 
     >>> last_place("Art is shown in Arthur's hall", "Art"), last_place("Kraków", "Kra")
     (0, 0)
@@ -58,10 +55,7 @@ def shared_length(left: Sequence[int], right: Sequence[int]) -> int:
 def token_span(offsets: Sequence[tuple[int, int]], begin: int, end: int) -> tuple[int, int]:
     """First and last token that hold one of the characters ``begin`` to ``end - 1`` of a text.
 
-    Args:
-        offsets: Characters of each token, as fast tokenizers give them.
-        begin: First character.
-        end: Character behind the last one.
+    ``offsets`` are the characters of each token, as fast tokenizers give them.
     """
     tokens = [(i, *pair) for i, pair in enumerate(offsets) if pair[0] < pair[1]]
     last = max(i for i, start, _ in tokens if start < end)
@@ -69,12 +63,5 @@ def token_span(offsets: Sequence[tuple[int, int]], begin: int, end: int) -> tupl
 
 
 def positions(mask: Tensor) -> Tensor:
-    """Position ids: number of attended tokens before each token; 0 on padding.
-
-    Args:
-        mask: Attention mask. Shape ``[batch, tokens]``.
-
-    Returns:
-        Shape ``[batch, tokens]``.
-    """
+    """Position ids from the attention mask, ``[batch, tokens]`` each; 0 on padding."""
     return (mask.cumsum(1) - 1).clamp(min=0)

@@ -13,13 +13,7 @@ from kedit_lightning.edits.origin import EditOrigin
 
 
 class CompositeEdit(Edit):
-    """Edits that are applied, rolled back and saved together.
-
-    Args:
-        base: The base model.
-        members: The edits, in the order they act.
-        origin: Where the edit comes from.
-    """
+    """Edits that are applied, rolled back and saved together, in the order they act."""
 
     kind: ClassVar[str] = "composite"
 
@@ -37,18 +31,6 @@ class CompositeEdit(Edit):
         """The effects of all members."""
         return [effect for member in self.members for effect in member.effects()]
 
-    def deltas(self) -> dict[str, Tensor]:
-        """Sum of the members' deltas.
-
-        Raises:
-            UnsupportedUseError: A member changes no weights.
-        """
-        total: dict[str, Tensor] = {}
-        for member in self.members:
-            for name, delta in member.deltas().items():
-                total[name] = total[name] + delta if name in total else delta
-        return total
-
     def state(self) -> tuple[Tensors, Values]:
         """States of all members, told apart by their index."""
         tensors: dict[str, Tensor] = {}
@@ -56,9 +38,8 @@ class CompositeEdit(Edit):
         for index, member in enumerate(self.members):
             parts, values = member.state()
             tensors |= {f"{index}/{name}": tensor for name, tensor in parts.items()}
-            members.append(
-                {"kind": member.kind, "values": values, "origin": member.origin.to_json()}
-            )
+            origin = member.origin.to_json()
+            members.append({"kind": member.kind, "values": values, "origin": origin})
         return tensors, {"members": members}
 
     @classmethod

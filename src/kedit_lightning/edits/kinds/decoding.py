@@ -14,11 +14,7 @@ from kedit_lightning.edits.row_context import RowContext
 
 
 class DecodingEdit(Edit):
-    """Changes the logits from which the next token is chosen.
-
-    It acts in a forward hook on the whole model: on teacher-forced answers, in generation, and on
-    any other call of the model.
-    """
+    """Changes the logits from which the next token is chosen, in any call of the model."""
 
     rows_apart: ClassVar[bool] = False
 
@@ -29,14 +25,11 @@ class DecodingEdit(Edit):
 
     @abstractmethod
     def adjust(self, logits: Tensor, states: Mapping[str, Tensor]) -> Tensor:
-        """Change next-token logits.
+        """Change next-token logits ``[n, vocab]``.
 
         Args:
             logits: Shape ``[n, vocab]``.
             states: Output of the modules in :attr:`reads` at the same tokens, ``[n, hidden]`` each.
-
-        Returns:
-            Shape ``[n, vocab]``.
         """
 
     def effects(self) -> Sequence[Effect]:

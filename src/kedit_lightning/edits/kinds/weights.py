@@ -11,7 +11,7 @@ from kedit_lightning.edits.edit import Edit, EditableModel, Tensors, Values, che
 from kedit_lightning.edits.effects import AddToOutput, Effect, KeepMemory, WeightDelta
 from kedit_lightning.edits.low_rank import LowRankDelta
 from kedit_lightning.edits.origin import EditOrigin
-from kedit_lightning.edits.projections import check_editable, oriented, projection_shape
+from kedit_lightning.edits.projections import check_editable, projection_shape
 from kedit_lightning.errors import EditFileError, UnsupportedUseError
 
 #: Start of the names of memory tensors; the names of modules hold no slash.
@@ -27,8 +27,7 @@ class LowRankEdit(Edit):
             ``[d_out, rank]``; the module's output becomes ``y + (x Aᵀ) Bᵀ``.
         origin: Where the edit comes from.
         memory: Tensors that later edits of the same method read: keys already written, running
-            statistics.  It does not change the model.  An edit with a memory was computed from the
-            memories of the edits below it, so it is refused on any other stack.
+            statistics.  An edit with a memory is refused on any stack but its own.
 
     Raises:
         UnsupportedUseError: A module cannot be changed by a weight edit.
@@ -50,29 +49,19 @@ class LowRankEdit(Edit):
             check_finite("memory", name, tensor)
         self.factors = {n: LowRankDelta(a.detach(), b.detach()) for n, (a, b) in factors.items()}
         for name, (a, b) in self.factors.items():
-            module = check_editable(base.model, name)
-            if (a.shape[1], b.shape[0]) != projection_shape(module) or a.shape[0] != b.shape[1]:
+            d_in, d_out = projection_shape(check_editable(base.model, name))
+            if (a.shape[1], b.shape[0]) != (d_in, d_out) or a.shape[0] != b.shape[1]:
                 raise EditFileError(
                     f"factors of shape {tuple(a.shape)} and {tuple(b.shape)} do not fit module "
-                    f"'{name}', which maps {projection_shape(module)[0]} to "
-                    f"{projection_shape(module)[1]} values"
+                    f"'{name}', which maps {d_in} to {d_out} values"
                 )
             check_finite("low-rank update", name, a)
             check_finite("low-rank update", name, b)
 
     def effects(self) -> Sequence[Effect]:
         """One change a module, and the memory if there is one."""
-        changes = [AddToOutput(name, WeightDelta(delta)) for name, delta in self.factors.items()]
-        if not self.memory:
-            return changes
-        return [*changes, KeepMemory(self.origin.method, self.memory)]
-
-    def deltas(self) -> dict[str, Tensor]:
-        """Dense change of each weight, in the weight's own orientation."""
-        return {
-            f"{name}.weight": oriented(delta.dense, self.base.model.get_submodule(name))
-            for name, delta in self.factors.items()
-        }
+        memory = [KeepMemory(self.origin.method, self.memory)] if self.memory else []
+        return [*(AddToOutput(n, WeightDelta(delta)) for n, delta in self.factors.items()), *memory]
 
     def state(self) -> tuple[Tensors, Values]:
         """The factors and the memory."""
@@ -93,12 +82,8 @@ class LowRankEdit(Edit):
 
 
 def memories(base: EditableModel, method: str) -> list[dict[str, Tensor]]:
-    """Memories of the applied edits of a method, oldest first.
-
-    They follow from the stack alone: rolling an edit back removes its memory.
-    """
-    kept = base.edits.effects(KeepMemory)
-    return [memory.tensors for memory in kept if memory.method == method]
+    """Memories of the applied edits of a method, oldest first; a rollback removes its memory."""
+    return [m.tensors for m in base.edits.effects(KeepMemory) if m.method == method]
 
 
 class AdapterEdit(LowRankEdit):
@@ -134,53 +119,33 @@ class DenseEdit(Edit):
     ) -> None:
         super().__init__(base, origin)
         self.changes = {
-            name: (_detached(delta), _detached(bias)) for name, (delta, bias) in changes.items()
+            n: (_detached(delta), _detached(bias)) for n, (delta, bias) in changes.items()
         }
-        for name, change in self.changes.items():
+        for name, (delta, bias) in self.changes.items():
             module = check_editable(base.model, name)
             d_in, d_out = projection_shape(module)
-            if change[1] is not None and getattr(module, "bias", None) is None:
+            if bias is not None and getattr(module, "bias", None) is None:
                 raise UnsupportedUseError(
                     f"module '{name}' has no bias that an edit could change; change its weight only"
                 )
-            for part, quantity, shape in zip(
-                change, ("dense update", "bias update"), ((d_out, d_in), (d_out,)), strict=True
-            ):
-                if part is None:
-                    continue
-                if tuple(part.shape) != shape:
+            dense, vector = ("dense update", (d_out, d_in)), ("bias update", (d_out,))
+            for part, (quantity, shape) in ((delta, dense), (bias, vector)):
+                if part is not None and tuple(part.shape) != shape:
                     raise EditFileError(
                         f"a {quantity} of shape {tuple(part.shape)} does not fit module '{name}', "
                         f"which needs {shape}"
                     )
-                check_finite(quantity, name, part)
+                if part is not None:
+                    check_finite(quantity, name, part)
 
     def effects(self) -> Sequence[Effect]:
         """One change a module."""
-        return [
-            AddToOutput(name, WeightDelta(None, delta, bias))
-            for name, (delta, bias) in self.changes.items()
-        ]
-
-    def deltas(self) -> dict[str, Tensor]:
-        """Change of each weight and bias, in the parameter's own orientation."""
-        deltas: dict[str, Tensor] = {}
-        for name, (delta, bias) in self.changes.items():
-            if delta is not None:
-                deltas[f"{name}.weight"] = oriented(delta, self.base.model.get_submodule(name))
-            if bias is not None:
-                deltas[f"{name}.bias"] = bias
-        return deltas
+        return [AddToOutput(n, WeightDelta(None, *change)) for n, change in self.changes.items()]
 
     def state(self) -> tuple[Tensors, Values]:
         """The matrices and biases."""
-        tensors: dict[str, Tensor] = {}
-        for name, (delta, bias) in self.changes.items():
-            if delta is not None:
-                tensors[f"{name}.delta"] = delta
-            if bias is not None:
-                tensors[f"{name}.bias"] = bias
-        return tensors, {}
+        pairs = [(n, zip(("delta", "bias"), pair, strict=True)) for n, pair in self.changes.items()]
+        return {f"{n}.{part}": t for n, pair in pairs for part, t in pair if t is not None}, {}
 
     @classmethod
     def from_state(

@@ -20,7 +20,6 @@ from kedit_lightning.metrics.functional.teacher_forcing import (
     widened,
 )
 from kedit_lightning.metrics.functional.text_match import (
-    answer_text,
     generation_contains,
     generation_exact,
     mean_ngram_entropy,
@@ -28,6 +27,7 @@ from kedit_lightning.metrics.functional.text_match import (
     normalise_answer,
     repetition_rate,
 )
+from kedit_lightning.sentence import answer_text
 
 __all__ = [
     "answer_text",

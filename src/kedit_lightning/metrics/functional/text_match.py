@@ -12,20 +12,14 @@ import string
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
+from kedit_lightning.sentence import PLAIN_QUOTES, STOP, first_line, is_abbreviation
+
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _ARTICLE_WORDS = frozenset({"a", "an", "the"})
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
-# A sentence ends at . ! or ? (with closing quotes) before a space or the end, or at a wide stop.
-_STOP = re.compile(r"""[.!?]+["'\u201d\u2019)\]]*(?=\s|$)|[\u3002\uff01\uff1f]""")
-# Words whose full stop belongs to them; those of the second set may also end a sentence.
-_TITLES = re.compile("st|mt|ft|mr|mrs|ms|dr|prof|rev|gov|gen|col|capt|lt|sgt|sen|vs", re.I)
-_TAILS = re.compile("jr|sr|inc|ltd|co|corp|etc", re.I)
-_INITIALS = re.compile(r"(?:[^\W\d]\.)*[^\W\d]")
 _NEGATIONS = re.compile(
     "no|not|never|none|neither|nor|cannot|cant|without|nobody|nothing|nowhere|.*n't", re.I
 )
-# Typographic apostrophes and double quotes, as the plain ones that the rules know.
-_PLAIN_QUOTES = str.maketrans("\u2018\u2019\u201c\u201d", "''\"\"")
 _WORD = re.compile(r"\w+(?:'\w+)*|[^\w\s]")
 
 
@@ -42,40 +36,6 @@ def normalise_answer(text: str) -> str:
     bare = text.lower().translate(_PUNCTUATION)
     words = _ARTICLES.sub(" ", bare).split()
     return " ".join(words) if words else text.lower().strip()
-
-
-def _first_line(text: str) -> str:
-    stripped = text.strip()
-    return stripped.splitlines()[0].rstrip() if stripped else ""
-
-
-def _is_abbreviation(line: str, stop: re.Match[str]) -> bool:
-    """Whether the full stop belongs to a word: "St.", "J.", "D.C." before more text."""
-    if stop.group() != "." or stop.end() == len(line):
-        return False
-    before = line[: stop.start()].translate(_PLAIN_QUOTES).split()
-    last = before[-1].lstrip("\"'([") if before else ""
-    goes_on = line[stop.end() :].lstrip()[:1].islower()
-    return bool(
-        _INITIALS.fullmatch(last) or _TITLES.fullmatch(last) or (goes_on and _TAILS.fullmatch(last))
-    )
-
-
-def answer_text(text: str) -> str:
-    r"""The part of a generation that is the answer: the first sentence of its first line.
-
-    Full stops of initials and common abbreviations do not end it.
-
-    >>> answer_text(" Rome. It is the capital.\nQ: next")
-    'Rome'
-    >>> answer_text("in St. Petersburg, Russia. The city")
-    'in St. Petersburg, Russia'
-    """
-    line = _first_line(text)
-    for stop in _STOP.finditer(line):
-        if not _is_abbreviation(line, stop):
-            return line[: stop.start()].rstrip()
-    return line
 
 
 def generation_exact(text: str, answers: Sequence[str]) -> bool:
@@ -96,8 +56,8 @@ def generation_exact(text: str, answers: Sequence[str]) -> bool:
     >>> generation_exact("Washington D.C. is the capital.", ["Washington D.C."])
     False
     """
-    line = _first_line(text)
-    stops = list(_STOP.finditer(line))
+    line = first_line(text)
+    stops = list(STOP.finditer(line))
     for answer in answers:
         wanted = normalise_answer(answer)
         for stop in stops:
@@ -113,7 +73,7 @@ def generation_exact(text: str, answers: Sequence[str]) -> bool:
 def _words_at(line: str) -> list[tuple[str, int]]:
     """Lowered words of a line without punctuation, each with the place where it begins."""
     # Blanks of equal length keep the places: possessive endings, and marks between words.
-    loose = re.sub(r"'s\b", "  ", line.translate(_PLAIN_QUOTES))
+    loose = re.sub(r"'s\b", "  ", line.translate(PLAIN_QUOTES))
     loose = re.sub(r"(?<!\d)[,;:/](?!\d)|[()\[\]]", " ", loose)
     words = [(chunk.group(), chunk.start()) for chunk in re.finditer(r"\S+", loose)]
     bare = [(word.lower().translate(_PUNCTUATION), place) for word, place in words]
@@ -123,7 +83,7 @@ def _words_at(line: str) -> list[tuple[str, int]]:
 def _negates(word: str) -> bool:
     if word.lower() == "no,":
         return False  # "No, it is in Rome" rejects the question, not what follows
-    bare = word.translate(_PLAIN_QUOTES).strip(string.punctuation)
+    bare = word.translate(PLAIN_QUOTES).strip(string.punctuation)
     return _NEGATIONS.fullmatch(bare) is not None
 
 
@@ -146,9 +106,9 @@ def generation_contains(text: str, answers: Sequence[str]) -> bool:
     >>> generation_contains("Romeo wrote it. Rome is a city.", ["Rome"])
     False
     """
-    line = _first_line(text)
+    line = first_line(text)
     every = _words_at(line)
-    ends = [stop.end() for stop in _STOP.finditer(line) if not _is_abbreviation(line, stop)]
+    ends = [stop.end() for stop in STOP.finditer(line) if not is_abbreviation(line, stop)]
     for answer in answers:
         wanted = [word for word, _ in _words_at(answer)]
         if _ARTICLE_WORDS.issuperset(wanted):  # nothing but articles or punctuation
@@ -171,7 +131,7 @@ def generation_contains(text: str, answers: Sequence[str]) -> bool:
 
 
 def _grams(text: str, n: int) -> Counter[tuple[str, ...]]:
-    words = _WORD.findall(text.translate(_PLAIN_QUOTES))
+    words = _WORD.findall(text.translate(PLAIN_QUOTES))
     return Counter(zip(*(words[shift:] for shift in range(n)), strict=False))
 
 

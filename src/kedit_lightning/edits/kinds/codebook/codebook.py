@@ -48,10 +48,8 @@ class Codebook:
     def nearest(self, queries: Tensor) -> tuple[Tensor, Tensor]:
         """Distance to, and index of, the nearest key. Shapes ``[batch]`` from ``[batch, d_in]``."""
         # The matrix-product form of the distance loses digits that small radii need.
-        distances = torch.cdist(
-            queries.to(self.keys), self.keys, compute_mode="donot_use_mm_for_euclid_dist"
-        )
-        smallest = distances.min(dim=1)
+        exact = "donot_use_mm_for_euclid_dist"
+        smallest = torch.cdist(queries.to(self.keys), self.keys, compute_mode=exact).min(dim=1)
         return smallest.values, smallest.indices
 
     def lookup(self, queries: Tensor) -> Tensor:
@@ -69,8 +67,7 @@ def write_entry(book: Codebook | None, entry: CodebookEntry) -> tuple[Codebook, 
     """
     radius = torch.tensor([entry.radius], dtype=entry.key.dtype, device=entry.key.device)
     if book is None:
-        fresh = Codebook(entry.key[None], entry.value[None], radius, (entry.label,))
-        return fresh, "new", 0
+        return Codebook(entry.key[None], entry.value[None], radius, (entry.label,)), "new", 0
     distance, index = (t[0] for t in book.nearest(entry.key[None]))
     nearest = int(index)
     radii = book.radii.clone()
@@ -112,17 +109,14 @@ def replace_rows(
         prompt_end: Column of the last prompt token; ``None`` in decode steps.
         where: The last prompt token, the prompt up to it, or every token.
     """
-    hit = index >= 0
-    columns = torch.arange(output.shape[1], device=output.device)[None]
-    if where == "all":
-        chosen = torch.ones_like(columns, dtype=torch.bool).expand(output.shape[:2])
-    elif prompt_end is None:
-        return output
-    else:
+    chosen = (index >= 0)[:, None]
+    if where != "all":
+        if prompt_end is None:
+            return output
+        columns = torch.arange(output.shape[1], device=output.device)[None]
         end = prompt_end.to(output.device)[:, None]
-        chosen = columns == end if where == "last" else columns <= end
-    if not bool(hit.any()):
+        chosen = chosen & (columns == end if where == "last" else columns <= end)
+    if not bool(chosen.any()):
         return output
-    chosen = chosen & hit[:, None]
     new = values[index.clamp(min=0)][:, None].to(output.dtype)
     return torch.where(chosen[..., None], new, output)

@@ -38,15 +38,8 @@ from kedit_lightning.errors import EditFileError
 class CodebookEdit(MemoryEdit):
     """Entries of a codebook at one layer; all such edits of the stack form one codebook.
 
-    The codebook is built from the edits on the stack, in order, so rolling one back also gives its
-    neighbours their radii back.
-
-    Args:
-        base: The base model.
-        module: Name of the layer.
-        entries: The facts.
-        replacement: Which tokens of a recognised row get the value.
-        origin: Where the edit comes from.
+    It is built from the edits on the stack, in order, so rolling one back also gives its neighbours
+    their radii back.  ``replacement`` tells which tokens of a recognised row get the value.
     """
 
     kind: ClassVar[str] = "codebook"
@@ -63,14 +56,13 @@ class CodebookEdit(MemoryEdit):
         self.module = module
         self.entries = tuple(entries)
         self.replacement = replacement
-        owner = find_module(base.model, module)
+        layer = find_module(base.model, module)
+        shape = projection_shape(layer) if is_projection(layer) else None
         for entry in self.entries:
-            shapes = (len(entry.key), len(entry.value))
-            if is_projection(owner) and shapes != projection_shape(owner):
+            if shape and shape != (len(entry.key), len(entry.value)):
                 raise EditFileError(
-                    f"a codebook entry that maps {shapes[0]} to {shapes[1]} values does not fit "
-                    f"module '{module}', which maps {projection_shape(owner)[0]} to "
-                    f"{projection_shape(owner)[1]}"
+                    f"a codebook entry that maps {len(entry.key)} to {len(entry.value)} values "
+                    f"does not fit module '{module}', which maps {shape[0]} to {shape[1]}"
                 )
             check_finite("codebook key", module, entry.key)
             check_finite("codebook value", module, entry.value)
@@ -96,24 +88,20 @@ class CodebookEdit(MemoryEdit):
         family, where = self.family, self.replacement
 
         def recall(x: Tensor, y: Tensor, context: RowContext) -> Tensor:
-            if context.prefill:
-                end = context.prompt_end.to(x.device)
+            end = context.prompt_end.to(x.device) if context.prefill else None
+            if end is not None:
                 queries = x[torch.arange(len(x), device=x.device), end]
                 context.decisions[family] = book.lookup(queries.to(compute_dtype(x.dtype)))
-                return replace_rows(y, book.values, context.decisions[family], end, where)
             if family not in context.decisions:  # applied in the middle of an answer
                 return y
-            return replace_rows(y, book.values, context.decisions[family], None, where)
+            return replace_rows(y, book.values, context.decisions[family], end, where)
 
         return recall
 
     def state(self) -> tuple[Tensors, Values]:
         """Keys and values as matrices; labels and radii as plain values."""
-        tensors = {
-            "keys": torch.stack([entry.key for entry in self.entries]),
-            "values": torch.stack([entry.value for entry in self.entries]),
-        }
-        return tensors, {
+        keys, outputs = [e.key for e in self.entries], [e.value for e in self.entries]
+        return {"keys": torch.stack(keys), "values": torch.stack(outputs)}, {
             "module": self.module,
             "replacement": self.replacement,
             "labels": [list(entry.label) for entry in self.entries],
@@ -125,12 +113,9 @@ class CodebookEdit(MemoryEdit):
         cls, base: EditableModel, origin: EditOrigin, tensors: Tensors, values: Values
     ) -> CodebookEdit:
         """Rebuild the entries."""
-        entries = [
-            CodebookEntry(key, value, tuple(label), radius)
-            for key, value, label, radius in zip(
-                tensors["keys"], tensors["values"], values["labels"], values["radii"], strict=True
-            )
-        ]
+        labels = [tuple(label) for label in values["labels"]]
+        rows = zip(tensors["keys"], tensors["values"], labels, values["radii"], strict=True)
+        entries = [CodebookEntry(*row) for row in rows]
         return cls(base, values["module"], entries, values["replacement"], origin)
 
 

@@ -28,25 +28,13 @@ class PromptEntry:
 
 
 class PromptEdit(Edit):
-    """States facts before each prompt.
-
-    One fact is stated before every prompt, as in the IKE paper.  With several facts on the stack,
-    the one whose prompt is most similar to the question is stated.
-
-    Args:
-        base: The base model.
-        entries: The facts.
-        origin: Where the edit comes from.
-    """
+    """States a fact before each prompt: of several on the stack, the one most similar to it."""
 
     kind: ClassVar[str] = "prompt"
     rows_apart: ClassVar[bool] = False
 
     def __init__(
-        self,
-        base: EditableModel,
-        entries: Sequence[PromptEntry],
-        origin: EditOrigin | None = None,
+        self, base: EditableModel, entries: Sequence[PromptEntry], origin: EditOrigin | None = None
     ) -> None:
         super().__init__(base, origin)
         self.entries = tuple(entries)
@@ -64,22 +52,15 @@ class PromptEdit(Edit):
         cls, base: EditableModel, origin: EditOrigin, tensors: Tensors, values: Values
     ) -> PromptEdit:
         """Rebuild from the texts."""
-        entries = [
-            PromptEntry(e["key"], e["context"], tuple(e["demonstrations"]))
-            for e in values["entries"]
-        ]
-        return cls(base, entries, origin)
+        entries = [{**e, "demonstrations": tuple(e["demonstrations"])} for e in values["entries"]]
+        return cls(base, [PromptEntry(**entry) for entry in entries], origin)
 
 
 def retrieval(contents: Sequence[Sequence[PromptEntry]]) -> PromptFunction:
-    """A function that puts the fact most similar to a prompt before it.
+    """A function that puts the fact most similar to a prompt before it; of equals the latest.
 
     Demonstrations are dropped, the least similar first, until the text leaves room for an answer;
     the fact and the question never are.
-
-    Args:
-        contents: Facts of each edit, oldest first.  Of equally similar facts the latest is stated,
-            since it overwrites the earlier ones.
     """
     entries = [entry for content in contents for entry in content]
     index = LexicalIndex([entry.key for entry in entries]) if len(entries) > 1 else None

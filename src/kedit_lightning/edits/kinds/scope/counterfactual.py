@@ -34,12 +34,7 @@ def describe(model: Any, tokenizer: Any) -> dict[str, Any]:
 
 
 class LanguageModel(nn.Module):
-    """A decoder of ``transformers`` with its tokenizer.
-
-    Args:
-        made_of: Result of :func:`describe`.
-        dtype: Dtype of the weights.
-    """
+    """A decoder of ``transformers`` with its tokenizer, rebuilt from :func:`describe`."""
 
     def __init__(self, made_of: Mapping[str, Any], dtype: torch.dtype) -> None:
         super().__init__()
@@ -79,10 +74,7 @@ class LanguageModel(nn.Module):
 
     @torch.no_grad()
     def answers(self, prompts: Sequence[Sequence[int]]) -> list[str]:
-        """Continue prompts greedily up to the end-of-sequence token.
-
-        Args:
-            prompts: Token ids of each.
+        """Continue prompts, given as token ids, greedily up to the end-of-sequence token.
 
         Raises:
             UnsupportedUseError: A prompt is longer than the model takes.
@@ -92,14 +84,9 @@ class LanguageModel(nn.Module):
         room = self._check_length(width + 1) + 1  # for one token at least
         ids = torch.tensor([[end or 0] * (width - len(p)) + list(p) for p in prompts])
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-        greedy = GenerationConfig(
-            max_new_tokens=min(_LONGEST, room),
-            do_sample=False,
-            eos_token_id=end,
-            pad_token_id=end or 0,
-        )
-        output = self.model.generate(
-            ids.to(device), attention_mask=mask.to(device), generation_config=greedy
-        )
+        special: dict[str, Any] = {"eos_token_id": end, "pad_token_id": end or 0}
+        greedy = GenerationConfig(max_new_tokens=min(_LONGEST, room), do_sample=False, **special)
+        inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+        output = self.model.generate(**inputs, generation_config=greedy)
         texts = self.tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
         return [text.strip() for text in texts]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import ClassVar
 
@@ -42,17 +42,9 @@ class ScopeEntry:
 class ScopeEdit(MemoryEdit):
     """Facts of a SERAC memory; all applied edits with equal networks form one memory.
 
-    The base model runs as ever.  While it reads a prompt, the output of one of its blocks tells
-    which fact, if any, the question is about.  The logits of rows in scope are then replaced by
-    those of the counterfactual model; rows out of scope keep the tensors of the base model.
-
-    The networks are saved with each edit, so that its file needs no other file.
-
-    Args:
-        base: The base model.
-        networks: Scope classifier and counterfactual model; they must not be trained further.
-        entries: The facts.
-        origin: Where the edit comes from.
+    The output of one block of the base model tells which fact, if any, a question is about.  The
+    logits of rows in scope are replaced by those of the counterfactual model.  The networks are
+    saved with each edit, and must not be trained further.
     """
 
     kind: ClassVar[str] = "scope"
@@ -95,11 +87,9 @@ class ScopeEdit(MemoryEdit):
 
     def state(self) -> tuple[Tensors, Values]:
         """Keys as a matrix, the networks, and the statements as plain values."""
-        tensors = {"keys": torch.stack([entry.key for entry in self.entries])}
-        for name, tensor in self.networks.state_dict().items():
-            tensors[_NETWORK + name] = tensor
-        return tensors, {
-            "plan": self.networks.plan.to_json(),
+        networks = {_NETWORK + name: t for name, t in self.networks.state_dict().items()}
+        return {"keys": torch.stack([entry.key for entry in self.entries]), **networks}, {
+            "plan": asdict(self.networks.plan),
             "statements": [list(entry.statement) for entry in self.entries],
             "thresholds": [entry.threshold for entry in self.entries],
         }
@@ -114,13 +104,9 @@ class ScopeEdit(MemoryEdit):
         networks.load_state_dict(
             {n.removeprefix(_NETWORK): t for n, t in tensors.items() if n.startswith(_NETWORK)}
         )
-        entries = [
-            ScopeEntry(key, tuple(ids), threshold)
-            for key, ids, threshold in zip(
-                keys, values["statements"], values["thresholds"], strict=True
-            )
-        ]
-        return cls(base, networks, entries, origin)
+        statements = [tuple(ids) for ids in values["statements"]]
+        rows = zip(keys, statements, values["thresholds"], strict=True)
+        return cls(base, networks, [ScopeEntry(*row) for row in rows], origin)
 
 
 def _decision_name(edits: Sequence[ScopeEdit]) -> str:
@@ -129,11 +115,9 @@ def _decision_name(edits: Sequence[ScopeEdit]) -> str:
 
 
 class ScopeRouter:
-    """Decides during prefill which entry, if any, each row's question is about.
+    """Decides during prefill which entry of a family, if any, each row's question is about.
 
-    Args:
-        edits: The edits of one family, oldest first.
-        carriers: Rows that carry each edit, ``[rows, edits]``; ``None`` if all rows do.
+    ``carriers`` are the rows that carry each edit, ``[rows, edits]``; ``None`` if all rows do.
     """
 
     def __init__(self, edits: Sequence[ScopeEdit], carriers: Tensor | None) -> None:
@@ -149,12 +133,7 @@ class ScopeRouter:
             self._carriers = carriers.repeat_interleave(counts, dim=1).to(device)
 
     def __call__(self, hidden: Tensor, context: RowContext) -> None:
-        """Store the entry of each row, ``-1`` out of scope.
-
-        Args:
-            hidden: Output of the block. Shape ``[batch, tokens, hidden_width]``.
-            context: Rows of the call.
-        """
+        """Store the entry of each row, from the output ``[batch, tokens, hidden_width]``."""
         if not context.prefill:
             return
         with torch.no_grad():
@@ -162,13 +141,9 @@ class ScopeRouter:
         context.decisions[self._name] = index
 
     def route(self, questions: Tensor) -> Tensor:
-        """Index of the nearest entry of each question, ``-1`` out of scope.
+        """Index of the nearest entry of each embedded question, ``-1`` out of scope.
 
-        Args:
-            questions: Embedded questions. Shape ``[batch, scope_width]``.
-
-        Returns:
-            Shape ``[batch]``.
+        Shape ``[batch]`` from ``[batch, scope_width]``.
         """
         questions = questions.to(self.keys)
         distances = self._networks.distances(questions, self.keys)
@@ -184,11 +159,7 @@ class ScopeRouter:
 
 
 class ScopeAnswers:
-    """Replaces the logits of rows in scope by those of the counterfactual model.
-
-    Args:
-        edits: The edits of one family, oldest first.
-    """
+    """Replaces the logits of rows in scope by those of the counterfactual model."""
 
     def __init__(self, edits: Sequence[ScopeEdit]) -> None:
         self._name = _decision_name(edits)
@@ -199,13 +170,7 @@ class ScopeAnswers:
         self._statements = [torch.tensor(entry.statement, device=device) for entry in entries]
 
     def __call__(self, logits: Tensor, places: Places, context: RowContext) -> Tensor:
-        """New logits; the same tensor if no row is in scope.
-
-        Args:
-            logits: Shape ``[n, vocab]``.
-            places: Where they stand.
-            context: Rows of the call.
-        """
+        """New logits ``[n, vocab]``; the same tensor if no row is in scope."""
         index = context.decisions.get(self._name)
         if index is None or not bool((index >= 0).any()):
             # None where the edit was applied in the middle of an answer.
@@ -246,13 +211,10 @@ class ScopeAnswers:
     def _text_logits(
         self, context: RowContext, index: Tensor, rows: Tensor, columns: Tensor
     ) -> Tensor:
-        """Logits of the tokens of answers that a model with its own tokenizer gave as text.
+        """Logits ``[n, vocab]`` of answers that a model with its own tokenizer gave as text.
 
         They express a choice, not a distribution: the token that the answer has at each place,
         whatever was generated before it, and the end-of-sequence token behind the answer.
-
-        Returns:
-            Shape ``[n, vocab]``.
         """
         answers = context.decisions.get(f"{self._name}/answer")
         if answers is None:
@@ -264,10 +226,7 @@ class ScopeAnswers:
         return logits.scatter(1, ids[:, None], 0.0)
 
     def _answers(self, context: RowContext, index: Tensor) -> Tensor:
-        """Answers to the questions of rows in scope, in tokens of the base model.
-
-        Shape ``[batch, longest]``, filled up with the end-of-sequence token.
-        """
+        """Answers in tokens of the base model, ``[batch, longest]``, filled up with the last."""
         model, base = self._networks.decoder, self._base
         assert isinstance(model, LanguageModel)
         ids = context.question_ids if context.has_encoder else context.token_ids
@@ -279,16 +238,11 @@ class ScopeAnswers:
             for row in hits
         ]
         encoder = base.encoder.of(model.tokenizer)
-        texts = model.answers(
-            [
-                [*self._statements[int(index[row])].tolist(), *encoder.encode(question).prompt]
-                for row, question in zip(hits, questions, strict=True)
-            ]
-        )
-        encoded = [
-            [*base.encoder.encode(question, text).answer] if text else []
-            for question, text in zip(questions, texts, strict=True)
-        ]
+        statements = [self._statements[i].tolist() for i in index[hits].tolist()]
+        prompts = zip(statements, questions, strict=True)
+        texts = model.answers([[*fact, *encoder.encode(text).prompt] for fact, text in prompts])
+        pairs = zip(questions, texts, strict=True)
+        encoded = [base.encoder.encode(*pair).answer if pair[1] else () for pair in pairs]
         end = base.tokenizer.eos_token_id
         fill = 0 if end is None else int(end)
         answers = index.new_full((len(index), max(map(len, encoded)) + 1), fill)
@@ -309,9 +263,7 @@ def _question_mask(context: RowContext) -> Tensor:
 def _text(context: RowContext, device: torch.device) -> tuple[Tensor, Tensor, int]:
     """Question and answer as one text, without the start token of a decoder with an encoder.
 
-    Returns:
-        Token ids and their mask, ``[batch, tokens]`` each, and the column at which the decoder
-        starts.
+    Token ids and their mask, ``[batch, tokens]`` each, and the column where the decoder starts.
     """
     ids, mask = (t.to(device) for t in _known_tokens(context.token_ids, context.token_mask))
     if not context.has_encoder:

@@ -1,8 +1,4 @@
-"""The two networks of SERAC: scope classifier and counterfactual model.
-
-The scope classifier reads hidden states of the base model.  The counterfactual model reads its
-token embeddings, which are not copied, or is a language model with a tokenizer of its own.
-"""
+"""The two networks of SERAC: scope classifier and counterfactual model."""
 
 from __future__ import annotations
 
@@ -44,10 +40,6 @@ class ScopePlan:
     made_of: dict[str, Any] | None = None
     own_tokens: bool = False
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain values for files."""
-        return asdict(self)
-
 
 def heads_of(width: int) -> int:
     """Number of attention heads: 64 wide if possible, and of even width for rotary positions.
@@ -79,10 +71,9 @@ def _small_decoder(plan: ScopePlan, dtype: torch.dtype) -> nn.Module:
 class ScopeNetworks(nn.Module):
     """Scope classifier and counterfactual model of Mitchell et al. 2022, section 3.
 
-    Args:
-        plan: Their shape.
-        seed: Seed of the initial weights.
-        dtype: Dtype of the weights, at least float32.
+    The classifier reads hidden states of the base model.  The counterfactual model reads its token
+    embeddings, which are not copied, or is a language model with a tokenizer of its own.  Weights
+    are at least float32.
     """
 
     def __init__(self, plan: ScopePlan, seed: int = 0, dtype: torch.dtype = torch.float32) -> None:
@@ -93,11 +84,8 @@ class ScopeNetworks(nn.Module):
             # With an explicit dtype, as precision plugins change the default.
             self.norm = nn.LayerNorm(plan.hidden_width, dtype=dtype)
             self.projection = nn.Linear(plan.hidden_width, plan.scope_width, dtype=dtype)
-            self.decoder = (
-                _small_decoder(plan, dtype)
-                if plan.made_of is None
-                else LanguageModel(plan.made_of, dtype)
-            )
+            own = plan.made_of
+            self.decoder = LanguageModel(own, dtype) if own else _small_decoder(plan, dtype)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -107,12 +95,8 @@ class ScopeNetworks(nn.Module):
     def embed(self, hidden: Tensor, mask: Tensor) -> Tensor:
         """Embed questions: mean hidden state, normalised and projected.
 
-        Args:
-            hidden: Hidden states of the base model. Shape ``[batch, tokens, hidden_width]``.
-            mask: True on tokens of the question. Shape ``[batch, tokens]``.
-
-        Returns:
-            Shape ``[batch, scope_width]``.
+        Shape ``[batch, scope_width]`` from hidden states of the base model, ``[batch, tokens,
+        hidden_width]``, and a mask that is True on tokens of the question, ``[batch, tokens]``.
         """
         kept = mask.to(hidden.device).bool()[..., None]
         # Selected, not multiplied, since hidden states of padding may be NaN.
@@ -147,15 +131,12 @@ class ScopeNetworks(nn.Module):
         return logits
 
     def answer_logits(self, ids: Tensor, places: tuple[Tensor, ...], embedding: Tensor) -> Tensor:
-        """Logits at some places, over the vocabulary of the counterfactual model.
+        """Logits ``[n, vocab]`` at some places, over the counterfactual model's vocabulary.
 
         Args:
             ids: As of :meth:`answer_states`.
             places: Rows and columns, or a mask ``[batch, tokens]`` alone.
             embedding: Token embeddings of the base model. Shape ``[vocab, token_width]``.
-
-        Returns:
-            Shape ``[n, vocab]``.
         """
         if isinstance(self.decoder, LanguageModel):
             logits: Tensor = self.decoder(ids)[places]
@@ -164,7 +145,7 @@ class ScopeNetworks(nn.Module):
 
     def digest(self) -> str:
         """Short hash of shape and weights; edits with equal hashes share a memory."""
-        digest = hashlib.sha256(json.dumps(self.plan.to_json(), sort_keys=True).encode())
+        digest = hashlib.sha256(json.dumps(asdict(self.plan), sort_keys=True).encode())
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(f"{name}{tensor.dtype}".encode())
             digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())

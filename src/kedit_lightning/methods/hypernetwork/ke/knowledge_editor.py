@@ -23,8 +23,8 @@ from kedit_lightning.methods.hypernetwork.shared.editor_network import (
     ProjectionPlan,
 )
 from kedit_lightning.methods.shared.gradient_factors import Factors
-from kedit_lightning.metrics.functional.text_match import answer_text
 from kedit_lightning.requests import EditRequest
+from kedit_lightning.sentence import answer_text
 
 #: Most tokens of the base model's own answer in a condition.
 ANSWER_TOKENS = 8

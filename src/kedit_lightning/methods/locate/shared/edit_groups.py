@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kedit_lightning.base_models import BaseModel
 from kedit_lightning.edits import CompositeEdit, DenseEdit, Edit, EditOrigin, LowRankEdit
+from kedit_lightning.edits.effects import AddToOutput, of_type
 from kedit_lightning.methods.locate.shared.subject_states import Carried
 from kedit_lightning.requests import EditRequest
 
@@ -54,8 +55,10 @@ class EditGroups:
         return [self._joined(edits, origin(group), memory) for group, edits, memory in parts]
 
     def _joined(self, edits: list[Edit], origin: EditOrigin, memory: dict[str, Tensor]) -> Edit:
-        factors = {k: v for e in edits if isinstance(e, LowRankEdit) for k, v in e.factors.items()}
-        dense = {k: v for e in edits if isinstance(e, DenseEdit) for k, v in e.changes.items()}
+        effects = [effect for edit in edits for effect in edit.effects()]
+        changes = {change.module: change.delta for change in of_type(effects, AddToOutput)}
+        factors = {k: d.low_rank for k, d in changes.items() if d.low_rank is not None}
+        dense = {k: (d.dense, d.bias) for k, d in changes.items() if d.low_rank is None}
         low_rank = LowRankEdit(self.base, factors, origin, memory)
         if not dense:
             return low_rank
