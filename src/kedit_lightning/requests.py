@@ -93,7 +93,7 @@ class Probe:
     image: str | None = None
 
     def __post_init__(self) -> None:
-        name = f"{self.kind} probe {self.prompt!r}"
+        name = self.label
         if self.kind not in get_args(ProbeKind):
             raise _refuse(name, "kind", f"must be one of {', '.join(get_args(ProbeKind))}")
         if not isinstance(self.prompt, str) or not self.prompt.strip():
@@ -112,6 +112,11 @@ class Probe:
                 raise _refuse(name, field, f"must hold text that is not empty, got {text!r}")
         if not self.group:
             object.__setattr__(self, "group", self.kind)
+
+    @property
+    def label(self) -> str:
+        """How messages name this probe."""
+        return f"{self.kind} probe {self.prompt!r}"
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,8 @@ def sweep_layers(
 
 def at_layer(method: EditMethod, layer: int) -> EditMethod:
     """A method of the same class and settings, ``layer`` or ``layers`` aside."""
-    settings = {key: value for key, value in method.hparams.items() if not key.startswith("_")}
+    # As given, and not as resolved for the method's own layers.
+    settings = dict(vars(method.given))
     settings |= {"layer": layer} if "layer" in settings else {"layers": [layer]}
     kind: Any = type(method)
     moved: EditMethod = kind(base_model=method.base, **settings)
