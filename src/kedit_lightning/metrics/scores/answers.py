@@ -11,13 +11,7 @@ from kedit_lightning.metrics.measurement import CONTRAST_LOG_PROB, LOG_PROB, TEX
 from kedit_lightning.metrics.scores.case_mean import ProbeMean
 
 
-class AnswerMean(ProbeMean):
-    """Mean over cases of a score of probes that have a right answer after the edit."""
-
-    kinds = ("rewrite", "rephrase", "portability")
-
-
-class TokenMatch(AnswerMean):
+class TokenMatch(ProbeMean):
     """Share of the answer's tokens that are arg-max, teacher-forced."""
 
     name = "tf_tok"
@@ -25,7 +19,7 @@ class TokenMatch(AnswerMean):
     is_share = True
 
 
-class ExactMatch(AnswerMean):
+class ExactMatch(ProbeMean):
     """Share of probes of which an accepted answer's tokens are all arg-max, teacher-forced."""
 
     name = "tf_all"
@@ -33,7 +27,7 @@ class ExactMatch(AnswerMean):
     is_share = True
 
 
-class ProbabilityPreference(AnswerMean):
+class ProbabilityPreference(ProbeMean):
     """Share of probes whose answer is more likely than the contrast, by mean a token."""
 
     name = "p_new_gt_old"
@@ -47,7 +41,7 @@ class ProbabilityPreference(AnswerMean):
         return None if new is None or old is None else float(new > old)
 
 
-class GenerationMean(AnswerMean):
+class GenerationMean(ProbeMean):
     """Share of probes whose free generation matches an accepted answer."""
 
     measurements = (TEXT,)
@@ -79,7 +73,7 @@ class GenerationContains(GenerationMean):
     match = staticmethod(generation_contains)
 
 
-class Inflation(AnswerMean):
+class Inflation(ProbeMean):
     """How far teacher forcing flatters: token match minus exact generation."""
 
     name = "inflation"

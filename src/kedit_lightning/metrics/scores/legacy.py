@@ -20,7 +20,6 @@ class LegacyMatch(ProbeMean):
     """Token match of the answer after the edit; an empty answer does not count."""
 
     name = "acc"
-    kinds = ("rewrite", "rephrase", "portability")
     measurements = (TF_TOK,)
     is_share = True
     #: Reading of the record that is scored.
@@ -70,8 +69,6 @@ class LegacyEasyEdit(KeyedMetrics):
     mean over a sample's groups, as its KnowEdit script sums up. ``pre/`` stands before the scores
     of the unedited base model (locality has none), ``final/`` and ``after_<n>/`` before those of
     later stages. Each is the mean over samples of a sample's mean over prompts.
-
-    Its arguments are those of :class:`KeyedMetrics`.
     """
 
     @classmethod
