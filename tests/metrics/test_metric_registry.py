@@ -13,7 +13,6 @@ from toys import Toy
 
 from kedit_lightning import BaseModel, EditTrainer, Probe, registry
 from kedit_lightning.benchmark import Protocol, Reader
-from kedit_lightning.cli import parser
 from kedit_lightning.data import Requests
 from kedit_lightning.errors import UnsupportedUseError
 from kedit_lightning.metrics import (
@@ -43,9 +42,9 @@ def plugin(monkeypatch):
     """The example's metric, loaded as the command line loads plug-ins."""
     monkeypatch.syspath_prepend(EXAMPLES)
     point = EntryPoint("certainty", "metric_plugin", "kedit_lightning.plugins")
-    monkeypatch.setattr(parser, "entry_points", lambda group: [point])
+    monkeypatch.setattr(registry, "entry_points", lambda group: [point])
     monkeypatch.delitem(sys.modules, "metric_plugin", raising=False)
-    assert parser.load_plugins() == ["metric_plugin"]
+    assert registry.load_plugins() == ["metric_plugin"]
     module = sys.modules["metric_plugin"]
     yield module
     registry.unregister(module.ENTRY)

@@ -38,7 +38,7 @@ class CounterFact(EditDataModule):
         return self._nested(fields, id) if "requested_rewrite" in fields else self._flat(fields, id)
 
     def _flat(self, fields: Fields, id: str) -> EditExample:
-        new, old = fields.text("target_new").strip(), _old(fields.optional_text("ground_truth"))
+        new, old = fields.text("target_new").strip(), fields.optional_text("ground_truth")
         request = EditRequest(
             fields.text("prompt"), new, fields.optional_text("subject"), _differing(old, new), id
         )
@@ -78,13 +78,9 @@ class CounterFact(EditDataModule):
         return EditExample.from_request(request, id, probes)
 
 
-def _old(text: str | None) -> str | None:
-    return None if text is None else text.strip()
-
-
 def _differing(old: str | None, new: str) -> str | None:
     """The old answer, unless it is the new one: a contrast with itself would mean nothing."""
-    return None if old == new else old
+    return None if old is None or old.strip() == new else old.strip()
 
 
 def _rephrases(request: EditRequest, prompts: list[str]) -> list[Probe]:

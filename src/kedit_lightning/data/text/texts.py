@@ -74,10 +74,7 @@ class Texts(LightningDataModule):
 
     @property
     def source(self) -> dict[str, Any]:
-        """Path or hub name of the texts, their number, and a SHA-256 of their content.
-
-        For the hub, number and hash are known after the first full pass.
-        """
+        """Path or hub name, number and SHA-256 of the texts; of the hub's after a full pass."""
         self.setup()
         assert self._source is not None
         return dict(self._source)
@@ -103,11 +100,8 @@ class Texts(LightningDataModule):
             records = sum(1 for _ in self.texts())
             if not records:
                 raise DataFileError(f"'{self.path}' holds no text")
-            self._source = {
-                "path": str(self.path),
-                "sha256": _hash_files(self._files()),
-                "records": records,
-            }
+            sha256 = _hash_files(self._files())
+            self._source = {"path": str(self.path), "sha256": sha256, "records": records}
 
     def texts(self) -> Iterator[str]:
         """All texts in order, up to ``limit``."""
