@@ -68,9 +68,8 @@ class KeyCollector:
             stop_after(self.base.model, self.modules[-1]),
         ):
             self.base.forward(batch)
-        self._counts += torch.tensor(
-            [sum(lengths), sum(length**2 for length in lengths), len(lengths)]
-        )
+        squares = sum(length**2 for length in lengths)
+        self._counts += torch.tensor([sum(lengths), squares, len(lengths)])
         self._hash += hash_texts(texts)
 
     # ---- results
@@ -99,12 +98,8 @@ class KeyCollector:
     def is_within(self, error: float, processes: int = 1) -> bool:
         """Whether every moment is precise enough, with at least 10 tokens per dimension.
 
-        The error in the Frobenius norm says little about directions in which keys are small; the
-        number of tokens covers those.
-
-        Args:
-            error: Largest relative standard error, in the Frobenius norm.
-            processes: Number of processes that each read a share of the text.
+        The relative standard error in the Frobenius norm says little about directions in which keys
+        are small; the number of tokens covers those. Each of ``processes`` reads a share.
         """
         width = max(sums.probes.shape[1] for sums in self._sums.values())
         if self.tokens * processes < TOKENS_PER_DIMENSION * width:
@@ -129,11 +124,7 @@ class KeyCollector:
             tensor.copy_(state[name])
 
     def merge(self, total: Callable[[Tensor], Tensor]) -> None:
-        """Replace every sum by its total over processes.
-
-        Args:
-            total: Sums a tensor over processes; called in the same order in all of them.
-        """
+        """Replace every sum by its ``total`` over processes, in the same order in all of them."""
         for tensor in self.state().values():
             tensor.copy_(total(tensor.clone()))
 

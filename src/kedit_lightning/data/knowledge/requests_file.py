@@ -60,9 +60,14 @@ class Requests(EditDataModule):
 
     def parse(self, fields: Fields, id: str) -> EditExample:
         """Make an example of one record; see the class for its fields."""
-        required = [fields.text(name) for name in ("prompt", "target_new")]
-        optional = [fields.optional_text(name) for name in ("subject", "target_old")]
-        request = EditRequest(*required, *optional, id, fields.optional_text("task"))
+        request = EditRequest(
+            prompt=fields.text("prompt"),
+            target_new=fields.text("target_new"),
+            subject=fields.optional_text("subject"),
+            target_old=fields.optional_text("target_old"),
+            id=id,
+            task=fields.optional_text("task"),
+        )
         answer, old = (request.target_new,), request.target_old
         probes = [Probe("rephrase", text, answer, contrast=old) for text in self._rephrases(fields)]
         for group, item in fields.groups("locality"):
