@@ -116,17 +116,11 @@ class Probe:
 
 @dataclass(frozen=True)
 class EditExample:
-    """One record of a benchmark: requests written together, and the probes that judge them.
+    """One record of a benchmark: requests written together, and the probes that judge them."""
 
-    Args:
-        requests: The facts to write.
-        probes: The questions asked before and after.
-        id: Name of the record in results.
-    """
-
-    requests: tuple[EditRequest, ...]
-    probes: tuple[Probe, ...]
-    id: str
+    requests: tuple[EditRequest, ...]  # the facts to write
+    probes: tuple[Probe, ...]  # the questions asked before and after
+    id: str  # name of the record in results
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "requests", tuple(self.requests))

@@ -23,12 +23,8 @@ def key_of(*parts: Any) -> str:
 class AnswersCache:
     """Readings of probes on an unedited base model, in one JSONL file for each set of settings.
 
-    A line holds the readings that were measured together. A line that a crash has cut off is
-    skipped.
-
-    Args:
-        settings: Plain values that readings depend on beside the probe itself.
-        folder: Folder of the file; the cache folder of this machine if not given.
+    ``settings`` are the plain values that readings depend on beside the probe itself. A line holds
+    the readings that were measured together; one that a crash has cut off is skipped.
     """
 
     def __init__(self, settings: Mapping[str, Any], folder: Path | None = None) -> None:

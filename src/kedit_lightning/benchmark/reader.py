@@ -97,7 +97,7 @@ class Reader:
         Args:
             probes: The probes.
             base_readings: Their readings from :meth:`base_readings`.
-            carried: An edit for each probe, or ``None``, that only the rows of this probe carry.
+            carried: For each probe an edit that only its rows carry, or ``None``.
 
         Raises:
             UnsupportedUseError: An edit is of a kind that rows cannot carry.

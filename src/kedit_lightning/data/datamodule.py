@@ -186,20 +186,15 @@ class EditDataModule(LightningDataModule, ABC):
         """Chunks of the protocol, in the order of the file."""
         return self._chunk_loader("test")
 
-    def predict_dataloader(self) -> BatchLoader[EditBatch]:
-        """The same as for ``test``."""
-        return self._chunk_loader("test")
+    predict_dataloader = test_dataloader
 
     def _chunk_loader(self, split: Split) -> BatchLoader[EditBatch]:
         loaded = self._load(split)
         rank, world_size = process_rank() if self.deals_out_chunks else (0, 1)
         rows = evaluation_chunks(loaded.examples, self.chunk_size, rank, world_size)
         batches = [EditBatch(list(chunk)) for chunk in rows]
-        identity: dict[str, int | str] = {
-            "data": loaded.sha256,
-            "records": len(loaded.examples),
-            "chunk size": self.chunk_size,
-        }
+        identity: dict[str, int | str] = {"data": loaded.sha256, "records": len(loaded.examples)}
+        identity["chunk size"] = self.chunk_size
         return BatchLoader(lambda epoch: batches, len(batches), identity)
 
     # Reading -----------------------------------------------------------------------------------
@@ -298,13 +293,8 @@ class EditDataModule(LightningDataModule, ABC):
     def _warn_about_unread_fields(self, records: list[Record], name: str) -> None:
         if self.known_fields is None:
             return
-        unread = Counter(
-            str(key)
-            for record in records
-            if isinstance(record.values, dict)
-            for key in record.values
-            if key not in self.known_fields
-        )
+        rows = [record.values for record in records if isinstance(record.values, dict)]
+        unread = Counter(str(key) for row in rows for key in row if key not in self.known_fields)
         if unread:
             found = [f"'{key}' ({count} records)" for key, count in unread.items()]
             rank_zero_warn(
@@ -324,8 +314,7 @@ def _contradictions(examples: list[EditExample], name: str) -> int:
     for example in examples:
         for request in example.requests:
             targets[request.prompt].setdefault(request.target_new.strip(), example.id)
-    found = {prompt: ids for prompt, ids in targets.items() if len(ids) > 1}
-    if found:
+    if found := {prompt: ids for prompt, ids in targets.items() if len(ids) > 1}:
         prompt, ids = next(iter(found.items()))
         shown = " and ".join(f"{target!r} (record {id!r})" for target, id in list(ids.items())[:2])
         rank_zero_warn(

@@ -31,9 +31,7 @@ class Record:
 class Fields:
     """The fields of a record, or of an object inside it, read with their types checked.
 
-    Args:
-        values: The object; anything but a mapping is refused.
-        path: Its path in the record, such as ``requested_rewrite.target_new``.
+    ``path`` is that of the object in the record, such as ``requested_rewrite.target_new``.
 
     Raises:
         InvalidRequestError: From every method, naming the field, when a value does not fit.
@@ -134,29 +132,30 @@ def read_records(path: Path) -> tuple[list[Record], str]:
 
 def _json_records(text: str, name: str) -> Iterable[Record]:
     body = text.lstrip()
+    # Not str.splitlines: it also breaks at characters that JSON allows inside a text.
+    lines = json_lines(text.split("\n"), name)
     if body.startswith("{"):
         try:
             # One object, perhaps over several lines; JSON Lines fail at the second object.
             return [Record(f"{name} line 1", json.loads(body))]
         except ValueError:
-            return _json_lines(text, name)
+            return lines
     if not body.startswith("["):
-        return _json_lines(text, name)
+        return lines
     try:
         values = json.loads(body)
     except json.JSONDecodeError as error:
         line = error.lineno + text[: len(text) - len(body)].count("\n")
         raise DataFileError(
-            f"{name} is not valid JSON: {error.msg} at line {line} column {error.colno}; "
-            "correct it there, or write one object a line (JSON Lines), where bad lines can be "
-            "skipped"
+            f"{name} is not valid JSON: {error.msg} at line {line} column {error.colno}; correct "
+            "it there, or write one object a line (JSON Lines), where bad lines can be skipped"
         ) from error
     return [Record(f"{name} index {i}", value) for i, value in enumerate(values)]
 
 
-def _json_lines(text: str, name: str) -> Iterator[Record]:
-    # Not str.splitlines: it also breaks at characters that JSON allows inside a text.
-    for number, line in enumerate(text.split("\n"), 1):
+def json_lines(lines: Iterable[str], name: str) -> Iterator[Record]:
+    """The records of JSON Lines, those that cannot be parsed included; blank lines are skipped."""
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:

@@ -16,7 +16,6 @@ from kedit_lightning.requests import EditExample, EditRequest, Probe, ProbeKind
 #: What a method may need of every request, or of the examples it is fitted on.
 Need: TypeAlias = Literal["subject", "target_old", "task", "rephrases", "locality"]
 
-
 #: Probes that answer a need of ``fit``.
 _PROBES: dict[Need, ProbeKind] = {"rephrases": "rephrase", "locality": "locality"}
 

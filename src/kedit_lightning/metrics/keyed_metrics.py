@@ -84,11 +84,7 @@ class KeyedMetrics(nn.Module):
     ) -> str | None:
         """Result key of a score over the probes of a kind, ``None`` to leave it out.
 
-        Args:
-            score: The score.
-            stage: Prefix of the stage, empty right after the edit.
-            kind: Kind of the probes.
-            group: Their group; ``None`` for the mean over groups.
+        ``stage`` is the prefix of the stage; ``group`` is ``None`` for the mean over groups.
         """
 
     @classmethod

@@ -125,10 +125,8 @@ def _matching(
         return None
     fields = {name: header[name] for name in Provenance.__dataclass_fields__}
     provenance = Provenance(**{**fields, "fingerprints": tuple(fields["fingerprints"])})
-    ours = (
-        base.fingerprint in provenance.fingerprints
-        and base.tokenizer_fingerprint == provenance.tokenizer
-    )
+    ours = base.fingerprint in provenance.fingerprints
+    ours = ours and base.tokenizer_fingerprint == provenance.tokenizer
     return (provenance, int(header["counts"][module]), header["errors"][module]) if ours else None
 
 

@@ -22,10 +22,8 @@ TOKENS_PER_DIMENSION = 10
 class KeyCollector:
     """Accumulates second moments of the inputs of modules, in one forward pass per batch.
 
-    Args:
-        base: The base model; its edits are suspended during the pass.
-        modules: Names of the modules, in the order in which they run.
-        max_tokens: Longest row; the rest of a text is cut off.
+    Edits of the base model are suspended. ``modules`` are names in the order in which they run;
+    texts are cut after ``max_tokens``.
     """
 
     def __init__(self, base: BaseModel, modules: Sequence[str], max_tokens: int = 512) -> None:

@@ -29,10 +29,8 @@ def _check(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
 def token_match(predicted: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """Share of answer tokens that are arg-max, NaN for a row without any. Shape ``[rows]``.
 
-    Args:
-        predicted: Arg-max ids at the positions that predict the answer. Shape ``[rows, tokens]``.
-        target: Ids of the answer. Shape ``[rows, tokens]``.
-        mask: True where ``target`` holds an answer token. Shape ``[rows, tokens]``.
+    ``predicted`` are the arg-max ids at the positions that predict the answer, ``target`` its ids.
+    Both, and ``mask``, are ``[rows, tokens]``.
 
     >>> predicted = torch.tensor([[5, 7, 9], [5, 0, 0]])
     >>> target = torch.tensor([[5, 7, 8], [5, 6, 0]])

@@ -87,10 +87,9 @@ class LegacyEasyEdit(KeyedMetrics):
         self, score: type[ProbeMean], stage: str, kind: ProbeKind, group: str | None
     ) -> str | None:
         """``{kind}_acc``, or ``{kind}`` and ``{kind}/{group}_acc`` where there are groups."""
-        if score is LegacyBaseMatch:
-            if stage:
-                return None
-            stage = "pre/"
+        if score is LegacyBaseMatch and stage:
+            return None
+        stage = "pre/" if score is LegacyBaseMatch else stage
         if kind in ("rewrite", "rephrase"):
             return f"{stage}{kind}_acc" if group is None else None
         return f"{stage}{kind}" if group is None else f"{stage}{kind}/{group}_acc"
