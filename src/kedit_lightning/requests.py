@@ -14,6 +14,10 @@ from kedit_lightning.errors import InvalidRequestError
 ProbeKind: TypeAlias = Literal["rewrite", "rephrase", "locality", "portability"]
 
 
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
 def _refuse(record: str, field: str, reason: str) -> InvalidRequestError:
     return InvalidRequestError(f"{record}: field '{field}' {reason}")
 
@@ -44,23 +48,14 @@ class EditRequest:
     image: str | None = None
 
     def __post_init__(self) -> None:
-        for field in ("prompt", "target_new"):
-            value = getattr(self, field)
-            if not isinstance(value, str) or not value.strip():
-                raise _refuse(self.label, field, f"must be text that is not empty, got {value!r}")
-        for field in ("subject", "target_old", "id", "task", "image"):
-            value = getattr(self, field)
-            if value is not None and (not isinstance(value, str) or not value.strip()):
-                raise _refuse(
-                    self.label, field, f"must be text that is not empty, or absent, got {value!r}"
-                )
+        for field, value in vars(self).items():
+            needed = field in ("prompt", "target_new")
+            if (needed or value is not None) and not _is_text(value):
+                rule = "must be text that is not empty" + (", or absent" if not needed else "")
+                raise _refuse(self.label, field, f"{rule}, got {value!r}")
         if self.subject is not None and self.subject not in self.prompt:
-            raise _refuse(
-                self.label,
-                "subject",
-                f"({self.subject!r}) does not occur in the prompt {self.prompt!r}; "
-                "write it exactly as the prompt does",
-            )
+            reason = f"({self.subject!r}) does not occur in the prompt {self.prompt!r}"
+            raise _refuse(self.label, "subject", f"{reason}; write it exactly as the prompt does")
 
     @property
     def label(self) -> str:
@@ -93,10 +88,10 @@ class Probe:
     image: str | None = None
 
     def __post_init__(self) -> None:
-        name = f"{self.kind} probe {self.prompt!r}"
+        name = self.label
         if self.kind not in get_args(ProbeKind):
             raise _refuse(name, "kind", f"must be one of {', '.join(get_args(ProbeKind))}")
-        if not isinstance(self.prompt, str) or not self.prompt.strip():
+        if not _is_text(self.prompt):
             raise _refuse(name, "prompt", f"must be text that is not empty, got {self.prompt!r}")
         if isinstance(self.answers, str):
             raise _refuse(name, "answers", f"must be a list of texts, got {self.answers!r}")
@@ -108,25 +103,24 @@ class Probe:
         texts += [("contrast", self.contrast)] if self.contrast is not None else []
         texts += [("image", self.image)] if self.image is not None else []
         for field, text in texts:
-            if not isinstance(text, str) or not text.strip():
+            if not _is_text(text):
                 raise _refuse(name, field, f"must hold text that is not empty, got {text!r}")
         if not self.group:
             object.__setattr__(self, "group", self.kind)
 
+    @property
+    def label(self) -> str:
+        """How messages name this probe."""
+        return f"{self.kind} probe {self.prompt!r}"
+
 
 @dataclass(frozen=True)
 class EditExample:
-    """One record of a benchmark: requests written together, and the probes that judge them.
+    """One record of a benchmark: requests written together, and the probes that judge them."""
 
-    Args:
-        requests: The facts to write.
-        probes: The questions asked before and after.
-        id: Name of the record in results.
-    """
-
-    requests: tuple[EditRequest, ...]
-    probes: tuple[Probe, ...]
-    id: str
+    requests: tuple[EditRequest, ...]  # the facts to write
+    probes: tuple[Probe, ...]  # the questions asked before and after
+    id: str  # name of the record in results
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "requests", tuple(self.requests))
@@ -139,13 +133,8 @@ class EditExample:
         cls, request: EditRequest, id: str, probes: Sequence[Probe] = ()
     ) -> EditExample:
         """Pair a request with the rewrite probe that follows from it, and further probes."""
-        rewrite = Probe(
-            "rewrite",
-            request.prompt,
-            (request.target_new,),
-            contrast=request.target_old,
-            image=request.image,
-        )
+        answers, old = (request.target_new,), request.target_old
+        rewrite = Probe("rewrite", request.prompt, answers, "", old, request.image)
         return cls((request,), (rewrite, *probes), id)
 
     def to_json(self) -> dict[str, Any]:
@@ -162,9 +151,6 @@ class EditBatch:
 
     It is a plain class with a ``to`` method: Lightning moves and casts batches, and would walk into
     a dataclass or a collection and fail on the frozen dataclasses inside.
-
-    Args:
-        examples: The examples.
     """
 
     def __init__(self, examples: list[EditExample]) -> None:

@@ -15,7 +15,7 @@ from places import ROOT, SAMPLES
 from support import tiny_base
 from toys import Learner, Toy
 
-from kedit_lightning import Edit, EditTrainer
+from kedit_lightning import Edit, EditExample, EditRequest, EditTrainer, Probe
 from kedit_lightning.benchmark import EditCallback, Protocol, RunContext
 from kedit_lightning.data import Requests
 from kedit_lightning.errors import UnsupportedUseError
@@ -188,3 +188,29 @@ def test_checkpoints_name_the_public_class(tmp_path: Path) -> None:
         run.save_checkpoint(tmp_path / "one.ckpt")
         content = torch.load(tmp_path / "one.ckpt", weights_only=True)
         assert content["hyper_parameters"]["_class_path"] == path
+
+
+class Pictures(Requests):
+    """Facts of a file, of which one is asked about with a picture."""
+
+    def parse(self, fields: Any, id: str) -> EditExample:
+        example = super().parse(fields, id)
+        probe = Probe("locality", "The picture shows", image="tower.png")
+        return replace(example, probes=(*example.probes, probe)) if id == "0" else example
+
+
+@pytest.mark.parametrize("kind", [Toy, Learner])
+def test_pictures_are_refused_where_nothing_reads_them(kind: type[Toy]) -> None:
+    method = kind(base_model=tiny_base("llama"))
+    request = EditRequest("The picture shows", "Rome", id="tower", image="tower.png")
+    with pytest.raises(
+        UnsupportedUseError, match=r"text only, .*'image' is set in request 'tower'"
+    ):
+        method.edit([request])
+    data = Pictures(path=FACTS, train_path=FACTS)
+    probe = r"'image' is set in locality probe 'The picture shows'"
+    with pytest.raises(UnsupportedUseError, match=probe):
+        trainer().test(method, data)
+    if kind is Learner:
+        with pytest.raises(UnsupportedUseError, match=probe):
+            trainer(max_epochs=1).fit(method, data)

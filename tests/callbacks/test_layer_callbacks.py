@@ -213,6 +213,10 @@ def test_the_method_keeps_its_settings_at_another_layer():
     assert {**moved.hparams} == {**rome(base, layer=3, lr=0.25).hparams}
     single = at_layer(FTM(base_model=base, layers=[0, 1], lr=0.25), 2)
     assert (single.hparams["layers"], single.hparams["lr"]) == ([2], 0.25)
+    built = FTM(base_model=base, layers=[0])
+    built.configure_model()  # settings that are left to the base model are now those of layer 0
+    assert built.settings != built.given
+    assert at_layer(built, 2).given == FTM(base_model=base, layers=[2]).given
 
 
 def test_what_cannot_be_swept_is_refused():

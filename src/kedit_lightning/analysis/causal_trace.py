@@ -58,10 +58,10 @@ class Trace:
 
 @dataclass(frozen=True)
 class Patch:
-    """Hidden states that are restored together."""
+    """Hidden states that are restored together: those of layers, from 0, at prompt positions."""
 
-    layers: range  # counted from 0
-    tokens: range  # positions in the prompt
+    layers: range
+    tokens: range
 
 
 class Tracer:
@@ -128,13 +128,9 @@ class Tracer:
 
     @torch.no_grad()
     def probabilities(self, patches: Sequence[Patch | None]) -> Tensor:
-        """Probability of the answer under noise, mean over its samples.
+        """Probability of the answer under noise with each patch restored, mean over its samples.
 
-        Args:
-            patches: States that are restored, one patch at a time; ``None`` for none.
-
-        Returns:
-            Shape ``[patches]``, float64, on the CPU.
+        Shape ``[patches]``, float64, on the CPU. ``None`` is a patch of no state.
         """
         samples = len(self._noise)
         total, batches = len(patches) * samples, []
@@ -186,21 +182,9 @@ def trace(
 ) -> Trace:
     """Trace a fact through all layers and tokens of a prompt.
 
-    Args:
-        base: The base model, with the edits that are to be traced applied.
-        prompt: The prompt.
-        subject: Part of the prompt whose embeddings get the noise.
-        answer: Text whose first token is measured; the model's own greedy answer if not given.
-        kind: Which states are restored, as for :class:`Tracer`.
-        window: Layers that are restored together. If not given, one of blocks, and of MLPs or
-            attention the share of the depth that the paper takes (10 of 48).
-        noise: Standard deviation of the noise, as for :class:`Tracer`, like the other settings.
-        samples: Draws of the noise.
-        seed: Seed of the noise.
-        batch_size: Rows of a forward pass.
-
-    Raises:
-        KEditError: As for :class:`Tracer`.
+    ``window`` layers are restored together: if not given, one of blocks, and of MLPs or attention
+    the share of the depth that the paper takes (10 of 48). The other arguments, and what is raised,
+    are those of :class:`Tracer`.
     """
     _check(base, kind, noise, {"window": 1 if window is None else window})
     tracer = Tracer(base, prompt, subject, answer, kind, noise, samples, seed, batch_size)
@@ -209,28 +193,19 @@ def trace(
         window = 1 if kind == "block" else max(1, round(_PART_WINDOW * depth))
     # Tokens before the subject do not attend to it, so there is nothing to restore.
     tokens = range(row.subject_start, len(row.prompt))
-    patches = [
-        Patch(
-            range(max(0, layer - window // 2), min(depth, layer + (window + 1) // 2)),
-            range(token, token + 1),
-        )
+    windows = [
+        range(max(0, layer - window // 2), min(depth, layer + (window + 1) // 2))
         for layer in range(depth)
-        for token in tokens
     ]
+    patches = [Patch(layers, range(token, token + 1)) for layers in windows for token in tokens]
     low, *effects = tracer.probabilities([None, *patches]).tolist()
     restored = torch.full((depth, len(row.prompt)), low, dtype=torch.double)
     restored[:, tokens.start :] = torch.tensor(effects, dtype=torch.double).reshape(depth, -1)
     texts = [str(base.tokenizer.decode([id])) for id in (*row.prompt, tracer.token)]
+    tokens_as_text, answer_text = tuple(texts[:-1]), texts[-1].strip() or texts[-1]
+    span = row.subject_start, row.subject_end
     return Trace(
-        prompt=prompt,
-        tokens=tuple(texts[:-1]),
-        subject=(row.subject_start, row.subject_end),
-        answer=texts[-1].strip() or texts[-1],
-        kind=kind,
-        window=window,
-        high=tracer.high,
-        low=low,
-        restored=restored,
+        prompt, tokens_as_text, span, answer_text, kind, window, tracer.high, low, restored
     )
 
 

@@ -11,12 +11,9 @@ MOST = 200
 
 
 class Curve:
-    """A scalar over steps: all values, or means over equally many each once there are too many.
+    """A scalar over steps: all values, or once there are more than ``most`` means of equally many.
 
     Values that are not finite are left out.
-
-    Args:
-        most: Points kept at most.
 
     >>> curve = Curve(most=4)
     >>> for step in range(1, 8):

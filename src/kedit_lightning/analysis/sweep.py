@@ -21,8 +21,8 @@ def sweep_layers(
     """Score a method at one layer after another, its other settings unchanged.
 
     Args:
-        method: A method with the setting ``layer`` or ``layers``, its base model loaded, in a run
-            whose protocol, seed and data are used.
+        method: A method with the setting ``layer`` or ``layers``, in a run whose protocol, seed
+            and data are used.
         split: The split of the data whose examples are edited and scored at each layer.
         layers: Layers, counted from 0; all with a dense MLP if not given.
 
@@ -43,13 +43,13 @@ def sweep_layers(
     for layer in layers:
         layout.block(layer)  # one that does not exist is refused before any work
     for layer in layers:
-        scores = measure(at_layer(method, layer), method.run, split)
-        yield {"layer": layer, **scores}
+        yield {"layer": layer, **measure(at_layer(method, layer), method.run, split)}
 
 
 def at_layer(method: EditMethod, layer: int) -> EditMethod:
     """A method of the same class and settings, ``layer`` or ``layers`` aside."""
-    settings = {key: value for key, value in method.hparams.items() if not key.startswith("_")}
+    # As given, and not as resolved for the method's own layers.
+    settings = dict(vars(method.given))
     settings |= {"layer": layer} if "layer" in settings else {"layers": [layer]}
     kind: Any = type(method)
     moved: EditMethod = kind(base_model=method.base, **settings)

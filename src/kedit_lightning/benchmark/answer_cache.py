@@ -7,6 +7,7 @@ import json
 import os
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,8 @@ def key_of(*parts: Any) -> str:
 class AnswersCache:
     """Readings of probes on an unedited base model, in one JSONL file for each set of settings.
 
-    A line holds the readings that were measured together. A line that a crash has cut off is
-    skipped.
-
-    Args:
-        settings: Plain values that readings depend on beside the probe itself.
-        folder: Folder of the file; the cache folder of this machine if not given.
+    ``settings`` are the plain values that readings depend on beside the probe itself. A line holds
+    the readings that were measured together; one that a crash has cut off is skipped.
     """
 
     def __init__(self, settings: Mapping[str, Any], folder: Path | None = None) -> None:
@@ -40,17 +37,11 @@ class AnswersCache:
         """Readings by key."""
         if self._known is None:
             self._known = {}
-            if self.path.is_file():
-                for line in self.path.read_text(encoding="utf-8").split("\n"):
-                    try:
-                        self._known.update(json.loads(line) if line else {})
-                    except json.JSONDecodeError:  # cut off by a crash
-                        continue
+            text = self.path.read_text(encoding="utf-8") if self.path.is_file() else ""
+            for line in filter(None, text.split("\n")):
+                with suppress(json.JSONDecodeError):  # cut off by a crash
+                    self._known.update(json.loads(line))
         return self._known
-
-    def get(self, key: str) -> ProbeReading | None:
-        """The reading of a key, ``None`` if it has not been computed yet."""
-        return self.known.get(key)
 
     def add(self, readings: Mapping[str, ProbeReading]) -> None:
         """Add readings that were measured together, in memory and on disk."""
@@ -60,7 +51,14 @@ class AnswersCache:
         line = json.dumps(readings)
         self.known.update(json.loads(line))
         try:
-            self._append(line)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            # One write, as several processes may append at once; the first line break ends a line
+            # that a crash has cut off.
+            handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            try:
+                os.write(handle, f"\n{line}\n".encode())
+            finally:
+                os.close(handle)
         except OSError as error:
             if not self._warned:
                 warnings.warn(
@@ -69,13 +67,3 @@ class AnswersCache:
                     stacklevel=2,
                 )
             self._warned = True
-
-    def _append(self, line: str) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        # One write, as several processes may append at once; the first line break ends a line that
-        # a crash has cut off.
-        handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            os.write(handle, f"\n{line}\n".encode())
-        finally:
-            os.close(handle)

@@ -15,13 +15,10 @@ JUDGED_BY: dict[str, tuple[str, ...]] = {
 
 
 def judged(scores: Mapping[str, float]) -> dict[str, float | None]:
-    """The headline scores, and their harmonic mean as ``score``.
+    """The headline scores of means by result key, and their harmonic mean as ``score``.
 
     The mean is over rewrite, rephrase and known (kept where nothing was known), as far as the data
     has them; it is that of ROME's score over efficacy, paraphrase and neighbourhood.
-
-    Args:
-        scores: Means by result key, under either scoring.
 
     >>> round(judged({"rewrite/tf_all": 1.0, "locality/keep_top1": 0.5})["score"], 3)
     0.667

@@ -38,6 +38,7 @@ class ForcedRow(NamedTuple):
 
 #: Rows of a probe, by the source of measurements.
 Rows: TypeAlias = dict[Source, list[ForcedRow]]
+Values: TypeAlias = dict[tuple[ForcedRow, Compute], Value]
 
 #: Sources whose rows share forward passes.
 _PASSES: tuple[tuple[Source, ...], ...] = (("answer", "answers", "contrast"), ("continuation",))
@@ -77,11 +78,8 @@ class Reader:
     def base_readings(self, probes: Sequence[Probe]) -> list[ProbeReading]:
         """Readings of the base model without any edit, from the cache where it has them."""
         keys = [self._cache_key(probe) for probe in probes]
-        missing = {
-            key: probe
-            for key, probe in zip(keys, probes, strict=True)
-            if self.cache.get(key) is None
-        }
+        by_key = dict(zip(keys, probes, strict=True))
+        missing = {key: by_key[key] for key in by_key if key not in self.cache.known}
         if missing:
             with self.base.edits.suspended():
                 fresh = self._read(list(missing.values()), None, [None] * len(missing))
@@ -99,7 +97,7 @@ class Reader:
         Args:
             probes: The probes.
             base_readings: Their readings from :meth:`base_readings`.
-            carried: An edit for each probe, or ``None``, that only the rows of this probe carry.
+            carried: For each probe an edit that only its rows carry, or ``None``.
 
         Raises:
             UnsupportedUseError: An edit is of a kind that rows cannot carry.
@@ -110,10 +108,9 @@ class Reader:
         return self._read(probes, base_readings, carried)
 
     def _cache_key(self, probe: Probe) -> str:
-        names = {measurement.name for measurement in self.measurements[probe.kind]}
-        added = sorted(names.difference(built_in(probe.kind)))
+        added = {m.name for m in self.measurements[probe.kind]}.difference(built_in(probe.kind))
         local = probe.kind == "locality"
-        return key_of(local, probe.prompt, probe.answers, probe.contrast, *added)
+        return key_of(local, probe.prompt, probe.answers, probe.contrast, *sorted(added))
 
     # ---- forward passes
 
@@ -137,7 +134,7 @@ class Reader:
             # Under edits the continuation is the one that was read of the base model before.
             text = against[i].get("text") if against else texts.get((edit, probe.prompt))
             rows.append(self._rows(edit, probe, text, against is not None, encode))
-        values: dict[tuple[ForcedRow, Compute], Value] = {}
+        values: Values = {}
         for sources in _PASSES:
             computes = dict.fromkeys(
                 m.compute
@@ -151,8 +148,7 @@ class Reader:
                     tokens = self.base.pad([row.tokens for row in batch])
                     logits = widened(self.base.answer_logits(tokens))  # [batch, width, vocab]
                     base_logits = None
-                    plain = [row.plain for row in batch if row.plain is not None]
-                    if plain:
+                    if plain := [row.plain for row in batch if row.plain is not None]:
                         # In the same pass on the same rows, so that no change gives exactly 0.
                         same = all(row.tokens == row.plain for row in batch)
                         base_tokens = tokens if same else self.base.pad(plain)
@@ -160,26 +156,21 @@ class Reader:
                             base_logits = widened(self.base.answer_logits(base_tokens))
                 forward = ForwardPass(logits, tokens.answer_ids, tokens.answer_mask, base_logits)
                 for compute in computes:
-                    by_row = zip(batch, compute(forward), strict=True)
-                    values.update({(row, compute): value for row, value in by_row})
+                    keys = ((row, compute) for row in batch)
+                    values.update(zip(keys, compute(forward), strict=True))
                 del logits, base_logits, forward  # before the next pass takes as much memory
         return [
             self._reading(probe, own, texts.get((edit, probe.prompt)), values)
             for (edit, probe), own in zip(asked, rows, strict=True)
         ]
 
-    def _reading(
-        self,
-        probe: Probe,
-        rows: Rows,
-        text: str | None,
-        values: dict[tuple[ForcedRow, Compute], Value],
-    ) -> ProbeReading:
+    def _reading(self, probe: Probe, rows: Rows, text: str | None, values: Values) -> ProbeReading:
         """The measured values of one probe, by name."""
         reading: dict[str, Value] = {measurement.name: None for measurement in RECORDED}
         for measurement in self.measurements[probe.kind]:
-            source, compute = measurement.source, measurement.compute
-            by_row: list[Any] = [values[row, compute] for row in rows[source]]
+            by_row: list[Any] = [
+                values[row, measurement.compute] for row in rows[measurement.source]
+            ]
             if by_row:
                 reading[measurement.name] = max(by_row)
         return cast(ProbeReading, {**reading, "text": text})
@@ -198,16 +189,12 @@ class Reader:
             dict.fromkeys((edit, probe.prompt) for edit, probe in asked),
             key=lambda key: (self.base.encoder.count(key[1]), key[1]),
         )
-        size = self.protocol.score_batch_size
+        size, length = self.protocol.score_batch_size, self.protocol.max_new_tokens
         texts: dict[tuple[Carried, str], str] = {}
         for batch in chunks(unique, size):
+            prompts = [prompt for _, prompt in batch]
             with self._carrying([edit for edit, _ in batch]):
-                answers = self.base.generate(
-                    [prompt for _, prompt in batch],
-                    max_new_tokens=self.protocol.max_new_tokens,
-                    batch_size=size,
-                    stop_at_sentence=True,
-                )
+                answers = self.base.generate(prompts, length, size, stop_at_sentence=True)
             texts |= zip(batch, answers, strict=True)
         return texts
 
@@ -221,12 +208,12 @@ class Reader:
     ) -> Rows:
         """Rows of a probe by source; that of ``text``, the continuation, only where measured."""
         accepted = [ForcedRow(edit, encode(probe.prompt, answer)) for answer in probe.answers]
-        contrast = [encode(probe.prompt, probe.contrast)] if probe.contrast else []
+        contrast = [probe.contrast] if probe.contrast else []
         continued = any(m.source == "continuation" for m in self.measurements[probe.kind])
         return {
             "answer": accepted[:1],
             "answers": accepted,
-            "contrast": [ForcedRow(edit, tokens) for tokens in contrast],
+            "contrast": [ForcedRow(edit, encode(probe.prompt, answer)) for answer in contrast],
             "continuation": [self._continuation(edit, probe, text, compare)] if continued else [],
             "text": [],
         }

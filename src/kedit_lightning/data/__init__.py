@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kedit_lightning.registry import lazy_exports
 
@@ -28,7 +28,7 @@ __all__ = [
     "ZsRE",
 ]
 
-_get = lazy_exports(
+__getattr__ = lazy_exports(
     "dataset",
     {
         "EditDataModule": "kedit_lightning.data.datamodule",
@@ -38,10 +38,6 @@ _get = lazy_exports(
         "TextBatch": "kedit_lightning.data.text.texts",
     },
 )
-
-
-def __getattr__(name: str) -> Any:
-    return _get(name)
 
 
 def __dir__() -> list[str]:

@@ -66,8 +66,7 @@ class BatchLoader(Generic[Batch]):
         length: Number of batches in an epoch; ``None`` if it is not known.
         identity: Values that fix the order (file hash, batch size, seed, ...); a state saved under
             another identity is refused in the middle of an epoch.
-        ahead: Number of batches that Lightning has fetched but not yet used: one when it does not
-            know the length, else none.
+        ahead: Number of batches that Lightning has fetched but not yet used.
     """
 
     batch_sampler = None
@@ -84,9 +83,7 @@ class BatchLoader(Generic[Batch]):
         self._length = length
         self._identity = dict(identity)
         self._ahead = ahead
-        self._epoch = 0
-        self._start = 0
-        self._given = 0
+        self._epoch = self._start = self._given = 0
         self._ended = False
 
     def __len__(self) -> int:
@@ -119,12 +116,8 @@ class BatchLoader(Generic[Batch]):
         """Epoch, number of batches used in it, and the identity of their order."""
         used = self._given if self._ended else max(0, self._given - self._ahead)
         ended = self._ended or (self._length is not None and used >= self._length)
-        return {
-            "epoch": self._epoch,
-            "batches": used,
-            "ended": ended,
-            "identity": dict(self._identity),
-        }
+        identity = dict(self._identity)
+        return {"epoch": self._epoch, "batches": used, "ended": ended, "identity": identity}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a saved state.

@@ -113,11 +113,7 @@ class EditDataModule(LightningDataModule, ABC):
 
     @abstractmethod
     def parse(self, fields: Fields, id: str) -> EditExample:
-        """Make an example of one record.
-
-        Args:
-            fields: The record's fields.
-            id: The record's name, to be used for the example and its requests.
+        """Make an example of one record, whose name ``id`` the example and its requests get.
 
         Raises:
             InvalidRequestError: A field does not fit.
@@ -127,7 +123,7 @@ class EditDataModule(LightningDataModule, ABC):
     # Examples ----------------------------------------------------------------------------------
 
     def examples(self, split: Split = "test") -> list[EditExample]:
-        """The examples of a split; its file is read when first asked for.
+        """The examples of a split; its file is read at the first call.
 
         Raises:
             DataFileError: The file is absent, or holds records that do not fit.
@@ -190,20 +186,15 @@ class EditDataModule(LightningDataModule, ABC):
         """Chunks of the protocol, in the order of the file."""
         return self._chunk_loader("test")
 
-    def predict_dataloader(self) -> BatchLoader[EditBatch]:
-        """The same as for ``test``."""
-        return self._chunk_loader("test")
+    predict_dataloader = test_dataloader
 
     def _chunk_loader(self, split: Split) -> BatchLoader[EditBatch]:
         loaded = self._load(split)
         rank, world_size = process_rank() if self.deals_out_chunks else (0, 1)
         rows = evaluation_chunks(loaded.examples, self.chunk_size, rank, world_size)
         batches = [EditBatch(list(chunk)) for chunk in rows]
-        identity: dict[str, int | str] = {
-            "data": loaded.sha256,
-            "records": len(loaded.examples),
-            "chunk size": self.chunk_size,
-        }
+        identity: dict[str, int | str] = {"data": loaded.sha256, "records": len(loaded.examples)}
+        identity["chunk size"] = self.chunk_size
         return BatchLoader(lambda epoch: batches, len(batches), identity)
 
     # Reading -----------------------------------------------------------------------------------
@@ -213,29 +204,30 @@ class EditDataModule(LightningDataModule, ABC):
         return examples[: self.limit]
 
     def _load(self, split: Split) -> LoadedSplit:
+        if split not in _OPTION:
+            raise UnsupportedUseError(
+                f"there is no split {split!r}; it is one of {', '.join(_OPTION)}"
+            )
+        if self.limit is not None and self.limit < 1:
+            raise UnsupportedUseError(
+                f"limit must be at least 1, got {self.limit}; leave it out to use all records"
+            )
         if split not in self._loaded:
-            if split not in _OPTION:
-                raise UnsupportedUseError(
-                    f"there is no split {split!r}; it is one of {', '.join(_OPTION)}"
-                )
-            if self.limit is not None and self.limit < 1:
-                raise UnsupportedUseError(
-                    f"limit must be at least 1, got {self.limit}; leave it out to use all records"
-                )
             self._loaded[split] = self._read(split)
         return self._loaded[split]
 
     def _read(self, split: Split) -> LoadedSplit:
-        path = self.split_path(split)
+        path, option = self.split_path(split), _OPTION[split]
+        way_out = f"{option} (--data.{option} FILE on the command line){self.where_to_get_it}"
         if path is None:
-            raise DataFileNotFoundError(self._no_file(split))
+            use = {"train": "fit", "validation": "validate", "test": "edit, test or predict"}[split]
+            raise DataFileNotFoundError(
+                f"{type(self).__name__} was given no file for {use}: set {way_out}"
+            )
         try:
             records, sha256 = read_records(path)
         except DataFileNotFoundError as error:
-            raise DataFileNotFoundError(
-                f"{error}; correct {_OPTION[split]} "
-                f"(--data.{_OPTION[split]} FILE on the command line){self.where_to_get_it}"
-            ) from error
+            raise DataFileNotFoundError(f"{error}; correct {way_out}") from error
         examples, bad, skipped = self._parse_all(records)
         if bad and self.on_bad_record == "error":
             raise DataFileError(
@@ -247,14 +239,11 @@ class EditDataModule(LightningDataModule, ABC):
         if not examples:
             raise DataFileError(f"{path.name} holds no usable record: {_clauses(left_out)}")
         if left_out:
-            rank_zero_warn(
-                f"{len(left_out)} of {len(records)} records of {path.name} are left out: "
-                f"{_clauses(left_out)}"
-            )
+            count = f"{len(left_out)} of {len(records)} records of {path.name}"
+            rank_zero_warn(f"{count} are left out: {_clauses(left_out)}")
         self._warn_about_unread_fields(records, path.name)
-        loaded = LoadedSplit(self.select(examples), str(path), sha256, left_out)
-        loaded.contradictions = _contradictions(loaded.examples, path.name)
-        return loaded
+        kept = self.select(examples)
+        return LoadedSplit(kept, str(path), sha256, left_out, _contradictions(kept, path.name))
 
     def _parse_all(self, records: list[Record]) -> tuple[list[EditExample], list[str], list[str]]:
         """Examples of the records, a clause for each bad record, and one for each skipped one."""
@@ -304,27 +293,14 @@ class EditDataModule(LightningDataModule, ABC):
     def _warn_about_unread_fields(self, records: list[Record], name: str) -> None:
         if self.known_fields is None:
             return
-        unread = Counter(
-            str(key)
-            for record in records
-            if isinstance(record.values, dict)
-            for key in record.values
-            if key not in self.known_fields
-        )
+        rows = [record.values for record in records if isinstance(record.values, dict)]
+        unread = Counter(str(key) for row in rows for key in row if key not in self.known_fields)
         if unread:
             found = [f"'{key}' ({count} records)" for key, count in unread.items()]
             rank_zero_warn(
                 f"{name} has fields that {type(self).__name__} does not read: "
                 f"{article_list(found)}; it reads {', '.join(sorted(self.known_fields))}"
             )
-
-    def _no_file(self, split: Split) -> str:
-        option = _OPTION[split]
-        use = {"train": "fit", "validation": "validate", "test": "edit, test or predict"}[split]
-        return (
-            f"{type(self).__name__} was given no file for {use}: set {option} "
-            f"(--data.{option} FILE on the command line){self.where_to_get_it}"
-        )
 
 
 def _clauses(clauses: Sequence[str]) -> str:
@@ -338,8 +314,7 @@ def _contradictions(examples: list[EditExample], name: str) -> int:
     for example in examples:
         for request in example.requests:
             targets[request.prompt].setdefault(request.target_new.strip(), example.id)
-    found = {prompt: ids for prompt, ids in targets.items() if len(ids) > 1}
-    if found:
+    if found := {prompt: ids for prompt, ids in targets.items() if len(ids) > 1}:
         prompt, ids = next(iter(found.items()))
         shown = " and ".join(f"{target!r} (record {id!r})" for target, id in list(ids.items())[:2])
         rank_zero_warn(

@@ -1,10 +1,8 @@
 """Records of data files with their line or index, and typed access to their fields.
 
-``datasets`` guesses a type for each column, and the guess changes facts: of a JSON file it turns
-the answer "2011-05-04" into a timestamp, of a CSV file "NA" into nothing and "007" into 7.0; it
-gives every record the optional fields of all others, and forgets the line a record came from.
-Records are therefore parsed by ``json`` and ``csv``.  Nothing is cached, so a changed file is
-never answered from an older copy.
+Records are parsed by ``json`` and ``csv``, since ``datasets`` guesses a type for each column, and
+the guess changes facts: of the answer "2011-05-04" it makes a timestamp, of "NA" nothing, of "007"
+7.0. It also forgets the line of a record.
 """
 
 from __future__ import annotations
@@ -13,7 +11,7 @@ import csv
 import hashlib
 import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,25 +21,17 @@ from kedit_lightning.errors import DataFileError, DataFileNotFoundError, Invalid
 
 @dataclass(frozen=True)
 class Record:
-    """One entry of a data file.
+    """One entry of a data file."""
 
-    Args:
-        where: File name and line, or index in a JSON list.
-        values: The entry as JSON parses it; any JSON value.
-        problem: Reason why the entry could not be parsed.
-    """
-
-    where: str
-    values: Any = None
-    problem: str | None = None
+    where: str  # file name and line, or index in a JSON list
+    values: Any = None  # the entry as JSON parses it; any JSON value
+    problem: str | None = None  # reason why the entry could not be parsed
 
 
 class Fields:
     """The fields of a record, or of an object inside it, read with their types checked.
 
-    Args:
-        values: The object; anything but a mapping is refused.
-        path: Its path in the record, such as ``requested_rewrite.target_new``.
+    ``path`` is that of the object in the record, such as ``requested_rewrite.target_new``.
 
     Raises:
         InvalidRequestError: From every method, naming the field, when a value does not fit.
@@ -83,6 +73,12 @@ class Fields:
             return [_text(value, self.place(key))]
         return [_text(item, place) for item, place in self._list(key)]
 
+    def required_texts(self, key: str) -> list[str]:
+        """A list of at least one text, or a single text."""
+        if not (texts := self.texts(key)):
+            raise InvalidRequestError(f"field '{self.place(key)}' must hold at least one answer")
+        return texts
+
     def fields(self, key: str) -> Fields:
         """An object inside this one."""
         if key not in self:
@@ -95,9 +91,7 @@ class Fields:
 
     def groups(self, key: str) -> list[tuple[str, Fields]]:
         """The objects of ``{group: [object, ...]}``, each with the name of its group."""
-        if key not in self:
-            return []
-        groups = self.fields(key)
+        groups = self.fields(key) if key in self else Fields({})
         return [(name, item) for name in groups.values for item in groups.objects(name)]
 
     def _list(self, key: str) -> list[tuple[Any, str]]:
@@ -130,40 +124,38 @@ def read_records(path: Path) -> tuple[list[Record], str]:
         raise DataFileError(
             f"{path.name} is not UTF-8 text (byte {error.start}); save it as UTF-8"
         ) from error
-    if path.suffix.lower() in (".csv", ".tsv"):
-        records = list(_csv_records(text, path.name))
-    else:
-        records = _json_records(text, path.name)
-    if not records:
+    parse = _csv_records if path.suffix.lower() in (".csv", ".tsv") else _json_records
+    if not (records := list(parse(text, path.name))):
         raise DataFileError(f"{path.name} holds no records")
     return records, hashlib.sha256(data).hexdigest()
 
 
-def _json_records(text: str, name: str) -> list[Record]:
+def _json_records(text: str, name: str) -> Iterable[Record]:
     body = text.lstrip()
+    # Not str.splitlines: it also breaks at characters that JSON allows inside a text.
+    lines = json_lines(text.split("\n"), name)
     if body.startswith("{"):
         try:
             # One object, perhaps over several lines; JSON Lines fail at the second object.
             return [Record(f"{name} line 1", json.loads(body))]
         except ValueError:
-            return list(_json_lines(text, name))
+            return lines
     if not body.startswith("["):
-        return list(_json_lines(text, name))
+        return lines
     try:
         values = json.loads(body)
     except json.JSONDecodeError as error:
         line = error.lineno + text[: len(text) - len(body)].count("\n")
         raise DataFileError(
-            f"{name} is not valid JSON: {error.msg} at line {line} column {error.colno}; "
-            "correct it there, or write one object a line (JSON Lines), where bad lines can be "
-            "skipped"
+            f"{name} is not valid JSON: {error.msg} at line {line} column {error.colno}; correct "
+            "it there, or write one object a line (JSON Lines), where bad lines can be skipped"
         ) from error
     return [Record(f"{name} index {i}", value) for i, value in enumerate(values)]
 
 
-def _json_lines(text: str, name: str) -> Iterator[Record]:
-    # Not str.splitlines: it also breaks at characters that JSON allows inside a text.
-    for number, line in enumerate(text.split("\n"), 1):
+def json_lines(lines: Iterable[str], name: str) -> Iterator[Record]:
+    """The records of JSON Lines, those that cannot be parsed included; blank lines are skipped."""
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
@@ -183,8 +175,7 @@ def _csv_records(text: str, name: str) -> Iterator[Record]:
         header = [cell.strip() for cell in next(reader, [])]
         while True:
             line = reader.line_num + 1
-            cells = next(reader, None)
-            if cells is None:
+            if (cells := next(reader, None)) is None:
                 return
             if not any(cell.strip() for cell in cells):
                 continue

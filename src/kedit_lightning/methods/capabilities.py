@@ -11,11 +11,10 @@ from typing import Any, Literal, Self, TypeAlias
 from kedit_lightning.base_models import BaseModel
 from kedit_lightning.errors import MissingNeedsError, UnsupportedUseError, article_list
 from kedit_lightning.registry import entries
-from kedit_lightning.requests import EditExample, EditRequest, ProbeKind
+from kedit_lightning.requests import EditExample, EditRequest, Probe, ProbeKind
 
 #: What a method may need of every request, or of the examples it is fitted on.
 Need: TypeAlias = Literal["subject", "target_old", "task", "rephrases", "locality"]
-
 
 #: Probes that answer a need of ``fit``.
 _PROBES: dict[Need, ProbeKind] = {"rephrases": "rephrase", "locality": "locality"}
@@ -100,6 +99,19 @@ def missing_in_examples(examples: Sequence[EditExample], needs: Collection[Need]
         for need in sorted(_PROBES.keys() & needs)
         if not any(probe.kind == _PROBES[need] for probe in example.probes)
     ]
+
+
+def refuse_images(name: str, items: Sequence[EditRequest | Probe]) -> None:
+    """Refuse requests and probes about a picture, which no method uses yet.
+
+    Raises:
+        UnsupportedUseError: One of them has an image.
+    """
+    if seen := [item.label for item in items if item.image is not None]:
+        raise UnsupportedUseError(
+            f"{name} reads text only, and field 'image' is set in {article_list(seen)}; leave the "
+            "field out, or take these records out of the data"
+        )
 
 
 def refuse_missing(name: str, missing: list[str]) -> None:

@@ -33,6 +33,7 @@ from kedit_lightning.methods.capabilities import (
     missing_in_requests,
     plain,
     public_path,
+    refuse_images,
     refuse_missing,
     warn_of_other_base,
 )
@@ -62,6 +63,8 @@ class EditMethod(pl.LightningModule):
     settings_type: ClassVar[type[MethodSettings]] = MethodSettings
     #: The settings, with what was left to the base model resolved once the method is built.
     settings: MethodSettings
+    #: The settings as the constructor got them.
+    given: MethodSettings
     #: Settings that are no plain values and are left out of checkpoints and edit files.
     unsaved: ClassVar[tuple[str, ...]] = ("base_model",)
     #: Examples that ``fit`` takes at a time.
@@ -76,7 +79,7 @@ class EditMethod(pl.LightningModule):
     def __init__(self, base_model: BaseModel | BaseModelSpec | str = "nano", seed: int = 0) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=list(self.unsaved))
-        self.settings = self.settings_type.read(self.hparams)
+        self.given = self.settings = self.settings_type.read(self.hparams)
         self.run = RunContext()
         # A plain object, no submodule: absent from checkpoints, optimizers and DDP buckets.
         self._base_model = base_model
@@ -206,11 +209,13 @@ class EditMethod(pl.LightningModule):
             )
 
     def check_requests(self, requests: Sequence[EditRequest]) -> None:
-        """Make sure that requests carry what the method needs.
+        """Make sure that requests carry what the method needs, and nothing it cannot use.
 
         Raises:
             MissingNeedsError: Names every request that lacks something, and the field.
+            UnsupportedUseError: Names every request with an image.
         """
+        refuse_images(type(self).__name__, requests)
         refuse_missing(type(self).__name__, missing_in_requests(requests, self.needs))
 
     def check_examples(self, examples: Sequence[EditExample], fitting: bool = False) -> None:
@@ -234,6 +239,7 @@ class EditMethod(pl.LightningModule):
         Raises:
             NothingToFitError: ``fit`` was called on a method that learns nothing.
             MissingNeedsError: An example lacks something the method needs.
+            UnsupportedUseError: A request or a probe has an image.
         """
         if stage == "fit":
             self.check_learns()
@@ -244,10 +250,15 @@ class EditMethod(pl.LightningModule):
             return
         data.chunk_size = self.run.protocol.chunk_size
         data.deals_out_chunks = self.run.protocol.mode != "sequential"
-        if stage != "fit":
-            self.check_examples(data.examples("validation" if stage == "validate" else "test"))
-        elif self.needs_to_fit:
-            self.check_examples(self.examples_to_fit(data.examples("train")), fitting=True)
+        splits: dict[str, Split] = {"fit": "train", "validate": "validation"}
+        examples = data.examples(splits.get(stage, "test"))
+        if stage == "fit":
+            examples = self.examples_to_fit(examples)
+        # Probes are read whatever the method needs, so its own checks may leave them out.
+        refuse_images(
+            type(self).__name__, [item for e in examples for item in e.requests + e.probes]
+        )
+        self.check_examples(examples, fitting=stage == "fit")
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         """Learn from a batch; only methods that learn something define it."""

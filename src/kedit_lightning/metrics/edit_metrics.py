@@ -41,8 +41,6 @@ class EditMetrics(KeyedMetrics):
     ``after_<n>/``. Where cases were scored both right after their edit and at the end,
     ``forget/{kind}/{metric}`` is the mean loss between the two over these cases, for metrics of
     which more is better. A score that no record holds has no key.
-
-    Its arguments are those of :class:`KeyedMetrics`.
     """
 
     @classmethod
@@ -59,31 +57,20 @@ class EditMetrics(KeyedMetrics):
         return None if group == kind else f"{stage}{kind}/{group}/{score.name}"
 
     def update(self, record: ExampleRecord) -> None:
-        """Add the scores of an example, and its costs where no earlier stage had them.
-
-        Args:
-            record: Its record, as a line of ``results.jsonl`` holds it.
-
-        Raises:
-            InvalidRequestError: The stage is unknown, or the example was scored at it before.
-        """
+        """Add the scores of an example, and its costs where no earlier stage had them."""
         super().update(record)
         fields: Mapping[str, Any] = record
         for block in COST_BLOCKS:
             for name, cost in fields.get(block, {}).items():
                 key = f"{block}/{name}"
                 # True is an int to Python, but no cost.
-                if isinstance(cost, bool) or not isinstance(cost, int | float):
-                    continue
-                if (key, record["id"]) not in self.seen:
+                number = isinstance(cost, int | float) and not isinstance(cost, bool)
+                if number and (key, record["id"]) not in self.seen:
                     self.seen.add((key, record["id"]))
                     self.add(record, key, CostMean, float(cost))
 
     def gathered(self) -> dict[str, tuple[CaseMean, Cases]]:
-        """Each metric with its cases from all processes, and the losses between the stages.
-
-        A loss is that of a case which was scored both at ``immediate`` and at ``final``.
-        """
+        """Metrics with their cases from all processes, and the losses to the final stage."""
         gathered = super().gathered()
         difference = CaseMean(self.level, self.resamples, self.seed, sync_on_compute=False)
         losses: dict[str, tuple[CaseMean, Cases]] = {}
@@ -91,7 +78,7 @@ class EditMetrics(KeyedMetrics):
             first = gathered.get(key.removeprefix(_FINAL))
             if not key.startswith(_FINAL) or first is None or not metric.higher_is_better:
                 continue
-            _, earlier = first
+            earlier = first[1]
             # Cases come sorted by id, each once.
             pairs = torch.isin(earlier.ids, later.ids), torch.isin(later.ids, earlier.ids)
             loss = earlier.values[pairs[0]] - later.values[pairs[1]]

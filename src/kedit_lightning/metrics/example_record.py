@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 from kedit_lightning.errors import InvalidRequestError
 from kedit_lightning.requests import ProbeKind
@@ -46,13 +46,7 @@ class ProbeRecord(TypedDict):
     after: ProbeReading
 
 
-class _Scored(TypedDict):
-    id: str
-    stage: str
-    probes: list[ProbeRecord]
-
-
-class ExampleRecord(_Scored, total=False):
+class ExampleRecord(TypedDict):
     """One example scored at one stage.
 
     ``stage`` is ``immediate`` (right after its own edit), ``after_n`` (after n edits) or
@@ -60,10 +54,13 @@ class ExampleRecord(_Scored, total=False):
     ``memory`` hold costs as numbers by name, such as ``{"edit_seconds": 1.2}``.
     """
 
-    subject: str | None
-    edit: Mapping[str, float | None]
-    timing: Mapping[str, float | None]
-    memory: Mapping[str, float | None]
+    id: str
+    stage: str
+    probes: list[ProbeRecord]
+    subject: NotRequired[str | None]
+    edit: NotRequired[Mapping[str, float | None]]
+    timing: NotRequired[Mapping[str, float | None]]
+    memory: NotRequired[Mapping[str, float | None]]
 
 
 def stage_prefix(record: ExampleRecord) -> str:
@@ -77,10 +74,7 @@ def stage_prefix(record: ExampleRecord) -> str:
     >>> stage_prefix({"id": "1", "stage": "after_100", "probes": []})
     'after_100/'
     """
-    stage = record["stage"]
-    if not _STAGE.fullmatch(stage):
-        raise InvalidRequestError(
-            f"example {record['id']!r}: field 'stage' must be immediate, final or after_<count>, "
-            f"got {stage!r}"
-        )
+    if not _STAGE.fullmatch(stage := record["stage"]):
+        rule = "field 'stage' must be immediate, final or after_<count>"
+        raise InvalidRequestError(f"example {record['id']!r}: {rule}, got {stage!r}")
     return "" if stage == "immediate" else f"{stage}/"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, Self, TypeAlias, get_args
+from typing import Any, NamedTuple, Self, TypeAlias, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -65,12 +65,7 @@ class KeyedMetrics(nn.Module):
 
     @classmethod
     def from_records(cls, records: Iterable[ExampleRecord], **settings: Any) -> Self:
-        """Score records that were written earlier, in this process alone.
-
-        Args:
-            records: One record an example and stage.
-            **settings: ``level``, ``resamples`` and ``seed`` of the class.
-        """
+        """Score records that were written earlier, one an example and stage, in this process."""
         metrics = cls(**settings, sync=False)
         for record in records:
             metrics.update(record)
@@ -89,11 +84,7 @@ class KeyedMetrics(nn.Module):
     ) -> str | None:
         """Result key of a score over the probes of a kind, ``None`` to leave it out.
 
-        Args:
-            score: The score.
-            stage: Prefix of the stage, empty right after the edit.
-            kind: Kind of the probes.
-            group: Their group; ``None`` for the mean over groups.
+        ``stage`` is the prefix of the stage; ``group`` is ``None`` for the mean over groups.
         """
 
     @classmethod
@@ -122,10 +113,7 @@ class KeyedMetrics(nn.Module):
     # ---- cases
 
     def update(self, record: ExampleRecord) -> None:
-        """Add one scored example.
-
-        Args:
-            record: Its record, as a line of ``results.jsonl`` holds it.
+        """Add one scored example, a line of ``results.jsonl``.
 
         Raises:
             InvalidRequestError: The stage is unknown, or the example was scored at it before.
@@ -147,8 +135,7 @@ class KeyedMetrics(nn.Module):
                     continue
                 overall = sum(values.values()) / len(values)
                 for group, value in [(None, overall), *values.items()]:
-                    key = self.key(score, stage, kind, group)
-                    if key is not None:
+                    if (key := self.key(score, stage, kind, group)) is not None:
                         self.add(record, key, score, value)
 
     def groups(self, record: ExampleRecord) -> ProbeGroups:
@@ -174,8 +161,7 @@ class KeyedMetrics(nn.Module):
         if name not in self.metrics:
             metric = score(self.level, self.resamples, self.seed, sync_on_compute=self.sync)
             self.metrics[name] = metric.to(self._place.device)
-        known = self.metrics[name]
-        assert isinstance(known, CaseMean)
+        known = cast(CaseMean, self.metrics[name])
         if type(known) is not score:
             raise UnsupportedUseError(
                 f"metrics {type(known).__name__} and {score.__name__} both have the result key "
@@ -185,12 +171,8 @@ class KeyedMetrics(nn.Module):
 
     def by_key(self) -> dict[str, CaseMean]:
         """All metrics by key, sorted."""
-        metrics = {
-            name.replace("%2E", "."): metric
-            for name, metric in self.metrics.items()
-            if isinstance(metric, CaseMean)
-        }
-        return dict(sorted(metrics.items()))
+        metrics = {name.replace("%2E", "."): metric for name, metric in self.metrics.items()}
+        return {key: cast(CaseMean, metrics[key]) for key in sorted(metrics)}
 
     # ---- results
 
@@ -202,9 +184,8 @@ class KeyedMetrics(nn.Module):
         local = {key: type(metric) for key, metric in self.by_key().items()}
         everyone: list[dict[str, type[CaseMean]]] = [{}] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(everyone, local)
-        for remote in everyone:
-            for key, score in remote.items():
-                self.metric(key, score)
+        for key, score in (item for remote in everyone for item in remote.items()):
+            self.metric(key, score)
 
     def gathered(self) -> dict[str, tuple[CaseMean, Cases]]:
         """Each metric with its cases from all processes, by key; those without cases left out."""
@@ -231,8 +212,7 @@ class KeyedMetrics(nn.Module):
         bounds: dict[str, tuple[float, float]] = {}
         together: dict[tuple[int, ...], list[str]] = {}
         for key, (metric, cases) in gathered.items():
-            votes = needs_wilson(cases.values, cases.clusters) if metric.is_share else 0
-            if votes:
+            if metric.is_share and (votes := needs_wilson(cases.values, cases.clusters)):
                 bounds[key] = wilson_interval(cases.values.mean().item(), votes, self.level)
             else:
                 together.setdefault(tuple(cases.clusters.tolist()), []).append(key)

@@ -57,15 +57,13 @@ class ForwardPass:
 class Measurement:
     """One plain value of a probe, measured on one state of the model.
 
-    Args:
-        name: Key of the value in records (``probe["after"][name]``). A measurement that is
-            computed differently needs another name: base-model values are cached under it.
-        source: The tokens of the forward pass that it is computed from.
-        compute: Function from a forward pass to one value a row; unused for the source ``text``.
+    A measurement that is computed differently needs another name: base-model values are cached
+    under it.
     """
 
-    name: str
-    source: Source
+    name: str  # key of the value in records: `probe["after"][name]`
+    source: Source  # the tokens of the forward pass that it is computed from
+    #: Function from a forward pass to one value a row; unused for the source ``text``.
     compute: Callable[[ForwardPass], Sequence[Value]] = lambda forward: []
 
     def of(self, reading: Mapping[str, object]) -> Any:

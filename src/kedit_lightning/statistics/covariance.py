@@ -15,17 +15,11 @@ _FIRST_RIDGE = 1e-6
 
 @dataclass(frozen=True)
 class SecondMoment:
-    """Estimate of the uncentred covariance of keys, ``C = E[k kᵀ]`` (ROME, equation 2).
+    """Estimate of the uncentred covariance of keys, ``C = E[k kᵀ]`` (ROME, equation 2)."""
 
-    Args:
-        mean: ``C``, the mean of ``k kᵀ``. Shape ``[d_in, d_in]``, float64.
-        count: Number of keys (tokens).
-        error: One standard error of ``C``, relative to it, both in the Frobenius norm; ``None``
-            where it is not known.
-    """
-
-    mean: Tensor
-    count: int
+    mean: Tensor  # `C`, the mean of `k kᵀ`, [d_in, d_in], float64
+    count: int  # number of keys (tokens)
+    #: One standard error of ``C``, relative to it, both in the Frobenius norm, where it is known.
     error: float | None = None
 
 
@@ -33,27 +27,19 @@ def shrunk(moment: SecondMoment) -> Tensor:
     """Second moment shrunk towards a multiple of the identity, for small samples.
 
     With ``n`` keys of width ``d`` the weight of the identity is ``d / (d + n)``: half when there
-    are as many keys as dimensions, almost zero when there are many more.
-
-    Returns:
-        Shape ``[d, d]``, float64.
+    are as many keys as dimensions, almost zero when there are many more. Shape ``[d, d]``, float64.
     """
-    mean = moment.mean
-    width = mean.shape[0]
+    mean, width = moment.mean, moment.mean.shape[0]
     weight = width / (width + moment.count)
-    scale = mean.diagonal().mean()
-    return (1 - weight) * mean + weight * scale * torch.eye(width).to(mean)
+    return (1 - weight) * mean + weight * mean.diagonal().mean() * torch.eye(width).to(mean)
 
 
 def factorise(matrix: Tensor, layer: str) -> Tensor:
-    """Lower Cholesky factor in float64, with the smallest ridge that lets it succeed.
+    """Lower Cholesky factor ``[d, d]`` in float64, with the smallest ridge that lets it succeed.
 
     Args:
         matrix: Symmetric, positive up to rounding. Shape ``[d, d]``.
         layer: Name of the layer in errors.
-
-    Returns:
-        Shape ``[d, d]``, float64.
 
     Raises:
         NonFiniteError: The matrix holds NaN, or no ridge up to its own scale makes it positive.

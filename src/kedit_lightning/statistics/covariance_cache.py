@@ -36,54 +36,33 @@ ENOUGH_ERROR = 0.05
 
 @dataclass(frozen=True)
 class Provenance:
-    """Origin of key covariances: model, tokenizer, text and dtype.
+    """Origin of key covariances: model, tokenizer, text and dtype."""
 
-    Args:
-        fingerprints: Base models they hold for: the one they were collected with, and others that
-            are known to have the same keys.
-        tokenizer: Fingerprint of the tokenizer.
-        corpus: Hash of the text.
-        source: Description of the text.
-        max_tokens: Tokens after which texts were cut; ``None`` where that is not known.
-        dtype: Dtype in which the base model computed.
-    """
-
+    #: The base model they were collected with, and others that are known to have the same keys.
     fingerprints: tuple[str, ...]
-    tokenizer: str
-    corpus: str
-    source: str
-    max_tokens: int | None
-    dtype: str
+    tokenizer: str  # its fingerprint
+    corpus: str  # hash of the text
+    source: str  # description of the text
+    max_tokens: int | None  # after which texts were cut, where that is known
+    dtype: str  # in which the base model computed
 
     @classmethod
     def of(cls, base: BaseModel, corpus: str, source: str, max_tokens: int | None) -> Provenance:
         """The provenance of covariances that are collected with a base model."""
         dtype = str(base.dtype).removeprefix("torch.")
-        prints = base.fingerprint, base.tokenizer_fingerprint
-        return cls((prints[0],), prints[1], corpus, source, max_tokens, dtype)
+        tokenizer = base.tokenizer_fingerprint
+        return cls((base.fingerprint,), tokenizer, corpus, source, max_tokens, dtype)
 
     def file_name(self, tokens: int) -> str:
         """Name of the file in the cache."""
-        parts = (
-            self.fingerprints[0],
-            self.tokenizer,
-            self.corpus[:16],
-            f"{tokens}-tokens",
-            f"cut-{self.max_tokens or 'unknown'}",
-            self.dtype,
-        )
-        return "-".join(parts) + ".safetensors"
+        model = f"{self.fingerprints[0]}-{self.tokenizer}"
+        text = f"{self.corpus[:16]}-{tokens}-tokens-cut-{self.max_tokens or 'unknown'}"
+        return f"{model}-{text}-{self.dtype}.safetensors"
 
 
 @dataclass(frozen=True)
 class KeyStatistics:
-    """Covariance of the keys of one layer, with its origin.
-
-    Args:
-        moment: The uncentred second moment.
-        provenance: Its origin.
-        path: The file it was read from.
-    """
+    """Covariance of the keys of one layer, with its origin and the file it was read from."""
 
     moment: SecondMoment
     provenance: Provenance
@@ -97,10 +76,9 @@ class KeyStatistics:
     @property
     def note(self) -> str:
         """Source, hash, number of tokens and error bar, for reports."""
-        where = f"{self.provenance.source} {self.provenance.corpus[:8]}"
-        error = self.moment.error
-        bar = "" if error is None else f", ± {100 * error:.2g} %"
-        return f"{where} ({self.moment.count} tokens{bar})"
+        origin, moment = self.provenance, self.moment
+        bar = "" if moment.error is None else f", ± {100 * moment.error:.2g} %"
+        return f"{origin.source} {origin.corpus[:8]} ({moment.count} tokens{bar})"
 
 
 def write_statistics(
@@ -147,10 +125,8 @@ def _matching(
         return None
     fields = {name: header[name] for name in Provenance.__dataclass_fields__}
     provenance = Provenance(**{**fields, "fingerprints": tuple(fields["fingerprints"])})
-    ours = (
-        base.fingerprint in provenance.fingerprints
-        and base.tokenizer_fingerprint == provenance.tokenizer
-    )
+    ours = base.fingerprint in provenance.fingerprints
+    ours = ours and base.tokenizer_fingerprint == provenance.tokenizer
     return (provenance, int(header["counts"][module]), header["errors"][module]) if ours else None
 
 
@@ -180,19 +156,16 @@ def find_statistics(base: BaseModel, module: str) -> KeyStatistics | None:
     if not found:
         return None
     # Only the best is loaded: a matrix takes as much memory as the layer's weight or more.
-    best = max(found, key=lambda one: (one[1].source != FEW_SAMPLE, one[2]))
-    path, provenance, count, error = best
+    path, provenance, count, error = max(
+        found, key=lambda match: (match[1].source != FEW_SAMPLE, match[2])
+    )
     with safe_open(path, framework="pt") as file:
         mean = file.get_tensor(module).double()
     return KeyStatistics(SecondMoment(mean, count, error), provenance, path)
 
 
 def save_to_cache(collector: KeyCollector, source: str) -> Path:
-    """Write the covariances of a pass over text to the cache.
-
-    Raises:
-        NonFiniteError: A key was NaN or infinite.
-    """
+    """Write the covariances of a pass over text to the cache; see :func:`write_statistics`."""
     provenance = Provenance.of(collector.base, collector.corpus, source, collector.max_tokens)
     path = statistics_dir() / provenance.file_name(collector.tokens)
     return write_statistics(path, collector.moments, provenance)

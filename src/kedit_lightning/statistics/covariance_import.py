@@ -5,9 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import zipfile
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -33,15 +31,8 @@ def import_second_moment(path: str | Path, base: BaseModel, module: str | None =
     entry computed), ``mom2.count``, the number of tokens, the name of the class in
     ``mom2.constructor``, and the number of documents in ``sample_size``.  A ``SecondMoment`` saved
     on its own has the same names without ``mom2.``.  A file does not name its model, so only the
-    width of the module can be checked; the caller must name the right base model.
-
-    Args:
-        path: The ``.npz`` file.
-        base: The base model it was made with.
-        module: Module whose input the keys are; taken from the file's name if not given.
-
-    Returns:
-        The file in the cache.
+    width of the module can be checked; the caller must name the right base model.  The ``module``
+    whose input the keys are is named by the file's name if not given.  Returns the cached file.
 
     Raises:
         DataFileError: The file has another format, or does not fit the module.
@@ -73,8 +64,10 @@ def import_second_moment(path: str | Path, base: BaseModel, module: str | None =
             f"'{module}' of base model '{base.name}' have width {width}; name the model and layer "
             "it was made with"
         )
-    finite = bool(torch.isfinite(total).all())
-    if not finite or count < 1 or not _is_symmetric(total):
+    largest = total.abs().max()  # not finite if an entry is not
+    # Symmetric up to the rounding of float32 sums.
+    symmetric = bool((total - total.T).abs().max() <= 1e-3 * largest)
+    if not largest.isfinite() or count < 1 or not symmetric:
         raise DataFileError(
             f"'{path}' holds no second moment: it is not symmetric, not finite, or counts no keys "
             f"(count {count}); fetch the file again"
@@ -98,20 +91,11 @@ def _load(path: Path) -> tuple[Tensor, int]:
         )
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            total, count = (_array(arrays, name) for name in ("mom2", "count"))
+            prefix = "mom2." if "mom2.mom2" in arrays else ""
+            total, count = arrays[f"{prefix}mom2"], arrays[f"{prefix}count"]
             return torch.from_numpy(np.asarray(total, dtype=np.float64)), int(count)
     except (KeyError, ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise DataFileError(
             f"'{path}' holds no second moment in the format of the ROME code "
             f"({str(error) or type(error).__name__}); give a file with mom2.mom2 and mom2.count"
         ) from error
-
-
-def _is_symmetric(matrix: Tensor) -> bool:
-    """Whether a matrix is symmetric up to the rounding of float32 sums."""
-    return bool((matrix - matrix.T).abs().max() <= 1e-3 * matrix.abs().max())
-
-
-def _array(arrays: Mapping[str, Any], name: str) -> Any:
-    full = f"mom2.{name}"
-    return arrays[full if full in arrays else name]

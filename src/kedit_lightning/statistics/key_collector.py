@@ -22,10 +22,8 @@ TOKENS_PER_DIMENSION = 10
 class KeyCollector:
     """Accumulates second moments of the inputs of modules, in one forward pass per batch.
 
-    Args:
-        base: The base model; its edits are suspended during the pass.
-        modules: Names of the modules, in the order in which they run.
-        max_tokens: Longest row; the rest of a text is cut off.
+    Edits of the base model are suspended. ``modules`` are names in the order in which they run;
+    texts are cut after ``max_tokens``.
     """
 
     def __init__(self, base: BaseModel, modules: Sequence[str], max_tokens: int = 512) -> None:
@@ -68,9 +66,8 @@ class KeyCollector:
             stop_after(self.base.model, self.modules[-1]),
         ):
             self.base.forward(batch)
-        self._counts += torch.tensor(
-            [sum(lengths), sum(length**2 for length in lengths), len(lengths)]
-        )
+        squares = sum(length**2 for length in lengths)
+        self._counts += torch.tensor([sum(lengths), squares, len(lengths)])
         self._hash += hash_texts(texts)
 
     # ---- results
@@ -99,12 +96,8 @@ class KeyCollector:
     def is_within(self, error: float, processes: int = 1) -> bool:
         """Whether every moment is precise enough, with at least 10 tokens per dimension.
 
-        The error in the Frobenius norm says little about directions in which keys are small; the
-        number of tokens covers those.
-
-        Args:
-            error: Largest relative standard error, in the Frobenius norm.
-            processes: Number of processes that each read a share of the text.
+        The relative standard error in the Frobenius norm says little about directions in which keys
+        are small; the number of tokens covers those. Each of ``processes`` reads a share.
         """
         width = max(sums.probes.shape[1] for sums in self._sums.values())
         if self.tokens * processes < TOKENS_PER_DIMENSION * width:
@@ -129,11 +122,7 @@ class KeyCollector:
             tensor.copy_(state[name])
 
     def merge(self, total: Callable[[Tensor], Tensor]) -> None:
-        """Replace every sum by its total over processes.
-
-        Args:
-            total: Sums a tensor over processes; called in the same order in all of them.
-        """
+        """Replace every sum by its ``total`` over processes, in the same order in all of them."""
         for tensor in self.state().values():
             tensor.copy_(total(tensor.clone()))
 

@@ -1,7 +1,6 @@
 """Sums over keys, from which a second moment and its error bar are computed.
 
-All of them are additive: the sums of two disjoint texts are those of both together.  So a pass over
-text can be stopped, resumed, and sharded over processes.
+All of them are additive over texts, so a pass can be stopped, resumed, and sharded over processes.
 """
 
 from __future__ import annotations
@@ -29,9 +28,7 @@ PROBES = 8
 def add_products(total: Tensor, keys: Tensor) -> None:
     """Add ``Σ k kᵀ`` to the blocks of a matrix on and above its diagonal, in place.
 
-    Args:
-        total: Shape ``[d_in, d_in]``, float64.
-        keys: Shape ``[n, d_in]``, float32 or float64.
+    ``total`` is ``[d_in, d_in]`` in float64, ``keys`` ``[n, d_in]`` in float32 or float64.
     """
     width = keys.shape[1]
     block = max(BLOCK, -(-width // BLOCKS))
@@ -53,10 +50,6 @@ class KeySums:
     The error bar treats texts as independent draws: with ``Y_t = Ω Σ k kᵀ`` over the keys of text
     ``t`` and a fixed Gaussian ``Ω``, the residuals ``Y_t - n_t Ω C`` of a ratio estimate give the
     squared Frobenius error of ``C`` without a second matrix of its size.
-
-    Args:
-        width: ``d_in``.
-        device: Device of the sums.
     """
 
     def __init__(self, width: int, device: torch.device) -> None:
@@ -73,12 +66,7 @@ class KeySums:
         }
 
     def add(self, keys: Tensor, lengths: Sequence[int]) -> None:
-        """Add the keys of texts.
-
-        Args:
-            keys: The keys, text after text. Shape ``[n, d_in]``.
-            lengths: Keys of each text; they add up to ``n``.
-        """
+        """Add the keys of texts, text after text ``[n, d_in]``; ``lengths`` are keys of each."""
         keys = keys.to(torch.promote_types(keys.dtype, torch.float32))
         sums = self.tensors
         with _full_precision():
@@ -96,16 +84,13 @@ class KeySums:
         Args:
             counts: Keys, sum of squared keys a text, and texts. Shape ``[3]``.
         """
-        keys, squared, texts = (float(value) for value in counts)
-        mean = mirrored(self.tensors["products"].cpu()) / max(1.0, keys)
-        return SecondMoment(mean, int(keys), self._error(keys, squared, texts))
+        keys = int(counts[0])
+        mean = mirrored(self.tensors["products"].cpu()) / max(1.0, float(keys))
+        return SecondMoment(mean, keys, self.error(counts))
 
     def error(self, counts: Tensor) -> float | None:
         """The error bar alone; see :meth:`moment`."""
         keys, squared, texts = (float(value) for value in counts)
-        return self._error(keys, squared, texts)
-
-    def _error(self, keys: float, squared: float, texts: float) -> float | None:
         if texts < 2:
             return None
         sums = self.tensors

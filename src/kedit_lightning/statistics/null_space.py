@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
 
 import torch
 from safetensors import safe_open
@@ -34,7 +33,9 @@ def main_directions(
     """
     if len(moment) < CACHED_WIDTH:
         return _split(moment, energy, threshold)
-    path = _place(moment, energy, threshold)
+    digest = hashlib.sha256(f"{energy} {threshold}".encode())
+    digest.update(moment.contiguous().numpy().tobytes())
+    path = cache_dir() / "directions" / f"{digest.hexdigest()[:32]}.safetensors"
     if not path.is_file():
         basis, values = _split(moment, energy, threshold)
         write_atomically(path, save({"basis": basis, "values": values}))
@@ -42,18 +43,8 @@ def main_directions(
         return file.get_tensor("basis"), file.get_tensor("values")
 
 
-def _place(moment: Tensor, energy: float, threshold: float | None) -> Path:
-    """File of a decomposition, named by the hash of its inputs."""
-    digest = hashlib.sha256(f"{energy} {threshold}".encode())
-    digest.update(moment.contiguous().numpy().tobytes())
-    return cache_dir() / "directions" / f"{digest.hexdigest()[:32]}.safetensors"
-
-
 def _split(moment: Tensor, energy: float, threshold: float | None) -> tuple[Tensor, Tensor]:
     values, vectors = torch.linalg.eigh((moment + moment.T) / 2)
     values = values.clamp(min=0)
-    if threshold is not None:
-        free = int((values < threshold).sum())
-    else:
-        free = int((values.cumsum(0) <= energy * values.sum()).sum())
-    return vectors[:, free:].contiguous(), values
+    small = values.cumsum(0) <= energy * values.sum() if threshold is None else values < threshold
+    return vectors[:, int(small.sum()) :].contiguous(), values

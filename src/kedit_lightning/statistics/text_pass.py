@@ -18,7 +18,7 @@ from safetensors.torch import save
 
 from kedit_lightning.edits.edit_file import write_atomically
 from kedit_lightning.errors import ResumeError
-from kedit_lightning.statistics.covariance_cache import FORMAT_VERSION, Provenance, statistics_dir
+from kedit_lightning.statistics.covariance_cache import FORMAT_VERSION, statistics_dir
 from kedit_lightning.statistics.key_collector import KeyCollector
 from kedit_lightning.statistics.key_sums import hash_texts, no_texts
 
@@ -26,11 +26,7 @@ _HEADER = "kedit_partial_statistics"
 
 
 def pause_after(took: float) -> float:
-    """Seconds to the next write of a partial file, so that writes take at most 5 % of the time.
-
-    Args:
-        took: Seconds that the last write took.
-    """
+    """Seconds to the next write of a partial file, so that writes take at most 5 % of the time."""
     return max(60.0, 20 * took)
 
 
@@ -45,13 +41,13 @@ class TextPass:
 
     def __init__(self, collector: KeyCollector, identity: Mapping[str, Any], rank: int = 0) -> None:
         self.collector = collector
-        made = Provenance.of(collector.base, "", "", collector.max_tokens)
+        base = collector.base
         key = {
             "format_version": FORMAT_VERSION,
-            "fingerprint": made.fingerprints[0],
-            "tokenizer": made.tokenizer,
-            "dtype": made.dtype,
-            "max_tokens": made.max_tokens,
+            "fingerprint": base.fingerprint,
+            "tokenizer": base.tokenizer_fingerprint,
+            "dtype": str(base.dtype).removeprefix("torch."),
+            "max_tokens": collector.max_tokens,
             "modules": list(collector.modules),
             "identity": {name: str(value) for name, value in sorted(identity.items())},
             "rank": rank,
@@ -70,11 +66,7 @@ class TextPass:
         self._saved_at, self._pause = time.monotonic(), pause_after(0.0)
 
     def read(self, number: int, texts: Sequence[str]) -> None:
-        """Collect the keys of a batch, or skip it if an interrupted pass has collected them.
-
-        Args:
-            number: Number of the batch in the pass, from 0 on.
-            texts: Its texts.
+        """Collect the keys of batch ``number`` (from 0), unless an interrupted pass has them.
 
         Raises:
             ResumeError: Batches are missing, or the skipped texts differ from those of the
@@ -110,11 +102,7 @@ class TextPass:
         return number >= self._done_before
 
     def check_complete(self) -> None:
-        """Check that the text has all batches of an interrupted pass.
-
-        Raises:
-            ResumeError: It has fewer.
-        """
+        """Raise a ``ResumeError`` if the text has fewer batches than an interrupted pass read."""
         if self._seen < self._done_before:
             self._refuse_changed_text()
 

@@ -15,11 +15,7 @@ from kedit_lightning.analysis.causal_trace import Trace
 _INK, _MUTED, _SUBJECT = "#22303c", "#6b7885", "#b3541e"
 #: Colours of the paper's figures: purple for whole blocks, green for MLPs.
 _COLOURS = {"block": "Purples", "mlp": "Greens", "attention": "Reds"}
-_STATES = {
-    "block": "the block's output",
-    "mlp": "the MLP's output",
-    "attention": "attention's output",
-}
+_STATES = {"block": "the block's", "mlp": "the MLP's", "attention": "attention's"}
 #: Characters of a token and of a prompt that are shown.
 _TOKEN, _PROMPT = 16, 70
 
@@ -27,15 +23,9 @@ _TOKEN, _PROMPT = 16, 70
 def draw_trace(trace: Trace, path: str | Path) -> Path:
     """Draw the probability of the answer with each state restored: layers across, tokens down.
 
-    The subject's tokens are marked. The scale begins at the corrupted probability.
-    The same trace gives the same picture, whatever the user's own matplotlib settings say.
-
-    Args:
-        trace: The trace.
-        path: PNG to write; missing folders are made.
-
-    Returns:
-        The path.
+    The subject's tokens are marked. The scale begins at the corrupted probability. The same trace
+    gives the same picture, whatever the user's own matplotlib settings say. Returns the path of
+    the PNG.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -60,9 +50,8 @@ def draw_trace(trace: Trace, path: str | Path) -> Path:
         bar = figure.colorbar(colours, ax=axes, fraction=0.06, pad=0.02)
         bar.outline.set_visible(False)
         bar.ax.tick_params(labelsize=7, colors=_MUTED)
-        bar.set_label(
-            f"p({_short(trace.answer, _TOKEN)})", fontsize=8, color=_INK, parse_math=False
-        )
+        label = f"p({_short(trace.answer, _TOKEN)})"
+        bar.set_label(label, fontsize=8, color=_INK, parse_math=False)
         # The version of matplotlib is no part of the picture.
         figure.savefig(path, format="png", facecolor="white", metadata={"Software": None})
     return path
@@ -90,17 +79,11 @@ def _label(axes: Axes, trace: Trace) -> None:
     axes.grid(which="minor", color="white", lw=0.8)
     axes.tick_params(which="minor", length=0)
     centre = "layer" if trace.window == 1 else f"centre of {trace.window} layers"
-    axes.set_xlabel(
-        f"{centre} at which the {_STATES[trace.kind]} is restored", fontsize=8, color=_INK
-    )
-    axes.set_title(
-        f"{_short(trace.prompt, _PROMPT)} …\n"
-        f"clean {trace.high:.3f}, subject under noise {trace.low:.3f}",
-        fontsize=9,
-        color=_INK,
-        loc="left",
-        parse_math=False,
-    )
+    across = f"{centre} at which {_STATES[trace.kind]} output is restored"
+    axes.set_xlabel(across, fontsize=8, color=_INK)
+    numbers = f"clean {trace.high:.3f}, subject under noise {trace.low:.3f}"
+    title = f"{_short(trace.prompt, _PROMPT)} …\n{numbers}"
+    axes.set_title(title, fontsize=9, color=_INK, loc="left", parse_math=False)
 
 
 def _shown(token: str) -> str:

@@ -59,15 +59,8 @@ def panels_of(names: Sequence[str]) -> list[tuple[Panel, list[str]]]:
 def draw_training(curves: Mapping[str, Curve], path: str | Path, title: str) -> Path:
     """Draw the scalars of a fit over its steps, scalars of a kind on common axes.
 
-    The same curves give the same picture, whatever the user's own matplotlib settings say.
-
-    Args:
-        curves: Curves by name; ``validation …`` are drawn with a mark at each of their points.
-        path: PNG to write; missing folders are made.
-        title: Title of the figure.
-
-    Returns:
-        The path.
+    The same curves give the same picture, whatever the user's own matplotlib settings say. Curves
+    named ``validation …`` have a mark at each point. Returns the path of the PNG.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

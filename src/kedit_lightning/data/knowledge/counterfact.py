@@ -24,13 +24,8 @@ class CounterFact(EditDataModule):
 
     Args:
         path: File with the records to edit and test, such as ``counterfact.json``.
-        limit: Number of records kept of each split, from the first one on; all when absent.
-        on_bad_record: ``error`` reports all records that do not fit and stops; ``skip`` leaves
-            them out, and counts and lists them in the results.
         train_path: File with the records that ``fit`` learns from, such as
             ``counterfact-train.json``.
-        val_path: File with the records of ``validate``, also used during ``fit``.
-        seed: Fixes the order of training; the seed of the run when absent.
     """
 
     id_field = "case_id"
@@ -43,7 +38,7 @@ class CounterFact(EditDataModule):
         return self._nested(fields, id) if "requested_rewrite" in fields else self._flat(fields, id)
 
     def _flat(self, fields: Fields, id: str) -> EditExample:
-        new, old = fields.text("target_new").strip(), _old(fields.optional_text("ground_truth"))
+        new, old = fields.text("target_new").strip(), fields.optional_text("ground_truth")
         request = EditRequest(
             fields.text("prompt"), new, fields.optional_text("subject"), _differing(old, new), id
         )
@@ -83,13 +78,9 @@ class CounterFact(EditDataModule):
         return EditExample.from_request(request, id, probes)
 
 
-def _old(text: str | None) -> str | None:
-    return None if text is None else text.strip()
-
-
 def _differing(old: str | None, new: str) -> str | None:
     """The old answer, unless it is the new one: a contrast with itself would mean nothing."""
-    return None if old == new else old
+    return None if old is None or old.strip() == new else old.strip()
 
 
 def _rephrases(request: EditRequest, prompts: list[str]) -> list[Probe]:

@@ -8,7 +8,6 @@ from pathlib import Path
 from kedit_lightning.data.datamodule import Split
 from kedit_lightning.data.knowledge.counterfact import CounterFact
 from kedit_lightning.data.records import Fields
-from kedit_lightning.errors import InvalidRequestError
 from kedit_lightning.requests import EditExample, Probe
 
 _PACKAGED = Path(__file__).parents[1] / "nano_facts"
@@ -26,8 +25,6 @@ class NanoFacts(CounterFact):
         path: File to edit and test instead of the packaged one.
         limit: Number of records kept of each split, drawn by ``seed``; a smaller limit keeps a
             part of what a larger one keeps. All when absent.
-        on_bad_record: ``error`` reports all records that do not fit and stops; ``skip`` leaves
-            them out, and counts and lists them in the results.
         train_path: File that ``fit`` learns from instead of the packaged one.
         val_path: File of ``validate`` instead of the packaged one.
         seed: Fixes which records ``limit`` draws (zero when absent, whatever the seed of the run)
@@ -48,11 +45,7 @@ class NanoFacts(CounterFact):
             answer = (item.text("answer").strip(),)
             probes.append(Probe("locality", item.text("prompt"), answer, "other_relation"))
         for item in fields.objects("one_hop"):
-            answers = tuple(text.strip() for text in item.texts("answers"))
-            if not answers:
-                raise InvalidRequestError(
-                    f"field '{item.place('answers')}' must hold at least one answer"
-                )
+            answers = tuple(text.strip() for text in item.required_texts("answers"))
             probes.append(Probe("portability", item.text("prompt"), answers, "one_hop"))
         return EditExample(example.requests, tuple(probes), id)
 

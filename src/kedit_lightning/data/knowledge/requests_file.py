@@ -9,7 +9,7 @@ from typing import Literal
 
 from kedit_lightning.data.datamodule import EditDataModule, LoadedSplit, Split
 from kedit_lightning.data.records import Fields
-from kedit_lightning.errors import InvalidRequestError, UnsupportedUseError
+from kedit_lightning.errors import UnsupportedUseError
 from kedit_lightning.requests import EditExample, EditRequest, Probe
 
 
@@ -23,13 +23,6 @@ class Requests(EditDataModule):
     there is no ``locality`` or ``portability``.
 
     Args:
-        path: File with the facts to edit and test: a JSON list, JSON Lines or CSV.
-        limit: Number of records kept of each split; all when absent.
-        on_bad_record: ``error`` reports all records that do not fit and stops; ``skip`` leaves
-            them out, and counts and lists them in the results.
-        train_path: File with the facts that ``fit`` learns from.
-        val_path: File with the facts of ``validate``, also used during ``fit``.
-        seed: Fixes the order of training; the seed of the run when absent.
         prompt: Text of a single fact, ending where the answer begins; instead of ``path``.
         subject: The part of ``prompt`` that the single fact is about.
         target_new: The answer that the single fact shall have.
@@ -78,15 +71,10 @@ class Requests(EditDataModule):
         answer, old = (request.target_new,), request.target_old
         probes = [Probe("rephrase", text, answer, contrast=old) for text in self._rephrases(fields)]
         for group, item in fields.groups("locality"):
-            probes.append(
-                Probe("locality", item.text("prompt"), tuple(item.texts("answers")), group)
-            )
-        for group, item in fields.groups("portability"):
             answers = tuple(item.texts("answers"))
-            if not answers:
-                raise InvalidRequestError(
-                    f"field '{item.place('answers')}' must hold at least one answer"
-                )
+            probes.append(Probe("locality", item.text("prompt"), answers, group))
+        for group, item in fields.groups("portability"):
+            answers = tuple(item.required_texts("answers"))
             probes.append(Probe("portability", item.text("prompt"), answers, group))
         return EditExample.from_request(request, id, probes)
 

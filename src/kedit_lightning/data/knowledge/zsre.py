@@ -24,13 +24,8 @@ class ZsRE(EditDataModule):
 
     Args:
         path: File with the records to edit and test, such as ``zsre_mend_eval.json``.
-        limit: Number of records kept of each split, from the first one on; all when absent.
-        on_bad_record: ``error`` reports all records that do not fit and stops; ``skip`` leaves
-            them out, and counts and lists them in the results.
         train_path: File with the records that ``fit`` learns from, such as
             ``zsre_mend_train.json``.
-        val_path: File with the records of ``validate``, also used during ``fit``.
-        seed: Fixes the order of training; the seed of the run when absent.
     """
 
     where_to_get_it = (

@@ -12,14 +12,7 @@ from kedit_lightning.errors import DataFileError
 def hub_texts(
     name: str, config: str | None, split: str, column: str, max_chars: int
 ) -> Iterator[str]:
-    """The texts of a dataset in order, those without a letter left out.
-
-    Args:
-        name: Name of the dataset.
-        config: Its configuration, where it has several.
-        split: Its split.
-        column: Column that holds the text.
-        max_chars: Characters after which a text is cut.
+    """The texts of a dataset in order, cut after ``max_chars``; blank ones are left out.
 
     Raises:
         DataFileError: The dataset cannot be reached, or has no such column.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -14,6 +13,7 @@ from lightning.pytorch import LightningDataModule
 
 from kedit_lightning.data import text as hub
 from kedit_lightning.data.dataloader import BatchLoader, NoLoaders, process_rank
+from kedit_lightning.data.records import json_lines
 from kedit_lightning.errors import DataFileError, DataFileNotFoundError, UnsupportedUseError
 
 
@@ -74,10 +74,7 @@ class Texts(LightningDataModule):
 
     @property
     def source(self) -> dict[str, Any]:
-        """Path or hub name of the texts, their number, and a SHA-256 of their content.
-
-        For the hub, number and hash are known after the first full pass.
-        """
+        """Path or hub name, number and SHA-256 of the texts; of the hub's after a full pass."""
         self.setup()
         assert self._source is not None
         return dict(self._source)
@@ -100,14 +97,10 @@ class Texts(LightningDataModule):
             name = "/".join(filter(None, [self.hub_name, self.hub_config, self.split]))
             self._source = {"hub": name, "sha256": None, "records": None}
         else:
-            records = sum(1 for _ in self.texts())
-            if not records:
+            if not (records := sum(1 for _ in self.texts())):
                 raise DataFileError(f"'{self.path}' holds no text")
-            self._source = {
-                "path": str(self.path),
-                "sha256": _hash_files(self._files()),
-                "records": records,
-            }
+            sha256 = _hash_files(self._files())
+            self._source = {"path": str(self.path), "sha256": sha256, "records": records}
 
     def texts(self) -> Iterator[str]:
         """All texts in order, up to ``limit``."""
@@ -196,19 +189,14 @@ class Texts(LightningDataModule):
                 raise DataFileError(f"{file} is not UTF-8 text: {error.reason}") from error
 
     def _jsonl(self, lines: Iterator[str], name: str) -> Iterator[str]:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                value = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataFileError(
-                    f"{name} line {number} is not valid JSON: {error.msg}"
-                ) from error
-            text = value.get(self.text_column) if isinstance(value, dict) else None
+        for record in json_lines(lines, name):
+            if record.problem is not None:
+                raise DataFileError(f"{record.where} {record.problem}")
+            values = record.values
+            text = values.get(self.text_column) if isinstance(values, dict) else None
             if not isinstance(text, str):
                 raise DataFileError(
-                    f"{name} line {number}: field '{self.text_column}' must be text; name the "
+                    f"{record.where}: field '{self.text_column}' must be text; name the "
                     "right field with text_column"
                 )
             if text.strip():

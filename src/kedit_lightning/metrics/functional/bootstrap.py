@@ -46,14 +46,8 @@ def resampled_means(
 ) -> Tensor:
     """Means of columns under resampling of clusters; every column sees the same draws.
 
-    Args:
-        values: One row a case. Shape ``[cases, columns]``.
-        clusters: Cluster of each case; every case is its own when ``None``. Shape ``[cases]``.
-        resamples: How many times the clusters are drawn.
-        seed: Seed of the draws; equal seeds give equal results.
-
-    Returns:
-        Means, each over the drawn cases. Shape ``[resamples, columns]``, float64 on the CPU.
+    ``values`` are ``[cases, columns]``, the means over the drawn cases ``[resamples, columns]`` in
+    float64 on the CPU. The other arguments are those of :func:`bootstrap_interval`.
 
     >>> resampled_means(torch.tensor([[1.0, 5.0], [0.0, 5.0]]), resamples=4).shape
     torch.Size([4, 2])
@@ -117,9 +111,6 @@ def bootstrap_interval(
         resamples: How many times the clusters are drawn.
         seed: Seed of the draws.
 
-    Returns:
-        The bounds.
-
     >>> low, high = bootstrap_interval([0.0, 1.0] * 50)
     >>> round(low, 2), round(high, 2)
     (0.4, 0.6)
@@ -138,18 +129,10 @@ def paired_difference(
     resamples: int = 10_000,
     seed: int = 0,
 ) -> tuple[float, float, float]:
-    """Mean of ``a - b`` over the same cases, with its bootstrap interval.
+    """Mean of ``a - b`` over the same cases, and the bounds of its bootstrap interval.
 
-    Args:
-        a: Values of one method. Shape ``[cases]``.
-        b: Values of another on the same cases, in the same order. Shape ``[cases]``.
-        clusters: As for :func:`bootstrap_interval`, like the other settings.
-        level: Coverage.
-        resamples: Number of draws.
-        seed: Seed of the draws.
-
-    Returns:
-        Mean difference and the bounds of its interval.
+    ``a`` and ``b`` hold the values of two methods on the same cases in the same order, ``[cases]``;
+    the other arguments are those of :func:`bootstrap_interval`.
 
     >>> paired_difference([1.0, 1.0, 0.0, 1.0], [0.5, 0.5, 0.0, 0.5])
     (0.375, 0.125, 0.5)
@@ -159,18 +142,12 @@ def paired_difference(
         raise ValueError(
             f"`a` and `b` must hold the same cases, got {len(first)} and {len(second)}"
         )
-    difference = first - second
-    low, high = bootstrap_interval(difference, clusters, level, resamples, seed)
-    return difference.mean().item(), low, high
+    bounds = bootstrap_interval(first - second, clusters, level, resamples, seed)
+    return (first - second).mean().item(), *bounds
 
 
 def wilson_interval(share: float, cases: int, level: float = 0.95) -> tuple[float, float]:
-    """Wilson score interval of a share of ``cases`` independent cases.
-
-    Args:
-        share: Observed share in ``[0, 1]``; NaN gives NaN bounds.
-        cases: Number of cases.
-        level: Coverage.
+    """Wilson score interval of a share in ``[0, 1]`` of independent cases; NaN gives NaN bounds.
 
     >>> low, high = wilson_interval(1.0, 100)
     >>> round(low, 3), high
@@ -221,7 +198,6 @@ def share_interval(
     (0.963, 1.0)
     """
     tensor = _as_double(values, "values")
-    votes = needs_wilson(tensor, clusters)
-    if votes:
+    if votes := needs_wilson(tensor, clusters):
         return wilson_interval(tensor.mean().item(), votes, level)
     return bootstrap_interval(tensor, clusters, level, resamples, seed)

@@ -29,13 +29,8 @@ def unchanged_top1(base_ids: Tensor, edited_ids: Tensor, mask: Tensor) -> Tensor
     The share of unchanged positions, which older tools call locality, is
     ``token_match(edited_ids, base_ids, mask)``.
 
-    Args:
-        base_ids: Arg-max ids of the base model. Shape ``[rows, tokens]``.
-        edited_ids: Those of the edited model. Shape ``[rows, tokens]``.
-        mask: True at the positions to compare. Shape ``[rows, tokens]``.
-
-    Returns:
-        Booleans, True for a row without positions. Shape ``[rows]``.
+    Ids and ``mask``, True at the positions to compare, are ``[rows, tokens]``; the result is
+    ``[rows]``, True for a row without positions.
 
     >>> base = torch.tensor([[1, 2, 3], [1, 2, 3]])
     >>> edited = torch.tensor([[1, 2, 9], [1, 9, 3]])
@@ -57,13 +52,8 @@ def kl_divergence(base_log_probs: Tensor, log_probs: Tensor, mask: Tensor) -> Te
     Half precision is widened to float32 first. Identical input gives exactly 0. Tokens that the
     base model rules out add nothing, whatever the edited model makes of them.
 
-    Args:
-        base_log_probs: Log-probabilities of the base model. Shape ``[rows, tokens, vocab]``.
-        log_probs: Log-probabilities of the edited model. Shape ``[rows, tokens, vocab]``.
-        mask: True at the positions to compare. Shape ``[rows, tokens]``.
-
-    Returns:
-        Divergences, NaN for a row without positions. Shape ``[rows]``; at least float32.
+    Log-probabilities are ``[rows, tokens, vocab]``; ``mask``, True at the positions to compare, is
+    ``[rows, tokens]``. The result is ``[rows]``, NaN for a row without positions.
 
     >>> base = torch.tensor([[[0.5, 0.5], [0.9, 0.1]]]).log()
     >>> edited = torch.tensor([[[0.25, 0.75], [0.9, 0.1]]]).log()

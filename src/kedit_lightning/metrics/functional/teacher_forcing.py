@@ -1,7 +1,8 @@
 """Scores of an answer whose tokens are fed to the model (teacher forcing).
 
 The model sees the right prefix and length, so these numbers bound those of free generation from
-above; most papers report them. Each function raises a ``ValueError`` for shapes that do not fit.
+above; most papers report them. Token ids, log-probabilities and masks, which are True at answer
+tokens, are ``[rows, tokens]``, results ``[rows]``. Other shapes raise a ``ValueError``.
 """
 
 from __future__ import annotations
@@ -26,15 +27,10 @@ def _check(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
 
 
 def token_match(predicted: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-    """Share of answer tokens that are arg-max, for each row.
+    """Share of answer tokens that are arg-max, NaN for a row without any. Shape ``[rows]``.
 
-    Args:
-        predicted: Arg-max ids at the positions that predict the answer. Shape ``[rows, tokens]``.
-        target: Ids of the answer. Shape ``[rows, tokens]``.
-        mask: True where ``target`` holds an answer token. Shape ``[rows, tokens]``.
-
-    Returns:
-        Shares in ``[0, 1]``, NaN for a row without answer tokens. Shape ``[rows]``.
+    ``predicted`` are the arg-max ids at the positions that predict the answer, ``target`` its ids.
+    Both, and ``mask``, are ``[rows, tokens]``.
 
     >>> predicted = torch.tensor([[5, 7, 9], [5, 0, 0]])
     >>> target = torch.tensor([[5, 7, 8], [5, 6, 0]])
@@ -49,17 +45,10 @@ def token_match(predicted: Tensor, target: Tensor, mask: Tensor) -> Tensor:
 
 
 def exact_match(predicted: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-    """Whether every answer token is arg-max, for each row.
+    """Whether every answer token is arg-max, False for a row without any. Shape ``[rows]``.
 
-    Greedy decoding then generates the answer, though it may go on after it.
-
-    Args:
-        predicted: Arg-max ids. Shape ``[rows, tokens]``.
-        target: Ids of the answer. Shape ``[rows, tokens]``.
-        mask: True where ``target`` holds an answer token. Shape ``[rows, tokens]``.
-
-    Returns:
-        Booleans, False for a row without answer tokens. Shape ``[rows]``.
+    Greedy decoding then generates the answer, though it may go on after it. The arguments are
+    those of :func:`token_match`.
 
     >>> predicted = torch.tensor([[5, 7, 9], [5, 6, 0]])
     >>> target = torch.tensor([[5, 7, 8], [5, 6, 9]])
@@ -74,14 +63,9 @@ def exact_match(predicted: Tensor, target: Tensor, mask: Tensor) -> Tensor:
 
 
 def mean_log_prob(log_probs: Tensor, mask: Tensor) -> Tensor:
-    """Mean log-probability of the answer tokens, for each row, in nats.
+    """Mean log-probability of the answer tokens in nats, NaN for a row without any.
 
-    Args:
-        log_probs: Log-probabilities of the answer tokens. Shape ``[rows, tokens]``.
-        mask: True at answer tokens. Shape ``[rows, tokens]``.
-
-    Returns:
-        Means, NaN for a row without answer tokens. Shape ``[rows]``; at least float32.
+    Both arguments are ``[rows, tokens]``; the result is ``[rows]``, at least float32.
 
     >>> log_probs = torch.tensor([[-1.0, -2.0, 0.0], [-0.5, -1.0, -1.5]])
     >>> mask = torch.tensor([[True, True, False], [True, True, True]])
@@ -93,14 +77,7 @@ def mean_log_prob(log_probs: Tensor, mask: Tensor) -> Tensor:
 
 
 def total_log_prob(log_probs: Tensor, mask: Tensor) -> Tensor:
-    """Log-probability of the whole answer, for each row, in nats.
-
-    Args:
-        log_probs: Log-probabilities of the answer tokens. Shape ``[rows, tokens]``.
-        mask: True at answer tokens. Shape ``[rows, tokens]``.
-
-    Returns:
-        Sums. Shape ``[rows]``; at least float32.
+    """Log-probability of the whole answer in nats; shapes are those of :func:`mean_log_prob`.
 
     >>> total_log_prob(torch.tensor([[-1.0, -2.0, -9.0]]), torch.tensor([[1, 1, 0]])).tolist()
     [-3.0]
@@ -130,9 +107,6 @@ def prefers(
         new_mask: True at answer tokens; all of them when ``None``. Shape ``[rows, new_tokens]``.
         old_mask: The same of the old answer. Shape ``[rows, old_tokens]``.
         reduction: ``mean`` over tokens or their ``total``.
-
-    Returns:
-        Booleans. Shape ``[rows]``.
 
     >>> new, old = torch.tensor([[-0.6, -0.6]]), torch.tensor([[-1.0]])
     >>> prefers(new, old).tolist(), prefers(new, old, reduction="total").tolist()

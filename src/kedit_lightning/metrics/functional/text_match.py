@@ -45,10 +45,6 @@ def generation_exact(text: str, answers: Sequence[str]) -> bool:
     :func:`normalise_answer`. Any full stop before a space may be that end, as answers may hold full
     stops; after an answer that ends in one the next word must not continue in lower case.
 
-    Args:
-        text: The generation, up to the model's own stop.
-        answers: Accepted answers.
-
     >>> generation_exact(" Paris. It is", ["Paris"]), generation_exact("Paris is big", ["Paris"])
     (True, False)
     >>> generation_exact("St. Petersburg. The city", ["St. Petersburg"])
@@ -94,10 +90,6 @@ def generation_contains(text: str, answers: Sequence[str]) -> bool:
     (an article at its very end is kept: "Serie A" is not "Serie B"), with no negation (no, not,
     never, n't, …) before it. "No, it is Rome" states Rome. This is a test on words: "not only in
     Rome" does not count, and irony does.
-
-    Args:
-        text: The generation, up to the model's own stop.
-        answers: Accepted answers.
 
     >>> generation_contains("It is in the city of Rome, Italy.", ["Rome"])
     True

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable
+from typing import ClassVar
 
 from kedit_lightning.metrics.example_record import ProbeRecord
 from kedit_lightning.metrics.functional.text_match import generation_contains, generation_exact
@@ -11,13 +11,7 @@ from kedit_lightning.metrics.measurement import CONTRAST_LOG_PROB, LOG_PROB, TEX
 from kedit_lightning.metrics.scores.case_mean import ProbeMean
 
 
-class AnswerMean(ProbeMean):
-    """Mean over cases of a score of probes that have a right answer after the edit."""
-
-    kinds = ("rewrite", "rephrase", "portability")
-
-
-class TokenMatch(AnswerMean):
+class TokenMatch(ProbeMean):
     """Share of the answer's tokens that are arg-max, teacher-forced."""
 
     name = "tf_tok"
@@ -25,7 +19,7 @@ class TokenMatch(AnswerMean):
     is_share = True
 
 
-class ExactMatch(AnswerMean):
+class ExactMatch(ProbeMean):
     """Share of probes of which an accepted answer's tokens are all arg-max, teacher-forced."""
 
     name = "tf_all"
@@ -33,7 +27,7 @@ class ExactMatch(AnswerMean):
     is_share = True
 
 
-class ProbabilityPreference(AnswerMean):
+class ProbabilityPreference(ProbeMean):
     """Share of probes whose answer is more likely than the contrast, by mean a token."""
 
     name = "p_new_gt_old"
@@ -47,16 +41,14 @@ class ProbabilityPreference(AnswerMean):
         return None if new is None or old is None else float(new > old)
 
 
-class GenerationMean(AnswerMean):
+class GenerationMean(ProbeMean):
     """Share of probes whose free generation matches an accepted answer."""
 
     measurements = (TEXT,)
     is_share = True
 
-    @staticmethod
-    @abstractmethod
-    def match(text: str, answers: Sequence[str]) -> bool:
-        """Whether a text matches one of the answers."""
+    #: Whether a text (first argument) matches one of the answers (second).
+    match: ClassVar[Callable[..., bool]]
 
     @classmethod
     def read(cls, probe: ProbeRecord) -> float | None:
@@ -79,7 +71,7 @@ class GenerationContains(GenerationMean):
     match = staticmethod(generation_contains)
 
 
-class Inflation(AnswerMean):
+class Inflation(ProbeMean):
     """How far teacher forcing flatters: token match minus exact generation."""
 
     name = "inflation"

@@ -50,12 +50,8 @@ class CaseMean(Metric):
     ``update`` takes one value a case, and optionally its cluster id and its case id (see
     :func:`name_id`; -1 for none). ``compute`` returns the mean, a scalar tensor, and ``interval``
     the bounds of its confidence interval.
-
-    Args:
-        level: Coverage of the interval.
-        resamples: Draws of the bootstrap.
-        seed: Seed of the draws.
-        kwargs: Options of ``torchmetrics.Metric``.
+    ``level`` is the coverage of the interval; ``resamples`` draws of the bootstrap start at
+    ``seed``. Further arguments are options of ``torchmetrics.Metric``.
 
     >>> metric = CaseMean()
     >>> metric.update([1.0, 0.0, 1.0, 1.0])
@@ -88,21 +84,13 @@ class CaseMean(Metric):
         clusters: Tensor | Sequence[int] | None = None,
         cases: Tensor | Sequence[int] | None = None,
     ) -> None:
-        """Add cases.
-
-        Args:
-            values: One value a case. Shape ``[cases]``.
-            clusters: Cluster ids; a case without one is a cluster of its own. Shape ``[cases]``.
-            cases: Ids of the cases. Shape ``[cases]``.
-        """
+        """Add cases: values, cluster ids (a case without one is its own) and ids, ``[cases]``."""
         numbers = torch.as_tensor(values, dtype=torch.float64, device="cpu").detach().reshape(-1)
         columns = [numbers.view(torch.int64)]
         for name, ids in (("clusters", clusters), ("cases", cases)):
-            column = (
-                torch.full_like(columns[0], _NO_NAME)
-                if ids is None
-                else torch.as_tensor(ids, dtype=torch.int64, device="cpu").reshape(-1)
-            )
+            column = torch.full_like(columns[0], _NO_NAME)
+            if ids is not None:
+                column = torch.as_tensor(ids, dtype=torch.int64, device="cpu").reshape(-1)
             if column.shape != numbers.shape:
                 raise ValueError(
                     f"`{name}` must hold one id for each of {len(numbers)} values, "
@@ -134,8 +122,7 @@ class CaseMean(Metric):
         table = table[table[:, 2].argsort(stable=True)]
         ids = table[:, 2]
         named = ids[ids != _NO_NAME]
-        repeated = len(named) - len(named.unique())
-        if repeated:
+        if repeated := len(named) - len(named.unique()):
             raise InvalidRequestError(
                 f"{type(self).__name__}: {repeated} cases were counted more than once; "
                 "give examples different ids, reset metrics between runs, and shard examples with "
@@ -172,8 +159,8 @@ class ProbeMean(CaseMean):
 
     #: Last part of the result key, as in ``rewrite/tf_tok``.
     name: ClassVar[str]
-    #: Kinds of probe that are scored.
-    kinds: ClassVar[tuple[ProbeKind, ...]]
+    #: Kinds of probe that are scored; by default those with a right answer after the edit.
+    kinds: ClassVar[tuple[ProbeKind, ...]] = ("rewrite", "rephrase", "portability")
     #: Measurements that the score reads; the reader measures them.
     measurements: ClassVar[tuple[Measurement, ...]]
 

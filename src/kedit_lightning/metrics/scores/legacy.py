@@ -20,7 +20,6 @@ class LegacyMatch(ProbeMean):
     """Token match of the answer after the edit; an empty answer does not count."""
 
     name = "acc"
-    kinds = ("rewrite", "rephrase", "portability")
     measurements = (TF_TOK,)
     is_share = True
     #: Reading of the record that is scored.
@@ -70,8 +69,6 @@ class LegacyEasyEdit(KeyedMetrics):
     mean over a sample's groups, as its KnowEdit script sums up. ``pre/`` stands before the scores
     of the unedited base model (locality has none), ``final/`` and ``after_<n>/`` before those of
     later stages. Each is the mean over samples of a sample's mean over prompts.
-
-    Its arguments are those of :class:`KeyedMetrics`.
     """
 
     @classmethod
@@ -90,10 +87,9 @@ class LegacyEasyEdit(KeyedMetrics):
         self, score: type[ProbeMean], stage: str, kind: ProbeKind, group: str | None
     ) -> str | None:
         """``{kind}_acc``, or ``{kind}`` and ``{kind}/{group}_acc`` where there are groups."""
-        if score is LegacyBaseMatch:
-            if stage:
-                return None
-            stage = "pre/"
+        if score is LegacyBaseMatch and stage:
+            return None
+        stage = "pre/" if score is LegacyBaseMatch else stage
         if kind in ("rewrite", "rephrase"):
             return f"{stage}{kind}_acc" if group is None else None
         return f"{stage}{kind}" if group is None else f"{stage}{kind}/{group}_acc"

@@ -11,16 +11,11 @@ from kedit_lightning.metrics.measurement import KL, TEXT, TF_ALL, TOP1
 from kedit_lightning.metrics.scores.case_mean import ProbeMean
 
 
-class LocalityMean(ProbeMean):
-    """Mean over cases of a score of locality probes, compared with the unedited base model."""
-
-    kinds = ("locality",)
-
-
-class UnchangedText(LocalityMean):
+class UnchangedText(ProbeMean):
     """Share of probes to which the edited model writes what the base model writes."""
 
     name = "keep_text"
+    kinds = ("locality",)
     measurements = (TEXT,)
     is_share = True
 
@@ -31,10 +26,11 @@ class UnchangedText(LocalityMean):
         return None if base is None or after is None else float(unchanged_text(base, after))
 
 
-class UnchangedTop1(LocalityMean):
+class UnchangedTop1(ProbeMean):
     """Share of probes whose arg-max is the base model's at every position of its continuation."""
 
     name = "keep_top1"
+    kinds = ("locality",)
     measurements = (TOP1,)
     is_share = True
 
@@ -45,10 +41,11 @@ class UnchangedTop1(LocalityMean):
         return float(base == after) if base and after else None
 
 
-class StillKnown(LocalityMean):
+class StillKnown(ProbeMean):
     """Share of answers still right among those that the base model had right."""
 
     name = "known"
+    kinds = ("locality",)
     measurements = (TF_ALL,)
     is_share = True
 
@@ -58,10 +55,11 @@ class StillKnown(LocalityMean):
         return super().read(probe) if TF_ALL.of(probe["base"]) else None
 
 
-class BaseKL(LocalityMean):
+class BaseKL(ProbeMean):
     """KL divergence from the base model, mean over positions, in nats."""
 
     name = "kl"
+    kinds = ("locality",)
     measurements = (KL,)
     higher_is_better = False
 
