@@ -14,11 +14,8 @@ from kedit_lightning.edits import DenseEdit
 from kedit_lightning.edits.edit import check_finite
 from kedit_lightning.edits.projections import check_editable
 from kedit_lightning.errors import UnsupportedUseError
-from kedit_lightning.methods.finetune.shared.fine_tuning import (
-    fine_tune,
-    zero_change,
-)
-from kedit_lightning.methods.finetune.shared.finetune_defaults import published_settings
+from kedit_lightning.methods.finetune.shared.fine_tuning import fine_tune, zero_change
+from kedit_lightning.methods.finetune.shared.finetune_defaults import finetune_defaults
 from kedit_lightning.methods.method import Capabilities, EditMethod, MethodSettings
 from kedit_lightning.methods.shared.losses import answer_nll
 from kedit_lightning.requests import EditRequest
@@ -99,11 +96,11 @@ class FTM(EditMethod):
             UnsupportedUseError: A setting is out of range, or a projection cannot be edited.
             ModuleNotLocatedError: A block does not exist or has no dense MLP.
         """
-        settings, published = self.settings, published_settings(self.base)
-        layers = list(published.layers) if settings.layers is None else settings.layers
-        steps = published.steps if settings.steps is None else settings.steps
+        settings, usual = self.settings, finetune_defaults(self.base)
+        layers = list(usual.layers) if settings.layers is None else settings.layers
+        steps = usual.steps if settings.steps is None else settings.steps
         bound = settings.norm_constraint
-        bound = published.norm_constraint if bound is None else bound
+        bound = usual.norm_constraint if bound is None else bound
         if not layers:
             raise UnsupportedUseError("FTM: layers must name at least one block, got []")
         for name, value, least in (

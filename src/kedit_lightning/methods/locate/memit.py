@@ -12,13 +12,7 @@ from kedit_lightning.edits import LowRankDelta
 from kedit_lightning.methods.locate.shared.closed_form import ClosedForm
 from kedit_lightning.methods.locate.shared.closed_form_settings import LayerSettings, LayersSettings
 from kedit_lightning.methods.locate.shared.least_squares import Prior, ridge_update
-from kedit_lightning.methods.locate.shared.locate_defaults import (
-    EMMET_PUBLISHED,
-    MEMIT_PUBLISHED,
-    PMET_PUBLISHED,
-    LocateSettings,
-    one_layer,
-)
+from kedit_lightning.methods.locate.shared.locate_defaults import LocateSettings, one_layer
 from kedit_lightning.methods.locate.shared.subject_states import SubjectStates
 
 
@@ -35,7 +29,7 @@ class MEMIT(ClosedForm):
 
     settings_type = LayersSettings
     settings: LayersSettings
-    published = MEMIT_PUBLISHED
+    published = "MEMIT"
 
     def __init__(
         self,
@@ -57,7 +51,7 @@ class PMET(MEMIT):
         **settings: Those of all closed-form methods.
     """
 
-    published = PMET_PUBLISHED
+    published = "PMET"
     otherwise = LocateSettings(clamp=1.0)
     site_of_values = "attention and mlp"
     spread = "square_root"
@@ -89,7 +83,7 @@ class EMMET(ClosedForm):
 
     settings_type = EMMETSettings
     settings: EMMETSettings
-    published = EMMET_PUBLISHED
+    published = "EMMET"
 
     def __init__(
         self,

@@ -11,11 +11,7 @@ from kedit_lightning.edits import LowRankDelta
 from kedit_lightning.methods.locate.shared.closed_form import ClosedForm
 from kedit_lightning.methods.locate.shared.closed_form_settings import LayerSettings
 from kedit_lightning.methods.locate.shared.least_squares import Prior, rank_one_update
-from kedit_lightning.methods.locate.shared.locate_defaults import (
-    ROME_PUBLISHED,
-    LocateSettings,
-    one_layer,
-)
+from kedit_lightning.methods.locate.shared.locate_defaults import LocateSettings, one_layer
 from kedit_lightning.methods.locate.shared.subject_states import SubjectStates
 from kedit_lightning.methods.method import Capabilities
 
@@ -35,7 +31,7 @@ class ROME(ClosedForm):
     settings_type = LayerSettings
     settings: LayerSettings
     can = Capabilities(batch=False, adapter=True, weights=True)
-    published = ROME_PUBLISHED
+    published = "ROME"
     otherwise = LocateSettings(clamp=4.0, weight_decay=1e-3)
     site_of_values = "mlp"
     context_lengths = (5, 10)

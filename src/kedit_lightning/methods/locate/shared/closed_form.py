@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
-from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -35,9 +34,7 @@ from kedit_lightning.methods.locate.shared.least_squares import (
 )
 from kedit_lightning.methods.locate.shared.locate_defaults import (
     LocateSettings,
-    ModelKey,
     default_weight,
-    model_key,
     several_layers,
 )
 from kedit_lightning.methods.locate.shared.statistics_fit import StatisticsFit
@@ -55,6 +52,7 @@ from kedit_lightning.methods.locate.shared.value_targets import (
 )
 from kedit_lightning.methods.locate.shared.weight_constraints import WeightConstraints
 from kedit_lightning.methods.method import Capabilities, EditMethod
+from kedit_lightning.methods.shared.published_settings import published_settings
 from kedit_lightning.requests import EditRequest
 
 #: Share of the residual that a layer takes, given how many layers are left.
@@ -105,8 +103,9 @@ class ClosedForm(EditMethod):
     can = Capabilities(adapter=True, weights=True)
     learns = "second moments of the keys of every layer, from plain text"
     settings: LocatedSettings
-    published: ClassVar[Mapping[ModelKey, LocateSettings]] = MappingProxyType({})
-    #: Settings where the model is in no table.
+    #: Table of published settings.
+    published: ClassVar[str] = ""
+    #: Settings where the model is not in it.
     otherwise: ClassVar[LocateSettings] = LocateSettings()
     site_of_values: ClassVar[SiteOfValues] = "block"
     #: Subject tokens whose inputs of the MLP's down projection are the key.
@@ -173,9 +172,10 @@ class ClosedForm(EditMethod):
     def build(self) -> None:
         """Resolve settings that follow the base model, and find the layers."""
         given, layout = self.settings, self.base.layout
-        used = given.over(self.published.get(model_key(self.base), self.otherwise))
+        usual = published_settings(self.base, self.published, LocateSettings) or self.otherwise
+        used = given.over(usual)
         default = VALUE_TARGETS[given.targets].default_layers
-        layers = given.chosen_layers or default(used.layers or self.default_layers())
+        layers = given.chosen_layers or default(tuple(used.layers) or self.default_layers())
         # Each once, in the order they run; ``block`` refuses one that does not exist.
         modules = {layer % len(layout): layout.block(layer).down for layer in layers}
         self.layers = tuple(sorted(modules))
@@ -261,7 +261,7 @@ class ClosedForm(EditMethod):
             prior = self._prior_with_history(layer, module)
             for changes, part in zip(batch.changes, batch.parts, strict=True):
                 delta = self.update(module, states.part(part), residuals[part], prior)
-                changes.append(self.constraints.edit(self.base, module, delta))
+                changes[module] = self.constraints.constrained(self.base, module, delta)
             del prior  # wide layers have large ones
         self._remember(batch, values.anchor)
         notes: dict[str, Any] = {"statistics": self.covariances.note, "layers": [*self.edited]}

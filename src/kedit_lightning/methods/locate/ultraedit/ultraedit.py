@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 
 from kedit_lightning.base_models import BaseModel, BaseModelSpec, TokenRows
+from kedit_lightning.base_models.layout import Layout
 from kedit_lightning.edits import Edit, LowRankEdit, memories
 from kedit_lightning.edits.edit import check_finite
 from kedit_lightning.edits.projections import check_editable, compute_dtype, projection_shape
 from kedit_lightning.methods.locate.ultraedit.normalised_regression import regress_normalised
-from kedit_lightning.methods.locate.ultraedit.ultraedit_defaults import default_lr, default_modules
 from kedit_lightning.methods.method import Capabilities, EditMethod, MethodSettings
 from kedit_lightning.methods.shared.gradient_factors import Factors, capture_factors, predicting
 from kedit_lightning.methods.shared.moments import Moments, merge, moments
+from kedit_lightning.methods.shared.published_settings import published_settings
 from kedit_lightning.requests import EditRequest
 
 #: Answer tokens below which the statistics say little; one token alone gives an edit of zeros.
@@ -37,6 +38,36 @@ class UltraEditSettings(MethodSettings):
     lr: float | None
     batch_size: int
     legacy_shared_statistics: bool
+
+
+@dataclass(frozen=True)
+class UltraEditDefaults:
+    """Defaults that follow the base model.
+
+    Args:
+        blocks: Blocks whose projection is edited, by the projection's index in its MLP; all
+            projections of the last third of the blocks if not given.
+        lr: Learning rate; the paper has one for all its models.
+    """
+
+    blocks: Mapping[int, Sequence[int]] | None = None
+    lr: float = 1e-6
+
+    def modules(self, layout: Layout, layers: Sequence[int] | None) -> list[str]:
+        """Names of the projections that are edited: all of the given layers, if any are given."""
+        if layers is None and self.blocks is not None:
+            return [layout.block(i).projections[n] for n, at in self.blocks.items() for i in at]
+        chosen = last_third(len(layout)) if layers is None else layers
+        return [name for i in chosen for name in layout.block(i).projections]
+
+
+def last_third(blocks: int) -> range:
+    """The blocks that are edited in a model without published settings.
+
+    >>> last_third(32), last_third(6), last_third(1)
+    (range(21, 32), range(4, 6), range(0, 1))
+    """
+    return range(blocks - max(1, round(blocks / 3)), blocks)
 
 
 class UltraEdit(EditMethod):
@@ -83,9 +114,10 @@ class UltraEdit(EditMethod):
             UnsupportedUseError: A projection cannot be edited.
         """
         given = self.settings
-        modules = given.modules or default_modules(self.base, given.layers)
+        usual = published_settings(self.base, "UltraEdit", UltraEditDefaults) or UltraEditDefaults()
+        modules = given.modules or usual.modules(self.base.layout, given.layers)
         self.projections = tuple(dict.fromkeys(modules))
-        self.lr = default_lr(self.base) if given.lr is None else float(given.lr)
+        self.lr = usual.lr if given.lr is None else float(given.lr)
         for name in self.projections:
             check_editable(self.base.model, name)
         self.settings = replace(given, modules=list(self.projections), lr=self.lr)
