@@ -13,7 +13,7 @@ from kedit_lightning.edits import DenseEdit, LowRankEdit
 from kedit_lightning.errors import EditOrderError, ModuleNotLocatedError, UnsupportedUseError
 from kedit_lightning.methods import EMMET, MEMIT, PMET, RROME, AlphaEdit
 from kedit_lightning.methods.locate.shared.alignment import Alignment
-from kedit_lightning.methods.locate.shared.locate_defaults import LocateSettings
+from kedit_lightning.methods.locate.shared.closed_form_settings import LocateSettings
 from kedit_lightning.methods.locate.shared.subject_states import subject_states
 from kedit_lightning.methods.locate.shared.value_optimizer import (
     EarlyStopping,

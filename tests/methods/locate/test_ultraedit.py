@@ -11,7 +11,7 @@ from kedit_lightning import BaseModel, Edit, EditRequest
 from kedit_lightning.edits.projections import is_transposed
 from kedit_lightning.errors import EditOrderError, UnsupportedUseError
 from kedit_lightning.methods import UltraEdit
-from kedit_lightning.methods.locate.ultraedit.normalised_regression import (
+from kedit_lightning.methods.locate.ultraedit import (
     normalised,
     regress_normalised,
 )

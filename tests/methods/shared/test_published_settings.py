@@ -6,8 +6,8 @@ import pytest
 
 from kedit_lightning import methods
 from kedit_lightning.methods.finetune.shared.finetune_defaults import FinetuneDefaults
-from kedit_lightning.methods.locate.shared.locate_defaults import LocateSettings
-from kedit_lightning.methods.locate.ultraedit.ultraedit import UltraEditDefaults
+from kedit_lightning.methods.locate.shared.closed_form_settings import LocateSettings
+from kedit_lightning.methods.locate.ultraedit import UltraEditDefaults
 from kedit_lightning.methods.memory.grace import CodebookPlace
 from kedit_lightning.methods.shared.published_settings import published_tables
 

@@ -10,9 +10,13 @@ from torch import Tensor
 from kedit_lightning.base_models import BaseModel, BaseModelSpec
 from kedit_lightning.edits import LowRankDelta
 from kedit_lightning.methods.locate.shared.closed_form import ClosedForm
-from kedit_lightning.methods.locate.shared.closed_form_settings import LayerSettings, LayersSettings
+from kedit_lightning.methods.locate.shared.closed_form_settings import (
+    LayerSettings,
+    LayersSettings,
+    LocateSettings,
+    one_layer,
+)
 from kedit_lightning.methods.locate.shared.least_squares import Prior, ridge_update
-from kedit_lightning.methods.locate.shared.locate_defaults import LocateSettings, one_layer
 from kedit_lightning.methods.locate.shared.subject_states import SubjectStates
 
 

@@ -9,9 +9,12 @@ from torch import Tensor
 from kedit_lightning.base_models import BaseModel, BaseModelSpec
 from kedit_lightning.edits import LowRankDelta
 from kedit_lightning.methods.locate.shared.closed_form import ClosedForm
-from kedit_lightning.methods.locate.shared.closed_form_settings import LayerSettings
+from kedit_lightning.methods.locate.shared.closed_form_settings import (
+    LayerSettings,
+    LocateSettings,
+    one_layer,
+)
 from kedit_lightning.methods.locate.shared.least_squares import Prior, rank_one_update
-from kedit_lightning.methods.locate.shared.locate_defaults import LocateSettings, one_layer
 from kedit_lightning.methods.locate.shared.subject_states import SubjectStates
 from kedit_lightning.methods.method import Capabilities
 

@@ -19,7 +19,13 @@ from torch import Tensor
 from kedit_lightning.base_models import BaseModel, BaseModelSpec
 from kedit_lightning.edits import Edit, LowRankDelta, memories
 from kedit_lightning.edits.projections import compute_dtype
-from kedit_lightning.methods.locate.shared.closed_form_settings import LocatedSettings, Targets
+from kedit_lightning.methods.locate.shared.closed_form_settings import (
+    LocatedSettings,
+    LocateSettings,
+    Targets,
+    default_weight,
+    several_layers,
+)
 from kedit_lightning.methods.locate.shared.contexts import sample_contexts
 from kedit_lightning.methods.locate.shared.covariance_factors import (
     CovarianceFactors,
@@ -31,11 +37,6 @@ from kedit_lightning.methods.locate.shared.least_squares import (
     covariance_prior,
     ridge_update,
     with_history,
-)
-from kedit_lightning.methods.locate.shared.locate_defaults import (
-    LocateSettings,
-    default_weight,
-    several_layers,
 )
 from kedit_lightning.methods.locate.shared.statistics_fit import StatisticsFit
 from kedit_lightning.methods.locate.shared.subject_states import (
@@ -189,7 +190,7 @@ class ClosedForm(EditMethod):
             used = replace(used, preserve=weights.pop())
         self.locate = replace(used, layers=self.layers, relaxed=self.relaxed)
         history = self.keeps_history if given.history is None else given.history
-        self.settings = given.resolved(self.locate, history=history).at_layers(self.layers)
+        self.settings = given.resolved(self.locate, history)
         self.constraints = WeightConstraints(given.off_main, given.restrain, given.keep_share)
 
     def site(self, layer: int) -> Site:

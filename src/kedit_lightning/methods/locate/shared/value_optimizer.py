@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeAlias
 
 import torch
@@ -19,7 +18,8 @@ from kedit_lightning.edits.edit import check_finite
 from kedit_lightning.edits.projections import compute_dtype
 from kedit_lightning.methods.locate.shared.alignment import ALIGNED_TOGETHER, Alignment
 from kedit_lightning.methods.locate.shared.budget import requests_at_a_time
-from kedit_lightning.methods.locate.shared.locate_defaults import LocateSettings
+from kedit_lightning.methods.locate.shared.closed_form_settings import LocateSettings
+from kedit_lightning.methods.locate.shared.subject_states import up_to_subject
 from kedit_lightning.requests import EditRequest
 
 #: PMET: once the new answer is the likeliest, its loss counts this much, ...
@@ -112,9 +112,7 @@ class _ForwardPass:
     def __init__(
         self, base: BaseModel, site: Site, encoded: Sequence[list[EncodedRow]], monitor: bool
     ) -> None:
-        self.base = base
-        self.site = site
-        self.contexts = len(encoded[0]) - 1
+        self.base, self.site, self.contexts = base, site, len(encoded[0]) - 1
         later = range(site.resumes_at, len(base.layout)) if monitor else ()
         self.monitored = [base.layout.block_name(block) for block in later]
         rows = [row for request in encoded for row in request]
@@ -146,9 +144,12 @@ class _ForwardPass:
 
     def run(self, delta: Tensor) -> _PassResult:
         """Run with a change of ``[n, sites, hidden]`` in force."""
-        with ExitStack() as stack:
-            stack.enter_context(self._changed(delta[self._request]))
-            seen = stack.enter_context(capture(self.base.model, self.monitored))
+        change, columns = delta[self._request], self.passes.rows.subject_end
+        visits = {
+            name: lambda x, y, i=i: add_at(y, columns, change[:, i])
+            for i, name in enumerate(self.site.modules)
+        }
+        with visiting(self.base.model, visits), capture(self.base.model, self.monitored) as seen:
             logits = self.passes.logits_of(self._places)
         logs = logits.to(delta.dtype).log_softmax(-1)
         answers, essence = logs.split([len(self._answer_ids), self.count])
@@ -161,16 +162,6 @@ class _ForwardPass:
             likeliest=zero.index_add(0, self._answer_request, missed) == 0,
             distance=self._distance([seen.outputs[name] for name in self.monitored], zero),
         )
-
-    @contextmanager
-    def _changed(self, change: Tensor) -> Iterator[None]:
-        columns = self.passes.rows.subject_end
-        visits = {
-            name: lambda x, y, i=i: add_at(y, columns, change[:, i])
-            for i, name in enumerate(self.site.modules)
-        }
-        with visiting(self.base.model, visits):
-            yield
 
     def _distance(self, outputs: list[Tensor], zero: Tensor) -> Tensor:
         """Distance of contexts at the subject, by request, averaged over blocks and width."""
@@ -209,6 +200,7 @@ class EarlyStopping:
         return done
 
 
+@dataclass(frozen=True)
 class ValueOptimizer:
     """Optimises the change of outputs at the subject that makes the new answers follow.
 
@@ -223,13 +215,10 @@ class ValueOptimizer:
         settings: How values are optimised.
     """
 
-    def __init__(
-        self, base: BaseModel, site: Site, contexts: Sequence[str], settings: LocateSettings
-    ) -> None:
-        self.base = base
-        self.site = site
-        self.prefixes = ("", *contexts)
-        self.settings = settings
+    base: BaseModel
+    site: Site
+    contexts: Sequence[str]
+    settings: LocateSettings
 
     def run(
         self,
@@ -309,13 +298,6 @@ class ValueOptimizer:
 
     def _encode(self, request: EditRequest) -> list[EncodedRow]:
         """Rows of a request: its contexts with the answer, then "{subject} is a"."""
-        assert request.subject is not None
-        encode = self.base.encode
-        rows = [
-            encode(p + request.prompt, request.target_new, request.subject) for p in self.prefixes
-        ]
-        essence = encode(f"{request.subject} is a", None, request.subject)
-        if self.base.edits.reads_rows:  # memory edits look at the end of the prompt
-            return [*rows, essence]
-        # Nothing after the subject is read there.
-        return [*rows, replace(essence, prompt=essence.prompt[: essence.subject_end + 1])]
+        base, subject, answer = self.base, request.subject, request.target_new
+        rows = [base.encode(p + request.prompt, answer, subject) for p in ("", *self.contexts)]
+        return [*rows, up_to_subject(base, f"{subject} is a", subject)]

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from kedit_lightning.base_models import BaseModel
 from kedit_lightning.methods.locate.shared.alignment import Alignment
-from kedit_lightning.methods.locate.shared.closed_form_settings import Targets
-from kedit_lightning.methods.locate.shared.locate_defaults import LocateSettings
+from kedit_lightning.methods.locate.shared.closed_form_settings import LocateSettings, Targets
 from kedit_lightning.methods.locate.shared.subject_states import Carried, subject_states
 from kedit_lightning.methods.locate.shared.value_optimizer import Site, ValueOptimizer
 from kedit_lightning.requests import EditRequest
@@ -80,7 +79,7 @@ class LastLayerValues:
 
     def site(self, layer: int) -> Site:
         """Where the values of a layer are outputs."""
-        return self.sites[max(self.sites)]
+        return self.sites[max(self.sites) if self.spreads else layer]
 
     def values(self, layer: int) -> Tensor:
         """Values of a layer, optimised when first needed. Shape ``[n, d_out]``, float64."""
@@ -125,10 +124,6 @@ class OwnLayerValues(LastLayerValues):
         """The first and the last."""
         return tuple(dict.fromkeys((layers[0], layers[-1])))
 
-    def site(self, layer: int) -> Site:
-        """Where the values of a layer are outputs."""
-        return self.sites[layer]
-
     def _find(self, layer: int) -> dict[int, Tensor]:
         return {layer: self._optimised(layer)}
 
@@ -137,10 +132,6 @@ class ForwardValues(LastLayerValues):
     """Values optimised at the first layer; one forward pass gives the others (FE, 2605.00358)."""
 
     spreads = False
-
-    def site(self, layer: int) -> Site:
-        """Where the values of a layer are outputs."""
-        return self.sites[layer]
 
     def _find(self, layer: int) -> dict[int, Tensor]:
         modules = {other: site.modules[-1] for other, site in self.sites.items()}

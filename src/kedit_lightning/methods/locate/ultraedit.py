@@ -13,10 +13,10 @@ from torch import Tensor
 
 from kedit_lightning.base_models import BaseModel, BaseModelSpec, TokenRows
 from kedit_lightning.base_models.layout import Layout
-from kedit_lightning.edits import Edit, LowRankEdit, memories
+from kedit_lightning.edits import Edit, LowRankDelta, LowRankEdit, memories
 from kedit_lightning.edits.edit import check_finite
 from kedit_lightning.edits.projections import check_editable, compute_dtype, projection_shape
-from kedit_lightning.methods.locate.ultraedit.normalised_regression import regress_normalised
+from kedit_lightning.methods.locate.shared.least_squares import ridge_update, size_prior
 from kedit_lightning.methods.method import Capabilities, EditMethod, MethodSettings
 from kedit_lightning.methods.shared.gradient_factors import Factors, capture_factors, predicting
 from kedit_lightning.methods.shared.moments import Moments, merge, moments
@@ -27,6 +27,9 @@ from kedit_lightning.requests import EditRequest
 _FEW = 10
 #: Names of moments in the memory of an edit.
 _PARTS = ("mean", "squares", "count")
+#: A column whose standard deviation is below this share of its mean counts as constant: the rest is
+#: rounding, in half precision inputs as well, since those are exact in float64.
+_CONSTANT = 1e-10
 
 
 @dataclass(frozen=True)
@@ -205,3 +208,50 @@ def _to_memory(batch: Mapping[str, Moments]) -> dict[str, Tensor]:
 def _from_memory(memory: Mapping[str, Tensor], name: str, device: torch.device) -> Moments:
     mean, squares, count = (memory[f"{name}.{part}"].to(device) for part in _PARTS)
     return mean, squares, count
+
+
+def normalised(rows: Tensor, statistics: Moments) -> Tensor:
+    """Rows with mean 0 and standard deviation 1, column by column; constant columns become 0.
+
+    The result does not change when rows and statistics are scaled together.
+
+    Args:
+        rows: Shape ``[n, width]``.
+        statistics: Moments of all rows seen, these among them.
+
+    Returns:
+        Shape ``[n, width]``.
+    """
+    mean, squares, count = statistics
+    deviation = (squares / (count - 1).clamp(min=1)).sqrt()
+    varies = deviation > _CONSTANT * mean.abs()
+    return torch.where(varies, (rows - mean) / torch.where(varies, deviation, 1), 0)
+
+
+def regress_normalised(
+    inputs: Tensor, gradients: Tensor, statistics: Moments, lr: float
+) -> LowRankDelta:
+    """The change of a weight that moves each token's output against its normalised gradient.
+
+    ``V' = -lr · ‖ĥ‖² · v̂`` and ``Δᵀ = (HᵀH + I)⁻¹ HᵀV'``, with hats for normalised rows and ``H``
+    as it is (Gu et al. 2025, "UltraEdit"): the change that comes closest to the wanted moves in
+    ridge regression.  It is solved in the smaller of the two dimensions.
+
+    Args:
+        inputs: ``H``, what the projection received. Shape ``[n, d_in]``.
+        gradients: ``V``, of the loss with respect to its output. Shape ``[n, d_out]``.
+        statistics: Moments of ``[H | V]`` over all tokens so far, these among them.
+        lr: Learning rate.
+
+    Returns:
+        ``Δ`` of rank ``min(n, d_in)``, float64.
+    """
+    inputs, gradients = inputs.double(), gradients.double()
+    both = normalised(torch.cat([inputs, gradients], dim=1), statistics)
+    keys, values = both.split([inputs.shape[1], gradients.shape[1]], dim=1)
+    moves = -lr * keys.square().sum(1, keepdim=True) * values
+    if len(inputs) > inputs.shape[1]:
+        # HᵀH = RᵀR and HᵀV' = Rᵀ(QᵀV'): R may stand for H.
+        basis, inputs = torch.linalg.qr(inputs)
+        moves = basis.T @ moves
+    return ridge_update(inputs.T, moves.T, size_prior(), eps=1.0)
