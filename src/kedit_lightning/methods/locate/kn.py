@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -150,19 +151,14 @@ def probabilities(
     """
     rows = base.pad([row] * len(patches))
     column = int(rows.answer_columns[0, token])
-    groups: dict[str, list[int]] = {}
-    for number, (name, _) in enumerate(patches):
-        groups.setdefault(name, []).append(number)
 
-    def replace(numbers: list[int], x: Tensor) -> Tensor:
-        x, at = x.clone(), torch.tensor(numbers, device=x.device)
+    def replace(name: str, x: Tensor) -> Tensor:
+        x, numbers = x.clone(), [i for i, (patched, _) in enumerate(patches) if patched == name]
+        at = torch.tensor(numbers, device=x.device)
         x[at, column] = torch.stack([patches[number][1] for number in numbers]).to(x)
         return x
 
-    changes = {
-        name: lambda x, numbers=numbers: replace(numbers, x) for name, numbers in groups.items()
-    }
-    with change_inputs(base.model, changes):
+    with change_inputs(base.model, {name: partial(replace, name) for name, _ in patches}):
         logits = base.logits_at(rows, rows.answer_columns[:, token : token + 1])[:, 0]
     chosen = rows.answer_ids[:, token]
     shares = logits.to(compute_dtype(logits.dtype)).softmax(-1)

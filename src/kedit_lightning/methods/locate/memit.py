@@ -14,7 +14,6 @@ from kedit_lightning.methods.locate.shared.closed_form_settings import (
     LayerSettings,
     LayersSettings,
     LocateSettings,
-    one_layer,
 )
 from kedit_lightning.methods.locate.shared.least_squares import Prior, ridge_update
 from kedit_lightning.methods.locate.shared.subject_states import SubjectStates
@@ -58,7 +57,7 @@ class PMET(MEMIT):
     published = "PMET"
     otherwise = LocateSettings(clamp=1.0)
     site_of_values = "attention and mlp"
-    spread = "square_root"
+    spread = 0.5
     relaxed = True
 
 
@@ -98,10 +97,6 @@ class EMMET(ClosedForm):
         **settings: Any,
     ) -> None:
         super().__init__(base_model, **settings)
-
-    def default_layers(self) -> tuple[int, ...]:
-        """The block where ROME edits."""
-        return one_layer(self.base)
 
     def update(
         self, module: str, states: SubjectStates, residuals: Tensor, prior: Prior

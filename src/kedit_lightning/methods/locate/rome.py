@@ -12,7 +12,6 @@ from kedit_lightning.methods.locate.shared.closed_form import ClosedForm
 from kedit_lightning.methods.locate.shared.closed_form_settings import (
     LayerSettings,
     LocateSettings,
-    one_layer,
 )
 from kedit_lightning.methods.locate.shared.least_squares import Prior, rank_one_update
 from kedit_lightning.methods.locate.shared.subject_states import SubjectStates
@@ -49,10 +48,6 @@ class ROME(ClosedForm):
         **settings: Any,
     ) -> None:
         super().__init__(base_model, contexts=contexts, **settings)
-
-    def default_layers(self) -> tuple[int, ...]:
-        """The block where single facts are best edited."""
-        return one_layer(self.base)
 
     def mean_keys(self, inputs: Tensor) -> Tensor:
         """Plain mean over contexts, ``[n, d_in]`` from ``[n, contexts, d_in]``."""

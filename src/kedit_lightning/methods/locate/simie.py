@@ -11,11 +11,7 @@ from torch import Tensor
 from kedit_lightning.base_models import BaseModel
 from kedit_lightning.edits import LowRankDelta, LowRankEdit, memories
 from kedit_lightning.errors import EditOrderError, UnsupportedUseError
-from kedit_lightning.methods.locate.shared.least_squares import (
-    ridge_update,
-    size_prior,
-    with_history,
-)
+from kedit_lightning.methods.locate.shared import least_squares
 from kedit_lightning.methods.locate.shared.subject_states import subject_states
 from kedit_lightning.requests import EditRequest
 
@@ -92,8 +88,8 @@ def simie(
         present = keys[name].detach().to(a.device)
         earlier = history.get(name, present[:, :0]).to(present)
         residuals = b.double() @ (a.double() @ present.double())
-        prior = with_history(size_prior(lam), earlier.double())
-        delta = ridge_update(present, residuals, prior, eps=1.0)
+        prior = least_squares.with_history(least_squares.size_prior(lam), earlier.double())
+        delta = least_squares.ridge_update(present, residuals, prior, eps=1.0)
         deltas[name] = LowRankDelta(delta.a.to(a), delta.b.to(b))
         memory[name + _KEYS] = present.contiguous()
     notes = {**edit.origin.notes, "host": edit.origin.method, "lam": lam}

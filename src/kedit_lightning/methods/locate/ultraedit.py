@@ -172,11 +172,11 @@ class UltraEdit(EditMethod):
             )
         if not self.settings.legacy_shared_statistics:
             return running
-        shapes: dict[tuple[int, int], list[str]] = {}
-        for name in running:
-            shapes.setdefault(projection_shape(self.base.module(name)), []).append(name)
-        shared = {n: names for names in shapes.values() for n in names}
-        return {name: reduce(merge, (running[n] for n in shared[name])) for name in running}
+        shapes = {name: projection_shape(self.base.module(name)) for name in running}
+        return {
+            name: reduce(merge, [known for n, known in running.items() if shapes[n] == shape])
+            for name, shape in shapes.items()
+        }
 
     def _warn_if_few(self, statistics: Mapping[str, Moments]) -> None:
         count = min(int(count) for _, _, count in statistics.values())

@@ -53,6 +53,25 @@ class LocateSettings:
     consistency: float = 0.0
 
 
+def one_layer(base: BaseModel) -> tuple[int, ...]:
+    """At 17 % of the depth for gated MLPs and 35 % for plain ones, where published layers lie."""
+    return _dense(base, (round((0.17 if base.layout.is_gated else 0.35) * len(base.layout)),))
+
+
+def _dense(base: BaseModel, layers: Sequence[int]) -> tuple[int, ...]:
+    """The nearest blocks with a dense MLP; in most models these are the blocks themselves."""
+    dense = base.layout.dense_layers
+    return tuple(sorted({min(dense, key=lambda known: abs(known - i)) for i in layers}))
+
+
+def several_layers(base: BaseModel) -> tuple[int, ...]:
+    """At most five: up to a quarter of the depth for gated MLPs, to 36 % for plain ones."""
+    depth = len(base.layout)
+    start, end = (1 / 8, 1 / 4) if base.layout.is_gated else (0.27, 0.36)
+    last = round(end * depth)
+    return _dense(base, range(max(round(start * depth), last - 4), last + 1))
+
+
 @dataclass(frozen=True)
 class ClosedFormSettings(MethodSettings):
     """Settings of all closed-form methods; :class:`ClosedForm` describes them."""
@@ -100,6 +119,8 @@ class LayerSettings(ClosedFormSettings):
     """Settings of methods that edit one layer."""
 
     layer: int | None
+    #: Layers of a model without published settings.
+    default_layers = staticmethod(one_layer)
 
     @property
     def chosen_layers(self) -> tuple[int, ...]:
@@ -112,6 +133,8 @@ class LayersSettings(ClosedFormSettings):
     """Settings of methods that edit several layers."""
 
     layers: list[int] | None
+    #: Layers of a model without published settings.
+    default_layers = staticmethod(several_layers)
 
     @property
     def chosen_layers(self) -> tuple[int, ...]:
@@ -121,25 +144,6 @@ class LayersSettings(ClosedFormSettings):
 
 #: Settings of methods that edit one layer, or several.
 LocatedSettings: TypeAlias = LayerSettings | LayersSettings
-
-
-def one_layer(base: BaseModel) -> tuple[int, ...]:
-    """At 17 % of the depth for gated MLPs and 35 % for plain ones, where published layers lie."""
-    return _dense(base, (round((0.17 if base.layout.is_gated else 0.35) * len(base.layout)),))
-
-
-def _dense(base: BaseModel, layers: Sequence[int]) -> tuple[int, ...]:
-    """The nearest blocks with a dense MLP; in most models these are the blocks themselves."""
-    dense = base.layout.dense_layers
-    return tuple(sorted({min(dense, key=lambda known: abs(known - i)) for i in layers}))
-
-
-def several_layers(base: BaseModel) -> tuple[int, ...]:
-    """At most five: up to a quarter of the depth for gated MLPs, to 36 % for plain ones."""
-    depth = len(base.layout)
-    start, end = (1 / 8, 1 / 4) if base.layout.is_gated else (0.27, 0.36)
-    last = round(end * depth)
-    return _dense(base, range(max(round(start * depth), last - 4), last + 1))
 
 
 def default_weight(base: BaseModel, layer: int) -> float:

@@ -16,12 +16,7 @@ from kedit_lightning.requests import EditRequest
 
 
 class EditGroups:
-    """Collects the changes of each group, layer by layer.
-
-    Args:
-        base: The base model, as its stack stands.
-        groups: The requests of each edit.
-    """
+    """Collects the changes of each group of requests, layer by layer."""
 
     def __init__(self, base: BaseModel, groups: Sequence[Sequence[EditRequest]]) -> None:
         self.base, self.groups = base, groups

@@ -64,7 +64,7 @@ def subject_states(
         modules: Names, in the order they run.
         requests: The requests; each has a subject.
         contexts: Texts put before each prompt, besides none.
-        carried: An edit for each request that acts on its rows alone.
+        carried: An edit for each request.
         added: A module and vectors that are added to its output at the subject's last token of
             each request. Shape ``[n, d_out]``.
         tokens: Subject tokens whose inputs are read; a mean is at least float32.

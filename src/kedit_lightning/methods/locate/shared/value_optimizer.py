@@ -15,9 +15,8 @@ from kedit_lightning.base_models.layout import Layout
 from kedit_lightning.base_models.rows import EncodedRow
 from kedit_lightning.base_models.taps import add_at, capture, visiting
 from kedit_lightning.edits.edit import check_finite
-from kedit_lightning.edits.projections import compute_dtype
+from kedit_lightning.edits.projections import compute_dtype, projection_shape
 from kedit_lightning.methods.locate.shared.alignment import ALIGNED_TOGETHER, Alignment
-from kedit_lightning.methods.locate.shared.budget import requests_at_a_time
 from kedit_lightning.methods.locate.shared.closed_form_settings import LocateSettings
 from kedit_lightning.methods.locate.shared.subject_states import up_to_subject
 from kedit_lightning.requests import EditRequest
@@ -26,6 +25,12 @@ from kedit_lightning.requests import EditRequest
 RELAXED_WEIGHT = 0.1
 #: ... and the optimisation ends when the divergence term is this small.
 RELAXED_DIVERGENCE = 0.01
+#: Bytes that a pass may keep on a CPU; on a CUDA device it is half of the free memory.
+CPU_BUDGET = 2 << 30
+#: Activations that autograd keeps of a block, in widths of the residual stream and of the MLP.
+_HIDDEN, _INNER = 12, 4
+#: Copies of logits: themselves, log-probabilities, and their gradient.
+_LOGITS = 3
 #: Values are outputs of the block (MEMIT), of its MLP (ROME), or of its attention and MLP (PMET).
 SiteOfValues: TypeAlias = Literal["block", "mlp", "attention and mlp"]
 
@@ -173,13 +178,25 @@ class _ForwardPass:
         return zero
 
 
-class EarlyStopping:
-    """When requests are finished: by loss, by patience (MPES) or by divergence (PMET).
+def requests_at_a_time(base: BaseModel, block: int, encoded: Sequence[Sequence[EncodedRow]]) -> int:
+    """Number of requests whose activations from a block on fit into memory together; at least 1."""
+    inner = projection_shape(base.module(base.layout.block(0).down))[0]
+    width = _HIDDEN * base.layout.hidden_size + _INNER * inner
+    token = base.dtype.itemsize * (len(base.layout) - block) * width
+    vocabulary = int(base.model.config.get_text_config(decoder=True).vocab_size)
+    place = _LOGITS * vocabulary * max(4, base.dtype.itemsize)
 
-    Args:
-        settings: How values are optimised.
-        like: Gives number, dtype and device of the requests. Shape ``[n]``.
-    """
+    def size(row: EncodedRow) -> int:
+        return (len(row.prompt) + len(row.answer)) * token + max(1, len(row.answer)) * place
+
+    widest = max(sum(map(size, rows)) for rows in encoded)
+    on_gpu = base.device.type == "cuda"
+    budget = torch.cuda.mem_get_info(base.device)[0] // 2 if on_gpu else CPU_BUDGET
+    return max(1, budget // max(1, widest))
+
+
+class EarlyStopping:
+    """When requests are finished: by loss, by patience (MPES) or by divergence (PMET)."""
 
     def __init__(self, settings: LocateSettings, like: Tensor) -> None:
         self._settings = settings
@@ -207,12 +224,6 @@ class ValueOptimizer:
     Requests are independent: their losses are summed, each has an Adam state of its own, and those
     that are finished drop out, so the result is that of one at a time.  Only the blocks above the
     site run, from cached hidden states, on the tokens from the subject's last one on.
-
-    Args:
-        base: The base model, as its stack stands.
-        site: Where the change is added.
-        contexts: Texts put before each prompt, besides none.
-        settings: How values are optimised.
     """
 
     base: BaseModel
@@ -221,15 +232,12 @@ class ValueOptimizer:
     settings: LocateSettings
 
     def run(
-        self,
-        requests: Sequence[EditRequest],
-        initial: Tensor,
-        alignment: Alignment | None = None,
+        self, requests: Sequence[EditRequest], initial: Tensor, alignment: Alignment | None = None
     ) -> Tensor:
         """Optimise the values of requests.
 
         Args:
-            requests: The requests; each has a subject.
+            requests: The requests.
             initial: Outputs of the site for the bare prompts, ``z``. Shape ``[n, sites, d_out]``.
             alignment: Ties the values of similar keys together (EAMET).
 

@@ -50,9 +50,9 @@ class LastLayerValues:
 
     Args:
         base: The base model, as its stack stands.
-        requests: The requests; each has a subject.
+        requests: The requests.
         sites: Where values are outputs, by layer.
-        contexts: Texts put before each prompt while its value is optimised, besides none.
+        contexts: Texts put before each prompt while its value is optimised.
         settings: How values are optimised.
         mean_keys: Gives the keys of a module, ``[n, d_in]``, that values are aligned with (EAMET).
         anchor: Scales the values (NAS).
@@ -71,11 +71,8 @@ class LastLayerValues:
     spreads: ClassVar[bool] = True
     #: Whether the values are those of the unedited layers, so that independent edits share them.
     independent: ClassVar[bool] = True
-
-    @classmethod
-    def default_layers(cls, layers: tuple[int, ...]) -> tuple[int, ...]:
-        """The layers to edit of those that are usual for the base model."""
-        return layers
+    #: Whether only the first and the last of the usual layers are edited.
+    ends_only: ClassVar[bool] = False
 
     def site(self, layer: int) -> Site:
         """Where the values of a layer are outputs."""
@@ -118,11 +115,7 @@ class OwnLayerValues(LastLayerValues):
 
     spreads = False
     independent = False
-
-    @classmethod
-    def default_layers(cls, layers: tuple[int, ...]) -> tuple[int, ...]:
-        """The first and the last."""
-        return tuple(dict.fromkeys((layers[0], layers[-1])))
+    ends_only = True
 
     def _find(self, layer: int) -> dict[int, Tensor]:
         return {layer: self._optimised(layer)}
