@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kedit_lightning import methods
-from kedit_lightning.methods.finetune.shared.finetune_defaults import FinetuneDefaults
+from kedit_lightning.methods.finetune.ftm import FinetuneDefaults
 from kedit_lightning.methods.locate.shared.closed_form_settings import LocateSettings
 from kedit_lightning.methods.locate.ultraedit import UltraEditDefaults
 from kedit_lightning.methods.memory.grace import CodebookPlace

@@ -15,12 +15,23 @@ from kedit_lightning.edits.edit import check_finite
 from kedit_lightning.edits.projections import check_editable
 from kedit_lightning.errors import UnsupportedUseError
 from kedit_lightning.methods.finetune.shared.fine_tuning import fine_tune, zero_change
-from kedit_lightning.methods.finetune.shared.finetune_defaults import finetune_defaults
 from kedit_lightning.methods.method import Capabilities, EditMethod, MethodSettings
 from kedit_lightning.methods.shared.losses import answer_nll
+from kedit_lightning.methods.shared.published_settings import published_settings
 from kedit_lightning.requests import EditRequest
 
 Objective: TypeAlias = Literal["target_new", "prompt_last"]
+#: Depth as a share of the blocks in most of EasyEdit's configurations (block 21 of 32).
+USUAL_DEPTH = 0.66
+
+
+@dataclass(frozen=True)
+class FinetuneDefaults:
+    """Settings of :class:`FTM` that follow the base model."""
+
+    layers: Sequence[int]
+    steps: int = 25
+    norm_constraint: float = float("inf")
 
 
 @dataclass(frozen=True)
@@ -170,3 +181,10 @@ class FTM(EditMethod):
                 f"'{self.base.name}' has none; set eos_in_target to false"
             )
         return f"{request.target_new}{eos}"
+
+
+def finetune_defaults(base: BaseModel) -> FinetuneDefaults:
+    """Published settings of a known model, else defaults for its number of blocks."""
+    blocks = len(base.layout)
+    usual = FinetuneDefaults((min(round(USUAL_DEPTH * blocks), blocks - 1),))
+    return published_settings(base, "FTM", FinetuneDefaults) or usual

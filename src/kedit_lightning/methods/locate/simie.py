@@ -82,7 +82,9 @@ def simie(
                 f"edit {edit.id} by {edit.origin.method} was computed on another stack than the "
                 "one whose keys SimIE would read; compute it again, or give the history"
             )
-        history = _earlier_keys(edit)
+        past = memories(edit.base, "SimIE")
+        known = {n: [m[n + _KEYS] for m in past if n + _KEYS in m] for n in edit.factors}
+        history = {name: torch.cat(parts, dim=1) for name, parts in known.items() if parts}
     deltas, memory = {}, {}
     for name, (a, b) in edit.factors.items():
         present = keys[name].detach().to(a.device)
@@ -95,10 +97,3 @@ def simie(
     notes = {**edit.origin.notes, "host": edit.origin.method, "lam": lam}
     origin = replace(edit.origin, method="SimIE", notes=notes)
     return LowRankEdit(edit.base, deltas, origin, memory)
-
-
-def _earlier_keys(edit: LowRankEdit) -> dict[str, Tensor]:
-    """Keys of the SimIE edits on the stack, oldest first. Shape ``[d_in, m]`` by module."""
-    past = memories(edit.base, "SimIE")
-    keys = {name: [m[name + _KEYS] for m in past if name + _KEYS in m] for name in edit.factors}
-    return {name: torch.cat(parts, dim=1) for name, parts in keys.items() if parts}

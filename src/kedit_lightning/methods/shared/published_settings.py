@@ -29,13 +29,7 @@ def published_tables() -> dict[str, dict[ModelKey, dict[str, Any]]]:
 
 
 def published_settings(base: BaseModel, method: str, kind: Callable[..., T]) -> T | None:
-    """Published settings of a method for a base model, or ``None``.
-
-    Args:
-        base: The base model.
-        method: Name of the table.
-        kind: Makes an object of the settings, such as a dataclass with their names.
-    """
+    """Published settings of a method for a base model, as an object of a kind, or ``None``."""
     key = (base.model.config.model_type, len(base.layout), base.layout.hidden_size)
     values = published_tables().get(method, {}).get(key)
     return None if values is None else kind(**values)

@@ -156,8 +156,8 @@ class ClosedForm(EditMethod):
     def build(self) -> None:
         """Resolve settings that follow the base model, and find the layers."""
         given, layout = self.settings, self.base.layout
-        usual = published_settings(self.base, self.published, LocateSettings) or self.otherwise
-        used = given.over(usual)
+        known = published_settings(self.base, self.published, LocateSettings)
+        used = given.over(known or self.otherwise)
         layers = used.layers or given.default_layers(self.base)
         if VALUE_TARGETS[given.targets].ends_only:
             layers = [layers[0], layers[-1]]
@@ -241,8 +241,7 @@ class ClosedForm(EditMethod):
             with batch.in_force() as carried:
                 residuals = values.residuals(layer, carried)
                 states = self._states([module], batch.requests, carried)
-            left = len(self.layers) - self.layers.index(layer)
-            share = 1 / left**self.spread if values.spreads else 1.0
+            share = self._share(layer) if values.spreads else 1.0
             inside, path = values.site(layer).inside, self.base.layout.write_path
             residuals = residuals * share / (1.0 if inside else path(layer).gain)
             prior = self._prior_with_history(layer, module)
@@ -275,6 +274,10 @@ class ClosedForm(EditMethod):
     ) -> SubjectStates:
         tokens, contexts = self.subject_tokens, self.context_texts
         return subject_states(self.base, modules, requests, contexts, carried, tokens=tokens)
+
+    def _share(self, layer: int) -> float:
+        """Share of the residual that a layer takes."""
+        return float(1 / (len(self.layers) - self.layers.index(layer)) ** self.spread)
 
     def _prior_with_history(self, layer: int, module: str) -> least_squares.Prior:
         prior, name = self.prior(layer), f"{module}.keys"

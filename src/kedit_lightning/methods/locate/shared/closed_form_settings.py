@@ -23,21 +23,10 @@ WIDTHS = 1.5
 
 @dataclass(frozen=True)
 class LocateSettings:
-    """Where a method edits, and how it optimises values: settings of :class:`ClosedForm`.
+    """Where a method edits, and how it optimises values; ``ClosedForm`` describes the settings.
 
-    Args:
-        layers: Blocks whose MLPs are edited.
-        preserve: How many keys of plain text count against one of a fact, ``λ``.
-        steps: Passes of the target optimisation; the last one only measures.
-        lr: Learning rate of Adam.
-        clamp: Largest ``‖δ‖ / ‖z‖``.
-        weight_decay: Weight of ``‖δ‖ / ‖z‖²``.
-        kl_factor: Weight of the divergence from the unedited answer to "{subject} is a".
-        stop_loss: Loss below which a request is finished.
-        patience: Steps after which a request is finished whose answer is the likeliest.
-        relaxed: Weigh the loss of an answer that is the likeliest down until the divergence is
-            small (PMET).
-        consistency: Weight of the distance of contexts in later blocks.
+    ``clamp`` bounds ``‖δ‖ / ‖z‖`` and ``weight_decay`` is the weight of ``‖δ‖ / ‖z‖²``; ``relaxed``
+    weighs the loss of an answer that is the likeliest down until the divergence is small (PMET).
     """
 
     layers: Sequence[int] = ()

@@ -16,13 +16,7 @@ from kedit_lightning.errors import UnsupportedUseError
 
 @dataclass(frozen=True)
 class WeightConstraints:
-    """Constraints on an update, in the order they apply.
-
-    Args:
-        off_main: Strength of taking the update off the main directions of the weight (SPHERE).
-        restrain: Whether singular values above the largest of the weight are compressed (PRUNE).
-        keep_share: Share of the entries that stay (RECT); all if not given.
-    """
+    """Constraints on an update, in the order they apply: SPHERE, PRUNE, RECT."""
 
     off_main: float = 0.0
     restrain: bool = False
@@ -104,12 +98,7 @@ def off_main_directions(a: Tensor, weight: Tensor, strength: float, energy: floa
 
 
 def weight_of(base: BaseModel, module: str, edited: bool) -> Tensor:
-    """Weight of a projection, ``[d_out, d_in]`` in float64, on its device.
-
-    Args:
-        base: The base model.
-        module: Name of the projection.
-        edited: Whether the edits on the stack count.
+    """Weight of a projection, with or without edits. ``[d_out, d_in]``, float64, on its device.
 
     Raises:
         UnsupportedUseError: The weight is quantised, so an update cannot be compared with it.
