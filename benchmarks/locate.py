@@ -27,8 +27,8 @@ from torch import Tensor
 from kedit_lightning import BaseModel, EditRequest
 from kedit_lightning.base_models.taps import add_at, change_output
 from kedit_lightning.data import NanoFacts
+from kedit_lightning.methods.locate.shared.closed_form_settings import LocateSettings, one_layer
 from kedit_lightning.methods.locate.shared.least_squares import covariance_prior, ridge_update
-from kedit_lightning.methods.locate.shared.locate_defaults import LocateSettings, one_layer
 from kedit_lightning.methods.locate.shared.subject_states import subject_states
 from kedit_lightning.methods.locate.shared.value_optimizer import Site, ValueOptimizer
 

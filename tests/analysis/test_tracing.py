@@ -22,7 +22,7 @@ from kedit_lightning.edits import PromptEdit, PromptEntry
 from kedit_lightning.edits.projections import first_tensor, with_first
 from kedit_lightning.errors import InvalidRequestError, UnsupportedUseError
 from kedit_lightning.methods import ROME
-from kedit_lightning.methods.locate.shared.locate_defaults import one_layer
+from kedit_lightning.methods.locate.shared.closed_form_settings import one_layer
 
 #: Absolute positions without a beginning token, rotary ones with it, and MLPs on flattened rows.
 KINDS = ("gpt2", "llama", "opt")

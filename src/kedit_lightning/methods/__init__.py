@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from kedit_lightning.methods.hypernetwork.rledit import RLEdit
     from kedit_lightning.methods.in_context.ike import IKE
     from kedit_lightning.methods.locate.alphaedit import AlphaEdit
-    from kedit_lightning.methods.locate.kn.kn import KN
+    from kedit_lightning.methods.locate.kn import KN
     from kedit_lightning.methods.locate.memit import EMMET, MEMIT, PMET
     from kedit_lightning.methods.locate.rome import ROME, RROME
-    from kedit_lightning.methods.locate.ultraedit.ultraedit import UltraEdit
+    from kedit_lightning.methods.locate.ultraedit import UltraEdit
     from kedit_lightning.methods.memory.grace import GRACE
     from kedit_lightning.methods.memory.serac.serac import SERAC
     from kedit_lightning.methods.method import Capabilities, EditMethod, MethodSettings

@@ -13,11 +13,12 @@ from kedit_lightning import BaseModel, EditRequest
 from kedit_lightning.base_models.taps import capture, visiting
 from kedit_lightning.errors import ModuleNotLocatedError, NonFiniteError, UnsupportedUseError
 from kedit_lightning.methods import FTM
-from kedit_lightning.methods.finetune.shared import finetune_defaults as presets
+from kedit_lightning.methods.finetune.ftm import finetune_defaults
 from kedit_lightning.methods.finetune.shared.fine_tuning import (
     fine_tune,
     zero_change,
 )
+from kedit_lightning.methods.shared.published_settings import published_tables
 
 
 def answered(base, requests=REQUESTS, side="right"):
@@ -236,8 +237,8 @@ def test_settings_follow_the_base_model(monkeypatch):
     derived.configure_model()
     assert derived.modules_trained == ("transformer.h.3.mlp.c_proj",)
     assert (derived.settings.steps, derived.settings.norm_constraint) == (25, float("inf"))
-    published = presets.PublishedSettings((0,), steps=40, norm_constraint=5e-4)
-    monkeypatch.setitem(presets.PUBLISHED, ("gpt2", 4, 32), published)
+    published = {"layers": [0], "steps": 40, "norm_constraint": 5e-4}
+    monkeypatch.setitem(published_tables()["FTM"], ("gpt2", 4, 32), published)
     known = FTM(base_model=base)
     known.configure_model()
     assert known.modules_trained == ("transformer.h.0.mlp.c_proj",)
@@ -254,12 +255,7 @@ def test_settings_follow_the_base_model(monkeypatch):
 @pytest.mark.parametrize(("blocks", "layer"), [(32, 21), (6, 4), (1, 0)])
 def test_the_default_layer_follows_the_number_of_blocks(blocks, layer):
     base = tiny_base("llama", num_hidden_layers=blocks)
-    assert presets.published_settings(base).layers == (layer,)
-
-
-def test_published_layers_exist():
-    for (_, blocks, _), settings in presets.PUBLISHED.items():
-        assert all(0 <= layer < blocks for layer in settings.layers)
+    assert finetune_defaults(base).layers == (layer,)
 
 
 # ---- epochs

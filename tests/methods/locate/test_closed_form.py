@@ -13,7 +13,7 @@ from kedit_lightning.edits import DenseEdit, LowRankEdit
 from kedit_lightning.errors import EditOrderError, ModuleNotLocatedError, UnsupportedUseError
 from kedit_lightning.methods import EMMET, MEMIT, PMET, RROME, AlphaEdit
 from kedit_lightning.methods.locate.shared.alignment import Alignment
-from kedit_lightning.methods.locate.shared.locate_defaults import LocateSettings, model_key
+from kedit_lightning.methods.locate.shared.closed_form_settings import LocateSettings
 from kedit_lightning.methods.locate.shared.subject_states import subject_states
 from kedit_lightning.methods.locate.shared.value_optimizer import (
     EarlyStopping,
@@ -22,6 +22,7 @@ from kedit_lightning.methods.locate.shared.value_optimizer import (
     shortened,
 )
 from kedit_lightning.methods.locate.shared.weight_constraints import weight_of
+from kedit_lightning.methods.shared.published_settings import published_tables
 
 QUICK = {"statistics": "identity", "contexts": 2, "steps": 4, "preserve": 1.0}
 LAYERS = {**QUICK, "layers": [0, 1]}
@@ -537,15 +538,20 @@ def test_settings_follow_the_model():
     memit.configure_model()
     assert memit.layers == (2, 3, 4)
     assert memit.settings.preserve == 1.5 * 40
-    published = MEMIT.published["gpt2", 48, 1600]
-    assert published.layers == (13, 14, 15, 16, 17)
-    assert published.preserve == 20_000
-    assert model_key(tiny_base("gpt2")) == ("gpt2", 4, 32)
     chosen = AlphaEdit(tiny_base("llama"), layers=[2], clamp=3.0, steps=7)
     chosen.configure_model()
     assert chosen.layers == (2,)
     assert chosen.settings.clamp == 3.0
     assert chosen.settings.steps == 7
+
+
+def test_published_settings_of_a_known_model_are_used(monkeypatch):
+    published = {"layers": [0, 2], "preserve": 70, "steps": 3, "clamp": 0.5}
+    monkeypatch.setitem(published_tables()["MEMIT"], ("llama", 4, 32), published)
+    memit = MEMIT(tiny_base("llama"), clamp=3.0)
+    memit.configure_model()
+    assert memit.layers == (0, 2)
+    assert (memit.settings.preserve, memit.settings.steps, memit.settings.clamp) == (70, 3, 3.0)
 
 
 @pytest.mark.parametrize("name", ["ROME", "RROME", "MEMIT", "PMET", "EMMET", "AlphaEdit"])

@@ -10,7 +10,7 @@ from kedit_lightning import BaseModel, EditRequest
 from kedit_lightning.edits.projections import is_transposed
 from kedit_lightning.errors import MissingNeedsError, UnsupportedUseError
 from kedit_lightning.methods import KN
-from kedit_lightning.methods.locate.kn.knowledge_neurons import (
+from kedit_lightning.methods.locate.kn import (
     attributions,
     probabilities,
     read_neurons,

@@ -7,9 +7,9 @@ import torch
 
 from kedit_lightning.edits import LowRankDelta
 from kedit_lightning.errors import NonFiniteError
+from kedit_lightning.methods import MEMIT, PMET
 from kedit_lightning.methods.locate.shared import weight_constraints as constraints
-from kedit_lightning.methods.locate.shared.closed_form import SPREADS
-from kedit_lightning.methods.locate.shared.covariance_factors import FactorCache
+from kedit_lightning.methods.locate.shared.covariance_factors import CovarianceFactors
 from kedit_lightning.methods.locate.shared.least_squares import (
     covariance_prior,
     null_space_prior,
@@ -241,15 +241,15 @@ def test_only_the_last_of_wide_layers_is_held():
         made.append(name)
         return torch.zeros(width, width, dtype=torch.float64), None
 
-    held = FactorCache()
+    held = CovarianceFactors(None, "auto", "MEMIT")
     for name in ("a", "b", "a"):
-        held.get(name, lambda name=name: make(name, 8))
+        held.cached(name, lambda name=name: make(name, 8))
     assert made == ["a", "b"]  # both are small
     for name in ("c", "d", "c"):  # 32 MB each
-        held.get(name, lambda name=name: make(name, 2049))
+        held.cached(name, lambda name=name: make(name, 2049))
     assert made == ["a", "b", "c", "d", "c"]
     held.clear()
-    held.get("c", lambda: make("c", 8))
+    held.cached("c", lambda: make("c", 8))
     assert made[-1] == "c"
 
 
@@ -257,9 +257,9 @@ def test_only_the_last_of_wide_layers_is_held():
 
 
 def test_layers_take_the_shares_that_the_papers_state():
-    shares = {name: [spread(left) for left in (5, 4, 3, 2, 1)] for name, spread in SPREADS.items()}
-    assert shares["linear"] == pytest.approx([1 / 5, 1 / 4, 1 / 3, 1 / 2, 1])
-    assert shares["square_root"] == pytest.approx([5**-0.5, 1 / 2, 3**-0.5, 2**-0.5, 1])
+    shares = {kind: [1 / left**kind.spread for left in (5, 4, 3, 2, 1)] for kind in (MEMIT, PMET)}
+    assert shares[MEMIT] == pytest.approx([1 / 5, 1 / 4, 1 / 3, 1 / 2, 1])
+    assert shares[PMET] == pytest.approx([5**-0.5, 1 / 2, 3**-0.5, 2**-0.5, 1])
 
 
 def test_rect_keeps_the_entries_that_change_most():

@@ -14,12 +14,12 @@ from kedit_lightning.errors import (
     StatisticsNotFoundError,
 )
 from kedit_lightning.methods import ROME, RROME
+from kedit_lightning.methods.locate.shared.closed_form_settings import LocateSettings
 from kedit_lightning.methods.locate.shared.least_squares import (
     covariance_prior,
     rank_one_update,
     ridge_update,
 )
-from kedit_lightning.methods.locate.shared.locate_defaults import LocateSettings
 from kedit_lightning.methods.locate.shared.subject_states import subject_states
 from kedit_lightning.methods.locate.shared.value_optimizer import Site, ValueOptimizer
 from kedit_lightning.statistics.covariance import SecondMoment, shrunk

@@ -11,12 +11,12 @@ from kedit_lightning import BaseModel, Edit, EditRequest
 from kedit_lightning.edits.projections import is_transposed
 from kedit_lightning.errors import EditOrderError, UnsupportedUseError
 from kedit_lightning.methods import UltraEdit
-from kedit_lightning.methods.locate.ultraedit import ultraedit_defaults as ultraedit_presets
-from kedit_lightning.methods.locate.ultraedit.normalised_regression import (
+from kedit_lightning.methods.locate.ultraedit import (
     normalised,
     regress_normalised,
 )
 from kedit_lightning.methods.shared.moments import merge, moments
+from kedit_lightning.methods.shared.published_settings import published_tables
 
 pytestmark = pytest.mark.filterwarnings("ignore:UltraEdit has seen")
 FACTS = [
@@ -146,7 +146,8 @@ def in_own_orientation(delta: torch.Tensor, base: BaseModel, name: str) -> torch
 def test_edits_in_a_row_follow_the_papers_formula(family):
     base = tiny_base(family)
     method = UltraEdit(base, lr=1e-2)
-    names = ultraedit_presets.default_modules(base, None)
+    method.configure_model()
+    names = method.projections
     assert set(names) == set(base.layout.block(3).projections)
     seen: dict[str, torch.Tensor] = {}
     with base.edits.restored():
@@ -213,12 +214,14 @@ def test_places_are_chosen_by_layer_or_by_name():
 
 def test_published_places_may_differ_by_projection(monkeypatch):
     base = tiny_base("llama")
-    places = {("llama", 4, 32): ((0, range(1, 3)), (-1, range(2, 3)))}
-    monkeypatch.setattr(ultraedit_presets, "PUBLISHED", places)
+    places = {"blocks": {0: [1, 2], -1: [2]}}
+    monkeypatch.setitem(published_tables()["UltraEdit"], ("llama", 4, 32), places)
     blocks = base.layout.blocks
     (gate, *_), (gate_above, _, down) = blocks[1].projections, blocks[2].projections
-    assert ultraedit_presets.default_modules(base, None) == (gate, gate_above, down)
-    assert ultraedit_presets.default_modules(base, [0]) == blocks[0].projections
+    for layers, projections in ((None, (gate, gate_above, down)), ([0], blocks[0].projections)):
+        method = UltraEdit(base, layers=layers)
+        method.configure_model()
+        assert method.projections == projections
 
 
 # ---- statistics live in the edits

@@ -20,7 +20,8 @@ from kedit_lightning.edits.kinds.codebook.codebook import (
 from kedit_lightning.edits.kinds.codebook.codebook_edit import stacked_codebook
 from kedit_lightning.errors import ModuleNotLocatedError, NonFiniteError, UnsupportedUseError
 from kedit_lightning.methods import GRACE
-from kedit_lightning.methods.memory import grace as presets
+from kedit_lightning.methods.memory.grace import default_place
+from kedit_lightning.methods.shared.published_settings import published_tables
 
 REQUEST = REQUESTS[0]
 OTHERS = [text.split(".")[0] for text in TEXT]
@@ -362,19 +363,14 @@ def test_settings_follow_the_base_model(monkeypatch):
     assert target() == "transformer.h.2.mlp.c_proj"
     assert target(layer=-1) == "transformer.h.3.mlp.c_proj"
     assert target(module="transformer.h.1.mlp.c_fc") == "transformer.h.1.mlp.c_fc"
-    monkeypatch.setitem(presets.PUBLISHED, ("gpt2", 4, 32), (3, 0))
+    place = {"layer": 3, "projection": 0}
+    monkeypatch.setitem(published_tables()["GRACE"], ("gpt2", 4, 32), place)
     assert target() == "transformer.h.3.mlp.c_fc"
 
 
 @pytest.mark.parametrize(("blocks", "layer"), [(32, 24), (6, 4), (2, 0)])
 def test_the_default_layer_follows_the_number_of_blocks(blocks, layer):
-    assert presets.default_place(tiny_base("llama", num_hidden_layers=blocks)) == (layer, -1)
-
-
-def test_published_layers_exist():
-    for (_, blocks, _), (layer, projection) in presets.PUBLISHED.items():
-        assert 0 <= layer < blocks
-        assert projection in (0, -1)
+    assert default_place(tiny_base("llama", num_hidden_layers=blocks)) == (layer, -1)
 
 
 def test_a_wide_projection_may_be_replaced_too():

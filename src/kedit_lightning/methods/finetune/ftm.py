@@ -14,16 +14,24 @@ from kedit_lightning.edits import DenseEdit
 from kedit_lightning.edits.edit import check_finite
 from kedit_lightning.edits.projections import check_editable
 from kedit_lightning.errors import UnsupportedUseError
-from kedit_lightning.methods.finetune.shared.fine_tuning import (
-    fine_tune,
-    zero_change,
-)
-from kedit_lightning.methods.finetune.shared.finetune_defaults import published_settings
+from kedit_lightning.methods.finetune.shared.fine_tuning import fine_tune, zero_change
 from kedit_lightning.methods.method import Capabilities, EditMethod, MethodSettings
 from kedit_lightning.methods.shared.losses import answer_nll
+from kedit_lightning.methods.shared.published_settings import published_settings
 from kedit_lightning.requests import EditRequest
 
 Objective: TypeAlias = Literal["target_new", "prompt_last"]
+#: Depth as a share of the blocks in most of EasyEdit's configurations (block 21 of 32).
+USUAL_DEPTH = 0.66
+
+
+@dataclass(frozen=True)
+class FinetuneDefaults:
+    """Settings of :class:`FTM` that follow the base model."""
+
+    layers: Sequence[int]
+    steps: int = 25
+    norm_constraint: float = float("inf")
 
 
 @dataclass(frozen=True)
@@ -99,11 +107,11 @@ class FTM(EditMethod):
             UnsupportedUseError: A setting is out of range, or a projection cannot be edited.
             ModuleNotLocatedError: A block does not exist or has no dense MLP.
         """
-        settings, published = self.settings, published_settings(self.base)
-        layers = list(published.layers) if settings.layers is None else settings.layers
-        steps = published.steps if settings.steps is None else settings.steps
+        settings, usual = self.settings, finetune_defaults(self.base)
+        layers = list(usual.layers) if settings.layers is None else settings.layers
+        steps = usual.steps if settings.steps is None else settings.steps
         bound = settings.norm_constraint
-        bound = published.norm_constraint if bound is None else bound
+        bound = usual.norm_constraint if bound is None else bound
         if not layers:
             raise UnsupportedUseError("FTM: layers must name at least one block, got []")
         for name, value, least in (
@@ -173,3 +181,10 @@ class FTM(EditMethod):
                 f"'{self.base.name}' has none; set eos_in_target to false"
             )
         return f"{request.target_new}{eos}"
+
+
+def finetune_defaults(base: BaseModel) -> FinetuneDefaults:
+    """Published settings of a known model, else defaults for its number of blocks."""
+    blocks = len(base.layout)
+    usual = FinetuneDefaults((min(round(USUAL_DEPTH * blocks), blocks - 1),))
+    return published_settings(base, "FTM", FinetuneDefaults) or usual

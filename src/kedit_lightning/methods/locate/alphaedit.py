@@ -9,7 +9,6 @@ from kedit_lightning.base_models import BaseModel, BaseModelSpec
 from kedit_lightning.methods.locate.shared.closed_form import ClosedForm
 from kedit_lightning.methods.locate.shared.closed_form_settings import LayersSettings
 from kedit_lightning.methods.locate.shared.least_squares import Prior, null_space_prior
-from kedit_lightning.methods.locate.shared.locate_defaults import ALPHAEDIT_PUBLISHED
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class AlphaEdit(ClosedForm):
 
     settings_type = AlphaEditSettings
     settings: AlphaEditSettings
-    published = ALPHAEDIT_PUBLISHED
+    published = "AlphaEdit"
     keeps_history = True
 
     def __init__(

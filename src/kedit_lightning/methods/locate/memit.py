@@ -10,15 +10,12 @@ from torch import Tensor
 from kedit_lightning.base_models import BaseModel, BaseModelSpec
 from kedit_lightning.edits import LowRankDelta
 from kedit_lightning.methods.locate.shared.closed_form import ClosedForm
-from kedit_lightning.methods.locate.shared.closed_form_settings import LayerSettings, LayersSettings
-from kedit_lightning.methods.locate.shared.least_squares import Prior, ridge_update
-from kedit_lightning.methods.locate.shared.locate_defaults import (
-    EMMET_PUBLISHED,
-    MEMIT_PUBLISHED,
-    PMET_PUBLISHED,
+from kedit_lightning.methods.locate.shared.closed_form_settings import (
+    LayerSettings,
+    LayersSettings,
     LocateSettings,
-    one_layer,
 )
+from kedit_lightning.methods.locate.shared.least_squares import Prior, ridge_update
 from kedit_lightning.methods.locate.shared.subject_states import SubjectStates
 
 
@@ -35,7 +32,7 @@ class MEMIT(ClosedForm):
 
     settings_type = LayersSettings
     settings: LayersSettings
-    published = MEMIT_PUBLISHED
+    published = "MEMIT"
 
     def __init__(
         self,
@@ -57,10 +54,10 @@ class PMET(MEMIT):
         **settings: Those of all closed-form methods.
     """
 
-    published = PMET_PUBLISHED
+    published = "PMET"
     otherwise = LocateSettings(clamp=1.0)
     site_of_values = "attention and mlp"
-    spread = "square_root"
+    spread = 0.5
     relaxed = True
 
 
@@ -89,7 +86,7 @@ class EMMET(ClosedForm):
 
     settings_type = EMMETSettings
     settings: EMMETSettings
-    published = EMMET_PUBLISHED
+    published = "EMMET"
 
     def __init__(
         self,
@@ -100,10 +97,6 @@ class EMMET(ClosedForm):
         **settings: Any,
     ) -> None:
         super().__init__(base_model, **settings)
-
-    def default_layers(self) -> tuple[int, ...]:
-        """The block where ROME edits."""
-        return one_layer(self.base)
 
     def update(
         self, module: str, states: SubjectStates, residuals: Tensor, prior: Prior

@@ -9,13 +9,11 @@ from torch import Tensor
 from kedit_lightning.base_models import BaseModel, BaseModelSpec
 from kedit_lightning.edits import LowRankDelta
 from kedit_lightning.methods.locate.shared.closed_form import ClosedForm
-from kedit_lightning.methods.locate.shared.closed_form_settings import LayerSettings
-from kedit_lightning.methods.locate.shared.least_squares import Prior, rank_one_update
-from kedit_lightning.methods.locate.shared.locate_defaults import (
-    ROME_PUBLISHED,
+from kedit_lightning.methods.locate.shared.closed_form_settings import (
+    LayerSettings,
     LocateSettings,
-    one_layer,
 )
+from kedit_lightning.methods.locate.shared.least_squares import Prior, rank_one_update
 from kedit_lightning.methods.locate.shared.subject_states import SubjectStates
 from kedit_lightning.methods.method import Capabilities
 
@@ -35,7 +33,7 @@ class ROME(ClosedForm):
     settings_type = LayerSettings
     settings: LayerSettings
     can = Capabilities(batch=False, adapter=True, weights=True)
-    published = ROME_PUBLISHED
+    published = "ROME"
     otherwise = LocateSettings(clamp=4.0, weight_decay=1e-3)
     site_of_values = "mlp"
     context_lengths = (5, 10)
@@ -50,10 +48,6 @@ class ROME(ClosedForm):
         **settings: Any,
     ) -> None:
         super().__init__(base_model, contexts=contexts, **settings)
-
-    def default_layers(self) -> tuple[int, ...]:
-        """The block where single facts are best edited."""
-        return one_layer(self.base)
 
     def mean_keys(self, inputs: Tensor) -> Tensor:
         """Plain mean over contexts, ``[n, d_in]`` from ``[n, contexts, d_in]``."""

@@ -11,11 +11,7 @@ from torch import Tensor
 from kedit_lightning.base_models import BaseModel
 from kedit_lightning.edits import LowRankDelta, LowRankEdit, memories
 from kedit_lightning.errors import EditOrderError, UnsupportedUseError
-from kedit_lightning.methods.locate.shared.least_squares import (
-    ridge_update,
-    size_prior,
-    with_history,
-)
+from kedit_lightning.methods.locate.shared import least_squares
 from kedit_lightning.methods.locate.shared.subject_states import subject_states
 from kedit_lightning.requests import EditRequest
 
@@ -86,23 +82,18 @@ def simie(
                 f"edit {edit.id} by {edit.origin.method} was computed on another stack than the "
                 "one whose keys SimIE would read; compute it again, or give the history"
             )
-        history = _earlier_keys(edit)
+        past = memories(edit.base, "SimIE")
+        known = {n: [m[n + _KEYS] for m in past if n + _KEYS in m] for n in edit.factors}
+        history = {name: torch.cat(parts, dim=1) for name, parts in known.items() if parts}
     deltas, memory = {}, {}
     for name, (a, b) in edit.factors.items():
         present = keys[name].detach().to(a.device)
         earlier = history.get(name, present[:, :0]).to(present)
         residuals = b.double() @ (a.double() @ present.double())
-        prior = with_history(size_prior(lam), earlier.double())
-        delta = ridge_update(present, residuals, prior, eps=1.0)
+        prior = least_squares.with_history(least_squares.size_prior(lam), earlier.double())
+        delta = least_squares.ridge_update(present, residuals, prior, eps=1.0)
         deltas[name] = LowRankDelta(delta.a.to(a), delta.b.to(b))
         memory[name + _KEYS] = present.contiguous()
     notes = {**edit.origin.notes, "host": edit.origin.method, "lam": lam}
     origin = replace(edit.origin, method="SimIE", notes=notes)
     return LowRankEdit(edit.base, deltas, origin, memory)
-
-
-def _earlier_keys(edit: LowRankEdit) -> dict[str, Tensor]:
-    """Keys of the SimIE edits on the stack, oldest first. Shape ``[d_in, m]`` by module."""
-    past = memories(edit.base, "SimIE")
-    keys = {name: [m[name + _KEYS] for m in past if name + _KEYS in m] for name in edit.factors}
-    return {name: torch.cat(parts, dim=1) for name, parts in keys.items() if parts}

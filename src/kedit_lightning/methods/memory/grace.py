@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, TypeAlias
+from typing import ClassVar, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -24,21 +24,20 @@ from kedit_lightning.edits.projections import check_editable, compute_dtype, pro
 from kedit_lightning.errors import UnsupportedUseError
 from kedit_lightning.methods.method import Capabilities, EditMethod, MethodSettings
 from kedit_lightning.methods.shared.losses import answer_nll
+from kedit_lightning.methods.shared.published_settings import published_settings
 from kedit_lightning.requests import EditRequest
 
 ValueInit: TypeAlias = Literal["cold", "warm"]
 
 #: Depth, as a share of the blocks, of the codebook in models without published settings.
 USUAL_DEPTH = 0.75
-#: Block, and which of its MLP projections, by model type, number of blocks and hidden size: GPT-2
-#: XL as in the GRACE paper's code, the others as in EasyEdit.
-PUBLISHED: dict[tuple[str, int, int], tuple[int, int]] = {
-    ("gpt2", 48, 1600): (35, 0),
-    ("gptj", 28, 4096): (25, -1),
-    ("llama", 32, 4096): (27, -1),
-    ("llama", 28, 3072): (27, -1),
-    ("qwen2", 28, 3584): (18, -1),
-}
+
+
+class CodebookPlace(NamedTuple):
+    """The block with the codebook, and the index of the projection among those of its MLP."""
+
+    layer: int
+    projection: int = -1
 
 
 @dataclass(frozen=True)
@@ -189,10 +188,9 @@ class GRACE(EditMethod):
         return answer_nll(logits, rows.answer_ids, rows.answer_mask).mean()
 
 
-def default_place(base: BaseModel) -> tuple[int, int]:
-    """The block with the codebook, and the index of the projection among those of its MLP."""
-    layout = base.layout
-    key = (base.model.config.model_type, len(layout), layout.hidden_size)
+def default_place(base: BaseModel) -> CodebookPlace:
+    """The published place of a known model, else one in the upper third."""
+    blocks = len(base.layout)
     # At least one block must follow, or the later answer tokens could not attend to the value.
-    layer = max(0, min(round(USUAL_DEPTH * len(layout)), len(layout) - 2))
-    return PUBLISHED.get(key, (layer, -1))
+    usual = CodebookPlace(max(0, min(round(USUAL_DEPTH * blocks), blocks - 2)))
+    return published_settings(base, "GRACE", CodebookPlace) or usual

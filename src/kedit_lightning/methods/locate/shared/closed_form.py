@@ -1,17 +1,14 @@
 """Base of the methods that optimise values at a located layer and solve for its weights.
 
-A method declares where its values are outputs, the prior of a change, how a residual is spread over
-layers, and which keys count.  What other papers add is an object beside this module: value targets,
-early stopping, alignment, norm anchor, history, weight constraints.
+What other papers add to them stands beside this module: value targets, early stopping, alignment,
+norm anchor, history, weight constraints.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
-from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -20,26 +17,19 @@ from torch import Tensor
 from kedit_lightning.base_models import BaseModel, BaseModelSpec
 from kedit_lightning.edits import Edit, LowRankDelta, memories
 from kedit_lightning.edits.projections import compute_dtype
-from kedit_lightning.methods.locate.shared.closed_form_settings import LocatedSettings, Targets
+from kedit_lightning.methods.locate.shared import least_squares
+from kedit_lightning.methods.locate.shared.closed_form_settings import (
+    LocatedSettings,
+    LocateSettings,
+    Targets,
+    default_weight,
+)
 from kedit_lightning.methods.locate.shared.contexts import sample_contexts
 from kedit_lightning.methods.locate.shared.covariance_factors import (
     CovarianceFactors,
     StatisticsMode,
 )
 from kedit_lightning.methods.locate.shared.edit_groups import EditGroups
-from kedit_lightning.methods.locate.shared.least_squares import (
-    Prior,
-    covariance_prior,
-    ridge_update,
-    with_history,
-)
-from kedit_lightning.methods.locate.shared.locate_defaults import (
-    LocateSettings,
-    ModelKey,
-    default_weight,
-    model_key,
-    several_layers,
-)
 from kedit_lightning.methods.locate.shared.statistics_fit import StatisticsFit
 from kedit_lightning.methods.locate.shared.subject_states import (
     Carried,
@@ -55,13 +45,8 @@ from kedit_lightning.methods.locate.shared.value_targets import (
 )
 from kedit_lightning.methods.locate.shared.weight_constraints import WeightConstraints
 from kedit_lightning.methods.method import Capabilities, EditMethod
+from kedit_lightning.methods.shared.published_settings import published_settings
 from kedit_lightning.requests import EditRequest
-
-#: Share of the residual that a layer takes, given how many layers are left.
-SPREADS: Mapping[str, Callable[[int], float]] = {
-    "linear": lambda left: 1 / left,
-    "square_root": lambda left: 1 / math.sqrt(left),
-}
 
 
 class ClosedForm(EditMethod):
@@ -105,13 +90,15 @@ class ClosedForm(EditMethod):
     can = Capabilities(adapter=True, weights=True)
     learns = "second moments of the keys of every layer, from plain text"
     settings: LocatedSettings
-    published: ClassVar[Mapping[ModelKey, LocateSettings]] = MappingProxyType({})
-    #: Settings where the model is in no table.
+    #: Table of published settings.
+    published: ClassVar[str] = ""
+    #: Settings where the model is not in it.
     otherwise: ClassVar[LocateSettings] = LocateSettings()
     site_of_values: ClassVar[SiteOfValues] = "block"
     #: Subject tokens whose inputs of the MLP's down projection are the key.
     subject_tokens: ClassVar[SubjectTokens] = "last"
-    spread: ClassVar[str] = "linear"
+    #: A layer takes the residual over this power of the number of layers left.
+    spread: ClassVar[float] = 1.0
     #: Whether edits keep a history of keys unless told otherwise.
     keeps_history: ClassVar[bool] = False
     relaxed: ClassVar[bool] = False
@@ -166,16 +153,15 @@ class ClosedForm(EditMethod):
 
     # ---- settings
 
-    def default_layers(self) -> tuple[int, ...]:
-        """Blocks to edit in a model that is in no table."""
-        return several_layers(self.base)
-
     def build(self) -> None:
         """Resolve settings that follow the base model, and find the layers."""
         given, layout = self.settings, self.base.layout
-        used = given.over(self.published.get(model_key(self.base), self.otherwise))
-        default = VALUE_TARGETS[given.targets].default_layers
-        layers = given.chosen_layers or default(used.layers or self.default_layers())
+        known = published_settings(self.base, self.published, LocateSettings)
+        used = given.over(known or self.otherwise)
+        layers = used.layers or given.default_layers(self.base)
+        if VALUE_TARGETS[given.targets].ends_only:
+            layers = [layers[0], layers[-1]]
+        layers = given.chosen_layers or layers
         # Each once, in the order they run; ``block`` refuses one that does not exist.
         modules = {layer % len(layout): layout.block(layer).down for layer in layers}
         self.layers = tuple(sorted(modules))
@@ -189,7 +175,7 @@ class ClosedForm(EditMethod):
             used = replace(used, preserve=weights.pop())
         self.locate = replace(used, layers=self.layers, relaxed=self.relaxed)
         history = self.keeps_history if given.history is None else given.history
-        self.settings = given.resolved(self.locate, history=history).at_layers(self.layers)
+        self.settings = given.resolved(self.locate, history)
         self.constraints = WeightConstraints(given.off_main, given.restrain, given.keep_share)
 
     def site(self, layer: int) -> Site:
@@ -198,13 +184,13 @@ class ClosedForm(EditMethod):
 
     # ---- the method's own part
 
-    def prior(self, layer: int) -> Prior:
+    def prior(self, layer: int) -> least_squares.Prior:
         """The cost of a change of a layer, without the history of earlier edits."""
         preserve = self.settings.preserve
         weight = default_weight(self.base, layer) if preserve is None else preserve
         module = self.base.layout.block(layer).down
         factor = self.covariances.cholesky(module, self.settings.ridge / weight)
-        return covariance_prior(factor.to(self.base.device), weight)
+        return least_squares.covariance_prior(factor.to(self.base.device), weight)
 
     def mean_keys(self, inputs: Tensor) -> Tensor:
         """Mean of ``[n, contexts, d_in]`` over contexts, of which the bare prompt is half."""
@@ -212,7 +198,7 @@ class ClosedForm(EditMethod):
         return (bare + rest.mean(1)) / 2 if rest.shape[1] else bare
 
     def update(
-        self, module: str, states: SubjectStates, residuals: Tensor, prior: Prior
+        self, module: str, states: SubjectStates, residuals: Tensor, prior: least_squares.Prior
     ) -> LowRankDelta:
         """The change of a module that maps its keys to its values.
 
@@ -223,7 +209,7 @@ class ClosedForm(EditMethod):
             prior: The cost of a change.
         """
         keys = self.mean_keys(states.inputs[module])
-        return ridge_update(keys.T, residuals.T, prior, eps=1.0)
+        return least_squares.ridge_update(keys.T, residuals.T, prior, eps=1.0)
 
     # ---- editing
 
@@ -261,7 +247,7 @@ class ClosedForm(EditMethod):
             prior = self._prior_with_history(layer, module)
             for changes, part in zip(batch.changes, batch.parts, strict=True):
                 delta = self.update(module, states.part(part), residuals[part], prior)
-                changes.append(self.constraints.edit(self.base, module, delta))
+                changes[module] = self.constraints.constrained(self.base, module, delta)
             del prior  # wide layers have large ones
         self._remember(batch, values.anchor)
         notes: dict[str, Any] = {"statistics": self.covariances.note, "layers": [*self.edited]}
@@ -290,14 +276,15 @@ class ClosedForm(EditMethod):
         return subject_states(self.base, modules, requests, contexts, carried, tokens=tokens)
 
     def _share(self, layer: int) -> float:
-        return SPREADS[self.spread](len(self.layers) - self.layers.index(layer))
+        """Share of the residual that a layer takes."""
+        return float(1 / (len(self.layers) - self.layers.index(layer)) ** self.spread)
 
-    def _prior_with_history(self, layer: int, module: str) -> Prior:
+    def _prior_with_history(self, layer: int, module: str) -> least_squares.Prior:
         prior, name = self.prior(layer), f"{module}.keys"
         past = self._memories() if self.settings.history else []
         # Those of edits that were read from files are on the CPU.
         keys = [m[name].to(self.base.device, torch.float64) for m in past if name in m]
-        return with_history(prior, torch.cat(keys, dim=1)) if keys else prior
+        return least_squares.with_history(prior, torch.cat(keys, dim=1)) if keys else prior
 
     def _memories(self) -> list[dict[str, Tensor]]:
         return memories(self.base, type(self).__name__)
@@ -347,4 +334,4 @@ class ClosedForm(EditMethod):
         """Write the sums so far to the cache, as far as the checkpoint stands."""
         super().on_save_checkpoint(checkpoint)
         if self._fit is not None:
-            self._fit.save()
+            self._fit.text_pass.save()

@@ -1,18 +1,64 @@
-"""Settings of the closed-form methods."""
+"""Settings of the closed-form methods, and rules for models without published ones."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Self, TypeAlias
+from typing import Literal, Self, TypeAlias
 
+from kedit_lightning.base_models import BaseModel
+from kedit_lightning.edits.projections import projection_shape
 from kedit_lightning.methods.locate.shared.alignment import ALIGNED_CLAMP
 from kedit_lightning.methods.locate.shared.covariance_factors import StatisticsMode
-from kedit_lightning.methods.locate.shared.locate_defaults import LocateSettings
 from kedit_lightning.methods.method import MethodSettings
 
 #: Where values are optimised: at the ``last`` layer, for all layers (MEMIT); at each layer its
 #: ``own`` (BLUE); or at the first, with those of later layers taken ``forward`` from it (FE).
 Targets: TypeAlias = Literal["last", "own", "forward"]
+#: Keys of a text count this many times the width of the MLP against a fact: published weights are
+#: 0.9 (GPT-J), 1.4 (Llama) and 3.1 (GPT-2 XL) times it.  In units of the width, the weight does not
+#: depend on the scale of the keys: the mean of ``kᵀ C⁻¹ k`` over a text is the width.
+WIDTHS = 1.5
+
+
+@dataclass(frozen=True)
+class LocateSettings:
+    """Where a method edits, and how it optimises values; ``ClosedForm`` describes the settings.
+
+    ``clamp`` bounds ``‖δ‖ / ‖z‖`` and ``weight_decay`` is the weight of ``‖δ‖ / ‖z‖²``; ``relaxed``
+    weighs the loss of an answer that is the likeliest down until the divergence is small (PMET).
+    """
+
+    layers: Sequence[int] = ()
+    preserve: float | None = None
+    steps: int = 25
+    lr: float = 0.5
+    clamp: float = 0.75
+    weight_decay: float = 0.5
+    kl_factor: float = 0.0625
+    stop_loss: float = 0.05
+    patience: int | None = None
+    relaxed: bool = False
+    consistency: float = 0.0
+
+
+def one_layer(base: BaseModel) -> tuple[int, ...]:
+    """At 17 % of the depth for gated MLPs and 35 % for plain ones, where published layers lie."""
+    return _dense(base, (round((0.17 if base.layout.is_gated else 0.35) * len(base.layout)),))
+
+
+def _dense(base: BaseModel, layers: Sequence[int]) -> tuple[int, ...]:
+    """The nearest blocks with a dense MLP; in most models these are the blocks themselves."""
+    dense = base.layout.dense_layers
+    return tuple(sorted({min(dense, key=lambda known: abs(known - i)) for i in layers}))
+
+
+def several_layers(base: BaseModel) -> tuple[int, ...]:
+    """At most five: up to a quarter of the depth for gated MLPs, to 36 % for plain ones."""
+    depth = len(base.layout)
+    start, end = (1 / 8, 1 / 4) if base.layout.is_gated else (0.27, 0.36)
+    last = round(end * depth)
+    return _dense(base, range(max(round(start * depth), last - 4), last + 1))
 
 
 @dataclass(frozen=True)
@@ -50,10 +96,11 @@ class ClosedFormSettings(MethodSettings):
         chosen = {name: value for name, value in vars(self).items() if name in names}
         return replace(usual, **{n: value for n, value in chosen.items() if value is not None})
 
-    def resolved(self, used: LocateSettings, **others: Any) -> Self:
+    def resolved(self, used: LocateSettings, history: bool) -> Self:
         """The settings with the values that are used in place of those left open."""
-        values = {name: value for name, value in vars(used).items() if name in vars(self)}
-        return replace(self, **{**values, **others})
+        layers = list(used.layers)
+        values = {**vars(used), "history": history, "layers": layers, "layer": layers[0]}
+        return replace(self, **{name: v for name, v in values.items() if name in vars(self)})
 
 
 @dataclass(frozen=True)
@@ -61,15 +108,13 @@ class LayerSettings(ClosedFormSettings):
     """Settings of methods that edit one layer."""
 
     layer: int | None
+    #: Layers of a model without published settings.
+    default_layers = staticmethod(one_layer)
 
     @property
     def chosen_layers(self) -> tuple[int, ...]:
         """The layer that the user chose, if any."""
         return () if self.layer is None else (self.layer,)
-
-    def at_layers(self, layers: tuple[int, ...]) -> Self:
-        """The same settings at the layer that is edited."""
-        return replace(self, layer=layers[0])
 
 
 @dataclass(frozen=True)
@@ -77,16 +122,19 @@ class LayersSettings(ClosedFormSettings):
     """Settings of methods that edit several layers."""
 
     layers: list[int] | None
+    #: Layers of a model without published settings.
+    default_layers = staticmethod(several_layers)
 
     @property
     def chosen_layers(self) -> tuple[int, ...]:
         """The layers that the user chose, if any."""
         return tuple(self.layers or ())
 
-    def at_layers(self, layers: tuple[int, ...]) -> Self:
-        """The same settings at the layers that are edited."""
-        return replace(self, layers=list(layers))
 
-
-#: Settings of the two kinds of methods, with :attr:`chosen_layers` and :meth:`at_layers`.
+#: Settings of methods that edit one layer, or several.
 LocatedSettings: TypeAlias = LayerSettings | LayersSettings
+
+
+def default_weight(base: BaseModel, layer: int) -> float:
+    """Weight ``λ`` of keys of plain text for a layer whose model is not in the tables."""
+    return WIDTHS * projection_shape(base.module(base.layout.block(layer).down))[0]

@@ -17,16 +17,8 @@ def sample_contexts(
 ) -> tuple[str, ...]:
     """Context prefixes that the unedited base model writes, by top-k sampling with k = 5 (ROME).
 
-    The same model, count, seed and lengths give the same texts.
-
-    Args:
-        base: The base model.
-        count: Number of texts.
-        seed: Start of the random choices.
-        lengths: Lengths in tokens; each makes an equal part of the texts.
-
-    Returns:
-        ``count`` texts that end in a full stop and a space.
+    Each of the lengths, in tokens, makes an equal part of the texts, which end in a full stop and a
+    space.  The same model, count, seed and lengths give the same texts.
     """
     texts: list[str] = []
     devices = [base.device] if base.device.type == "cuda" else []
@@ -35,12 +27,7 @@ def sample_contexts(
         for number, length in enumerate(lengths, start=1):
             wanted = count * number // len(lengths) - count * (number - 1) // len(lengths)
             starters = [STARTERS[i % len(STARTERS)] for i in range(wanted)]
-            if not starters:
-                continue
-            continued = base.generate(starters, length, do_sample=True, top_k=5)
-            texts += [_clean(a + b) for a, b in zip(starters, continued, strict=True)]
-    return tuple(texts)
-
-
-def _clean(text: str) -> str:
-    return " ".join(text.split()).rstrip(" .") + ". "
+            if starters:
+                continued = base.generate(starters, length, do_sample=True, top_k=5)
+                texts += [a + b for a, b in zip(starters, continued, strict=True)]
+    return tuple(" ".join(text.split()).rstrip(" .") + ". " for text in texts)

@@ -30,39 +30,14 @@ Factor: TypeAlias = tuple[Tensor, float]
 _CACHE_BYTES = 32 << 20
 
 
-class FactorCache:
-    """Keeps the factors of all layers while they are small, else those of one layer alone."""
-
-    def __init__(self) -> None:
-        self._factors: dict[Hashable, Factor] = {}
-
-    def get(self, key: Hashable, compute: Callable[[], Factor]) -> Factor:
-        """The factor of a key, computed unless the cache has it."""
-        if key not in self._factors:
-            if sum(matrix.nbytes for matrix, _ in self._factors.values()) > _CACHE_BYTES:
-                self._factors.clear()
-            self._factors[key] = compute()
-        return self._factors[key]
-
-    def clear(self) -> None:
-        """Empty the cache."""
-        self._factors.clear()
-
-
 class CovarianceFactors:
-    """Second moments of the keys of a base model, decomposed once a layer.
-
-    Args:
-        base: The base model.
-        mode: Where the second moments come from.
-        method: Name of the method, for messages.
-    """
+    """Second moments of the keys of a base model, decomposed once a layer."""
 
     def __init__(self, base: BaseModel, mode: StatisticsMode, method: str) -> None:
         self.base, self.mode, self.method = base, mode, method
         #: Which statistics were used last, for the record of an edit.
         self.note = ""
-        self._cache = FactorCache()
+        self._factors: dict[Hashable, Factor] = {}
 
     def cholesky(self, module: str, ridge: float = 0.0) -> Tensor:
         """Lower Cholesky factor of ``C + ridge · I``, ``[d_in, d_in]`` in float64 on the CPU."""
@@ -73,13 +48,13 @@ class CovarianceFactors:
             # Decomposed beside the model, where a wide layer takes a fraction of a second.
             return factorise(moment.to(self.base.device), module).cpu(), ridge
 
-        return self._cache.get(("cholesky", module, ridge), compute)[0]
+        return self.cached(("cholesky", module, ridge), compute)[0]
 
     def null_space(self, module: str, energy: float, threshold: float | None) -> Factor:
         """Complement of the null space of keys, and their mean squared norm inside it.
 
         Args:
-            module: The projection.
+            module: Name of the projection.
             energy: Share of the energy of the keys that the null space may hold.
             threshold: Largest eigenvalue inside the null space, instead of a share.
 
@@ -102,7 +77,7 @@ class CovarianceFactors:
                 )
             return basis, inside
 
-        return self._cache.get(("null space", module, energy, threshold), compute)
+        return self.cached(("null space", module, energy, threshold), compute)
 
     def second_moment(self, module: str) -> Tensor:
         """``C = E[k kᵀ]`` of the keys of a projection. Shape ``[d_in, d_in]``, float64.
@@ -137,6 +112,14 @@ class CovarianceFactors:
         few = statistics.is_few_sample or moment.count < len(moment.mean)
         return shrunk(moment) if few else moment.mean
 
+    def cached(self, key: Hashable, compute: Callable[[], Factor]) -> Factor:
+        """A factor, computed unless kept: those of all layers while small, else of one alone."""
+        if key not in self._factors:
+            if sum(matrix.nbytes for matrix, _ in self._factors.values()) > _CACHE_BYTES:
+                self._factors.clear()
+            self._factors[key] = compute()
+        return self._factors[key]
+
     def clear(self) -> None:
         """Drop all factors: the statistics they come from have been replaced."""
-        self._cache.clear()
+        self._factors.clear()

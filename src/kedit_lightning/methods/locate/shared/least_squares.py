@@ -34,11 +34,7 @@ def covariance_prior(factor: Tensor, weight: float = 1.0) -> Prior:
 
 
 def size_prior(weight: float = 1.0) -> Prior:
-    """``G = weight · I``: a change costs its squared Frobenius norm.
-
-    Args:
-        weight: Cost of a change of norm 1, in keys of norm 1.
-    """
+    """``G = weight · I``: a change costs its squared Frobenius norm, in keys of norm 1."""
     return lambda keys: keys / weight
 
 
@@ -60,11 +56,8 @@ def null_space_prior(basis: Tensor, weight: float) -> Prior:
 def with_history(prior: Prior, keys: Tensor) -> Prior:
     """``G + H Hᵀ``: a change keeps the outputs at earlier keys as well (Woodbury's identity).
 
-    With a null-space prior this is the recursive least-squares state of AlphaEdit.
-
-    Args:
-        prior: The prior ``G``.
-        keys: ``H``, keys of earlier edits. Shape ``[d_in, N]``.
+    ``H``, of shape ``[d_in, N]``, holds the keys of earlier edits.  With a null-space prior this is
+    the recursive least-squares state of AlphaEdit.
     """
     if keys.shape[1] > keys.shape[0]:
         # Any H with the same H Hᵀ will do: this one has no more columns than rows.

@@ -14,13 +14,9 @@ from kedit_lightning.statistics import KeyCollector, TextPass, save_to_cache
 
 
 class StatisticsFit:
-    """One pass over text that sums the second moments of the keys of every layer.
+    """One pass over text that sums the second moments of the keys of every layer in the cache.
 
-    The sums live in the cache alone.  A pass that was interrupted is continued.
-
-    Args:
-        method: The method that is fitted, attached to its trainer.
-        settings: Its settings; ``fit_length``, ``fit_tokens`` and ``fit_error`` count.
+    A pass that was interrupted is continued.
     """
 
     def __init__(self, method: EditMethod, settings: ClosedFormSettings) -> None:
@@ -30,10 +26,10 @@ class StatisticsFit:
         loader: Any = self._trainer.train_dataloader
         state = loader.state_dict() if hasattr(loader, "state_dict") else {}
         identity = state.get("identity", {})
-        self._pass = TextPass(self._collector, identity, self._trainer.global_rank)
-        if self._pass.batches:
+        self.text_pass = TextPass(self._collector, identity, self._trainer.global_rank)
+        if self.text_pass.batches:
             method.print(
-                f"continuing a fit that was interrupted after {self._pass.batches} batches "
+                f"continuing a fit that was interrupted after {self.text_pass.batches} batches "
                 f"({self._collector.tokens} tokens); they are not read again"
             )
 
@@ -46,7 +42,7 @@ class StatisticsFit:
         collector, processes = self._collector, self._trainer.world_size
         enough = tokens is not None and collector.tokens * processes >= tokens
         enough = enough or (error is not None and collector.is_within(error, processes))
-        enough = enough and self._pass.is_new(batch_idx)
+        enough = enough and self.text_pass.is_new(batch_idx)
         # Decided together, as Lightning's processes wait for each other at every batch.
         return bool(self._trainer.strategy.reduce_boolean_decision(enough))
 
@@ -61,16 +57,12 @@ class StatisticsFit:
                 f"{type(self._method).__name__} is fitted on plain text; use --data Texts "
                 "--data.path FOLDER"
             )
-        self._pass.read(batch_idx, batch.texts)
-
-    def save(self) -> None:
-        """Write the sums so far to the cache."""
-        self._pass.save()
+        self.text_pass.read(batch_idx, batch.texts)
 
     def finish(self) -> None:
         """Add up the sums of all processes and write the statistics to the cache."""
         strategy = self._trainer.strategy
-        self._pass.check_complete()
+        self.text_pass.check_complete()
 
         def total(tensor: Tensor) -> Tensor:
             # On the strategy's device: NCCL knows no other.
@@ -80,17 +72,15 @@ class StatisticsFit:
 
         self._collector.merge(total)
         if self._trainer.is_global_zero:
-            path = save_to_cache(self._collector, self._text_source())
+            data = self._method.run.data
+            source = data.source if isinstance(data, Texts) else {}
+            text = source.get("path") or source.get("hub") or "text"
+            path = save_to_cache(self._collector, str(text))
             error = self._collector.error
             margin = "" if error is None else f" (± {100 * error:.2g} %)"
             self._method.print(
                 f"key statistics of {self._collector.tokens} tokens{margin} are in {path}"
             )
         strategy.barrier()
-        self._pass.discard()
+        self.text_pass.discard()
         self._trainer.should_stop = True
-
-    def _text_source(self) -> str:
-        data = self._method.run.data
-        source = data.source if isinstance(data, Texts) else {}
-        return str(source.get("path") or source.get("hub") or "text")

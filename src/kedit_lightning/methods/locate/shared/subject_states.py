@@ -64,13 +64,13 @@ def subject_states(
         modules: Names, in the order they run.
         requests: The requests; each has a subject.
         contexts: Texts put before each prompt, besides none.
-        carried: An edit for each request that acts on its rows alone.
+        carried: An edit for each request.
         added: A module and vectors that are added to its output at the subject's last token of
             each request. Shape ``[n, d_out]``.
         tokens: Subject tokens whose inputs are read; a mean is at least float32.
     """
     prefixes = ("", *contexts)
-    rows = [_encode(base, prefix, request) for request in requests for prefix in prefixes]
+    rows = [up_to_subject(base, p + r.prompt, r.subject) for r in requests for p in prefixes]
     edits = None if carried is None else [edit for edit in carried for _ in prefixes]
     inputs: dict[str, list[Tensor]] = {name: [] for name in modules}
     outputs: dict[str, list[Tensor]] = {name: [] for name in modules}
@@ -99,11 +99,10 @@ def subject_states(
     )
 
 
-def _encode(base: BaseModel, prefix: str, request: EditRequest) -> EncodedRow:
-    row = base.encode(prefix + request.prompt, None, request.subject)
-    if base.edits.reads_rows:  # memory edits look at the end of the prompt
-        return row
-    return replace(row, prompt=row.prompt[: row.subject_end + 1])
+def up_to_subject(base: BaseModel, prompt: str, subject: str | None) -> EncodedRow:
+    """A prompt that ends with its subject, or whole if edits look at the end of the prompt."""
+    row = base.encode(prompt, None, subject)
+    return row if base.edits.reads_rows else replace(row, prompt=row.prompt[: row.subject_end + 1])
 
 
 def _add(columns: Tensor, vectors: Tensor, x: Tensor, y: Tensor) -> Tensor:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeAlias
 
 import torch
@@ -16,16 +15,22 @@ from kedit_lightning.base_models.layout import Layout
 from kedit_lightning.base_models.rows import EncodedRow
 from kedit_lightning.base_models.taps import add_at, capture, visiting
 from kedit_lightning.edits.edit import check_finite
-from kedit_lightning.edits.projections import compute_dtype
+from kedit_lightning.edits.projections import compute_dtype, projection_shape
 from kedit_lightning.methods.locate.shared.alignment import ALIGNED_TOGETHER, Alignment
-from kedit_lightning.methods.locate.shared.budget import requests_at_a_time
-from kedit_lightning.methods.locate.shared.locate_defaults import LocateSettings
+from kedit_lightning.methods.locate.shared.closed_form_settings import LocateSettings
+from kedit_lightning.methods.locate.shared.subject_states import up_to_subject
 from kedit_lightning.requests import EditRequest
 
 #: PMET: once the new answer is the likeliest, its loss counts this much, ...
 RELAXED_WEIGHT = 0.1
 #: ... and the optimisation ends when the divergence term is this small.
 RELAXED_DIVERGENCE = 0.01
+#: Bytes that a pass may keep on a CPU; on a CUDA device it is half of the free memory.
+CPU_BUDGET = 2 << 30
+#: Activations that autograd keeps of a block, in widths of the residual stream and of the MLP.
+_HIDDEN, _INNER = 12, 4
+#: Copies of logits: themselves, log-probabilities, and their gradient.
+_LOGITS = 3
 #: Values are outputs of the block (MEMIT), of its MLP (ROME), or of its attention and MLP (PMET).
 SiteOfValues: TypeAlias = Literal["block", "mlp", "attention and mlp"]
 
@@ -112,9 +117,7 @@ class _ForwardPass:
     def __init__(
         self, base: BaseModel, site: Site, encoded: Sequence[list[EncodedRow]], monitor: bool
     ) -> None:
-        self.base = base
-        self.site = site
-        self.contexts = len(encoded[0]) - 1
+        self.base, self.site, self.contexts = base, site, len(encoded[0]) - 1
         later = range(site.resumes_at, len(base.layout)) if monitor else ()
         self.monitored = [base.layout.block_name(block) for block in later]
         rows = [row for request in encoded for row in request]
@@ -146,9 +149,12 @@ class _ForwardPass:
 
     def run(self, delta: Tensor) -> _PassResult:
         """Run with a change of ``[n, sites, hidden]`` in force."""
-        with ExitStack() as stack:
-            stack.enter_context(self._changed(delta[self._request]))
-            seen = stack.enter_context(capture(self.base.model, self.monitored))
+        change, columns = delta[self._request], self.passes.rows.subject_end
+        visits = {
+            name: lambda x, y, i=i: add_at(y, columns, change[:, i])
+            for i, name in enumerate(self.site.modules)
+        }
+        with visiting(self.base.model, visits), capture(self.base.model, self.monitored) as seen:
             logits = self.passes.logits_of(self._places)
         logs = logits.to(delta.dtype).log_softmax(-1)
         answers, essence = logs.split([len(self._answer_ids), self.count])
@@ -162,16 +168,6 @@ class _ForwardPass:
             distance=self._distance([seen.outputs[name] for name in self.monitored], zero),
         )
 
-    @contextmanager
-    def _changed(self, change: Tensor) -> Iterator[None]:
-        columns = self.passes.rows.subject_end
-        visits = {
-            name: lambda x, y, i=i: add_at(y, columns, change[:, i])
-            for i, name in enumerate(self.site.modules)
-        }
-        with visiting(self.base.model, visits):
-            yield
-
     def _distance(self, outputs: list[Tensor], zero: Tensor) -> Tensor:
         """Distance of contexts at the subject, by request, averaged over blocks and width."""
         for output in outputs:
@@ -182,13 +178,25 @@ class _ForwardPass:
         return zero
 
 
-class EarlyStopping:
-    """When requests are finished: by loss, by patience (MPES) or by divergence (PMET).
+def requests_at_a_time(base: BaseModel, block: int, encoded: Sequence[Sequence[EncodedRow]]) -> int:
+    """Number of requests whose activations from a block on fit into memory together; at least 1."""
+    inner = projection_shape(base.module(base.layout.block(0).down))[0]
+    width = _HIDDEN * base.layout.hidden_size + _INNER * inner
+    token = base.dtype.itemsize * (len(base.layout) - block) * width
+    vocabulary = int(base.model.config.get_text_config(decoder=True).vocab_size)
+    place = _LOGITS * vocabulary * max(4, base.dtype.itemsize)
 
-    Args:
-        settings: How values are optimised.
-        like: Gives number, dtype and device of the requests. Shape ``[n]``.
-    """
+    def size(row: EncodedRow) -> int:
+        return (len(row.prompt) + len(row.answer)) * token + max(1, len(row.answer)) * place
+
+    widest = max(sum(map(size, rows)) for rows in encoded)
+    on_gpu = base.device.type == "cuda"
+    budget = torch.cuda.mem_get_info(base.device)[0] // 2 if on_gpu else CPU_BUDGET
+    return max(1, budget // max(1, widest))
+
+
+class EarlyStopping:
+    """When requests are finished: by loss, by patience (MPES) or by divergence (PMET)."""
 
     def __init__(self, settings: LocateSettings, like: Tensor) -> None:
         self._settings = settings
@@ -209,38 +217,27 @@ class EarlyStopping:
         return done
 
 
+@dataclass(frozen=True)
 class ValueOptimizer:
     """Optimises the change of outputs at the subject that makes the new answers follow.
 
     Requests are independent: their losses are summed, each has an Adam state of its own, and those
     that are finished drop out, so the result is that of one at a time.  Only the blocks above the
     site run, from cached hidden states, on the tokens from the subject's last one on.
-
-    Args:
-        base: The base model, as its stack stands.
-        site: Where the change is added.
-        contexts: Texts put before each prompt, besides none.
-        settings: How values are optimised.
     """
 
-    def __init__(
-        self, base: BaseModel, site: Site, contexts: Sequence[str], settings: LocateSettings
-    ) -> None:
-        self.base = base
-        self.site = site
-        self.prefixes = ("", *contexts)
-        self.settings = settings
+    base: BaseModel
+    site: Site
+    contexts: Sequence[str]
+    settings: LocateSettings
 
     def run(
-        self,
-        requests: Sequence[EditRequest],
-        initial: Tensor,
-        alignment: Alignment | None = None,
+        self, requests: Sequence[EditRequest], initial: Tensor, alignment: Alignment | None = None
     ) -> Tensor:
         """Optimise the values of requests.
 
         Args:
-            requests: The requests; each has a subject.
+            requests: The requests.
             initial: Outputs of the site for the bare prompts, ``z``. Shape ``[n, sites, d_out]``.
             alignment: Ties the values of similar keys together (EAMET).
 
@@ -309,13 +306,6 @@ class ValueOptimizer:
 
     def _encode(self, request: EditRequest) -> list[EncodedRow]:
         """Rows of a request: its contexts with the answer, then "{subject} is a"."""
-        assert request.subject is not None
-        encode = self.base.encode
-        rows = [
-            encode(p + request.prompt, request.target_new, request.subject) for p in self.prefixes
-        ]
-        essence = encode(f"{request.subject} is a", None, request.subject)
-        if self.base.edits.reads_rows:  # memory edits look at the end of the prompt
-            return [*rows, essence]
-        # Nothing after the subject is read there.
-        return [*rows, replace(essence, prompt=essence.prompt[: essence.subject_end + 1])]
+        base, subject, answer = self.base, request.subject, request.target_new
+        rows = [base.encode(p + request.prompt, answer, subject) for p in ("", *self.contexts)]
+        return [*rows, up_to_subject(base, f"{subject} is a", subject)]

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from kedit_lightning.base_models import BaseModel
 from kedit_lightning.methods.locate.shared.alignment import Alignment
-from kedit_lightning.methods.locate.shared.closed_form_settings import Targets
-from kedit_lightning.methods.locate.shared.locate_defaults import LocateSettings
+from kedit_lightning.methods.locate.shared.closed_form_settings import LocateSettings, Targets
 from kedit_lightning.methods.locate.shared.subject_states import Carried, subject_states
 from kedit_lightning.methods.locate.shared.value_optimizer import Site, ValueOptimizer
 from kedit_lightning.requests import EditRequest
@@ -51,9 +50,9 @@ class LastLayerValues:
 
     Args:
         base: The base model, as its stack stands.
-        requests: The requests; each has a subject.
+        requests: The requests.
         sites: Where values are outputs, by layer.
-        contexts: Texts put before each prompt while its value is optimised, besides none.
+        contexts: Texts put before each prompt while its value is optimised.
         settings: How values are optimised.
         mean_keys: Gives the keys of a module, ``[n, d_in]``, that values are aligned with (EAMET).
         anchor: Scales the values (NAS).
@@ -72,15 +71,12 @@ class LastLayerValues:
     spreads: ClassVar[bool] = True
     #: Whether the values are those of the unedited layers, so that independent edits share them.
     independent: ClassVar[bool] = True
-
-    @classmethod
-    def default_layers(cls, layers: tuple[int, ...]) -> tuple[int, ...]:
-        """The layers to edit of those that are usual for the base model."""
-        return layers
+    #: Whether only the first and the last of the usual layers are edited.
+    ends_only: ClassVar[bool] = False
 
     def site(self, layer: int) -> Site:
         """Where the values of a layer are outputs."""
-        return self.sites[max(self.sites)]
+        return self.sites[max(self.sites) if self.spreads else layer]
 
     def values(self, layer: int) -> Tensor:
         """Values of a layer, optimised when first needed. Shape ``[n, d_out]``, float64."""
@@ -119,15 +115,7 @@ class OwnLayerValues(LastLayerValues):
 
     spreads = False
     independent = False
-
-    @classmethod
-    def default_layers(cls, layers: tuple[int, ...]) -> tuple[int, ...]:
-        """The first and the last."""
-        return tuple(dict.fromkeys((layers[0], layers[-1])))
-
-    def site(self, layer: int) -> Site:
-        """Where the values of a layer are outputs."""
-        return self.sites[layer]
+    ends_only = True
 
     def _find(self, layer: int) -> dict[int, Tensor]:
         return {layer: self._optimised(layer)}
@@ -137,10 +125,6 @@ class ForwardValues(LastLayerValues):
     """Values optimised at the first layer; one forward pass gives the others (FE, 2605.00358)."""
 
     spreads = False
-
-    def site(self, layer: int) -> Site:
-        """Where the values of a layer are outputs."""
-        return self.sites[layer]
 
     def _find(self, layer: int) -> dict[int, Tensor]:
         modules = {other: site.modules[-1] for other, site in self.sites.items()}

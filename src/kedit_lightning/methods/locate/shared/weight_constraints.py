@@ -8,28 +8,22 @@ import torch
 from torch import Tensor
 
 from kedit_lightning.base_models import BaseModel
-from kedit_lightning.edits import DenseEdit, Edit, LowRankDelta, LowRankEdit
-from kedit_lightning.edits.effects import AddToOutput
+from kedit_lightning.edits import LowRankDelta
+from kedit_lightning.edits.effects import AddToOutput, WeightDelta
 from kedit_lightning.edits.projections import compute_dtype, oriented
 from kedit_lightning.errors import UnsupportedUseError
 
 
 @dataclass(frozen=True)
 class WeightConstraints:
-    """Constraints on an update, in the order they apply.
-
-    Args:
-        off_main: Strength of taking the update off the main directions of the weight (SPHERE).
-        restrain: Whether singular values above the largest of the weight are compressed (PRUNE).
-        keep_share: Share of the entries that stay (RECT); all if not given.
-    """
+    """Constraints on an update, in the order they apply: SPHERE, PRUNE, RECT."""
 
     off_main: float = 0.0
     restrain: bool = False
     keep_share: float | None = None
 
-    def edit(self, base: BaseModel, module: str, delta: LowRankDelta) -> Edit:
-        """The constrained update of one projection as an edit, dense if few entries stay."""
+    def constrained(self, base: BaseModel, module: str, delta: LowRankDelta) -> WeightDelta:
+        """The constrained update of one projection, dense if few entries stay."""
         if self.off_main:
             weight = weight_of(base, module, edited=True)
             delta = delta._replace(a=off_main_directions(delta.a, weight, self.off_main))
@@ -37,10 +31,10 @@ class WeightConstraints:
             delta = restrained(delta, weight_of(base, module, edited=False))
         dtype = compute_dtype(base.dtype)
         if self.keep_share is None:
-            return LowRankEdit(base, {module: delta.to(dtype)})
+            return WeightDelta(delta.to(dtype))
         weight = weight_of(base, module, edited=True)
         kept = keep_largest(delta.dense, weight, self.keep_share)
-        return DenseEdit(base, {module: (kept.to(dtype), None)})
+        return WeightDelta(None, kept.to(dtype))
 
 
 def keep_largest(delta: Tensor, weight: Tensor, share: float) -> Tensor:
@@ -104,12 +98,7 @@ def off_main_directions(a: Tensor, weight: Tensor, strength: float, energy: floa
 
 
 def weight_of(base: BaseModel, module: str, edited: bool) -> Tensor:
-    """Weight of a projection, ``[d_out, d_in]`` in float64, on its device.
-
-    Args:
-        base: The base model.
-        module: Name of the projection.
-        edited: Whether the edits on the stack count.
+    """Weight of a projection, with or without edits. ``[d_out, d_in]``, float64, on its device.
 
     Raises:
         UnsupportedUseError: The weight is quantised, so an update cannot be compared with it.

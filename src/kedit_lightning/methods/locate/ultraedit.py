@@ -12,20 +12,24 @@ import torch
 from torch import Tensor
 
 from kedit_lightning.base_models import BaseModel, BaseModelSpec, TokenRows
-from kedit_lightning.edits import Edit, LowRankEdit, memories
+from kedit_lightning.base_models.layout import Layout
+from kedit_lightning.edits import Edit, LowRankDelta, LowRankEdit, memories
 from kedit_lightning.edits.edit import check_finite
 from kedit_lightning.edits.projections import check_editable, compute_dtype, projection_shape
-from kedit_lightning.methods.locate.ultraedit.normalised_regression import regress_normalised
-from kedit_lightning.methods.locate.ultraedit.ultraedit_defaults import default_lr, default_modules
+from kedit_lightning.methods.locate.shared.least_squares import ridge_update, size_prior
 from kedit_lightning.methods.method import Capabilities, EditMethod, MethodSettings
 from kedit_lightning.methods.shared.gradient_factors import Factors, capture_factors, predicting
 from kedit_lightning.methods.shared.moments import Moments, merge, moments
+from kedit_lightning.methods.shared.published_settings import published_settings
 from kedit_lightning.requests import EditRequest
 
 #: Answer tokens below which the statistics say little; one token alone gives an edit of zeros.
 _FEW = 10
 #: Names of moments in the memory of an edit.
 _PARTS = ("mean", "squares", "count")
+#: A column whose standard deviation is below this share of its mean counts as constant: the rest is
+#: rounding, in half precision inputs as well, since those are exact in float64.
+_CONSTANT = 1e-10
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,36 @@ class UltraEditSettings(MethodSettings):
     lr: float | None
     batch_size: int
     legacy_shared_statistics: bool
+
+
+@dataclass(frozen=True)
+class UltraEditDefaults:
+    """Defaults that follow the base model.
+
+    Args:
+        blocks: Blocks whose projection is edited, by the projection's index in its MLP; all
+            projections of the last third of the blocks if not given.
+        lr: Learning rate; the paper has one for all its models.
+    """
+
+    blocks: Mapping[int, Sequence[int]] | None = None
+    lr: float = 1e-6
+
+    def modules(self, layout: Layout, layers: Sequence[int] | None) -> list[str]:
+        """Names of the projections that are edited: all of the given layers, if any are given."""
+        if layers is None and self.blocks is not None:
+            return [layout.block(i).projections[n] for n, at in self.blocks.items() for i in at]
+        chosen = last_third(len(layout)) if layers is None else layers
+        return [name for i in chosen for name in layout.block(i).projections]
+
+
+def last_third(blocks: int) -> range:
+    """The blocks that are edited in a model without published settings.
+
+    >>> last_third(32), last_third(6), last_third(1)
+    (range(21, 32), range(4, 6), range(0, 1))
+    """
+    return range(blocks - max(1, round(blocks / 3)), blocks)
 
 
 class UltraEdit(EditMethod):
@@ -83,9 +117,10 @@ class UltraEdit(EditMethod):
             UnsupportedUseError: A projection cannot be edited.
         """
         given = self.settings
-        modules = given.modules or default_modules(self.base, given.layers)
+        usual = published_settings(self.base, "UltraEdit", UltraEditDefaults) or UltraEditDefaults()
+        modules = given.modules or usual.modules(self.base.layout, given.layers)
         self.projections = tuple(dict.fromkeys(modules))
-        self.lr = default_lr(self.base) if given.lr is None else float(given.lr)
+        self.lr = usual.lr if given.lr is None else float(given.lr)
         for name in self.projections:
             check_editable(self.base.model, name)
         self.settings = replace(given, modules=list(self.projections), lr=self.lr)
@@ -137,11 +172,11 @@ class UltraEdit(EditMethod):
             )
         if not self.settings.legacy_shared_statistics:
             return running
-        shapes: dict[tuple[int, int], list[str]] = {}
-        for name in running:
-            shapes.setdefault(projection_shape(self.base.module(name)), []).append(name)
-        shared = {n: names for names in shapes.values() for n in names}
-        return {name: reduce(merge, (running[n] for n in shared[name])) for name in running}
+        shapes = {name: projection_shape(self.base.module(name)) for name in running}
+        return {
+            name: reduce(merge, [known for n, known in running.items() if shapes[n] == shape])
+            for name, shape in shapes.items()
+        }
 
     def _warn_if_few(self, statistics: Mapping[str, Moments]) -> None:
         count = min(int(count) for _, _, count in statistics.values())
@@ -173,3 +208,50 @@ def _to_memory(batch: Mapping[str, Moments]) -> dict[str, Tensor]:
 def _from_memory(memory: Mapping[str, Tensor], name: str, device: torch.device) -> Moments:
     mean, squares, count = (memory[f"{name}.{part}"].to(device) for part in _PARTS)
     return mean, squares, count
+
+
+def normalised(rows: Tensor, statistics: Moments) -> Tensor:
+    """Rows with mean 0 and standard deviation 1, column by column; constant columns become 0.
+
+    The result does not change when rows and statistics are scaled together.
+
+    Args:
+        rows: Shape ``[n, width]``.
+        statistics: Moments of all rows seen, these among them.
+
+    Returns:
+        Shape ``[n, width]``.
+    """
+    mean, squares, count = statistics
+    deviation = (squares / (count - 1).clamp(min=1)).sqrt()
+    varies = deviation > _CONSTANT * mean.abs()
+    return torch.where(varies, (rows - mean) / torch.where(varies, deviation, 1), 0)
+
+
+def regress_normalised(
+    inputs: Tensor, gradients: Tensor, statistics: Moments, lr: float
+) -> LowRankDelta:
+    """The change of a weight that moves each token's output against its normalised gradient.
+
+    ``V' = -lr · ‖ĥ‖² · v̂`` and ``Δᵀ = (HᵀH + I)⁻¹ HᵀV'``, with hats for normalised rows and ``H``
+    as it is (Gu et al. 2025, "UltraEdit"): the change that comes closest to the wanted moves in
+    ridge regression.  It is solved in the smaller of the two dimensions.
+
+    Args:
+        inputs: ``H``, what the projection received. Shape ``[n, d_in]``.
+        gradients: ``V``, of the loss with respect to its output. Shape ``[n, d_out]``.
+        statistics: Moments of ``[H | V]`` over all tokens so far, these among them.
+        lr: Learning rate.
+
+    Returns:
+        ``Δ`` of rank ``min(n, d_in)``, float64.
+    """
+    inputs, gradients = inputs.double(), gradients.double()
+    both = normalised(torch.cat([inputs, gradients], dim=1), statistics)
+    keys, values = both.split([inputs.shape[1], gradients.shape[1]], dim=1)
+    moves = -lr * keys.square().sum(1, keepdim=True) * values
+    if len(inputs) > inputs.shape[1]:
+        # HᵀH = RᵀR and HᵀV' = Rᵀ(QᵀV'): R may stand for H.
+        basis, inputs = torch.linalg.qr(inputs)
+        moves = basis.T @ moves
+    return ridge_update(inputs.T, moves.T, size_prior(), eps=1.0)

@@ -1,5 +1,0 @@
-"""UltraEdit."""
-
-from kedit_lightning.methods.locate.ultraedit.ultraedit import UltraEdit
-
-__all__ = ["UltraEdit"]
