@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -20,18 +20,17 @@ from kedit_lightning.methods.hypernetwork.shared.instruction_template import (
     training_description,
 )
 from kedit_lightning.methods.hypernetwork.shared.mend_network import (
-    EditorSettings,
     InstructEditPlan,
-    MENDNetwork,
+    MENDMethod,
+    MENDMethodSettings,
 )
-from kedit_lightning.methods.hypernetwork.shared.meta_gradient import MetaGradient, meta_gradient
-from kedit_lightning.methods.method import Capabilities, MethodSettings, Need
+from kedit_lightning.methods.method import MethodSettings, Need
 from kedit_lightning.methods.training.episodes import Episode
 from kedit_lightning.requests import EditBatch, EditExample, EditRequest
 
 
 @dataclass(frozen=True)
-class InstructEditSettings(EditorSettings, HypernetworkSettings):
+class InstructEditSettings(MENDMethodSettings, HypernetworkSettings):
     """Settings of :class:`InstructEdit`."""
 
     tasks: dict[str, list[str]] | None
@@ -39,7 +38,7 @@ class InstructEditSettings(EditorSettings, HypernetworkSettings):
     template: str | None
 
 
-class InstructEdit(HypernetworkMethod):
+class InstructEdit(MENDMethod, HypernetworkMethod):
     """MEND over several tasks with instructions (Zhang et al. 2024, arXiv 2402.16123).
 
     The gradient of a request is taken with an instruction before its prompt, which names and
@@ -59,28 +58,14 @@ class InstructEdit(HypernetworkMethod):
         template: The template of an instructed request: text with ``{task}``, ``{description}``
             and, at its end, ``{prompt}``. ``"{prompt}"`` alone gives MEND. The checkpoint's, or
             else one with all three.
-        rank: Largest rank of a network's matrices. The checkpoint's, or else 1920.
-        blocks: Residual blocks of a network.
-        shared: One network for all projections of a shape. The checkpoint's, or else true.
-        normalise: Normalise the factors with running statistics.
-        lr: Learning rate of the networks.
-        lr_lr: Learning rate of the edits' own learning rates.
-        edit_lr: Initial learning rate of the edits.
-        c_edit: Weight of the edit loss.
-        c_loc: Weight of the locality loss.
-        accumulate: Episodes of a training step.
-        legacy_sign: Add the pseudo-gradient.
-        **settings: The settings of :class:`HypernetworkMethod`.
+        **settings: The settings of :class:`MEND`.
     """
 
-    can: ClassVar[Capabilities] = Capabilities(encoder_decoder=True, adapter=True, weights=True)
     needs: ClassVar[frozenset[Need]] = frozenset({"task"})
     settings_type: ClassVar[type[MethodSettings]] = InstructEditSettings
     plan_type = InstructEditPlan
-    network_type = MENDNetwork
 
     settings: InstructEditSettings
-    network: MENDNetwork
 
     def __init__(
         self,
@@ -88,21 +73,9 @@ class InstructEdit(HypernetworkMethod):
         tasks: dict[str, list[str]] | None = None,
         held_out: list[str] | None = None,
         template: str | None = None,
-        rank: int | None = None,
-        blocks: int = 2,
-        shared: bool | None = None,
-        normalise: bool = True,
-        lr: float = 1e-6,
-        lr_lr: float = 1e-4,
-        edit_lr: float = 1e-4,
-        c_edit: float = 0.1,
-        c_loc: float = 1.0,
-        accumulate: int = 10,
-        legacy_sign: bool = False,
         **settings: Any,
     ) -> None:
-        super().__init__(base_model, lr=lr, **settings)
-        self.fit_batch_size = self.settings.n_edits * accumulate
+        super().__init__(base_model, **settings)
 
     # ---- building
 
@@ -114,7 +87,7 @@ class InstructEdit(HypernetworkMethod):
         """
         plan: InstructEditPlan = super().plan(saved)
         check_template(plan.template)
-        return replace(plan, ascend=self.settings.legacy_sign)
+        return plan
 
     # ---- needs
 
@@ -179,9 +152,3 @@ class InstructEdit(HypernetworkMethod):
         return [
             replace(e, requests=self.instruct(e.requests, True)) for e in super().episodes(batch)
         ]
-
-    def batch_gradients(self, batch: EditBatch) -> Iterator[MetaGradient]:
-        """The meta-gradient of a batch of episodes, over all ranks."""
-        weights = self.settings.c_edit, self.settings.c_loc
-        episodes, at_once = self.episodes(batch), self.settings.at_once
-        yield meta_gradient(self.base, self.network, episodes, weights, at_once)
