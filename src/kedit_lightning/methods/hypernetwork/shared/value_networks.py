@@ -13,13 +13,13 @@ from typing import ClassVar, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from kedit_lightning.base_models.layout import Block
 from kedit_lightning.methods.hypernetwork.shared.gradient_transform import (
     TransformNetwork,
     TransformPlan,
     TransformSettings,
 )
 from kedit_lightning.methods.hypernetwork.shared.key_covariance import KeyCovariance
+from kedit_lightning.methods.training.trained_method import TrainedSettings
 
 #: Projections of an MLP: the one that writes into the residual stream, those that read it, or all.
 Projections: TypeAlias = Literal["down", "up", "all"]
@@ -30,16 +30,8 @@ Tokens: TypeAlias = Literal["answer", "all"]
 ShiftSize: TypeAlias = Literal["norm", "keys"]
 
 
-def projections_of(block: Block, projections: Projections) -> Sequence[str]:
-    """Names of the MLP projections of a block that a setting asks for."""
-    if projections == "all":
-        return block.projections
-    down = projections == "down"
-    return [name for name in block.projections if (name == block.down) == down]
-
-
 @dataclass(frozen=True)
-class ShiftSettings(TransformSettings):
+class MALMENMethodSettings(TransformSettings, TrainedSettings):
     """The part of the settings that MALMEN and RLEdit share."""
 
     at_once: int
@@ -84,7 +76,7 @@ class ValueNetworks(TransformNetwork):
         self,
         plan: ValuePlan,
         shapes: Sequence[tuple[int, int]],
-        settings: ShiftSettings,
+        settings: MALMENMethodSettings,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__(plan, shapes, dtype, settings.seed)
