@@ -49,13 +49,7 @@ class SERACPlan(Plan, ScopePlan):
 
 
 class SERACNetwork(TrainedNetwork):
-    """Scope classifier and counterfactual model, with counters of their training.
-
-    Args:
-        plan: Their architecture.
-        seed: Fixes the initial values.
-        dtype: Number type, at least float32.
-    """
+    """Scope classifier and counterfactual model, with counters of their training."""
 
     def __init__(self, plan: SERACPlan, seed: int, dtype: torch.dtype) -> None:
         super().__init__(plan)
