@@ -8,16 +8,11 @@ from typing import Any, ClassVar
 
 from kedit_lightning.base_models import BaseModel, BaseModelSpec
 from kedit_lightning.edits import Edit
+from kedit_lightning.errors import MissingNeedsError, UnsupportedUseError, article_list
 from kedit_lightning.methods.hypernetwork.shared.editor_network import edit_from_gradient
 from kedit_lightning.methods.hypernetwork.shared.hypernetwork_method import (
     HypernetworkMethod,
     HypernetworkSettings,
-)
-from kedit_lightning.methods.hypernetwork.shared.instruction_template import (
-    check_tasks,
-    check_template,
-    instructed,
-    training_description,
 )
 from kedit_lightning.methods.hypernetwork.shared.mend_network import (
     InstructEditPlan,
@@ -25,7 +20,7 @@ from kedit_lightning.methods.hypernetwork.shared.mend_network import (
     MENDMethodSettings,
 )
 from kedit_lightning.methods.method import MethodSettings, Need
-from kedit_lightning.methods.training.episodes import Episode
+from kedit_lightning.methods.training.episodes import Episode, rotate
 from kedit_lightning.requests import EditBatch, EditExample, EditRequest
 
 
@@ -83,10 +78,15 @@ class InstructEdit(MENDMethod, HypernetworkMethod):
         """The architecture that the settings ask for; see the base class.
 
         Raises:
-            UnsupportedUseError: The template does not end with the prompt.
+            UnsupportedUseError: The template does not end with its only ``{prompt}``.
         """
         plan: InstructEditPlan = super().plan(saved)
-        check_template(plan.template)
+        template = plan.template
+        if template.count("{prompt}") != 1 or not template.endswith("{prompt}"):
+            raise UnsupportedUseError(
+                f"template {template!r} must hold {{prompt}} once, at its end, where the answer "
+                "begins"
+            )
         return plan
 
     # ---- needs
@@ -103,7 +103,15 @@ class InstructEdit(MENDMethod, HypernetworkMethod):
             MissingNeedsError: Names every request that has not.
         """
         super().check_requests(requests)
-        check_tasks(requests, self.tasks)
+        tasks = self.tasks
+        unknown = [
+            f"{r.label} has task '{r.task}'" for r in requests if not tasks.get(r.task or "")
+        ]
+        if unknown:
+            raise MissingNeedsError(
+                f"there is no description of some tasks: {article_list(unknown)}; add descriptions "
+                f"to `tasks`, which has {article_list(sorted(tasks)) if tasks else 'none'}"
+            )
 
     def check_examples(self, examples: Sequence[EditExample], fitting: bool = False) -> None:
         """Make sure of probes, when fitting, and of tasks.
@@ -131,16 +139,25 @@ class InstructEdit(MENDMethod, HypernetworkMethod):
             requests: The requests.
             fitting: Use the epoch's description of each, and not that of edits.
         """
-        plan, settings = self.network.plan, self.settings
-        assert isinstance(plan, InstructEditPlan)
+        assert isinstance(self.network.plan, InstructEditPlan)
+        head = self.network.plan.template.removesuffix("{prompt}")
         with_instructions = []
         for request in requests:
-            descriptions = self.tasks[request.task or ""]
-            text = descriptions[-1]
-            if fitting:
-                text = training_description(request, descriptions, self.epoch, settings.seed)
-            with_instructions.append(instructed(request, plan.template, text))
+            task = request.task or ""
+            description = self._description(request, fitting)
+            # Not str.format: other braces of a prompt or a description are ordinary text.
+            text = head.replace("{task}", task.replace("_", " "))
+            text = text.replace("{description}", description)
+            with_instructions.append(replace(request, prompt=text + request.prompt))
         return tuple(with_instructions)
+
+    def _description(self, request: EditRequest, fitting: bool) -> str:
+        """The last description of the task; in a fit, the epoch's one of all others."""
+        *others, last = self.tasks[request.task or ""]
+        if not fitting:
+            return last
+        key = self.settings.seed, "description", request.id or request.prompt
+        return rotate(others or [last], 1, self.epoch, *key)[0]
 
     def compute_edit(self, requests: Sequence[EditRequest]) -> Edit:
         """One gradient of the instructed requests, transformed by the networks."""

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
-
-from kedit_lightning.methods.training.precision import FullPrecision
 
 
 @dataclass(frozen=True)
@@ -27,6 +25,20 @@ class Plan:
     def from_json(cls, values: Mapping[str, Any]) -> Self:
         """Rebuild from :meth:`to_json`."""
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+class FullPrecision(nn.Module):
+    """A module whose tensors move between devices but keep their number types.
+
+    Precision plugins turn a module's parameters and buffers into 16 bit, where a counter stops at
+    256 and small steps of an optimizer vanish.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(fn(tensor.detach().new_empty(0)).device)
+
+        return super()._apply(move, recurse)  # type: ignore[no-untyped-call]
 
 
 class TrainedNetwork(FullPrecision):

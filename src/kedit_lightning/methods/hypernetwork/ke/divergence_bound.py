@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kedit_lightning.methods.training.precision import FullPrecision
+from kedit_lightning.methods.training.trained_network import FullPrecision
 
 
 class DivergenceBound(FullPrecision):

@@ -20,12 +20,14 @@ from kedit_lightning.methods.hypernetwork.shared.gradient_transform import (
     TransformPlan,
     TransformSettings,
 )
-from kedit_lightning.methods.hypernetwork.shared.instruction_template import TEMPLATE
 from kedit_lightning.methods.hypernetwork.shared.meta_gradient import MetaGradient
 from kedit_lightning.methods.method import Capabilities
 from kedit_lightning.methods.shared.gradient_factors import Factors
 from kedit_lightning.methods.training.trained_method import TrainedMethod, TrainedSettings
 from kedit_lightning.requests import EditRequest
+
+#: The default template of an instruction.
+TEMPLATE = "Task: {task} Description: {description} Input: {prompt}"
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from kedit_lightning.edits import LowRankDelta
-from kedit_lightning.methods.hypernetwork.shared.attached_delta import Delta
+from kedit_lightning.methods.hypernetwork.shared.outer_loss import Delta
 from kedit_lightning.methods.hypernetwork.shared.tensor_file import StoredTensor, TensorFile
 from kedit_lightning.methods.training.distributed import several_ranks, sum_over_ranks
 

@@ -18,7 +18,7 @@ from kedit_lightning.methods.hypernetwork.shared.gradient_transform import (
     TransformPlan,
     TransformSettings,
 )
-from kedit_lightning.methods.hypernetwork.shared.key_covariance import KeyCovariance
+from kedit_lightning.methods.hypernetwork.shared.running_statistics import KeyCovariance
 from kedit_lightning.methods.training.trained_method import TrainedSettings
 
 #: Projections of an MLP: the one that writes into the residual stream, those that read it, or all.
