@@ -42,11 +42,7 @@ class FullPrecision(nn.Module):
 
 
 class TrainedNetwork(FullPrecision):
-    """Networks with counters of their training.
-
-    Args:
-        plan: Their architecture.
-    """
+    """Networks with an architecture, their plan, and counters of their training."""
 
     updates: Tensor
     skipped: Tensor

@@ -57,11 +57,7 @@ class InstructEditPlan(TransformPlan):
 class MENDNetwork(TransformNetwork, EditorNetwork):
     """Maps the factors of gradients to low-rank deltas, the pseudo-gradients of an edit.
 
-    Args:
-        plan: The architecture.
-        shapes: ``(d_in, d_out)`` of each projection of the plan.
-        settings: Settings with the initial learning rate of the edits, and the seed.
-        dtype: Number type of parameters and statistics.
+    The initial learning rate of the edits is a setting; ``shapes`` are ``(d_in, d_out)``.
     """
 
     plan: MENDPlan | InstructEditPlan
@@ -83,9 +79,8 @@ class MENDNetwork(TransformNetwork, EditorNetwork):
 
     def scalars(self) -> dict[str, Tensor]:
         """The learning rate of each projection."""
-        rates = self.rates.detach()
         names = (f"edit_lr/{name}" for name in self.plan.modules)
-        return dict(zip(names, rates, strict=True))
+        return dict(zip(names, self.rates.detach(), strict=True))
 
     def deltas(
         self,

@@ -61,13 +61,7 @@ class ValueNetworks(TransformNetwork):
 
     A key ``k`` with output gradient ``δ`` is transformed to ``k̃`` and ``δ̃``; its value difference
     is ``−η (k · k̃) δ̃``.  Each projection has its own learning rate ``η`` and ridge ``λ``, learned
-    as logarithms, so that they stay positive.
-
-    Args:
-        plan: The architecture.
-        shapes: ``(d_in, d_out)`` of each projection of the plan.
-        settings: Settings with the initial ``η`` and ``λ`` and the seed of the initial values.
-        dtype: Number type of parameters and statistics.
+    as logarithms, so that they stay positive; settings give their initial values.
     """
 
     plan: ValuePlan
@@ -119,13 +113,7 @@ class ValueNetworks(TransformNetwork):
         return covariance
 
     def values(self, name: str, keys: Tensor, gradients: Tensor) -> Tensor:
-        """Value differences, ``[tokens, d_out]``.
-
-        Args:
-            name: The projection.
-            keys: Its inputs. Shape ``[tokens, d_in]``.
-            gradients: Gradients of the loss in its outputs. Shape ``[tokens, d_out]``.
-        """
+        """Value differences ``[tokens, d_out]`` from the inputs and output gradients."""
         with torch.autocast(self.log_rates.device.type, enabled=False):
             keys, gradients = keys.to(self.log_rates), gradients.to(self.log_rates)
             transformed, direction = self.transform(name, keys, gradients)
