@@ -115,7 +115,7 @@ class HypernetworkMethod(TrainedMethod[MetaGradient]):
 
     @property
     def chooses_projections(self) -> bool:
-        """Whether the settings choose projections of a block, which a checkpoint may not."""
+        """Whether the settings choose projections of a block, and override a checkpoint's."""
         return False
 
     def shapes_of(self, modules: Sequence[str]) -> list[tuple[int, int]]:

@@ -80,7 +80,7 @@ class MALMENMethod(TrainedMethod[MetaGradient]):
 
     @property
     def chooses_projections(self) -> bool:
-        """Whether the settings choose projections of a block, which a checkpoint may not."""
+        """Whether the settings choose projections of a block, and override a checkpoint's."""
         return self.settings.projections is not None
 
     def projections_of(self, block: Block) -> Sequence[str]:
