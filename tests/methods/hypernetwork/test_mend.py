@@ -292,8 +292,8 @@ def test_an_example_without_locality_probes_borrows_some():
     assert {*first.kept, *second.kept} <= set(EXAMPLES[1].probes)
     assert len(first.kept) == len(second.kept) == 1
     base = tiny_base("llama")
-    assert batch_gradient(mend(base), EditBatch([bare, EXAMPLES[1]])).locality > 0
-    assert batch_gradient(mend(base), EditBatch([bare])).locality == 0
+    assert batch_gradient(mend(base), EditBatch([bare, EXAMPLES[1]])).scalars["loss_locality"] > 0
+    assert batch_gradient(mend(base), EditBatch([bare])).scalars["loss_locality"] == 0
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt"])  # opt flattens the rows of its MLPs

@@ -14,8 +14,8 @@ from kedit_lightning.methods.hypernetwork.shared.hypernetwork_method import (
     HypernetworkMethod,
     HypernetworkSettings,
 )
-from kedit_lightning.methods.hypernetwork.shared.meta_gradient import MetaGradient
 from kedit_lightning.methods.method import MethodSettings
+from kedit_lightning.methods.training.trained_network import BatchGradient
 
 
 @dataclass(frozen=True)
@@ -110,10 +110,10 @@ class KE(HypernetworkMethod):
         """Weights of the edit loss and of the locality loss, the multiplier."""
         return 1.0, float(self.network.bound.multiplier)
 
-    def update_networks(self, gradient: MetaGradient) -> dict[str, Tensor]:
+    def update_networks(self, gradient: BatchGradient) -> dict[str, Tensor]:
         """Step the networks down the loss, then the multiplier up; returns the scalars to log."""
         scalars = super().update_networks(gradient)
-        self.network.bound.ascend(gradient.locality, self.settings.lr_multiplier)
+        self.network.bound.ascend(gradient.scalars["loss_locality"], self.settings.lr_multiplier)
         return scalars
 
     def on_validation_epoch_end(self) -> None:

@@ -35,7 +35,7 @@ class HypernetworkSettings(TrainedSettings):
     n_locality: int
 
 
-class HypernetworkMethod(TrainedMethod[MetaGradient]):
+class HypernetworkMethod(TrainedMethod):
     """Trains a hypernetwork on episodes: edits of the base model, judged by an outer loss.
 
     Args:

@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 from kedit_lightning.base_models import BaseModel, BaseModelSpec
 from kedit_lightning.base_models.layout import Block
 from kedit_lightning.edits import Edit
-from kedit_lightning.methods.hypernetwork.shared.meta_gradient import MetaGradient
 from kedit_lightning.methods.hypernetwork.shared.parameter_shift import compute_shift_edit
 from kedit_lightning.methods.hypernetwork.shared.value_networks import (
     MALMENMethodSettings,
@@ -21,7 +20,7 @@ from kedit_lightning.methods.training.trained_method import TrainedMethod
 from kedit_lightning.requests import EditRequest
 
 
-class MALMENMethod(TrainedMethod[MetaGradient]):
+class MALMENMethod(TrainedMethod):
     """What MALMEN and RLEdit share; both also derive from ``HypernetworkMethod``.
 
     Args:

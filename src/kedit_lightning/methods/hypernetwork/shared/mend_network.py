@@ -20,7 +20,6 @@ from kedit_lightning.methods.hypernetwork.shared.gradient_transform import (
     TransformPlan,
     TransformSettings,
 )
-from kedit_lightning.methods.hypernetwork.shared.meta_gradient import MetaGradient
 from kedit_lightning.methods.method import Capabilities
 from kedit_lightning.methods.shared.gradient_factors import Factors
 from kedit_lightning.methods.training.trained_method import TrainedMethod, TrainedSettings
@@ -111,7 +110,7 @@ class MENDMethodSettings(TransformSettings, TrainedSettings):
     legacy_sign: bool
 
 
-class MENDMethod(TrainedMethod[MetaGradient]):
+class MENDMethod(TrainedMethod):
     """What MEND and InstructEdit share; both also derive from ``HypernetworkMethod``.
 
     Args:

@@ -62,11 +62,6 @@ class MetaGradient:
         return self.sums[0] / self.episodes
 
     @property
-    def locality(self) -> Tensor:
-        """Mean locality loss of an episode, without its weight. Shape ``[]``."""
-        return self.sums[2] / self.episodes
-
-    @property
     def scalars(self) -> dict[str, Tensor]:
         """Edit loss, locality loss and edit success, to be logged beside the loss."""
         names = ("loss_edit", "loss_locality", "edit_success")

@@ -56,7 +56,7 @@ class SERACNetwork(TrainedNetwork):
         self.scope = ScopeNetworks(plan, seed, dtype)
 
 
-class SERAC(TrainedMethod[ScopeGradient]):
+class SERAC(TrainedMethod):
     """SERAC, from "Memory-Based Model Editing at Scale" (Mitchell et al. 2022).
 
     ``fit`` trains two networks: a scope classifier, which tells whether a question is in the scope
