@@ -27,8 +27,8 @@ from kedit_lightning.errors import (
 from kedit_lightning.methods import MEND
 from kedit_lightning.methods.hypernetwork.shared import meta_gradient
 from kedit_lightning.methods.hypernetwork.shared.mend_network import MENDNetwork, MENDPlan
-from kedit_lightning.methods.hypernetwork.shared.normaliser import RunningNormaliser
 from kedit_lightning.methods.hypernetwork.shared.outer_loss import outer_losses
+from kedit_lightning.methods.hypernetwork.shared.running_statistics import RunningNormaliser
 from kedit_lightning.methods.shared.gradient_factors import Factors, answer_loss, capture_factors
 from kedit_lightning.methods.training.checkpoint import slim
 from kedit_lightning.methods.training.episodes import (
@@ -292,8 +292,8 @@ def test_an_example_without_locality_probes_borrows_some():
     assert {*first.kept, *second.kept} <= set(EXAMPLES[1].probes)
     assert len(first.kept) == len(second.kept) == 1
     base = tiny_base("llama")
-    assert batch_gradient(mend(base), EditBatch([bare, EXAMPLES[1]])).locality > 0
-    assert batch_gradient(mend(base), EditBatch([bare])).locality == 0
+    assert batch_gradient(mend(base), EditBatch([bare, EXAMPLES[1]])).scalars["loss_locality"] > 0
+    assert batch_gradient(mend(base), EditBatch([bare])).scalars["loss_locality"] == 0
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt"])  # opt flattens the rows of its MLPs

@@ -2,36 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from kedit_lightning.base_models import BaseModel, BaseModelSpec
 from kedit_lightning.edits import Edit
+from kedit_lightning.errors import MissingNeedsError, UnsupportedUseError, article_list
 from kedit_lightning.methods.hypernetwork.shared.editor_network import edit_from_gradient
 from kedit_lightning.methods.hypernetwork.shared.hypernetwork_method import (
     HypernetworkMethod,
     HypernetworkSettings,
 )
-from kedit_lightning.methods.hypernetwork.shared.instruction_template import (
-    check_tasks,
-    check_template,
-    instructed,
-    training_description,
-)
 from kedit_lightning.methods.hypernetwork.shared.mend_network import (
-    EditorSettings,
     InstructEditPlan,
-    MENDNetwork,
+    MENDMethod,
+    MENDMethodSettings,
 )
-from kedit_lightning.methods.hypernetwork.shared.meta_gradient import MetaGradient, meta_gradient
-from kedit_lightning.methods.method import Capabilities, MethodSettings, Need
-from kedit_lightning.methods.training.episodes import Episode
+from kedit_lightning.methods.method import MethodSettings, Need
+from kedit_lightning.methods.training.episodes import Episode, rotate
 from kedit_lightning.requests import EditBatch, EditExample, EditRequest
 
 
 @dataclass(frozen=True)
-class InstructEditSettings(EditorSettings, HypernetworkSettings):
+class InstructEditSettings(MENDMethodSettings, HypernetworkSettings):
     """Settings of :class:`InstructEdit`."""
 
     tasks: dict[str, list[str]] | None
@@ -39,7 +33,7 @@ class InstructEditSettings(EditorSettings, HypernetworkSettings):
     template: str | None
 
 
-class InstructEdit(HypernetworkMethod):
+class InstructEdit(MENDMethod, HypernetworkMethod):
     """MEND over several tasks with instructions (Zhang et al. 2024, arXiv 2402.16123).
 
     The gradient of a request is taken with an instruction before its prompt, which names and
@@ -59,28 +53,14 @@ class InstructEdit(HypernetworkMethod):
         template: The template of an instructed request: text with ``{task}``, ``{description}``
             and, at its end, ``{prompt}``. ``"{prompt}"`` alone gives MEND. The checkpoint's, or
             else one with all three.
-        rank: Largest rank of a network's matrices. The checkpoint's, or else 1920.
-        blocks: Residual blocks of a network.
-        shared: One network for all projections of a shape. The checkpoint's, or else true.
-        normalise: Normalise the factors with running statistics.
-        lr: Learning rate of the networks.
-        lr_lr: Learning rate of the edits' own learning rates.
-        edit_lr: Initial learning rate of the edits.
-        c_edit: Weight of the edit loss.
-        c_loc: Weight of the locality loss.
-        accumulate: Episodes of a training step.
-        legacy_sign: Add the pseudo-gradient.
-        **settings: The settings of :class:`HypernetworkMethod`.
+        **settings: The settings of :class:`MEND`.
     """
 
-    can: ClassVar[Capabilities] = Capabilities(encoder_decoder=True, adapter=True, weights=True)
     needs: ClassVar[frozenset[Need]] = frozenset({"task"})
     settings_type: ClassVar[type[MethodSettings]] = InstructEditSettings
     plan_type = InstructEditPlan
-    network_type = MENDNetwork
 
     settings: InstructEditSettings
-    network: MENDNetwork
 
     def __init__(
         self,
@@ -88,21 +68,9 @@ class InstructEdit(HypernetworkMethod):
         tasks: dict[str, list[str]] | None = None,
         held_out: list[str] | None = None,
         template: str | None = None,
-        rank: int | None = None,
-        blocks: int = 2,
-        shared: bool | None = None,
-        normalise: bool = True,
-        lr: float = 1e-6,
-        lr_lr: float = 1e-4,
-        edit_lr: float = 1e-4,
-        c_edit: float = 0.1,
-        c_loc: float = 1.0,
-        accumulate: int = 10,
-        legacy_sign: bool = False,
         **settings: Any,
     ) -> None:
-        super().__init__(base_model, lr=lr, **settings)
-        self.fit_batch_size = self.settings.n_edits * accumulate
+        super().__init__(base_model, **settings)
 
     # ---- building
 
@@ -110,11 +78,16 @@ class InstructEdit(HypernetworkMethod):
         """The architecture that the settings ask for; see the base class.
 
         Raises:
-            UnsupportedUseError: The template does not end with the prompt.
+            UnsupportedUseError: The template does not end with its only ``{prompt}``.
         """
         plan: InstructEditPlan = super().plan(saved)
-        check_template(plan.template)
-        return replace(plan, ascend=self.settings.legacy_sign)
+        template = plan.template
+        if template.count("{prompt}") != 1 or not template.endswith("{prompt}"):
+            raise UnsupportedUseError(
+                f"template {template!r} must hold {{prompt}} once, at its end, where the answer "
+                "begins"
+            )
+        return plan
 
     # ---- needs
 
@@ -130,7 +103,15 @@ class InstructEdit(HypernetworkMethod):
             MissingNeedsError: Names every request that has not.
         """
         super().check_requests(requests)
-        check_tasks(requests, self.tasks)
+        tasks = self.tasks
+        unknown = [
+            f"{r.label} has task '{r.task}'" for r in requests if not tasks.get(r.task or "")
+        ]
+        if unknown:
+            raise MissingNeedsError(
+                f"there is no description of some tasks: {article_list(unknown)}; add descriptions "
+                f"to `tasks`, which has {article_list(sorted(tasks)) if tasks else 'none'}"
+            )
 
     def check_examples(self, examples: Sequence[EditExample], fitting: bool = False) -> None:
         """Make sure of probes, when fitting, and of tasks.
@@ -158,16 +139,25 @@ class InstructEdit(HypernetworkMethod):
             requests: The requests.
             fitting: Use the epoch's description of each, and not that of edits.
         """
-        plan, settings = self.network.plan, self.settings
-        assert isinstance(plan, InstructEditPlan)
+        assert isinstance(self.network.plan, InstructEditPlan)
+        head = self.network.plan.template.removesuffix("{prompt}")
         with_instructions = []
         for request in requests:
-            descriptions = self.tasks[request.task or ""]
-            text = descriptions[-1]
-            if fitting:
-                text = training_description(request, descriptions, self.epoch, settings.seed)
-            with_instructions.append(instructed(request, plan.template, text))
+            task = request.task or ""
+            description = self._description(request, fitting)
+            # Not str.format: other braces of a prompt or a description are ordinary text.
+            text = head.replace("{task}", task.replace("_", " "))
+            text = text.replace("{description}", description)
+            with_instructions.append(replace(request, prompt=text + request.prompt))
         return tuple(with_instructions)
+
+    def _description(self, request: EditRequest, fitting: bool) -> str:
+        """The last description of the task; in a fit, the epoch's one of all others."""
+        *others, last = self.tasks[request.task or ""]
+        if not fitting:
+            return last
+        key = self.settings.seed, "description", request.id or request.prompt
+        return rotate(others or [last], 1, self.epoch, *key)[0]
 
     def compute_edit(self, requests: Sequence[EditRequest]) -> Edit:
         """One gradient of the instructed requests, transformed by the networks."""
@@ -179,9 +169,3 @@ class InstructEdit(HypernetworkMethod):
         return [
             replace(e, requests=self.instruct(e.requests, True)) for e in super().episodes(batch)
         ]
-
-    def batch_gradients(self, batch: EditBatch) -> Iterator[MetaGradient]:
-        """The meta-gradient of a batch of episodes, over all ranks."""
-        weights = self.settings.c_edit, self.settings.c_loc
-        episodes, at_once = self.episodes(batch), self.settings.at_once
-        yield meta_gradient(self.base, self.network, episodes, weights, at_once)

@@ -2,43 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from kedit_lightning.base_models import BaseModel, BaseModelSpec
-from kedit_lightning.base_models.layout import Block
-from kedit_lightning.edits import Edit, EditOrigin
+from kedit_lightning.edits import EditOrigin
 from kedit_lightning.methods.hypernetwork.shared.hypernetwork_method import (
     HypernetworkMethod,
     HypernetworkSettings,
 )
+from kedit_lightning.methods.hypernetwork.shared.malmen_method import MALMENMethod
 from kedit_lightning.methods.hypernetwork.shared.meta_gradient import MetaGradient
 from kedit_lightning.methods.hypernetwork.shared.normal_equations import smaller_dense
-from kedit_lightning.methods.hypernetwork.shared.parameter_shift import (
-    compute_shift_edit,
-    shift_edit,
-    training_shifts,
-)
+from kedit_lightning.methods.hypernetwork.shared.parameter_shift import shift_edit, training_shifts
 from kedit_lightning.methods.hypernetwork.shared.shift_gradient import (
     WeightedEpisodes,
     shift_gradient,
 )
 from kedit_lightning.methods.hypernetwork.shared.value_networks import (
-    Projections,
-    ShiftSettings,
-    ShiftSize,
-    Tokens,
-    ValueNetworks,
+    MALMENMethodSettings,
     ValuePlan,
-    projections_of,
 )
 from kedit_lightning.methods.method import MethodSettings
-from kedit_lightning.requests import EditBatch, EditRequest
+from kedit_lightning.requests import EditBatch
 
 
 @dataclass(frozen=True)
-class RLEditSettings(ShiftSettings, HypernetworkSettings):
+class RLEditSettings(MALMENMethodSettings, HypernetworkSettings):
     """Settings of :class:`RLEdit`."""
 
     c_reg: float
@@ -48,7 +39,7 @@ class RLEditSettings(ShiftSettings, HypernetworkSettings):
     steps_per_trajectory: int
 
 
-class RLEdit(HypernetworkMethod):
+class RLEdit(MALMENMethod, HypernetworkMethod):
     """RLEdit, from "Reinforced Lifelong Editing for Language Models" (Li et al. 2025).
 
     A training batch is a trajectory: its examples are edited in chunks, each on top of the edits
@@ -67,22 +58,6 @@ class RLEdit(HypernetworkMethod):
 
     Args:
         base_model: The model to edit.
-        projections: The edited MLP projections of a block: ``down``, the one that writes into the
-            residual stream, ``up``, those that read it, or ``all``. The checkpoint's, or else
-            ``up``.
-        tokens: Tokens of a request that give keys: those that predict its ``answer``, or ``all``.
-            The checkpoint's, or else ``answer``.
-        shift_size: What ``ridge`` penalises, as in :class:`MALMEN`: the squared ``norm`` of a
-            shift, or its mean squared effect on ``keys``. The checkpoint's, or else ``norm``.
-        rank: Largest rank of a network's matrices. The checkpoint's, or else 1024.
-        blocks: Residual blocks of each network. The checkpoint's, or else 4.
-        shared: One network for all projections of the same shape, rather than one each. The
-            checkpoint's, or else true.
-        normalise: Normalise the factors with running statistics.
-        lr_lr: Learning rate of the logarithms of ``edit_lr`` and ``ridge``.
-        edit_lr: Initial learning rate of the value differences, one number a projection.
-        ridge: Initial weight of the penalty of a shift, one number a projection.
-        c_edit: Weight of the edit loss.
         c_loc: Weight of the locality loss.
         c_reg: Weight of the squared norm of each chunk's shifts.
         n_edits: Examples of a chunk.
@@ -91,33 +66,19 @@ class RLEdit(HypernetworkMethod):
         decay: Weight of a chunk's loss, relative to that of the next chunk.
         steps_per_trajectory: Optimizer steps of a trajectory, evenly spread over its chunks.
         at_once: Most examples that run through the model together, in training and in editing.
-        clip: Largest norm of the gradient of a training step.
-        **settings: The settings of :class:`HypernetworkMethod`.
+        **settings: The settings of :class:`MALMEN` and :class:`HypernetworkMethod`.
     """
 
-    learns: ClassVar[str] = "a hypernetwork that turns gradients into wanted changes of outputs"
     last_blocks: ClassVar[int] = 9
-    settings_type: ClassVar[type[MethodSettings]] = RLEditSettings
+    default_projections = "up"
     plan_type = ValuePlan
-    network_type = ValueNetworks
+    settings_type: ClassVar[type[MethodSettings]] = RLEditSettings
 
     settings: RLEditSettings
-    network: ValueNetworks
 
     def __init__(
         self,
         base_model: BaseModel | BaseModelSpec | str = "nano",
-        projections: Projections | None = None,
-        tokens: Tokens | None = None,
-        shift_size: ShiftSize | None = None,
-        rank: int | None = None,
-        blocks: int | None = None,
-        shared: bool | None = None,
-        normalise: bool = True,
-        lr_lr: float = 1e-3,
-        edit_lr: float = 1e-6,
-        ridge: float = 1.0,
-        c_edit: float = 1.0,
         c_loc: float = 0.6,
         c_reg: float = 1e-4,
         n_edits: int = 20,
@@ -126,38 +87,14 @@ class RLEdit(HypernetworkMethod):
         decay: float = 0.95,
         steps_per_trajectory: int = 1,
         at_once: int = 32,
-        clip: float = 1.0,
         **settings: Any,
     ) -> None:
-        super().__init__(base_model, n_edits=n_edits, at_once=at_once, clip=clip, **settings)
+        super().__init__(base_model, c_loc=c_loc, n_edits=n_edits, at_once=at_once, **settings)
         self.fit_batch_size = n_edits * trajectory
-
-    # ---- building
-
-    @property
-    def chooses_layers(self) -> bool:
-        """Whether the settings choose layers or projections of them."""
-        return self.settings.layers is not None or self.settings.projections is not None
-
-    def projections_of(self, block: Block) -> Sequence[str]:
-        """Names of the edited projections of a block."""
-        return projections_of(block, self.settings.projections or "up")
 
     def default_plan(self) -> ValuePlan:
         """The architecture that the method has unless settings say otherwise."""
         return ValuePlan(self.default_modules(), rank=1024, blocks=4)
-
-    # ---- editing and training
-
-    def compute_edit(self, requests: Sequence[EditRequest]) -> Edit:
-        """One ridge regression of all requests for each projection.
-
-        Raises:
-            NonFiniteError: Factors of a projection are NaN, or its ridge has vanished.
-            TemporaryFileError: There is no space for rows that wait for the solve.
-        """
-        origin, at_once = self.prepare_edit(requests), self.settings.at_once
-        return compute_shift_edit(self.base, self.network, requests, at_once, origin)
 
     def batch_gradients(self, batch: EditBatch) -> Iterator[MetaGradient]:
         """The meta-gradients of a trajectory's optimizer steps, over all ranks.

@@ -61,15 +61,9 @@ def capture_factors(
 ) -> dict[str, Factors]:
     """Factors of the gradient of the rows' answer losses, by projection.
 
-    The losses of the rows are added up, so what one row gives does not depend on the others.
-    Unless tokens are chosen, those that add nothing to the gradient, padding among them, are left
-    out.
-
-    Args:
-        base: The base model, with the edits on its stack in force.
-        rows: Prompts with the answers to be written.
-        names: The projections.
-        at: The tokens to read. Shape ``[batch, tokens]``, boolean.
+    The losses of the rows are added up, so what one row gives does not depend on the others. Edits
+    on the stack are in force. Unless tokens are chosen by ``at``, ``[batch, tokens]``, those that
+    add nothing to the gradient, padding among them, are left out.
 
     Returns:
         Factors in at least float32, without autograd history.

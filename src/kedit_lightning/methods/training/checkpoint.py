@@ -53,12 +53,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def packaged_checkpoint(name: str, base: BaseModel) -> dict[str, Any] | None:
-    """The checkpoint that comes with a packaged base model, if it was fitted on this very model.
-
-    Args:
-        name: File name, such as ``mend.ckpt``.
-        base: The base model to edit.
-    """
+    """The checkpoint, such as ``mend.ckpt``, that is packaged with this very base model, if any."""
     for model in PACKAGED:
         path = files("kedit_lightning.base_models") / model / name
         if not path.is_file():

@@ -24,12 +24,7 @@ def sum_over_ranks(tensors: Iterable[Tensor]) -> None:
 
 
 def any_over_ranks(flags: Sequence[bool], device: torch.device) -> list[bool]:
-    """Logical or of flags over all ranks, for as many flags as this rank has.
-
-    Args:
-        flags: The flags of this rank; other ranks may have more or fewer.
-        device: The device of the reduction.
-    """
+    """Logical or over all ranks of this rank's flags; other ranks may have more or fewer."""
     if not several_ranks():
         return list(flags)
     count = torch.tensor(len(flags), device=device)

@@ -57,13 +57,8 @@ def with_another_target(
 ) -> EditExample:
     """The example with the epoch's new answer out of those known for its old answer.
 
-    Only examples of one request are changed; those of several stay as they are.
-
-    Args:
-        example: The example.
-        known: New answers by old answer, from :func:`alternatives`.
-        epoch: Number of the pass over the data.
-        seed: Fixes the answer of the first epoch.
+    ``known`` are new answers by old answer, from :func:`alternatives`. Only examples of one request
+    are changed; those of several stay as they are.
     """
     request = example.requests[0]
     targets = known.get(request.target_old or "", ())
@@ -89,16 +84,9 @@ def make_episodes(
 ) -> list[Episode]:
     """Episodes of ``size`` examples each, whose requests one edit writes.
 
-    An example without locality probes takes those of the others.
-
-    Args:
-        examples: The examples; each has rephrases.
-        size: Examples an episode.
-        epoch: Number of the pass over the data; each takes the next probes of an example.
-        seed: Fixes the probes of the first epoch.
-        rephrases: Rephrases of an example.
-        locality: Locality probes of an example.
-        own_wording: Add the requests' own prompts to the rephrases.
+    Each epoch takes the next ``rephrases`` and ``locality`` probes of an example, which needs at
+    least one rephrase; without locality probes of its own it takes those of the others.
+    ``own_wording`` adds the requests' own prompts to the rephrases.
     """
     all_locality = probes_of(examples, "locality")
     episodes = []

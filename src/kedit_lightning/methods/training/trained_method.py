@@ -6,7 +6,7 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
@@ -27,8 +27,6 @@ from kedit_lightning.methods.training.episodes import alternatives, with_another
 from kedit_lightning.methods.training.trained_network import BatchGradient, Plan, TrainedNetwork
 from kedit_lightning.requests import EditBatch, EditExample, EditRequest
 
-GradientT = TypeVar("GradientT", bound=BatchGradient)
-
 
 @dataclass(frozen=True)
 class TrainedSettings(MethodSettings):
@@ -46,7 +44,7 @@ class TrainedSettings(MethodSettings):
         return (self.lr,)
 
 
-class TrainedMethod(EditMethod, Generic[GradientT]):
+class TrainedMethod(EditMethod):
     """Builds networks, trains them with one Adam, and keeps them in small checkpoints.
 
     The gradient is summed over ranks here and not by DDP, so that every episode has the same
@@ -104,7 +102,7 @@ class TrainedMethod(EditMethod, Generic[GradientT]):
         raise NotImplementedError(f"{type(self).__name__} does not define create")
 
     @abstractmethod
-    def batch_gradients(self, batch: EditBatch) -> Iterator[GradientT]:
+    def batch_gradients(self, batch: EditBatch) -> Iterator[BatchGradient]:
         """Loss and gradient of each optimizer step of a training batch, over all ranks.
 
         Running statistics of the networks are updated, and nothing else.
@@ -264,7 +262,7 @@ class TrainedMethod(EditMethod, Generic[GradientT]):
             self.log_dict(scalars, batch_size=len(batch))
         return loss
 
-    def update_networks(self, gradient: GradientT) -> dict[str, Tensor]:
+    def update_networks(self, gradient: BatchGradient) -> dict[str, Tensor]:
         """Step the optimizer with the clipped mean gradient; returns the scalars to log."""
         parameters = list(self.network.parameters())
         for parameter, mean in zip(parameters, gradient.mean_gradients, strict=True):

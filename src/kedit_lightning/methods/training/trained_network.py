@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
-
-from kedit_lightning.methods.training.precision import FullPrecision
 
 
 @dataclass(frozen=True)
@@ -29,12 +27,22 @@ class Plan:
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
-class TrainedNetwork(FullPrecision):
-    """Networks with counters of their training.
+class FullPrecision(nn.Module):
+    """A module whose tensors move between devices but keep their number types.
 
-    Args:
-        plan: Their architecture.
+    Precision plugins turn a module's parameters and buffers into 16 bit, where a counter stops at
+    256 and small steps of an optimizer vanish.
     """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(fn(tensor.detach().new_empty(0)).device)
+
+        return super()._apply(move, recurse)  # type: ignore[no-untyped-call]
+
+
+class TrainedNetwork(FullPrecision):
+    """Networks with an architecture, their plan, and counters of their training."""
 
     updates: Tensor
     skipped: Tensor

@@ -5,17 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kedit_lightning.methods.training.precision import FullPrecision
+from kedit_lightning.methods.training.trained_network import FullPrecision
 
 
 class DivergenceBound(FullPrecision):
     """The multiplier ``λ`` and the margin ``m`` of ``min loss + λ (divergence - m)``.
 
     Both are buffers: ``λ`` changes after each training step, ``m`` after each validation.
-
-    Args:
-        margin: Initial margin.
-        dtype: Number type of both.
     """
 
     #: The margin shrinks after a validation with a larger share of successful edits ...
@@ -32,23 +28,13 @@ class DivergenceBound(FullPrecision):
 
     @torch.no_grad()
     def ascend(self, divergence: Tensor, lr: float) -> None:
-        """Dual ascent: step the multiplier along its gradient ``divergence - m``; never below 0.
-
-        Args:
-            divergence: Mean over the episodes of all ranks. Shape ``[]``.
-            lr: Learning rate.
-        """
+        """Dual ascent: step the multiplier along its gradient ``divergence - m``; never below 0."""
         step = lr * (divergence.to(self.margin) - self.margin)
         self.multiplier.copy_((self.multiplier + step).clamp(min=0))
 
     @torch.no_grad()
     def tighten(self, success: float, floor: float) -> None:
-        """Shrink the margin once edits succeed.
-
-        Args:
-            success: Share of successful edits in a validation.
-            floor: Smallest margin.
-        """
+        """Shrink the margin, down to a floor, by the share of successful edits of a validation."""
         if success > self.SUCCESS:
             smaller = (self.margin * self.SHRINK).clamp(min=floor)
             self.margin.copy_(torch.minimum(self.margin, smaller))

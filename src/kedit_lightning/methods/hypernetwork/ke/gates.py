@@ -41,13 +41,9 @@ class Gates:
 
     @classmethod
     def from_values(cls, values: Tensor, d_in: int, d_out: int, scale: float) -> Gates:
-        """Gates from the outputs of a network.
+        """Gates of strength up to ``scale`` from ``α, β, γ, δ, η`` of each request.
 
-        Args:
-            values: ``α, β, γ, δ, η`` of each request. Shape ``[requests, 2(d_in + d_out) + 1]``.
-            d_in: Width of the projection's inputs.
-            d_out: Width of its outputs.
-            scale: Largest strength, ``s``.
+        ``values`` have the shape ``[requests, 2(d_in + d_out) + 1]``.
         """
         out, into, added_out, added_into, eta = values.split([d_out, d_in, d_out, d_in, 1], -1)
         strength = scale * eta[:, 0].sigmoid()

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from kedit_lightning.base_models import BaseModel, BaseModelSpec
-from kedit_lightning.edits import Edit
 from kedit_lightning.edits.projections import compute_dtype
 from kedit_lightning.methods.hypernetwork.ke.knowledge_editor import EditorPlan, KnowledgeEditor
-from kedit_lightning.methods.hypernetwork.shared.editor_network import edit_from_gradient
 from kedit_lightning.methods.hypernetwork.shared.hypernetwork_method import (
     HypernetworkMethod,
     HypernetworkSettings,
 )
-from kedit_lightning.methods.hypernetwork.shared.meta_gradient import MetaGradient, meta_gradient
 from kedit_lightning.methods.method import MethodSettings
-from kedit_lightning.requests import EditBatch, EditRequest
+from kedit_lightning.methods.training.trained_network import BatchGradient
 
 
 @dataclass(frozen=True)
@@ -97,7 +93,7 @@ class KE(HypernetworkMethod):
         **settings: Any,
     ) -> None:
         super().__init__(base_model, lr=lr, own_wording=own_wording, **settings)
-        self.fit_batch_size = self.settings.n_edits * accumulate
+        self.fit_batch_size *= accumulate
 
     def create(self, plan: EditorPlan) -> KnowledgeEditor:
         """Untrained networks.
@@ -109,21 +105,15 @@ class KE(HypernetworkMethod):
         width, settings = self.base.model.get_input_embeddings().weight.shape[1], self.settings
         return KnowledgeEditor(plan, shapes, width, settings.margin, dtype, settings.seed)
 
-    def compute_edit(self, requests: Sequence[EditRequest]) -> Edit:
-        """One gradient of the requests, gated by the networks."""
-        origin = self.prepare_edit(requests)
-        return edit_from_gradient(self.base, self.network, requests, origin)
+    @property
+    def loss_weights(self) -> tuple[float, float]:
+        """Weights of the edit loss and of the locality loss, the multiplier."""
+        return 1.0, float(self.network.bound.multiplier)
 
-    def batch_gradients(self, batch: EditBatch) -> Iterator[MetaGradient]:
-        """The meta-gradient of a batch of episodes, over all ranks."""
-        weights = 1.0, float(self.network.bound.multiplier)
-        episodes, at_once = self.episodes(batch), self.settings.at_once
-        yield meta_gradient(self.base, self.network, episodes, weights, at_once)
-
-    def update_networks(self, gradient: MetaGradient) -> dict[str, Tensor]:
+    def update_networks(self, gradient: BatchGradient) -> dict[str, Tensor]:
         """Step the networks down the loss, then the multiplier up; returns the scalars to log."""
         scalars = super().update_networks(gradient)
-        self.network.bound.ascend(gradient.locality, self.settings.lr_multiplier)
+        self.network.bound.ascend(gradient.scalars["loss_locality"], self.settings.lr_multiplier)
         return scalars
 
     def on_validation_epoch_end(self) -> None:

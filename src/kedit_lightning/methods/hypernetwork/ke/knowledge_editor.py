@@ -78,14 +78,7 @@ def embedded(base: BaseModel, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
 
 
 class ConditionEncoder(nn.Module):
-    """A bidirectional LSTM over word embeddings, whose last hidden states give a condition vector.
-
-    Args:
-        width: Width of the embeddings.
-        hidden: Hidden width of the LSTM in each direction.
-        condition: Width of the condition vector.
-        dtype: Number type of the parameters.
-    """
+    """A bidirectional LSTM over word embeddings, whose last hidden states give a condition."""
 
     def __init__(self, width: int, hidden: int, condition: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -100,14 +93,7 @@ class ConditionEncoder(nn.Module):
 
 
 def conditioner(condition: int, hidden: int, count: int, dtype: torch.dtype) -> nn.Module:
-    """A feed-forward network from a condition vector to the gates of one projection.
-
-    Args:
-        condition: Width of the condition vector.
-        hidden: Hidden width.
-        count: Width of the output.
-        dtype: Number type of the parameters.
-    """
+    """A feed-forward network from a condition vector to ``count`` values of one projection."""
     return nn.Sequential(
         weight_norm(nn.Linear(condition, hidden, dtype=dtype)),
         nn.Tanh(),
@@ -124,7 +110,7 @@ class KnowledgeEditor(EditorNetwork):
         width: Width of the base model's word embeddings.
         margin: Initial margin of the constraint.
         dtype: Number type of parameters and buffers.
-        seed: Fixes the initial values.
+        seed: Seed of the initial values.
     """
 
     plan: EditorPlan

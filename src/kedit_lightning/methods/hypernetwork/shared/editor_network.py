@@ -19,11 +19,7 @@ from kedit_lightning.requests import EditRequest
 
 @dataclass(frozen=True)
 class ProjectionPlan(Plan):
-    """A plan of networks that edit projections.
-
-    Args:
-        modules: Names of the edited projections, in order.
-    """
+    """A plan of networks that edit projections, ``modules`` by name and in order."""
 
     modules: tuple[str, ...]
 
@@ -34,11 +30,7 @@ BatchedDeltas: TypeAlias = tuple[dict[str, LowRankDelta], dict[str, Tensor]]
 
 
 class EditorNetwork(TrainedNetwork):
-    """Maps requests and the rank-one factors of their gradients to deltas of projections.
-
-    Args:
-        plan: Its architecture.
-    """
+    """Maps requests and the rank-one factors of their gradients to deltas of projections."""
 
     plan: ProjectionPlan
 
@@ -55,11 +47,8 @@ class EditorNetwork(TrainedNetwork):
     ) -> BatchedDeltas:
         """Deltas of the projections, on top of the edits on the base model's stack.
 
-        Args:
-            base: The base model.
-            requests: The requests.
-            factors: Factors of their gradients by projection, with a row for each request.
-            edit_of_row: Number of the edit that each request belongs to. Shape ``[requests]``.
+        ``factors`` of the gradients have a row for each request, and ``edit_of_row`` is the number
+        of the edit that it belongs to, ``[requests]``.
         """
         raise NotImplementedError(f"{type(self).__name__} does not define deltas")
 
@@ -69,13 +58,7 @@ def edit_from_gradient(
 ) -> LowRankEdit:
     """One edit of all requests: one forward and one backward pass, mapped by the networks.
 
-    Running statistics do not change.
-
-    Args:
-        base: The base model, with the edits on its stack in force.
-        network: The networks.
-        requests: The requests whose gradient is taken.
-        origin: The origin of the edit.
+    Edits on the stack are in force. Running statistics do not change.
     """
     rows = base.rows([r.prompt for r in requests], [r.target_new for r in requests])
     factors = capture_factors(base, rows, network.plan.modules)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kedit_lightning.methods.hypernetwork.shared.editor_network import ProjectionPlan
-from kedit_lightning.methods.hypernetwork.shared.normaliser import RunningNormaliser
+from kedit_lightning.methods.hypernetwork.shared.running_statistics import RunningNormaliser
 from kedit_lightning.methods.shared.gradient_factors import Factors
 from kedit_lightning.methods.training.trained_network import TrainedNetwork
 
@@ -64,14 +64,8 @@ class ResidualBlock(nn.Module):
     """A low-rank residual block: ``z + max((z Vᵀ Uᵀ + bias) ⊙ scale + shift, 0)``.
 
     If it clamps first: ``z + max(z Vᵀ Uᵀ + bias, 0) ⊙ scale + shift``. ``U``, the bias and the
-    shift start at 0, so an untrained block is the identity.
-
-    Args:
-        width: Width of ``z``.
-        members: Number of projections that share the block; each has its own scale and shift.
-        plan: Rank of the block, and whether it clamps first.
-        generator: Random numbers of the initial values.
-        dtype: Number type of the parameters.
+    shift start at 0, so an untrained block is the identity. Each of the ``members``, the
+    projections that share the block, has its own scale and shift.
     """
 
     def __init__(
@@ -101,16 +95,7 @@ class ResidualBlock(nn.Module):
 
 
 class GradientTransform(nn.Module):
-    """One network, which transforms the inputs and output gradients of projections of one shape.
-
-    Args:
-        d_in: Width of the inputs.
-        d_out: Width of the output gradients.
-        members: Number of projections that share the network.
-        plan: Rank, number of blocks, normalisation.
-        generator: Random numbers of the initial values.
-        dtype: Number type of parameters and statistics.
-    """
+    """Transforms the inputs and output gradients of ``members`` projections of one shape."""
 
     def __init__(
         self,

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from kedit_lightning.base_models import BaseModel, BaseModelSpec
 from kedit_lightning.base_models.layout import Block
+from kedit_lightning.edits import Edit
 from kedit_lightning.edits.projections import check_editable, compute_dtype, projection_shape
-from kedit_lightning.methods.hypernetwork.shared.editor_network import ProjectionPlan
-from kedit_lightning.methods.hypernetwork.shared.meta_gradient import MetaGradient
+from kedit_lightning.methods.hypernetwork.shared.editor_network import (
+    ProjectionPlan,
+    edit_from_gradient,
+)
+from kedit_lightning.methods.hypernetwork.shared.meta_gradient import MetaGradient, meta_gradient
 from kedit_lightning.methods.method import Capabilities, Need
 from kedit_lightning.methods.training.episodes import Episode, make_episodes, probes_of
 from kedit_lightning.methods.training.trained_method import TrainedMethod, TrainedSettings
 from kedit_lightning.methods.training.trained_network import TrainedNetwork
-from kedit_lightning.requests import EditBatch, EditExample
+from kedit_lightning.requests import EditBatch, EditExample, EditRequest
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class HypernetworkSettings(TrainedSettings):
     n_locality: int
 
 
-class HypernetworkMethod(TrainedMethod[MetaGradient]):
+class HypernetworkMethod(TrainedMethod):
     """Trains a hypernetwork on episodes: edits of the base model, judged by an outer loss.
 
     Args:
@@ -104,13 +108,15 @@ class HypernetworkMethod(TrainedMethod[MetaGradient]):
     def plan(self, saved: ProjectionPlan | None = None) -> Any:
         """The architecture that the settings ask for; see the base class."""
         plan: ProjectionPlan = super().plan(saved)
-        chosen = self.settings.modules is not None or self.chooses_layers
-        return replace(plan, modules=self.default_modules()) if chosen else plan
+        chosen = self.settings.modules is not None or self.settings.layers is not None
+        if chosen or self.chooses_projections:
+            return replace(plan, modules=self.default_modules())
+        return plan
 
     @property
-    def chooses_layers(self) -> bool:
-        """Whether the settings choose layers, and do not leave them to a checkpoint."""
-        return self.settings.layers is not None
+    def chooses_projections(self) -> bool:
+        """Whether the settings choose projections of a block, and override a checkpoint's."""
+        return False
 
     def shapes_of(self, modules: Sequence[str]) -> list[tuple[int, int]]:
         """``(d_in, d_out)`` of projections.
@@ -129,7 +135,22 @@ class HypernetworkMethod(TrainedMethod[MetaGradient]):
         shapes, dtype = self.shapes_of(plan.modules), compute_dtype(self.base.dtype)
         return self.network_type(plan, shapes, self.settings, dtype)
 
-    # ---- training
+    # ---- editing and training
+
+    def compute_edit(self, requests: Sequence[EditRequest]) -> Edit:
+        """One gradient of the requests, mapped to an edit by the networks."""
+        origin = self.prepare_edit(requests)
+        return edit_from_gradient(self.base, self.network, requests, origin)
+
+    def batch_gradients(self, batch: EditBatch) -> Iterator[MetaGradient]:
+        """The meta-gradient of a batch of episodes, over all ranks."""
+        episodes, at_once = self.episodes(batch), self.settings.at_once
+        yield meta_gradient(self.base, self.network, episodes, self.loss_weights, at_once)
+
+    @property
+    def loss_weights(self) -> tuple[float, float]:
+        """Weights of the edit loss and of the locality loss."""
+        return 1.0, 1.0
 
     def draw_episodes(self, examples: Sequence[EditExample], size: int) -> list[Episode]:
         """The episodes of this epoch, ``size`` examples each."""

@@ -62,11 +62,6 @@ class MetaGradient:
         return self.sums[0] / self.episodes
 
     @property
-    def locality(self) -> Tensor:
-        """Mean locality loss of an episode, without its weight. Shape ``[]``."""
-        return self.sums[2] / self.episodes
-
-    @property
     def scalars(self) -> dict[str, Tensor]:
         """Edit loss, locality loss and edit success, to be logged beside the loss."""
         names = ("loss_edit", "loss_locality", "edit_success")
@@ -84,13 +79,7 @@ class MetaGradient:
 
 @dataclass(frozen=True)
 class _Minibatch:
-    """Episodes that run through the model together.
-
-    Args:
-        episodes: The episodes.
-        factors: Factors of their requests' gradients, by projection.
-        edit_of_row: Number of the episode that each request belongs to. Shape ``[rows]``.
-    """
+    """Episodes that run together, their factors, and the episode of each request, ``[rows]``."""
 
     episodes: Sequence[Episode]
     factors: dict[str, Factors]
@@ -121,7 +110,7 @@ def meta_gradient(
     so the result does not depend on ``at_once`` or on the distribution of episodes over ranks.
 
     Args:
-        base: The base model.
+        base: The base model, with the edits on its stack in force.
         network: The hypernetwork; only its statistics change.
         episodes: The episodes of this rank.
         weights: Weights of the edit loss and of the locality loss.

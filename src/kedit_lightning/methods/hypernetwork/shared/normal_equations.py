@@ -14,24 +14,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from kedit_lightning.edits import LowRankDelta
-from kedit_lightning.methods.hypernetwork.shared.attached_delta import Delta
+from kedit_lightning.methods.hypernetwork.shared.outer_loss import Delta
 from kedit_lightning.methods.hypernetwork.shared.tensor_file import StoredTensor, TensorFile
 from kedit_lightning.methods.training.distributed import several_ranks, sum_over_ranks
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """Storage of a shift, in numbers.
-
-    Args:
-        low_rank: As low-rank factors; infinite where it has none.
-        dense: As one matrix.
-    """
+class Sizes(NamedTuple):
+    """Numbers that a shift takes as low-rank factors (infinite if it has none) and as a matrix."""
 
     low_rank: float
     dense: int
@@ -44,8 +39,7 @@ class Sizes:
 
 def smaller_dense(sizes: Iterable[Sizes]) -> bool:
     """Whether the shifts of an edit together are smaller as dense matrices than as factors."""
-    sizes = list(sizes)
-    return sum(size.low_rank for size in sizes) > sum(size.dense for size in sizes)
+    return sum(size.low_rank - size.dense for size in sizes) > 0
 
 
 @dataclass(frozen=True)
@@ -88,9 +82,8 @@ class RidgeShift:
     def squared_norm(self, unknown: Tensor) -> Tensor:
         """``‖S‖²`` of the shift that another ``X`` would give, differentiable in it."""
         unknown = unknown.to(self.factor)
-        if self.keys is None:
-            return unknown.square().sum()
-        return (self.keys.T.to(unknown) @ unknown).square().sum()
+        shift = unknown if self.keys is None else self.keys.T.to(unknown) @ unknown
+        return shift.square().sum()
 
     def pull_back(self, gradient: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of a loss in ``B`` and in ``λ``, from its gradient in ``X``.

@@ -34,15 +34,11 @@ Part = dict[str, Factors]
 
 
 def minibatches(lengths: Sequence[int], at_once: int) -> Iterator[slice]:
-    """Slices of consecutive rows that run through the model together.
+    """Slices of consecutive rows, by their numbers of tokens, that run through the model together.
 
     Rows are padded to the longest of their minibatch, so one long row would multiply the memory of
     a pass.  A minibatch therefore has at most ``at_once`` rows, and at most 1.5 times the tokens,
     padding included, of ``at_once`` rows of mean length.
-
-    Args:
-        lengths: Tokens of each row.
-        at_once: Most rows of a minibatch.
     """
     most = 1.5 * at_once * sum(lengths) / max(1, len(lengths))
     first, longest = 0, 0
@@ -77,12 +73,7 @@ def update_key_covariances(
 ) -> None:
     """Update the key covariances of the networks with the keys of requests and of their probes.
 
-    Args:
-        base: The base model, with the edits on its stack in force.
-        network: The networks.
-        parts: The factors of the requests.
-        probes: The probes; one without an answer gives the key of its last token.
-        at_once: Probes that run through the model together.
+    A probe without an answer gives the key of its last token.
     """
     keys = {name: [part[name].inputs for part in parts] for name in network.shapes}
     for first in range(0, len(probes), at_once):
@@ -104,13 +95,7 @@ def update_key_covariances(
 def accumulate(
     network: ValueNetworks, parts: Iterable[Part], file: TensorFile
 ) -> dict[str, NormalEquations]:
-    """The normal equations of each projection, from the factors of all requests.
-
-    Args:
-        network: The networks.
-        parts: Factors of the requests.
-        file: Holds the rows of the equations until these are solved.
-    """
+    """The normal equations of each projection; the file holds their rows until they are solved."""
     equations = {name: NormalEquations(*shape, file) for name, shape in network.shapes.items()}
     for part in parts:
         for name, host in part.items():
@@ -131,13 +116,9 @@ def solve(
 def shift_edit(
     base: BaseModel, shifts: Iterable[tuple[str, RidgeShift]], dense: bool, origin: EditOrigin
 ) -> Edit:
-    """The edit that adds shifts to the weights.
+    """The edit that adds shifts to the weights; they are freed one by one.
 
-    Args:
-        base: The base model.
-        shifts: Names of projections and their shifts, which are freed one by one.
-        dense: Whether they are stored as dense matrices; :func:`smaller_dense` of all of them.
-        origin: The origin of the edit.
+    It is stored as dense matrices where :func:`smaller_dense` holds for all of them together.
     """
     dtype = compute_dtype(base.dtype)
     matrices: dict[str, tuple[Tensor | None, Tensor | None]] = {}
@@ -162,12 +143,7 @@ def compute_shift_edit(
 ) -> Edit:
     """One edit of all requests, by one solve for each projection. Statistics do not change.
 
-    Args:
-        base: The base model, with the edits on its stack in force.
-        network: The networks.
-        requests: The requests.
-        at_once: Requests that run through the model together.
-        origin: The origin of the edit.
+    Edits on the stack are in force, and ``at_once`` requests run through the model together.
 
     Raises:
         NonFiniteError: Factors of a projection are NaN, or its ridge has vanished.
@@ -184,13 +160,7 @@ def compute_shift_edit(
 def training_shifts(
     base: BaseModel, network: ValueNetworks, episodes: Sequence[Episode], at_once: int
 ) -> tuple[list[Part], dict[str, RidgeShift]]:
-    """The shifts of a training step; the networks' statistics are updated.
-
-    Args:
-        base: The base model, with the edits on its stack in force.
-        network: The networks.
-        episodes: The episodes whose requests are written together, those of this rank.
-        at_once: Requests that run through the model together.
+    """The shifts that write the requests of episodes together; statistics are updated.
 
     Returns:
         The factors of this rank's requests, on the CPU, and the shifts by projection, which write

@@ -13,13 +13,13 @@ from typing import ClassVar, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from kedit_lightning.base_models.layout import Block
 from kedit_lightning.methods.hypernetwork.shared.gradient_transform import (
     TransformNetwork,
     TransformPlan,
     TransformSettings,
 )
-from kedit_lightning.methods.hypernetwork.shared.key_covariance import KeyCovariance
+from kedit_lightning.methods.hypernetwork.shared.running_statistics import KeyCovariance
+from kedit_lightning.methods.training.trained_method import TrainedSettings
 
 #: Projections of an MLP: the one that writes into the residual stream, those that read it, or all.
 Projections: TypeAlias = Literal["down", "up", "all"]
@@ -30,16 +30,8 @@ Tokens: TypeAlias = Literal["answer", "all"]
 ShiftSize: TypeAlias = Literal["norm", "keys"]
 
 
-def projections_of(block: Block, projections: Projections) -> Sequence[str]:
-    """Names of the MLP projections of a block that a setting asks for."""
-    if projections == "all":
-        return block.projections
-    down = projections == "down"
-    return [name for name in block.projections if (name == block.down) == down]
-
-
 @dataclass(frozen=True)
-class ShiftSettings(TransformSettings):
+class MALMENMethodSettings(TransformSettings, TrainedSettings):
     """The part of the settings that MALMEN and RLEdit share."""
 
     at_once: int
@@ -69,13 +61,7 @@ class ValueNetworks(TransformNetwork):
 
     A key ``k`` with output gradient ``δ`` is transformed to ``k̃`` and ``δ̃``; its value difference
     is ``−η (k · k̃) δ̃``.  Each projection has its own learning rate ``η`` and ridge ``λ``, learned
-    as logarithms, so that they stay positive.
-
-    Args:
-        plan: The architecture.
-        shapes: ``(d_in, d_out)`` of each projection of the plan.
-        settings: Settings with the initial ``η`` and ``λ`` and the seed of the initial values.
-        dtype: Number type of parameters and statistics.
+    as logarithms, so that they stay positive; settings give their initial values.
     """
 
     plan: ValuePlan
@@ -84,7 +70,7 @@ class ValueNetworks(TransformNetwork):
         self,
         plan: ValuePlan,
         shapes: Sequence[tuple[int, int]],
-        settings: ShiftSettings,
+        settings: MALMENMethodSettings,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__(plan, shapes, dtype, settings.seed)
@@ -127,13 +113,7 @@ class ValueNetworks(TransformNetwork):
         return covariance
 
     def values(self, name: str, keys: Tensor, gradients: Tensor) -> Tensor:
-        """Value differences, ``[tokens, d_out]``.
-
-        Args:
-            name: The projection.
-            keys: Its inputs. Shape ``[tokens, d_in]``.
-            gradients: Gradients of the loss in its outputs. Shape ``[tokens, d_out]``.
-        """
+        """Value differences ``[tokens, d_out]`` from the inputs and output gradients."""
         with torch.autocast(self.log_rates.device.type, enabled=False):
             keys, gradients = keys.to(self.log_rates), gradients.to(self.log_rates)
             transformed, direction = self.transform(name, keys, gradients)

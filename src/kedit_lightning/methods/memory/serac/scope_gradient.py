@@ -18,44 +18,21 @@ from kedit_lightning.requests import EditExample
 
 @dataclass(frozen=True)
 class ScopeGradient:
-    """Gradient and losses of a training batch, over all ranks.
+    """Loss and gradient of a training batch, over all ranks; a ``BatchGradient``.
 
-    Args:
-        mean_gradients: Gradient of the loss, one tensor a parameter.
-        weights: Weights of the sums in the loss. Shape ``[4]``.
-        sums: The sums of losses, detached.
-        episodes: Number of examples with a finite gradient.
-        skipped: Number of examples left out.
+    ``scalars`` are both losses without their weights, and the accuracies of both networks.
     """
 
     mean_gradients: list[Tensor]
-    weights: Tensor
-    sums: LossSums
+    loss: Tensor
+    scalars: dict[str, Tensor]
     episodes: int
     skipped: int
-
-    @property
-    def loss(self) -> Tensor:
-        """The loss. Shape ``[]``."""
-        return (self.weights * self.sums.losses).sum()
 
     @property
     def is_finite(self) -> bool:
         """Whether loss and gradient are finite."""
         return all_finite((self.loss, *self.mean_gradients))
-
-    @property
-    def scalars(self) -> dict[str, Tensor]:
-        """Both losses without their weights, and the accuracies of both networks."""
-        losses, hits, counts = self.sums.losses, self.sums.hits, self.sums.counts
-        scope = loss_weights(counts, 0.0, 1.0).to(losses)
-        return {
-            "loss_edit": losses[3] / counts[3],
-            "loss_scope": (scope * losses).sum(),
-            "edit_success": hits[3] / counts[3],
-            "scope_hits": hits[0] / counts[0],
-            "scope_false_alarms": hits[1:3].sum() / counts[1:3].sum().clamp(min=1),
-        }
 
 
 def scope_gradient(
@@ -94,15 +71,20 @@ def _gradient(
 ) -> ScopeGradient:
     prompts = gather_over_ranks([example.requests[0].prompt for example in examples])
     sums = _loss_sums(base, networks, examples, prompts)
-    counts = torch.tensor([len(examples), skipped], device=sums.counts.device)
-    sum_over_ranks((sums.counts, counts))
+    examined = torch.tensor([len(examples), skipped], device=sums.counts.device)
+    sum_over_ranks((sums.counts, examined))
     scales = loss_weights(sums.counts, *weights).to(sums.losses)
     gradients = _parameter_gradients(networks, scales, sums)
-    losses = sums.losses.detach().clone()
-    sum_over_ranks((*gradients, losses, sums.hits))
-    episodes, left_out = counts.tolist()
-    total = LossSums(losses, sums.hits, sums.counts)
-    return ScopeGradient(gradients, scales, total, episodes, left_out)
+    losses, hits, counts = sums.losses.detach().clone(), sums.hits, sums.counts
+    sum_over_ranks((*gradients, losses, hits))
+    scalars = {
+        "loss_edit": losses[3] / counts[3],
+        "loss_scope": (loss_weights(counts, 0.0, 1.0).to(losses) * losses).sum(),
+        "edit_success": hits[3] / counts[3],
+        "scope_hits": hits[0] / counts[0],
+        "scope_false_alarms": hits[1:3].sum() / counts[1:3].sum().clamp(min=1),
+    }
+    return ScopeGradient(gradients, (scales * losses).sum(), scalars, *examined.tolist())
 
 
 def _loss_sums(
@@ -119,11 +101,7 @@ def _loss_sums(
 
 
 def _parameter_gradients(networks: ScopeNetworks, scales: Tensor, sums: LossSums) -> list[Tensor]:
-    """Gradient of this rank's part of the loss.
-
-    The gradient of the networks alone: no ``.grad`` is set on any tensor, so DDP has nothing to
-    reduce a second time.
-    """
+    """Gradient of this rank's part of the loss; sets no ``.grad``, which DDP would reduce again."""
     parameters = list(networks.parameters())
     if not sums.losses.requires_grad:
         return [torch.zeros_like(parameter) for parameter in parameters]
@@ -132,10 +110,7 @@ def _parameter_gradients(networks: ScopeNetworks, scales: Tensor, sums: LossSums
 
 
 def _is_finite_alone(
-    base: BaseModel,
-    networks: ScopeNetworks,
-    example: EditExample,
-    weights: tuple[float, float],
+    base: BaseModel, networks: ScopeNetworks, example: EditExample, weights: tuple[float, float]
 ) -> bool:
     sums = _loss_sums(base, networks, [example], [example.requests[0].prompt])
     scales = loss_weights(sums.counts, *weights).to(sums.losses)

@@ -16,7 +16,7 @@ from kedit_lightning.base_models.taps import capture, stop_after
 from kedit_lightning.edits.kinds.scope.counterfactual import LanguageModel
 from kedit_lightning.edits.kinds.scope.scope_networks import ScopeNetworks
 from kedit_lightning.methods.training.episodes import probes_of
-from kedit_lightning.requests import EditExample, EditRequest, Probe
+from kedit_lightning.requests import EditExample, EditRequest
 
 #: Smallest squared distance in the loss of pairs out of scope, which is infinite at 0.
 _LEAST = 1e-4
@@ -51,11 +51,7 @@ def statement_ids(encoder: RowEncoder, request: EditRequest) -> tuple[int, ...]:
 def prompt_hidden_states(
     base: BaseModel, prompts: Sequence[str], module: str
 ) -> tuple[Tensor, Tensor]:
-    """Hidden states that a block returns for prompts, and their attention mask.
-
-    Returns:
-        Shapes ``[batch, tokens, hidden]`` and ``[batch, tokens]``.
-    """
+    """Hidden states ``[batch, tokens, hidden]`` that a block returns, and their attention mask."""
     rows = base.rows(prompts)
     with capture(base.model, [module]) as captured, stop_after(base.model, module):
         base.forward(rows)
@@ -66,15 +62,11 @@ def prompt_hidden_states(
 class LossSums:
     """Sums of losses over pairs and tokens; the sums of ranks add up to those of all.
 
-    The four entries are of: pairs of an edit and a question in its scope; pairs of an edit and a
-    question labelled out of its scope; pairs of an edit and a question about another fact; and
-    tokens of the new answers. Shape ``[4]`` each.
-
-    Args:
-        losses: Sum of the cross-entropies.
-        hits: Number of pairs classified as in scope at a threshold of 0.5, and of tokens that are
-            arg-max.
-        counts: Number of pairs and of tokens.
+    Shape ``[4]`` each: ``losses``, sums of cross-entropies; ``hits``, numbers of pairs classified
+    as in scope at a threshold of 0.5, and of arg-max tokens; ``counts`` of pairs and tokens. The
+    entries are of: pairs of an edit and a question in its scope; pairs of an edit and a question
+    labelled out of its scope; pairs of an edit and a question about another fact; and tokens of the
+    new answers.
     """
 
     losses: Tensor
@@ -92,18 +84,10 @@ class LossSums:
 
 
 def loss_weights(counts: Tensor, c_edit: float, c_loc: float) -> Tensor:
-    """Weights of the sums in the loss, so that each kind of pair has the same weight.
+    """Weights ``[4]``, float64, of the sums in the loss, from the counts ``[4]`` of all ranks.
 
-    The loss of the classifier is the mean of the mean loss in scope and of that out of scope, which
-    is the mean over the kinds of pairs that occur.
-
-    Args:
-        counts: The counts of all ranks. Shape ``[4]``.
-        c_edit: Weight of the edit loss.
-        c_loc: Weight of the loss of the scope classifier.
-
-    Returns:
-        Shape ``[4]``, float64.
+    The loss of the classifier, with weight ``c_loc``, is the mean of the mean loss in scope and of
+    that out of scope, which is the mean over the kinds of pairs that occur.
     """
     inside, near, far, answers = counts.tolist()
     outside = (near > 0) + (far > 0)
@@ -163,22 +147,15 @@ def _distances(
 
     column = {prompt: number for number, prompt in enumerate(prompts)}
 
-    def owners(probes_of_each: Sequence[Sequence[Probe]]) -> Tensor:
-        columns = [
-            column[p] for p, probes in zip(edits, probes_of_each, strict=True) for _ in probes
-        ]
-        return torch.tensor(columns, dtype=torch.long, device=keys.device)
+    def columns(texts: Sequence[str]) -> Tensor:
+        return torch.tensor([column[t] for t in texts], dtype=torch.long, device=keys.device)
 
-    count = sum(map(len, inside))
-    owner, owner_near = owners(inside), owners(near)
-    at = torch.arange(len(questions), device=keys.device)
-    columns = torch.tensor([column[prompt] for prompt in facts], device=keys.device)
-    others = distances[:count][:, columns]
-    return (
-        distances[at[:count], owner],
-        distances[at[count:], owner_near],
-        others[columns[None] != owner[:, None]],
-    )
+    count, pairs = sum(map(len, inside)), zip(edits * 2, (*inside, *near), strict=True)
+    own = columns([edit for edit, probes in pairs for _ in probes])
+    of_own = distances.gather(1, own[:, None])[:, 0]
+    all_facts = columns(facts)
+    others = distances[:count][:, all_facts][all_facts[None] != own[:count, None]]
+    return of_own[:count], of_own[count:], others
 
 
 def counterfactual_rows(

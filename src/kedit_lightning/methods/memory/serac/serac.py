@@ -49,20 +49,14 @@ class SERACPlan(Plan, ScopePlan):
 
 
 class SERACNetwork(TrainedNetwork):
-    """Scope classifier and counterfactual model, with counters of their training.
-
-    Args:
-        plan: Their architecture.
-        seed: Fixes the initial values.
-        dtype: Number type, at least float32.
-    """
+    """Scope classifier and counterfactual model, with counters of their training."""
 
     def __init__(self, plan: SERACPlan, seed: int, dtype: torch.dtype) -> None:
         super().__init__(plan)
         self.scope = ScopeNetworks(plan, seed, dtype)
 
 
-class SERAC(TrainedMethod[ScopeGradient]):
+class SERAC(TrainedMethod):
     """SERAC, from "Memory-Based Model Editing at Scale" (Mitchell et al. 2022).
 
     ``fit`` trains two networks: a scope classifier, which tells whether a question is in the scope
