@@ -201,12 +201,7 @@ class OutputFolder:
 def open_output(
     output: str | Path | None, resume: str | Path | None, first: bool = True
 ) -> OutputFolder | None:
-    """The folder a run writes to, if one was named.
-
-    Args:
-        output: Folder of a new run.
-        resume: Folder of a run to be continued.
-        first: Whether this is the first process of the run.
+    """The folder of a new or resumed run, if one was named.
 
     Raises:
         ResumeError: Both were named and differ, or the folder does not fit.
@@ -227,11 +222,7 @@ def output_of(run: RunContext) -> OutputFolder | None:
 
 
 def load_stack(path: str | Path, base: BaseModel) -> list[Edit]:
-    """The saved edits of a run in their order, or the edit of a single file.
-
-    Args:
-        path: Output folder of ``edit`` or ``test``, or one file that ``Edit.save`` wrote.
-        base: The base model they are for.
+    """The saved edits of an output folder in their order, or the edit of a single file.
 
     Raises:
         EditFileError: There are no edits, or a file is absent or damaged.
@@ -262,10 +253,7 @@ def load_stack(path: str | Path, base: BaseModel) -> list[Edit]:
 
 
 def apply_saved(edits: Iterable[Edit]) -> None:
-    """Apply edits in order.
-
-    Edits that were computed independently of each other are applied on top of each other all the
-    same; one warning says so instead of one an edit.
+    """Apply edits in order, with one warning if they were computed independently of each other.
 
     Raises:
         EditOrderError: An edit only makes sense on the stack it was computed on.
