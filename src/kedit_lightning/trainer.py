@@ -263,15 +263,13 @@ class EditTrainer(Trainer):
         Returns:
             For each prompt, the answer of the base model and that under the edits.
         """
-        asked = read_prompts(prompts, prompt)
-        if asked:
+        if asked := read_prompts(prompts, prompt):
             dataloaders, datamodule = prompt_loader(asked, self.protocol.score_batch_size), None
         elif dataloaders is None and datamodule is None:
             raise UnsupportedUseError(
                 "predict was given no prompt; add --prompt TEXT, --prompts FILE, or --data DATASET"
             )
-        if dataloaders is None or isinstance(dataloaders, LightningDataModule):
-            dataloaders, datamodule = _data("predict", dataloaders, datamodule)
+        dataloaders, datamodule = _data("predict", dataloaders, datamodule)
         running = self._running("predict", model, datamodule)
         with running as method, method.base.edits.restored():
             apply_saved([] if edits is None else load_stack(edits, method.base))
@@ -321,8 +319,7 @@ class EditTrainer(Trainer):
                 Console().print(summary_table(method.summary, title))
         except KEditError as error:
             if folder is not None and folder.results.exists():
-                note = f"what was finished before is kept, continue with --resume {folder.path}"
-                error.add_note(note)
+                error.add_note(f"finished examples are kept, continue with --resume {folder.path}")
             raise
         finally:
             method.close_evaluation()

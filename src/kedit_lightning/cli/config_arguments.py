@@ -72,7 +72,11 @@ def with_named_model(args: list[str]) -> list[str]:
 
 
 def with_saved_config(args: list[str]) -> list[str]:
-    """Add the config of the run that ``--resume`` names, unless arguments give another."""
+    """Add the config of the run that ``--resume`` names, unless arguments give another.
+
+    Raises:
+        ResumeError: The folder holds no config.
+    """
     saved = _saved_config("--resume", args)
     if saved is None:
         return args

@@ -38,6 +38,7 @@ def _fingerprint() -> str:
     """Hash of the versions of all packages, and of size and time of this package's sources."""
     packages = {path.name for entry in sys.path for path in Path(entry).glob("*.dist-info")}
     callbacks = find_spec("kedit_lightning.callbacks")  # a folder of its own in a checkout
+    assert callbacks is not None
     folders = {Path(__file__).parents[1], *map(Path, callbacks.submodule_search_locations or ())}
     files = {path: path.stat() for folder in folders for path in folder.rglob("*.py")}
     stats = sorted((str(path), stat.st_size, stat.st_mtime_ns) for path, stat in files.items())

@@ -19,21 +19,14 @@ from kedit_lightning.benchmark.quality import judged
 from kedit_lightning.benchmark.run_context import PromptBatch, answers, ignore
 from kedit_lightning.data.datamodule import EditDataModule, Split
 from kedit_lightning.edits import CompositeEdit, Edit, EditOrigin
-from kedit_lightning.errors import (
-    InvalidRequestError,
-    NothingToFitError,
-    UnsupportedUseError,
-)
+from kedit_lightning.errors import InvalidRequestError, NothingToFitError, UnsupportedUseError
 from kedit_lightning.methods.capabilities import (
     Capabilities,
     MethodSettings,
     Need,
-    base_identity,
-    missing_in_examples,
-    missing_in_requests,
+    check_needs,
     plain,
     public_path,
-    refuse_missing,
     warn_of_other_base,
 )
 from kedit_lightning.metrics import SummaryRow
@@ -109,20 +102,18 @@ class EditMethod(pl.LightningModule):
             UnsupportedUseError: The method cannot edit a model of this kind.
             NonFiniteError: The base model's weights hold NaN.
         """
-        if self._built:
-            return
-        self.can.check_base(type(self).__name__, self.base)
-        self.base.check_finite()
-        self.build()
-        self._built = True
+        if not self._built:
+            self.can.check_base(type(self).__name__, self.base)
+            self.base.check_finite()
+            self.build()
+            self._built = True
 
     # ---- editing
 
     def edit(self, requests: Sequence[EditRequest]) -> Edit:
-        """Compute an edit; the model does not change until it is applied.
+        """Compute an edit on top of those applied now; the model does not change until ``apply``.
 
-        It is computed on top of the edits that are applied now.  A method that writes one fact at
-        a time writes several one after another.
+        A method that writes one fact at a time writes several one after another.
 
         Raises:
             InvalidRequestError: There is no request.
@@ -141,12 +132,7 @@ class EditMethod(pl.LightningModule):
 
     @contextmanager
     def computing(self, requests: Sequence[EditRequest]) -> Iterator[None]:
-        """Check requests and build what is needed; inside, gradients are enabled.
-
-        Raises:
-            InvalidRequestError: There is no request.
-            MissingNeedsError: A request lacks something the method needs.
-        """
+        """Check requests and build what is needed; inside, gradients are enabled."""
         if not requests:
             raise InvalidRequestError("edit() got no requests; give at least one EditRequest")
         self.check_requests(requests)
@@ -165,9 +151,6 @@ class EditMethod(pl.LightningModule):
         large edits need not be held together.  A method that is faster on several at once returns
         a list; it then draws random numbers from :meth:`generator` alone, since global ones would
         depend on which edits are computed together.
-
-        Args:
-            requests_of_examples: The requests of each example.
         """
         return map(self.edit, requests_of_examples)
 
@@ -194,11 +177,7 @@ class EditMethod(pl.LightningModule):
     # ---- needs
 
     def check_learns(self) -> None:
-        """Make sure that there is something to fit.
-
-        Raises:
-            NothingToFitError: The method learns nothing before its requests.
-        """
+        """Raise :class:`NothingToFitError` if the method learns nothing before its requests."""
         if not self.learns:
             raise NothingToFitError(
                 f"{type(self).__name__} learns nothing before its requests, so there is nothing to "
@@ -206,21 +185,13 @@ class EditMethod(pl.LightningModule):
             )
 
     def check_requests(self, requests: Sequence[EditRequest]) -> None:
-        """Make sure that requests carry what the method needs.
-
-        Raises:
-            MissingNeedsError: Names every request that lacks something, and the field.
-        """
-        refuse_missing(type(self).__name__, missing_in_requests(requests, self.needs))
+        """Raise :class:`MissingNeedsError` that names each request that lacks a needed field."""
+        check_needs(type(self).__name__, requests, self.needs)
 
     def check_examples(self, examples: Sequence[EditExample], fitting: bool = False) -> None:
-        """Make sure that examples carry what the method needs to edit, or to be fitted.
-
-        Raises:
-            MissingNeedsError: Names every example that lacks something, and the field.
-        """
+        """The same for examples to be edited, and for the probes of examples to be fitted on."""
         if fitting:
-            refuse_missing(type(self).__name__, missing_in_examples(examples, self.needs_to_fit))
+            check_needs(type(self).__name__, examples, self.needs_to_fit)
         else:
             self.check_requests([r for example in examples for r in example.requests])
 
@@ -332,11 +303,12 @@ class EditMethod(pl.LightningModule):
         settings = checkpoint.setdefault("hyper_parameters", {})
         settings["_class_path"] = public_path(type(self))
         settings.setdefault("_instantiator", "lightning.pytorch.cli.instantiate_module")
-        checkpoint["base_model"] = base_identity(self.base)
+        names = ("name", "fingerprint", "tokenizer_fingerprint")
+        checkpoint["base_model"] = {name: getattr(self.base, name) for name in names}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Warn when the checkpoint was fitted on another base model."""
-        warn_of_other_base(checkpoint.get("base_model", {}), base_identity(self.base))
+        warn_of_other_base(checkpoint.get("base_model", {}), self.base)
 
 
 def as_edit_method(module: object) -> EditMethod:

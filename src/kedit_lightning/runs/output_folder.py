@@ -66,9 +66,6 @@ class OutputFolder:
     def start(self, settings: Mapping[str, Any]) -> None:
         """Keep the settings of a new run; compare them with those of the run to be continued.
 
-        Args:
-            settings: Plain values by name, perhaps nested, on which results depend.
-
         Raises:
             ResumeError: The run to be continued had other settings; the message names them.
         """
@@ -94,7 +91,7 @@ class OutputFolder:
         whole = content[: content.rfind(b"\n") + 1]
         for number, line in enumerate(whole.decode("utf-8").split("\n")[:-1], start=1):
             try:
-                record: ExampleRecord = json.loads(line)
+                record = json.loads(line)
                 self._records[record["id"], record["stage"]] = record
             except (json.JSONDecodeError, KeyError, TypeError) as error:
                 raise ResumeError(
@@ -122,12 +119,9 @@ class OutputFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         line = json.dumps(record, ensure_ascii=False) + "\n"
         # One write, so that several processes may append to one file.
-        handle = os.open(self.results, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            os.write(handle, line.encode("utf-8"))
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        with self.results.open("ab", buffering=0) as file:
+            file.write(line.encode("utf-8"))
+            os.fsync(file.fileno())
 
     # ---- edits
 
@@ -163,11 +157,7 @@ class OutputFolder:
         }
 
     def write_stack(self, facts: Mapping[str, Any]) -> None:
-        """Write ``stack.json``: the edits in the order they are applied.
-
-        Args:
-            facts: What else the file says, such as the base model.
-        """
+        """Write ``stack.json``: facts such as the base model, and the edits in their order."""
         records: Iterator[Mapping[str, Any]] = self.records()
         names = [str(record["edit_name"]) for record in records if "edit_name" in record]
         order = [self._edits.get(name) or self._described(name) for name in [*names, *self._edits]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from kedit_lightning.benchmark.run_context import PromptBatch
 from kedit_lightning.data.dataloader import BatchLoader, chunks
@@ -38,7 +39,9 @@ def read_prompts(file: str | Path | None = None, prompt: str | None = None) -> l
     except json.JSONDecodeError as error:
         raise DataFileError(f"{path} is no JSON: {error}") from error
     entries = entries if isinstance(entries, list) and entries else [None]
-    prompts = [entry.get("prompt") if isinstance(entry, dict) else entry for entry in entries]
+    prompts: list[Any] = [
+        entry.get("prompt") if isinstance(entry, dict) else entry for entry in entries
+    ]
     for place, text in enumerate(prompts):
         if not isinstance(text, str) or not text.strip():
             raise DataFileError(

@@ -19,17 +19,9 @@ _LONG = 300
 
 
 def zero_change(module: nn.Module, dtype: torch.dtype) -> WeightDelta:
-    """A trainable change of a projection that starts at zero.
+    """A trainable change, zero at first: dense ``[d_out, d_in]``, and bias ``[d_out]`` if any.
 
-    It has a bias where the module has one.  It is kept in at least float32: in bfloat16 an entry
-    of 0.02 could not move by less than 6e-5.
-
-    Args:
-        module: The projection, a Linear or Conv1D module.
-        dtype: Data type of the base model.
-
-    Returns:
-        A change with a dense part ``[d_out, d_in]`` and perhaps a bias ``[d_out]``.
+    It is kept in at least float32: in bfloat16 an entry of 0.02 could not move by less than 6e-5.
     """
     d_in, d_out = projection_shape(module)
     options: dict[str, Any] = {

@@ -46,23 +46,9 @@ class Pool:
         """The records most similar to a fact, best first, without those about the fact itself."""
         if not count:
             return []
-        excluded = [self._same_fact(example, request) for example in self.examples]
+        excluded = [any(same_fact(r, request) for r in e.requests) for e in self.examples]
         ranking = self._index.top(_text(request), count + sum(excluded))
         return [self.examples[i] for i in ranking if not excluded[i]][:count]
-
-    @staticmethod
-    def _same_fact(example: EditExample, request: EditRequest) -> bool:
-        # Ids of different files are unrelated, so texts are compared.  Other facts about the
-        # subject count too, since a probe may ask for them.
-        return any(
-            same_text(other.prompt, request.prompt)
-            or (
-                other.subject is not None
-                and request.subject is not None
-                and same_text(other.subject, request.subject)
-            )
-            for other in example.requests
-        )
 
     @cached_property
     def description(self) -> dict[str, Any]:
@@ -82,13 +68,19 @@ def _text(request: EditRequest) -> str:
     return statement(request).removeprefix("New Fact: ").removesuffix("\nPrompt: ")
 
 
+def same_fact(one: EditRequest, other: EditRequest) -> bool:
+    """Whether two requests share the prompt, or the subject, which a probe may ask for too."""
+    # Ids of different files are unrelated, so texts are compared.
+    if one.subject is not None and other.subject is not None:
+        return same_text(one.subject, other.subject) or same_text(one.prompt, other.prompt)
+    return same_text(one.prompt, other.prompt)
+
+
 def pool_name(source: PoolSource | None) -> str | None:
     """Short name of a pool, for reports."""
     if source is None or isinstance(source, str | Path):
         return None if source is None else str(source)
-    if isinstance(source, EditDataModule):
-        return type(source).__name__
-    return f"{len(source)} records"
+    return type(source).__name__ if isinstance(source, EditDataModule) else f"{len(source)} records"
 
 
 def load_pool(source: PoolSource, retriever: str) -> Pool:
@@ -98,12 +90,8 @@ def load_pool(source: PoolSource, retriever: str) -> Pool:
         DataFileError: The file is absent or holds bad records.
         InvalidRequestError: The pool is empty.
     """
-    if isinstance(source, str | Path):
-        examples: Sequence[EditExample] = Requests(train_path=source).examples("train")
-    elif isinstance(source, EditDataModule):
-        examples = source.examples("train")
-    else:
-        examples = source
+    data = Requests(train_path=source) if isinstance(source, str | Path) else source
+    examples = data.examples("train") if isinstance(data, EditDataModule) else data
     if not examples:
         raise InvalidRequestError(
             "the pool of demonstrations holds no records; give one that does, or leave it out"
