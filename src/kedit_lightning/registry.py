@@ -80,14 +80,10 @@ def load_plugins() -> list[str]:
 
 
 def lazy_exports(kind: Kind | None, others: dict[str, str]) -> Callable[[str], Any]:
-    """The ``__getattr__`` of a package that imports its classes on first use.
+    """The ``__getattr__`` of a package that imports its entries and other names on first use.
 
     Importing torch, Lightning, peft or matplotlib takes a second or more each.  This is the one way
     to import a module late: no function has an import statement.
-
-    Args:
-        kind: Kind of the entries that the package exports, if any.
-        others: Further names, with the modules that define them.
     """
 
     def get(name: str) -> Any:

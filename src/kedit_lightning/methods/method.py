@@ -231,41 +231,26 @@ class EditMethod(pl.LightningModule):
     # ---- test, validate and predict
 
     def on_test_epoch_start(self) -> None:
-        """Begin a pass over the test split."""
-        self._start("test")
-
-    def on_validation_epoch_start(self) -> None:
-        """Begin a pass over the validation split."""
-        self._start("validation")
+        """Begin a pass over the split that is tested or validated."""
+        run, trainer = self.run, self.trainer
+        if trainer.state.fn == "fit":
+            # Free answers would take longer than the training that the validation watches over.
+            run = replace(run, protocol=replace(run.protocol, generate=False))
+        split: Split = "test" if trainer.testing else "validation"
+        ranks = trainer.global_rank, trainer.world_size
+        self.runner = ProtocolRunner(self.base, self.edit, run, split, self.edit_each, ranks)
+        self.runner.metrics.to(self.device)
+        chunks = trainer.num_test_batches if trainer.testing else trainer.num_val_batches
+        self.runner.chunks = sum(chunks)
 
     def test_step(self, batch: EditBatch, batch_idx: int) -> None:
         """Edit and score one chunk."""
         for record in self.runner.chunk(batch.examples, batch_idx):
             self.runner.metrics.update(record)
 
-    validation_step = test_step
-
     def on_test_epoch_end(self) -> None:
         """Score what is scored at the end, and log all scores."""
-        self._finish("")
-
-    def on_validation_epoch_end(self) -> None:
-        """Score what is scored at the end, and log all scores."""
-        self._finish("val/")
-
-    def _start(self, split: Split) -> None:
-        run, trainer = self.run, self.trainer
-        if trainer.state.fn == "fit":
-            # Free answers would take longer than the training that the validation watches over.
-            run = replace(run, protocol=replace(run.protocol, generate=False))
-        ranks = trainer.global_rank, trainer.world_size
-        self.runner = ProtocolRunner(self.base, self.edit, run, split, self.edit_each, ranks)
-        self.runner.metrics.to(self.device)
-        chunks = trainer.num_test_batches if split == "test" else trainer.num_val_batches
-        self.runner.chunks = sum(chunks)
-
-    def _finish(self, prefix: str) -> None:
-        metrics = self.runner.metrics
+        metrics, prefix = self.runner.metrics, "" if self.trainer.testing else "val/"
         for record in self.runner.finish():
             metrics.update(record)
         self.close_evaluation()
@@ -276,6 +261,9 @@ class EditMethod(pl.LightningModule):
         values = {f"{prefix}{key}": value for key, value in scores.items()}
         # They are equal on all ranks already; Lightning warns unless it is told to make them so.
         self.log_dict(values, sync_dist=self.trainer.world_size > 1)
+
+    on_validation_epoch_start, validation_step = on_test_epoch_start, test_step
+    on_validation_epoch_end = on_test_epoch_end
 
     def close_evaluation(self) -> None:
         """Restore the stack as it was before a pass, however it ended."""

@@ -43,14 +43,15 @@ class OutputFolder:
         self.resumed = resume
         self._edits: dict[str, dict[str, Any]] = {}
         self._records: dict[tuple[str, str], ExampleRecord] = {}
+        started = (self.path / "run.json").is_file()
         if resume:
-            if not (self.path / "run.json").is_file():
+            if not started:
                 raise ResumeError(
                     f"{self.path} holds no run to continue (no run.json in it); start one with "
                     f"--output {self.path}"
                 )
             self._read_records(first)
-        elif first and (self.results.exists() or (self.path / "run.json").exists()):
+        elif first and (started or self.results.exists()):
             raise ResumeError(
                 f"{self.path} holds the results of an earlier run; continue that run with "
                 f"--resume {self.path}, or name another folder for this one"

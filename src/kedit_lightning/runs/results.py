@@ -82,20 +82,16 @@ def run_facts(
 
 def metric_protocol(protocol: Protocol) -> dict[str, Any]:
     """How answers are taken and numbers summed up."""
-    metrics = new_metrics(protocol)
+    metrics, places = new_metrics(protocol), "at the positions of the probe's answer"
+    free_answers, tokens = "none", protocol.max_new_tokens
+    if protocol.generates:
+        places = "along its own greedy continuation"
+        free_answers = f"greedy, up to {tokens} tokens, ended by the model or by its first "
+        free_answers += "line or sentence"
     return {
         "scoring": protocol.scoring,
-        "free_answers": (
-            f"greedy, up to {protocol.max_new_tokens} tokens, ended by the model or by its first "
-            "line or sentence"
-            if protocol.generates
-            else "none"
-        ),
-        "locality": (
-            "compared with the unedited base model along its own greedy continuation"
-            if protocol.generates
-            else "compared with the unedited base model at the positions of the probe's answer"
-        ),
+        "free_answers": free_answers,
+        "locality": f"compared with the unedited base model {places}",
         "intervals": (
             f"{metrics.level:.0%}, bootstrap of {metrics.resamples} draws over subjects, "
             f"seed {metrics.seed}"
@@ -126,10 +122,8 @@ def summary_of(records: Iterable[ExampleRecord], protocol: Protocol) -> dict[str
     blocks: dict[str, Any] = {"scores": {}, **{name: {} for name in _COSTS}}
     for key, entry in entries.items():
         block, _, rest = key.partition("/")
-        if block in _COSTS:
-            blocks[block][rest] = entry
-        else:
-            blocks["scores"][key] = entry
+        block, rest = (block, rest) if block in _COSTS else ("scores", key)
+        blocks[block][rest] = entry
     return blocks
 
 

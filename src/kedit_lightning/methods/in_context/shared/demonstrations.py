@@ -23,13 +23,7 @@ QUOTA: dict[Form, int] = {"copy": 4, "update": 12, "retain": 16}
 
 @dataclass(frozen=True)
 class Demonstration:
-    """One demonstration.
-
-    Args:
-        record: Id of the record it comes from.
-        form: Its form.
-        text: Its text, up to and with the empty line at its end.
-    """
+    """Id of the record a demonstration comes from, its form, and its text with an empty line."""
 
     record: str
     form: Form
