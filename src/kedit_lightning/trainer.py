@@ -26,18 +26,6 @@ from kedit_lightning.runs.output_folder import OutputFolder, apply_saved, load_s
 from kedit_lightning.runs.prompts import prompt_loader, read_prompts
 from kedit_lightning.runs.results import predictions_table, summary_table
 
-#: Callbacks a trainer has unless it is given others of their kind, in the order they are called:
-#: an edit is saved before the results that come from it are written.
-_USUAL: dict[str, dict[str, Any]] = {
-    "PlaceBaseModel": {},
-    "EditSaver": {},
-    "ResultsWriter": {},
-    "RollbackGuard": {},
-    "EditTable": {"only_edit": True},
-    "WandbTable": {},
-    "TrainingReport": {},
-}
-
 
 class EditTrainer(Trainer):
     """Lightning's trainer, with ``edit``, protocols and output folders.
@@ -73,8 +61,11 @@ class EditTrainer(Trainer):
         given = callbacks if isinstance(callbacks, list) else [callbacks] if callbacks else []
         bar = sys.stderr.isatty() if enable_progress_bar is None else enable_progress_bar
         # Loaded by name: type checkers do not see the folder that callbacks are kept in.
-        module = import_module("kedit_lightning.callbacks")
-        usual = [getattr(module, name)(**_USUAL[name]) for name in _USUAL if usual_callbacks]
+        kinds: Any = import_module("kedit_lightning.callbacks")
+        # In the order of their calls: an edit is saved before the results that come from it.
+        usual = [kinds.PlaceBaseModel(), kinds.EditSaver(), kinds.ResultsWriter()]
+        usual += [kinds.RollbackGuard(), kinds.EditTable(only_edit=True), kinds.WandbTable()]
+        usual = [*usual, kinds.TrainingReport()] if usual_callbacks else []
         usual = [c for c in usual if not any(isinstance(other, type(c)) for other in given)]
         # Lightning keeps to itself which devices it sees and what else it has to offer.
         log = logging.getLogger("lightning.pytorch.utilities.rank_zero")

@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import typing
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, TypeAlias
 
 from lightning.pytorch import LightningDataModule, Trainer
@@ -58,17 +57,6 @@ class SavedRun(typing.Protocol):
 
 def ignore(*result: object) -> None:
     """Take an edit or a record and do nothing with it."""
-
-
-def answers(base: BaseModel, prompts: Sequence[str], protocol: Protocol) -> list[dict[str, str]]:
-    """Free answers of the base model without and with its edits, as ``base`` and ``edited``."""
-    settings = protocol.max_new_tokens, protocol.score_batch_size
-    generate = partial(base.generate, prompts, *settings, stop_at_sentence=True)
-    with base.edits.suspended():
-        unedited = generate()
-    edited = generate() if base.edits.active else unedited
-    texts = zip(prompts, unedited, edited, strict=True)
-    return [{"prompt": p, "base": before, "edited": after} for p, before, after in texts]
 
 
 @dataclass

@@ -198,11 +198,9 @@ class ProtocolRunner:
         return edit, seconds
 
     def _edits(self, examples: Sequence[EditExample]) -> Iterator[TimedEdit]:
-        """The edit of each example, all of them on the stack as it stands.
+        """The edit of each example on the stack as it stands: a saved one, or computed.
 
-        Saved ones are taken.  The others are computed together where the method can, and otherwise
-        each when its turn comes, so that no more are held than the caller keeps.  Time spent before
-        the first one is there is shared out evenly.
+        A method that does not compute them together computes each when it is asked for.
         """
         names = [_name(example.id) for example in examples]
         missing = [n for n in names if self._saved is None or not self._saved.has_edit(n)]
@@ -224,9 +222,8 @@ class ProtocolRunner:
     ) -> Iterator[list[tuple[EditExample, TimedEdit]]]:
         """Examples with their edits, in groups whose rows share forward passes.
 
-        A group holds as many edits as may be held at once; one whose edit rows cannot carry holds
-        that one alone.  A group is emptied when the next is asked for, so that both are never held.
-        When an edit fails, those computed before it are yielded first.
+        An edit that rows cannot carry is alone in its group.  A group is emptied when the next is
+        asked for.  When an edit fails, those computed before it are yielded first.
         """
         group: list[tuple[EditExample, TimedEdit]] = []
         held = 0

@@ -8,6 +8,7 @@ from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
@@ -16,7 +17,7 @@ import torch
 from kedit_lightning.base_models import BaseModel, BaseModelSpec
 from kedit_lightning.benchmark import ProtocolRunner, RunContext
 from kedit_lightning.benchmark.quality import judged
-from kedit_lightning.benchmark.run_context import PromptBatch, answers, ignore
+from kedit_lightning.benchmark.run_context import PromptBatch, ignore
 from kedit_lightning.data.datamodule import EditDataModule, Split
 from kedit_lightning.edits import CompositeEdit, Edit, EditOrigin
 from kedit_lightning.errors import InvalidRequestError, NothingToFitError, UnsupportedUseError
@@ -272,8 +273,15 @@ class EditMethod(pl.LightningModule):
             del self.runner
 
     def predict_step(self, batch: PromptBatch | EditBatch, batch_idx: int) -> list[dict[str, str]]:
-        """Answer prompts with the unedited base model, and under the edits that are applied."""
-        return answers(self.base, batch.prompts, self.run.protocol)
+        """Answer each ``prompt`` without (``base``) and with the applied edits (``edited``)."""
+        base, protocol, prompts = self.base, self.run.protocol, batch.prompts
+        settings = protocol.max_new_tokens, protocol.score_batch_size
+        generate = partial(base.generate, prompts, *settings, stop_at_sentence=True)
+        with base.edits.suspended():
+            unedited = generate()
+        edited = generate() if base.edits.active else unedited
+        texts = zip(prompts, unedited, edited, strict=True)
+        return [{"prompt": p, "base": before, "edited": after} for p, before, after in texts]
 
     # ---- checkpoints
 
