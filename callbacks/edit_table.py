@@ -1,4 +1,4 @@
-"""A table of edits that grows while they are made."""
+"""A table of edits that grows during a run."""
 
 from __future__ import annotations
 

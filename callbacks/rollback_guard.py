@@ -89,7 +89,7 @@ def checksum(tensor: Tensor) -> tuple[int, int]:
     >>> checksum(torch.tensor([1.0, 2.0])) == checksum(torch.tensor([2.0, 1.0]))
     False
     """
-    if hasattr(tensor, "to_local"):  # sharded over processes; each looks after its own share
+    if hasattr(tensor, "to_local"):  # sharded over processes; each checks its own shard
         tensor = tensor.to_local()
     flat = tensor.detach().reshape(-1)
     if flat.numel() == 0:

@@ -247,7 +247,7 @@ class EditTrainer(Trainer):
             ckpt_path: Checkpoint of a fitted method.
             weights_only: Passed to ``torch.load``.
             edits: Output folder of ``edit`` or ``test``, or one saved edit.
-            prompts: File with a prompt a line, or a JSON list.
+            prompts: File with one prompt per line, or a JSON list.
             prompt: A single prompt.
             verbose: Print the answers.
 

@@ -1,4 +1,4 @@
-"""Callbacks that are told of edits and of scored examples."""
+"""Callbacks with hooks for edits and for scored examples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run tells its method: protocol, seed, data, output, and who takes edits and records."""
+"""What a run tells its method: protocol, seed, data, output, and sinks of edits and records."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ class OutputFolder:
 
     @property
     def results(self) -> Path:
-        """The file with a line an example."""
+        """The file with one record per line."""
         return self.path / "results.jsonl"
 
     # ---- settings
@@ -173,7 +173,7 @@ class OutputFolder:
         write_atomically(self.path / name, text.encode("utf-8"))
 
     def write_csv(self) -> None:
-        """Write ``results.csv``: a line a probe, with what was read before and after."""
+        """Write ``results.csv``: a line per probe, with readings before and after."""
         states = ("base", "before", "after")
         readings = [f"{state}_{name}" for state in states for name in _CSV_READINGS]
         text = io.StringIO()

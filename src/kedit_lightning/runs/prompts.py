@@ -13,7 +13,7 @@ from kedit_lightning.errors import DataFileError, DataFileNotFoundError, Unsuppo
 
 
 def read_prompts(file: str | Path | None = None, prompt: str | None = None) -> list[str]:
-    """The one prompt that was given, or those of a file: text with a prompt a line, or JSON.
+    """The one prompt that was given, or those of a file: text with one prompt per line, or JSON.
 
     Raises:
         DataFileError: The file is absent, or holds something else.
