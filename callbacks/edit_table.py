@@ -1,4 +1,4 @@
-"""A table of edits that grows while they are made."""
+"""A table of edits that grows during a run."""
 
 from __future__ import annotations
 
@@ -63,15 +63,17 @@ class EditTable(EditCallback):
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the whole table on the screen."""
-        if self._stop() and self._rows:
+        live, self._live = self._live, None
+        if live is not None and live.is_started:
+            live.stop()
+        if live is not None and self._rows:
             self.console.print(self.table())
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Leave what there is on the screen."""
-        if self._stop() and self._rows:
-            self.console.print(self.table())
+        self.on_test_end(trainer, pl_module)
 
     def table(self) -> Table:
         """The table as it stands."""
@@ -82,12 +84,6 @@ class EditTable(EditCallback):
         for cells in self._rows:
             table.add_row(*cells)
         return table
-
-    def _stop(self) -> bool:
-        live, self._live = self._live, None
-        if live is not None and live.is_started:
-            live.stop()
-        return live is not None
 
 
 def row(probe: ProbeRecord) -> tuple[Text, ...]:

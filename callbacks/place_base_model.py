@@ -14,21 +14,8 @@ class PlaceBaseModel(EditCallback):
     A model that is quantised or has a device map stays where it is.
     """
 
-    def _place(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Place it before a run, whichever the command is."""
         as_edit_method(pl_module).base.to(trainer.strategy.root_device)
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Place it before a fit."""
-        self._place(trainer, pl_module)
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Place it before a validation."""
-        self._place(trainer, pl_module)
-
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Place it before a test or an edit."""
-        self._place(trainer, pl_module)
-
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Place it before a prediction."""
-        self._place(trainer, pl_module)
+    on_validation_start = on_test_start = on_predict_start = on_fit_start

@@ -17,9 +17,9 @@ from kedit_lightning.runs.results import run_facts, run_settings, summary_of
 class ResultsWriter(EditCallback):
     """Writes the results of ``test`` and ``edit`` into the output folder.
 
-    Without an output folder (``--output``) it does nothing. ``results.jsonl`` gets a line an
+    Without an output folder (``--output``) it does nothing. ``results.jsonl`` gets one line per
     example as soon as it is scored; ``results.json`` (scores with intervals, facts of the run) and
-    ``results.csv`` (a line a probe) are written at the end.
+    ``results.csv`` (a line per probe) are written at the end.
     """
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from kedit_lightning.base_models import BaseModel
 from kedit_lightning.benchmark import EditCallback
+from kedit_lightning.errors import article_list
 from kedit_lightning.methods.method import as_edit_method
 
 #: Elements summed at a time.
@@ -45,15 +46,10 @@ class RollbackGuard(EditCallback):
 
     def _compare(self, base: BaseModel) -> None:
         after = state_of(base)
-        changed = [
-            name
-            for name in [*self._before, *(name for name in after if name not in self._before)]
-            if self._before.get(name) != after.get(name)
-        ]
+        names = dict.fromkeys([*self._before, *after])
+        changed = [name for name in names if self._before.get(name) != after.get(name)]
         if changed:
-            shown = ", ".join(changed[:8]) + (
-                f" and {len(changed) - 8} more" if changed[8:] else ""
-            )
+            shown = article_list(changed, 8)
             raise RuntimeError(
                 f"base model '{base.name}' is not what it was before the run: {shown} differ, so "
                 "its answers and all results after the first example are in doubt; this is a bug "
@@ -93,7 +89,7 @@ def checksum(tensor: Tensor) -> tuple[int, int]:
     >>> checksum(torch.tensor([1.0, 2.0])) == checksum(torch.tensor([2.0, 1.0]))
     False
     """
-    if hasattr(tensor, "to_local"):  # sharded over processes; each looks after its own share
+    if hasattr(tensor, "to_local"):  # sharded over processes; each checks its own shard
         tensor = tensor.to_local()
     flat = tensor.detach().reshape(-1)
     if flat.numel() == 0:

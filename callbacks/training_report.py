@@ -52,7 +52,7 @@ class TrainingReport(EditCallback):
             if name.startswith(_TRAIN)
         }
         if logged:
-            # Fetched from the device together: one wait instead of one a scalar.
+            # Fetched from the device together: one wait instead of one per scalar.
             values = torch.stack([value.detach().double() for value in logged.values()]).tolist()
             self._add(trainer, dict(zip(logged, values, strict=True)))
 

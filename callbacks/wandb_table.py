@@ -54,5 +54,5 @@ class WandbTable(EditCallback):
             scores |= {row.key: row.mean, f"{row.key}/low": row.low, f"{row.key}/high": row.high}
         for logger in loggers:
             logger.log_table(key="probes", columns=_COLUMNS, data=self._rows)
-            # A summary holds one number a name, as a whole run has; a curve would have one point.
+            # A summary holds one number per name; a curve would have a single point.
             logger.experiment.summary.update(scores)

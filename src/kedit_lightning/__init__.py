@@ -28,16 +28,13 @@ __all__ = [
     "__version__",
 ]
 
-_MODULE_OF = {
-    "BaseModel": "base_models",
-    "BaseModelSpec": "base_models",
-    "Edit": "edits",
-    "EditBatch": "requests",
-    "EditExample": "requests",
-    "EditRequest": "requests",
-    "EditTrainer": "trainer",
-    "Probe": "requests",
+_NAMES_IN = {
+    "base_models": ("BaseModel", "BaseModelSpec"),
+    "edits": ("Edit",),
+    "requests": ("EditBatch", "EditExample", "EditRequest", "Probe"),
+    "trainer": ("EditTrainer",),
 }
+_MODULE_OF = {name: module for module, names in _NAMES_IN.items() for name in names}
 __getattr__ = lazy_exports(None, {n: f"{__name__}.{module}" for n, module in _MODULE_OF.items()})
 
 

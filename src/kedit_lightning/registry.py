@@ -62,13 +62,10 @@ def entries(kind: Kind) -> dict[str, Entry]:
 
 
 def load_plugins() -> list[str]:
-    """Import the modules that other packages name in the group ``kedit_lightning.plugins``.
+    """Import the modules that other packages name in the entry-point group.
 
-    Such a module registers entries, or defines subclasses.  One that fails is left out with a
-    warning.
-
-    Returns:
-        The packages of plug-ins and of the entries they registered, which configs may name.
+    Such a module registers entries, or defines subclasses; one that fails is left out with a
+    warning.  Returns the packages of plug-ins and of their entries, which configs may name.
     """
     modules = []
     for point in entry_points(group=PLUGINS):
@@ -83,15 +80,10 @@ def load_plugins() -> list[str]:
 
 
 def lazy_exports(kind: Kind | None, others: dict[str, str]) -> Callable[[str], Any]:
-    """The ``__getattr__`` of a package that imports its classes on first use.
+    """The ``__getattr__`` of a package that imports its entries and other names on first use.
 
-    Importing torch, Lightning, peft or matplotlib takes a second or more each, so a package imports
-    a module only when one of its names is used.  This is the one way to import a module late: no
-    function has an import statement.
-
-    Args:
-        kind: Kind of the entries that the package exports, if any.
-        others: Further names, with the modules that define them.
+    Importing torch, Lightning, peft or matplotlib takes a second or more each.  This is the one way
+    to import a module late: no function has an import statement.
     """
 
     def get(name: str) -> Any:
@@ -104,34 +96,18 @@ def lazy_exports(kind: Kind | None, others: dict[str, str]) -> Callable[[str], A
     return get
 
 
-def _add(kind: Kind, package: str, table: dict[str, tuple[str, str, str]]) -> None:
-    """Register classes of a package: module, file of the packaged config or "", and summary."""
-    for name, (module, config, summary) in table.items():
-        config = config and f"{package}/{config}"
-        register(Entry(kind, name, f"kedit_lightning.{package}.{module}", summary, config))
-
-
-_add(
-    "method",
-    "methods",
-    {
+#: The classes of each package: module, file of the packaged config or "", and summary.
+_OWN: dict[tuple[Kind, str], dict[str, tuple[str, str, str]]] = {
+    ("method", "methods"): {
         "AlphaEdit": ("locate.alphaedit", "alphaedit", "MEMIT in the null space of typical keys"),
         "EMMET": ("locate.memit", "emmet", "MEMIT with equality, at one layer"),
         "FTM": ("finetune.ftm", "ftm", "fine-tuning one layer (FT-M, FT-L)"),
         "GRACE": ("memory.grace", "grace", "codebook memory of keys and values"),
         "IKE": ("in_context.ike", "ike", "in-context editing with demonstrations"),
-        "InstructEdit": (
-            "hypernetwork.instructedit",
-            "instructedit",
-            "MEND with instructions",
-        ),
+        "InstructEdit": ("hypernetwork.instructedit", "instructedit", "MEND with instructions"),
         "KE": ("hypernetwork.ke", "ke", "hypernetwork that gates the gradient of a request"),
         "KN": ("locate.kn", "kn", "knowledge neurons, a historical baseline"),
-        "MALMEN": (
-            "hypernetwork.malmen",
-            "malmen",
-            "hypernetwork and ridge regression, many facts",
-        ),
+        "MALMEN": ("hypernetwork.malmen", "malmen", "MEND for many facts, by ridge regression"),
         "MEMIT": ("locate.memit", "memit", "many facts over a few layers, closed form"),
         "MEND": ("hypernetwork.mend", "mend", "hypernetwork that transforms a gradient; T5 too"),
         "PMET": ("locate.memit", "pmet", "MEMIT with values of attention and MLP"),
@@ -141,11 +117,7 @@ _add(
         "SERAC": ("memory.serac", "serac", "memory with scope and counterfactual model; T5 too"),
         "UltraEdit": ("locate.ultraedit", "ultraedit", "regression of normalised gradients"),
     },
-)
-_add(
-    "dataset",
-    "data",
-    {
+    ("dataset", "data"): {
         "CounterFact": (
             "knowledge.counterfact",
             "counterfact",
@@ -165,11 +137,7 @@ _add(
         ),
         "ZsRE": ("knowledge.zsre", "zsre", "MEND's records"),
     },
-)
-_add(
-    "callback",
-    "callbacks",
-    {
+    ("callback", "callbacks"): {
         "CausalTracing": ("causal_tracing", "", "heat maps of causal traces"),
         "EditSaver": ("edit_saver", "", "saves edits as they are computed"),
         "EditTable": ("edit_table", "", "a table of edits that grows during a run"),
@@ -180,11 +148,7 @@ _add(
         "TrainingReport": ("training_report", "", "draws the curves of a fit"),
         "WandbTable": ("wandb_table", "", "a table of answers in Weights & Biases"),
     },
-)
-_add(
-    "metric",
-    "metrics.scores",
-    {
+    ("metric", "metrics.scores"): {
         "BaseKL": ("locality", "", "KL divergence from the base model"),
         "ExactMatch": ("answers", "", "all tokens of an answer are arg-max, teacher-forced"),
         "GenerationContains": ("answers", "", "the free generation states an answer"),
@@ -196,4 +160,8 @@ _add(
         "UnchangedText": ("locality", "", "the free generation is the base model's"),
         "UnchangedTop1": ("locality", "", "all arg-max tokens are the base model's"),
     },
-)
+}
+for (_kind, _package), _table in _OWN.items():
+    for _name, (_module, _config, _summary) in _table.items():
+        _config = _config and f"{_package}/{_config}"
+        register(Entry(_kind, _name, f"kedit_lightning.{_package}.{_module}", _summary, _config))

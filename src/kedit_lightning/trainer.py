@@ -26,18 +26,6 @@ from kedit_lightning.runs.output_folder import OutputFolder, apply_saved, load_s
 from kedit_lightning.runs.prompts import prompt_loader, read_prompts
 from kedit_lightning.runs.results import predictions_table, summary_table
 
-#: Callbacks a trainer has unless it is given others of their kind, in the order they are called:
-#: an edit is saved before the results that come from it are written.
-_USUAL: dict[str, dict[str, Any]] = {
-    "PlaceBaseModel": {},
-    "EditSaver": {},
-    "ResultsWriter": {},
-    "RollbackGuard": {},
-    "EditTable": {"only_edit": True},
-    "WandbTable": {},
-    "TrainingReport": {},
-}
-
 
 class EditTrainer(Trainer):
     """Lightning's trainer, with ``edit``, protocols and output folders.
@@ -73,8 +61,11 @@ class EditTrainer(Trainer):
         given = callbacks if isinstance(callbacks, list) else [callbacks] if callbacks else []
         bar = sys.stderr.isatty() if enable_progress_bar is None else enable_progress_bar
         # Loaded by name: type checkers do not see the folder that callbacks are kept in.
-        module = import_module("kedit_lightning.callbacks")
-        usual = [getattr(module, name)(**_USUAL[name]) for name in _USUAL if usual_callbacks]
+        kinds: Any = import_module("kedit_lightning.callbacks")
+        # In the order of their calls: an edit is saved before the results that come from it.
+        usual = [kinds.PlaceBaseModel(), kinds.EditSaver(), kinds.ResultsWriter()]
+        usual += [kinds.RollbackGuard(), kinds.EditTable(only_edit=True), kinds.WandbTable()]
+        usual = [*usual, kinds.TrainingReport()] if usual_callbacks else []
         usual = [c for c in usual if not any(isinstance(other, type(c)) for other in given)]
         # Lightning keeps to itself which devices it sees and what else it has to offer.
         log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
@@ -256,22 +247,20 @@ class EditTrainer(Trainer):
             ckpt_path: Checkpoint of a fitted method.
             weights_only: Passed to ``torch.load``.
             edits: Output folder of ``edit`` or ``test``, or one saved edit.
-            prompts: File with a prompt a line, or a JSON list.
+            prompts: File with one prompt per line, or a JSON list.
             prompt: A single prompt.
             verbose: Print the answers.
 
         Returns:
             For each prompt, the answer of the base model and that under the edits.
         """
-        asked = read_prompts(prompts, prompt)
-        if asked:
+        if asked := read_prompts(prompts, prompt):
             dataloaders, datamodule = prompt_loader(asked, self.protocol.score_batch_size), None
         elif dataloaders is None and datamodule is None:
             raise UnsupportedUseError(
                 "predict was given no prompt; add --prompt TEXT, --prompts FILE, or --data DATASET"
             )
-        if dataloaders is None or isinstance(dataloaders, LightningDataModule):
-            dataloaders, datamodule = _data("predict", dataloaders, datamodule)
+        dataloaders, datamodule = _data("predict", dataloaders, datamodule)
         running = self._running("predict", model, datamodule)
         with running as method, method.base.edits.restored():
             apply_saved([] if edits is None else load_stack(edits, method.base))
@@ -321,8 +310,7 @@ class EditTrainer(Trainer):
                 Console().print(summary_table(method.summary, title))
         except KEditError as error:
             if folder is not None and folder.results.exists():
-                note = f"what was finished before is kept, continue with --resume {folder.path}"
-                error.add_note(note)
+                error.add_note(f"finished examples are kept, continue with --resume {folder.path}")
             raise
         finally:
             method.close_evaluation()

@@ -25,7 +25,7 @@ from kedit_lightning.cli.config_arguments import (
     with_saved_config,
     with_saved_method,
 )
-from kedit_lightning.cli.help_pages import caching, help_page
+from kedit_lightning.cli.help_pages import caching, help_page, saved_help
 from kedit_lightning.cli.main import HELP, KEditCLI, main
 from kedit_lightning.errors import ResumeError
 
@@ -483,22 +483,25 @@ for command in {commands}:
 
 
 def test_cached_help_is_what_the_parser_shows(tmp_path: Path) -> None:
-    """A first process renders help and saves it; the second has no Lightning to parse with."""
+    """A first process renders help, says so and saves it; the second has no Lightning."""
     code = EACH_HELP.format(commands=sorted(KEditCLI.subcommands()))
     uncached = "main.help_page = lambda arguments: None" + code.partition("import main")[2]
     block = "import sys; sys.modules.update(lightning=None, torch=None, jsonargparse=None)"
     environment = {**os.environ, "COLUMNS": "101"}
 
-    def output(code: str) -> str:
-        return subprocess.run(
+    def output(code: str) -> tuple[str, str]:
+        result = subprocess.run(
             [sys.executable, "-c", code],
             capture_output=True,
             text=True,
             check=True,
             env=environment,
-        ).stdout
+        )
+        return result.stdout, result.stderr
 
-    rendered, cached = output(code + uncached).split(">>>\n")[:-1], output(block + code)
+    (text, notes), (cached, silence) = output(code + uncached), output(block + code)
+    assert (notes.count(f"once if {tmp_path / 'cache' / 'help'} can be"), silence) == (5, "")
+    rendered = text.split(">>>\n")[:-1]
     saved, parsed = rendered[:5], rendered[5:]
     assert len(list((tmp_path / "cache" / "help").iterdir())) == len(saved) == len(parsed)
     assert cached.split(">>>\n")[:-1] == saved == parsed
@@ -565,6 +568,7 @@ def test_only_help_that_was_printed_whole_is_cached(
     assert sorted(page.parent.iterdir()) == [page, other]
     with pytest.raises(SystemExit):
         leave(page / "no folder" / "x.txt", 0)
+    assert [saved_help(path) for path in (page, page.parent, page / "x.txt")] == ["usage", "", ""]
 
 
 def test_help_and_version_need_neither_lightning_nor_torch() -> None:

@@ -18,11 +18,7 @@ from kedit_lightning.base_models import BaseModel
 
 
 class Clock:
-    """Seconds since it was last asked, with the device's work done.
-
-    Args:
-        base: The base model whose device is waited for.
-    """
+    """Seconds since the last lap, with the work of the base model's device done."""
 
     def __init__(self, base: BaseModel) -> None:
         self._base = base
@@ -56,12 +52,7 @@ def peak_bytes(base: BaseModel) -> float:
 
 @contextmanager
 def fixed_randomness(seed: int, purpose: str) -> Iterator[None]:
-    """Inside, all global random numbers depend on seed and purpose alone.
-
-    Args:
-        seed: Seed of the run.
-        purpose: What the numbers are for.
-    """
+    """Inside, all global random numbers depend on seed and purpose alone."""
     digest = hashlib.sha256(f"{seed}/{purpose}".encode()).digest()
     with isolate_rng():
         random.seed(digest)

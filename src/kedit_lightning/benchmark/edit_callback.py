@@ -1,4 +1,4 @@
-"""Callbacks that are told of edits and of scored examples."""
+"""Callbacks with hooks for edits and for scored examples."""
 
 from __future__ import annotations
 
@@ -16,12 +16,11 @@ from kedit_lightning.metrics import ExampleRecord
 class EditCallback(Callback):
     """A Lightning callback with two more hooks, which ``EditTrainer`` calls during a run.
 
-    Lightning's own trainer calls neither.  Every public method ``on_…`` of a subclass must be a
-    hook that this class or Lightning's ``Callback`` declares.
+    Lightning's own trainer calls neither.
 
     Raises:
-        UnsupportedUseError: A subclass defines a hook that does not exist; raised by the class
-            statement, with the name that comes nearest.
+        UnsupportedUseError: A subclass defines a method ``on_…`` that is no hook of this class or
+            Lightning's ``Callback``; raised by the class statement, with the nearest name.
     """
 
     #: Whether a subclass defines one of the hooks declared here.
@@ -40,25 +39,14 @@ class EditCallback(Callback):
                 )
 
     def on_edit(self, trainer: Trainer, method: LightningModule, name: str, edit: Edit) -> None:
-        """Called with an edit that has just been computed, before it is applied and scored.
-
-        Args:
-            trainer: The trainer.
-            method: The editing method.
-            name: Name of the edit in this run.
-            edit: The edit.
-        """
+        """Called with an edit just computed and its name in the run, before it is applied."""
 
     def on_example_result(
         self, trainer: Trainer, method: LightningModule, record: ExampleRecord, edit: Edit | None
     ) -> None:
-        """Called with the record of an example that has just been scored.
+        """Called with the record of an example just scored, as ``results.jsonl`` holds it.
 
-        Args:
-            trainer: The trainer.
-            method: The editing method.
-            record: The record, as ``results.jsonl`` holds it.
-            edit: The edit it was scored under; ``None`` at later stages of a sequential run.
+        ``edit`` is what it was scored under; ``None`` at later stages of a sequential run.
         """
 
 

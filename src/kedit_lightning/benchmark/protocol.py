@@ -52,10 +52,9 @@ class Protocol:
                 raise self._refuse(field, f"must be one of {', '.join(get_args(kind))}")
         if not self.moments or set(self.moments) - set(get_args(Moment)):
             raise self._refuse("evaluate", "must be immediate, final, or both: immediate,final")
-        for field in ("chunk_size", "score_batch_size", "max_new_tokens", "every"):
+        sizes = ("chunk_size", "score_batch_size", "max_new_tokens")
+        for field in sizes if self.every is None else (*sizes, "every"):
             value = getattr(self, field)
-            if value is None and field == "every":
-                continue
             if not isinstance(value, int) or value < 1:
                 raise self._refuse(field, "must be a whole number of at least 1")
         if self.every is not None and self.mode != "sequential":

@@ -1,11 +1,11 @@
-"""What a run tells its method: protocol, seed, data, output, and who takes edits and records."""
+"""What a run tells its method: protocol, seed, data, output, and sinks of edits and records."""
 
 from __future__ import annotations
 
 import os
 import typing
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -35,11 +35,6 @@ class PromptBatch:
         return len(self.prompts)
 
 
-def run_seed() -> int:
-    """The seed of the run: what ``seed_everything`` was last called with, or else 0."""
-    return int(os.environ.get("PL_GLOBAL_SEED") or 0)
-
-
 def new_metrics(protocol: Protocol) -> Metrics:
     """The metrics of a protocol's scoring."""
     return LegacyEasyEdit() if protocol.scoring == "legacy_easyedit" else EditMetrics()
@@ -64,34 +59,15 @@ def ignore(*result: object) -> None:
     """Take an edit or a record and do nothing with it."""
 
 
-def answers(base: BaseModel, prompts: Sequence[str], protocol: Protocol) -> list[dict[str, str]]:
-    """Free answers to prompts by the unedited base model, and under the applied edits.
-
-    Returns:
-        ``prompt``, ``base`` and ``edited`` for each prompt.
-    """
-
-    def generate() -> list[str]:
-        length, size = protocol.max_new_tokens, protocol.score_batch_size
-        return base.generate(prompts, length, size, stop_at_sentence=True)
-
-    with base.edits.suspended():
-        unedited = generate()
-    edited = generate() if base.edits.active else unedited
-    texts = zip(prompts, unedited, edited, strict=True)
-    return [{"prompt": p, "base": before, "edited": after} for p, before, after in texts]
-
-
 @dataclass
 class RunContext:
     """A run, as its method and its callbacks see it.
 
-    ``EditTrainer`` attaches one to the method for each run.  Under Lightning's own trainer a
-    default one takes its place: the default protocol, no output, and no one to report to.
+    ``EditTrainer`` attaches one to the method for each run; Lightning's own trainer attaches none.
 
     Args:
         protocol: How edits are applied and scored.
-        seed: Seed of the run.
+        seed: Seed of the run: what ``seed_everything`` was last called with, or else 0.
         data: Where examples come from.
         output: The output folder, if the run has one.
         editing: Whether this is ``kedit edit``.
@@ -101,7 +77,7 @@ class RunContext:
     """
 
     protocol: Protocol = Protocol()  # noqa: RUF009 - it is frozen
-    seed: int = field(default_factory=run_seed)
+    seed: int = field(default_factory=lambda: int(os.environ.get("PL_GLOBAL_SEED") or 0))
     data: LightningDataModule | None = None
     output: SavedRun | None = None
     editing: bool = False
@@ -127,6 +103,4 @@ class RunContext:
 
     def source(self, split: Split) -> dict[str, Any]:
         """Path, hash and number of records of a split; empty where the data does not say."""
-        if not isinstance(self.data, EditDataModule):
-            return {}
-        return self.data.source.get(split, {})
+        return self.data.source.get(split, {}) if isinstance(self.data, EditDataModule) else {}

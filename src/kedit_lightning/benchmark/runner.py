@@ -7,6 +7,7 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, TypeAlias, cast
 
 from kedit_lightning.base_models import BaseModel
@@ -72,12 +73,7 @@ class ProtocolRunner:
     # ---- what a loop calls
 
     def chunk(self, examples: Sequence[EditExample], index: int) -> Iterator[ExampleRecord]:
-        """Edit and score a chunk; a record is yielded as soon as it is complete.
-
-        Args:
-            examples: The chunk.
-            index: Its number among the chunks of this process, from zero.
-        """
+        """Edit and score chunk ``index`` of this process; yields each record once it is whole."""
         if self.protocol.mode == "single":
             return self._single(examples)
         if self.protocol.mode == "batch":
@@ -95,10 +91,9 @@ class ProtocolRunner:
 
     def close(self) -> None:
         """Restore the stack that the runner was created on."""
-        if list(self.base.edits) != self._initial_edits:
-            for edit in reversed(list(self.base.edits)):
-                if not any(edit is other for other in self._initial_edits):
-                    edit.rollback()
+        for edit in reversed(list(self.base.edits)):
+            if not any(edit is other for other in self._initial_edits):
+                edit.rollback()
         self._edited = []
 
     # ---- modes
@@ -191,19 +186,21 @@ class ProtocolRunner:
         """Compute an edit, or take the saved one."""
         if self._saved is not None and (saved := self._saved.edit(name, self.base)) is not None:
             return saved, None
+        return self._computed(name, partial(self._compute, requests))
+
+    def _computed(self, name: str, compute: Callable[[], Edit], shared: float = 0.0) -> TimedEdit:
+        """A new edit, which took its part of shared seconds beside its own."""
         clock = Clock(self.base)
         with fixed_randomness(self._run.seed, name):
-            edit = self._compute(requests)
-        seconds = clock.lap()
+            edit = compute()
+        seconds = shared + clock.lap()
         self._run.on_edit(name, edit)
         return edit, seconds
 
     def _edits(self, examples: Sequence[EditExample]) -> Iterator[TimedEdit]:
-        """The edit of each example, all of them on the stack as it stands.
+        """The edit of each example on the stack as it stands: a saved one, or computed.
 
-        Saved ones are taken.  The others are computed together where the method can, and otherwise
-        each when its turn comes, so that no more are held than the caller keeps.  Time spent before
-        the first one is there is shared out evenly.
+        A method that does not compute them together computes each when it is asked for.
         """
         names = [_name(example.id) for example in examples]
         missing = [n for n in names if self._saved is None or not self._saved.has_edit(n)]
@@ -215,24 +212,18 @@ class ProtocolRunner:
                 computed = iter(self._compute_each(groups))
             shared = clock.lap() / len(missing)
         for example, name in zip(examples, names, strict=True):
-            if name not in missing:
+            if name in missing:
+                yield self._computed(name, partial(next, computed), shared)
+            else:
                 yield self._edit(name, example.requests)
-                continue
-            clock.lap()
-            with fixed_randomness(self._run.seed, name):
-                edit = next(computed)
-            seconds = shared + clock.lap()
-            self._run.on_edit(name, edit)
-            yield edit, seconds
 
     def _edit_groups(
         self, examples: Sequence[EditExample]
     ) -> Iterator[list[tuple[EditExample, TimedEdit]]]:
         """Examples with their edits, in groups whose rows share forward passes.
 
-        A group holds as many edits as may be held at once; one whose edit rows cannot carry holds
-        that one alone.  A group is emptied when the next is asked for, so that both are never held.
-        When an edit fails, those computed before it are yielded first.
+        An edit that rows cannot carry is alone in its group.  A group is emptied when the next is
+        asked for.  When an edit fails, those computed before it are yielded first.
         """
         group: list[tuple[EditExample, TimedEdit]] = []
         held = 0
@@ -273,9 +264,8 @@ class ProtocolRunner:
     ) -> dict[str, Any]:
         """Costs of an edit, shared out evenly among the examples it was computed for.
 
-        ``eval_seconds`` is the example's share of the passes it was read in with others.
-        ``peak_bytes`` is the highest so far since the first edit of its chunk was begun: it covers
-        all edits that rows carried by then.
+        ``eval_seconds`` is the example's share of the forward passes that scored it.
+        ``peak_bytes`` is the peak since the first edit of the chunk was begun.
         """
         edit, edit_seconds = timed
         return {
@@ -328,6 +318,4 @@ def _name(id: str) -> str:
     ('12', 'a-b-c14cddc0')
     """
     safe = re.sub(r"[^A-Za-z0-9_.-]", "-", id).lstrip(".")[:80]
-    if safe == id:
-        return id
-    return f"{safe}-{hashlib.sha256(id.encode()).hexdigest()[:8]}"
+    return id if safe == id else f"{safe}-{hashlib.sha256(id.encode()).hexdigest()[:8]}"

@@ -20,10 +20,7 @@ def packaged_configs() -> list[str]:
 
 
 def config_file(name: str) -> str:
-    """The file of a config, given as a path or as the name of a packaged config.
-
-    Args:
-        name: The value of ``-c``; YAML text is returned as it is.
+    """The file of a config, given as a path or packaged name; YAML text is returned as it is.
 
     Raises:
         DataFileNotFoundError: There is neither such a file nor such a packaged config.
@@ -93,10 +90,7 @@ def with_saved_config(args: list[str]) -> list[str]:
 
 
 def with_saved_method(args: list[str]) -> list[str]:
-    """Add the method of the run that ``--edits`` of ``predict`` names, unless one is given.
-
-    The method brings the base model; the run's data and trainer are left out.
-    """
+    """Add method and base model of the run that ``predict --edits`` names, unless one is given."""
     saved = _saved_config("--edits", args) if args[:1] == ["predict"] else None
     if saved is None or not saved.is_file():
         return args

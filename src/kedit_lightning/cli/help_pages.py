@@ -1,8 +1,8 @@
 """Help of the commands, cached as text.
 
-The parser needs all of Lightning, which takes three times as long to import as torch.  So help is
-rendered once, and printed from the cache until something it depends on changes: a source file of
-this package, an installed package, Python, or the width of the terminal.
+The parser imports all of Lightning, which takes seconds.  So help is rendered once, and printed
+from the cache until a source file of this package, an installed package, Python, or the width of
+the terminal changes.
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ from kedit_lightning.registry import PLUGINS
 def help_page(arguments: Sequence[str]) -> Path | None:
     """The cache file of a command's help, whether it exists or not.
 
-    There is none if arguments ask for something else, or if there are plug-ins, since these add to
-    the help and may change.
+    There is none if arguments ask for something else, or if there are plug-ins, which may change.
     """
     is_help = len(arguments) == 2 and arguments[1] in ("-h", "--help") and arguments[0].isalpha()
     if not is_help or entry_points(group=PLUGINS):
@@ -38,15 +37,20 @@ def help_page(arguments: Sequence[str]) -> Path | None:
 def _fingerprint() -> str:
     """Hash of the versions of all packages, and of size and time of this package's sources."""
     packages = {path.name for entry in sys.path for path in Path(entry).glob("*.dist-info")}
-    callbacks = find_spec("kedit_lightning.callbacks")
-    folders = [Path(__file__).parents[1]]
-    if callbacks is not None and callbacks.origin is not None:
-        folders.append(Path(callbacks.origin).parent)
-    files = [path for folder in folders for path in folder.rglob("*.py")]
-    stats = sorted((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files)
-    allowed = os.environ.get("KEDIT_ALLOW_IMPORTS")
-    text = repr((sys.version, sorted(packages), stats, allowed))
+    callbacks = find_spec("kedit_lightning.callbacks")  # a folder of its own in a checkout
+    assert callbacks is not None
+    folders = {Path(__file__).parents[1], *map(Path, callbacks.submodule_search_locations or ())}
+    files = {path: path.stat() for folder in folders for path in folder.rglob("*.py")}
+    stats = sorted((str(path), stat.st_size, stat.st_mtime_ns) for path, stat in files.items())
+    text = repr((sys.version, sorted(packages), stats, os.environ.get("KEDIT_ALLOW_IMPORTS")))
     return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def saved_help(page: Path) -> str:
+    """The text of a page; empty if it was not saved yet or cannot be read."""
+    with suppress(OSError):
+        return page.read_text(encoding="utf-8")
+    return ""
 
 
 @contextmanager
@@ -69,8 +73,7 @@ def caching(page: Path | None) -> Iterator[None]:
 
 def _save(page: Path, text: str) -> None:
     temporary = page.with_suffix(f".{os.getpid()}")
-    # In a folder that cannot be written to, help is rendered each time.
-    with suppress(OSError):
+    with suppress(OSError):  # where nothing can be written, help is rendered each time
         page.parent.mkdir(parents=True, exist_ok=True)
         for stale in page.parent.glob(f"{page.stem.rpartition('-')[0]}-*.txt"):
             stale.unlink()

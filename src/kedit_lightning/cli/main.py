@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 from kedit_lightning import __version__
-from kedit_lightning.cli.help_pages import caching, help_page
+from kedit_lightning.cli.help_pages import caching, help_page, saved_help
 from kedit_lightning.errors import KEditError
 from kedit_lightning.registry import lazy_exports
 
@@ -70,8 +70,7 @@ def main(args: Any = None, run: bool = True) -> Any:
         run: Run the subcommand; without, there is none, and objects are only built.
 
     Returns:
-        The command line object, with ``model``, ``datamodule`` and ``trainer``, if arguments were
-        given; ``None`` for the process, as it becomes the exit code.
+        The command line object (``model``, ``datamodule``, ``trainer``) if arguments were given.
     """
     arguments = sys.argv[1:] if args is None else args
     if run and arguments in ([], ["-h"], ["--help"]):
@@ -79,8 +78,10 @@ def main(args: Any = None, run: bool = True) -> Any:
     if arguments == ["--version"]:
         _leave(f"kedit {__version__}\n", 0)
     page = help_page(arguments) if args is None and run else None
-    if page is not None and page.is_file():
-        _leave(page.read_text(encoding="utf-8"), 0)
+    if page is not None:
+        if text := saved_help(page):
+            _leave(text, 0)
+        sys.stderr.write(f"help takes seconds, once if {page.parent} can be written to\n")
     for message in _NOISE:
         warnings.filterwarnings("ignore", message=message)
     for name in _LOGGERS:

@@ -33,26 +33,16 @@ class UsageError(KEditError, ValueError):
 
 
 def kedit_error(error: BaseException | None) -> KEditError | None:
-    """The first :class:`KEditError` in a chain of causes, if there is one.
-
-    Args:
-        error: The exception that was raised.
-    """
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        if isinstance(error, KEditError):
-            return error
-        seen.add(id(error))
+    """The first :class:`KEditError` in a chain of causes, if there is one."""
+    chain: list[BaseException] = []
+    while error is not None and error not in chain:  # an exception may be its own cause
+        chain.append(error)
         error = error.__cause__
-    return None
+    return next((link for link in chain if isinstance(link, KEditError)), None)
 
 
 def explain(message: str, options: Sequence[str] = ()) -> str:
-    """Rewrite a parser's message as a sentence that names a way out.
-
-    Args:
-        message: The message, perhaps over several lines and about nested keys.
-        options: The known options.
+    """Rewrite a parser's message as a sentence that names a way out, with the known options.
 
     >>> explain("Unrecognized arguments: --outptu x", ["--output", "--resume"])
     'there is no option --outptu (was --output meant?)'
@@ -87,13 +77,7 @@ def explain(message: str, options: Sequence[str] = ()) -> str:
 
 
 def meant(name: str, known: Iterable[str], limit: int = 30) -> str:
-    """The known names closest to an unknown one, or else the first of them, in parentheses.
-
-    Args:
-        name: The unknown name.
-        known: The known names.
-        limit: Number of known names listed when none is close.
-    """
+    """The known names closest to an unknown one, or else the first ``limit``, in parentheses."""
     known = sorted(set(known))
     close = difflib.get_close_matches(name, known, 3, 0.6)
     close += [other for other in known if other.lower() == name.lower() and other not in close]
@@ -103,11 +87,7 @@ def meant(name: str, known: Iterable[str], limit: int = 30) -> str:
 
 
 def known_classes(kind: type[Any]) -> dict[str, type[Any]]:
-    """Subclasses that a config may name by class name alone.
-
-    Args:
-        kind: Base class.
-    """
+    """Subclasses that a config may name by class name alone."""
     classes: dict[str, type[Any]] = {}
     child: type[Any]
     for child in kind.__subclasses__():

@@ -89,14 +89,10 @@ class SaveConfig(SaveConfigCallback):
             settings = self.config.clone(with_meta=False).as_dict()
             trainer.logger.log_hyperparams({"config": settings})
         output = trainer.output_folder if isinstance(trainer, EditTrainer) else None
-        if output is not None:
-            if output.resumed:
-                return
-            folder = output.path
-        elif stage == "fit":
-            folder = Path(trainer.log_dir or trainer.default_root_dir)
-        else:
+        written = output.resumed if output else stage != "fit"
+        if written:
             return
+        folder = output.path if output else Path(trainer.log_dir or trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
         self.parser.save(
             self.config, folder / self.config_filename, skip_unset=False, overwrite=True
@@ -128,26 +124,24 @@ class KEditCLI(LightningCLI):
             args = with_named_model(with_saved_method(args))
         super().parse_arguments(parser, args)
         self._given_config: Namespace = self.config.clone()
-        self._check_method()
-        self._check_checkpoint()
+        self._check_method_and_checkpoint()
 
     def _of_subcommand(self, config: Namespace) -> Any:
         """The part of a config that belongs to the subcommand."""
         name = config.get("subcommand")
         return config if name is None else config[name]
 
-    def _check_method(self) -> None:
+    def _check_method_and_checkpoint(self) -> None:
+        config = self._of_subcommand(self.config)
         # Given settings but no class, a parser takes the class that all methods derive from.
-        model = self._of_subcommand(self.config).get("model") or {}
-        if model.get("class_path", "").rpartition(".")[2] == EditMethod.__name__:
+        if (config.get("model") or {}).get("class_path", "").split(".")[-1] == EditMethod.__name__:
             raise UsageError(NO_METHOD)
-
-    def _check_checkpoint(self) -> None:
-        path = self._of_subcommand(self.config).get("ckpt_path")
-        known = path is None or str(path).split(":")[0] in _CHECKPOINT_WORDS
-        if not known and not Path(path).expanduser().is_file():
+        path = config.get("ckpt_path")
+        if path is None or str(path).split(":")[0] in _CHECKPOINT_WORDS:
+            return
+        if not Path(path).expanduser().is_file():
             raise DataFileNotFoundError(f"there is no checkpoint at {path}; correct --ckpt_path")
-        if not known and not is_zipfile(Path(path).expanduser()):
+        if not is_zipfile(Path(path).expanduser()):
             raise UsageError(f"{path} is no checkpoint that `kedit fit` wrote; correct --ckpt_path")
 
     def before_instantiate_classes(self) -> None:
@@ -170,15 +164,8 @@ class KEditCLI(LightningCLI):
             )
 
 
-# ---- parsing settings
-
-
 def allow_imports(*plugins: str) -> None:
-    """Let configs name what lies below the allowed packages, and nothing else.
-
-    Args:
-        plugins: Packages of plug-ins; the environment variable adds more.
-    """
+    """Let configs name what lies below the allowed packages and plug-ins, and nothing else."""
     more = [part.strip() for part in os.environ.get(ALLOW_MORE, "").split(",") if part.strip()]
     set_parsing_settings(
         instantiate_subclass_spec_in_any=False,
@@ -204,12 +191,7 @@ def keep_sentences() -> None:
 
 
 def run_command_line(args: ArgsType, run: bool) -> KEditCLI:
-    """Parse the command line and run its subcommand.
-
-    Args:
-        args: Arguments; those of the process when ``None``.
-        run: Run the subcommand; without, objects are only built.
-    """
+    """Parse the command line and run its subcommand, or without ``run`` only build the objects."""
     allow_imports(*load_plugins())
     for kind in get_args(Kind):  # a config may name each class by its name alone
         for entry in entries(kind).values():

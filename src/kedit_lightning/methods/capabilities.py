@@ -16,7 +16,8 @@ from kedit_lightning.requests import EditExample, EditRequest, Probe, ProbeKind
 #: What a method may need of every request, or of the examples it is fitted on.
 Need: TypeAlias = Literal["subject", "target_old", "task", "rephrases", "locality"]
 
-#: Probes that answer a need of ``fit``.
+#: Fields of a request, and kinds of probes, that answer a need.
+_FIELDS: tuple[Need, ...] = ("subject", "target_old", "task")
 _PROBES: dict[Need, ProbeKind] = {"rephrases": "rephrase", "locality": "locality"}
 
 
@@ -41,11 +42,7 @@ class Capabilities:
     weights: bool = False
 
     def check_base(self, name: str, base: BaseModel) -> None:
-        """Check that a method can edit models of this kind.
-
-        Args:
-            name: Name of the method.
-            base: The base model.
+        """Check that the named method can edit models of this kind.
 
         Raises:
             UnsupportedUseError: It cannot.
@@ -63,10 +60,9 @@ class Capabilities:
 
 @dataclass(frozen=True)
 class MethodSettings:
-    """Settings of a method: its constructor's parameters without the base model.
+    """Parameters of a method's constructor, without the base model; defaults stand there alone.
 
-    A method has a dataclass of its own that lists them with their types; defaults stand in the
-    constructor alone.  ``build`` replaces what was left to the base model by the values used.
+    Each method has its own such class.  ``build`` resolves what was left to the base model.
 
     Args:
         seed: Seed of all random choices.
@@ -78,27 +74,6 @@ class MethodSettings:
     def read(cls, given: Mapping[str, Any]) -> Self:
         """Read them from the parameters that the constructor got."""
         return cls(**{field.name: given[field.name] for field in fields(cls)})
-
-
-def missing_in_requests(requests: Sequence[EditRequest], needs: Collection[Need]) -> list[str]:
-    """Clauses that name each request that lacks something, and the field."""
-    fields: list[Need] = [f for f in ("subject", "target_old", "task") if f in needs]
-    return [
-        f"{request.label} lacks '{field}'"
-        for request in requests
-        for field in fields
-        if getattr(request, field) is None
-    ]
-
-
-def missing_in_examples(examples: Sequence[EditExample], needs: Collection[Need]) -> list[str]:
-    """Clauses that name each example that lacks probes that ``fit`` needs."""
-    return [
-        f"example '{example.id}' lacks '{need}'"
-        for example in examples
-        for need in sorted(_PROBES.keys() & needs)
-        if not any(probe.kind == _PROBES[need] for probe in example.probes)
-    ]
 
 
 def refuse_images(name: str, items: Sequence[EditRequest | Probe]) -> None:
@@ -114,12 +89,23 @@ def refuse_images(name: str, items: Sequence[EditRequest | Probe]) -> None:
         )
 
 
-def refuse_missing(name: str, missing: list[str]) -> None:
-    """Refuse data that lacks what a method needs.
+def check_needs(
+    name: str, records: Sequence[EditRequest | EditExample], needs: Collection[Need]
+) -> None:
+    """Make sure that requests have the fields, and examples the probes, that a method needs.
 
     Raises:
-        MissingNeedsError: Something is missing.
+        MissingNeedsError: Names every record that lacks something, and the field or probe.
     """
+    missing = []
+    for record in records:
+        if isinstance(record, EditRequest):
+            lacking = [f for f in _FIELDS if f in needs and getattr(record, f) is None]
+            missing += [f"{record.label} lacks '{field}'" for field in lacking]
+        else:
+            kinds = {probe.kind for probe in record.probes}
+            lacking = [n for n in sorted(_PROBES.keys() & needs) if _PROBES[n] not in kinds]
+            missing += [f"example '{record.id}' lacks '{need}'" for need in lacking]
     if missing:
         raise MissingNeedsError(
             f"{name} needs more than the data gives: {article_list(missing)}; add it to the "
@@ -127,28 +113,19 @@ def refuse_missing(name: str, missing: list[str]) -> None:
         )
 
 
-def base_identity(base: BaseModel) -> dict[str, str]:
-    """What a checkpoint holds of the base model that it was fitted on."""
-    names = ("name", "fingerprint", "tokenizer_fingerprint")
-    return {name: getattr(base, name) for name in names}
-
-
-def warn_of_other_base(fitted_on: Mapping[str, str], base: Mapping[str, str]) -> None:
+def warn_of_other_base(fitted_on: Mapping[str, str], base: BaseModel) -> None:
     """Warn when a checkpoint was fitted on another base model."""
     for field in ("fingerprint", "tokenizer_fingerprint"):
-        if fitted_on and fitted_on[field] != base[field]:
+        if fitted_on and fitted_on[field] != getattr(base, field):
             warnings.warn(
                 f"the checkpoint was fitted on base model '{fitted_on['name']}', and its {field} "
-                f"differs from that of '{base['name']}'; expect poor edits",
+                f"differs from that of '{base.name}'; expect poor edits",
                 stacklevel=3,
             )
 
 
 def public_path(method: type[Any]) -> str:
-    """Where a method is imported from: of those of this package, the public name.
-
-    Checkpoints name it, so that they still load when a module has moved.
-    """
+    """Import path of a method, as checkpoints name it: they still load when a module has moved."""
     package, entry = "kedit_lightning.methods", entries("method").get(method.__name__)
     if entry is not None and entry.module.startswith(f"{package}.") and entry.load() is method:
         return f"{package}.{method.__name__}"

@@ -8,6 +8,7 @@ from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
@@ -16,25 +17,18 @@ import torch
 from kedit_lightning.base_models import BaseModel, BaseModelSpec
 from kedit_lightning.benchmark import ProtocolRunner, RunContext
 from kedit_lightning.benchmark.quality import judged
-from kedit_lightning.benchmark.run_context import PromptBatch, answers, ignore
+from kedit_lightning.benchmark.run_context import PromptBatch, ignore
 from kedit_lightning.data.datamodule import EditDataModule, Split
 from kedit_lightning.edits import CompositeEdit, Edit, EditOrigin
-from kedit_lightning.errors import (
-    InvalidRequestError,
-    NothingToFitError,
-    UnsupportedUseError,
-)
+from kedit_lightning.errors import InvalidRequestError, NothingToFitError, UnsupportedUseError
 from kedit_lightning.methods.capabilities import (
     Capabilities,
     MethodSettings,
     Need,
-    base_identity,
-    missing_in_examples,
-    missing_in_requests,
+    check_needs,
     plain,
     public_path,
     refuse_images,
-    refuse_missing,
     warn_of_other_base,
 )
 from kedit_lightning.metrics import SummaryRow
@@ -112,20 +106,18 @@ class EditMethod(pl.LightningModule):
             UnsupportedUseError: The method cannot edit a model of this kind.
             NonFiniteError: The base model's weights hold NaN.
         """
-        if self._built:
-            return
-        self.can.check_base(type(self).__name__, self.base)
-        self.base.check_finite()
-        self.build()
-        self._built = True
+        if not self._built:
+            self.can.check_base(type(self).__name__, self.base)
+            self.base.check_finite()
+            self.build()
+            self._built = True
 
     # ---- editing
 
     def edit(self, requests: Sequence[EditRequest]) -> Edit:
-        """Compute an edit; the model does not change until it is applied.
+        """Compute an edit on top of those applied now; the model does not change until ``apply``.
 
-        It is computed on top of the edits that are applied now.  A method that writes one fact at
-        a time writes several one after another.
+        A method that writes one fact at a time writes several one after another.
 
         Raises:
             InvalidRequestError: There is no request.
@@ -144,12 +136,7 @@ class EditMethod(pl.LightningModule):
 
     @contextmanager
     def computing(self, requests: Sequence[EditRequest]) -> Iterator[None]:
-        """Check requests and build what is needed; inside, gradients are enabled.
-
-        Raises:
-            InvalidRequestError: There is no request.
-            MissingNeedsError: A request lacks something the method needs.
-        """
+        """Check requests and build what is needed; inside, gradients are enabled."""
         if not requests:
             raise InvalidRequestError("edit() got no requests; give at least one EditRequest")
         self.check_requests(requests)
@@ -168,9 +155,6 @@ class EditMethod(pl.LightningModule):
         large edits need not be held together.  A method that is faster on several at once returns
         a list; it then draws random numbers from :meth:`generator` alone, since global ones would
         depend on which edits are computed together.
-
-        Args:
-            requests_of_examples: The requests of each example.
         """
         return map(self.edit, requests_of_examples)
 
@@ -197,11 +181,7 @@ class EditMethod(pl.LightningModule):
     # ---- needs
 
     def check_learns(self) -> None:
-        """Make sure that there is something to fit.
-
-        Raises:
-            NothingToFitError: The method learns nothing before its requests.
-        """
+        """Raise :class:`NothingToFitError` if the method learns nothing before its requests."""
         if not self.learns:
             raise NothingToFitError(
                 f"{type(self).__name__} learns nothing before its requests, so there is nothing to "
@@ -216,16 +196,12 @@ class EditMethod(pl.LightningModule):
             UnsupportedUseError: Names every request with an image.
         """
         refuse_images(type(self).__name__, requests)
-        refuse_missing(type(self).__name__, missing_in_requests(requests, self.needs))
+        check_needs(type(self).__name__, requests, self.needs)
 
     def check_examples(self, examples: Sequence[EditExample], fitting: bool = False) -> None:
-        """Make sure that examples carry what the method needs to edit, or to be fitted.
-
-        Raises:
-            MissingNeedsError: Names every example that lacks something, and the field.
-        """
+        """The same for examples to be edited, and for the probes of examples to be fitted on."""
         if fitting:
-            refuse_missing(type(self).__name__, missing_in_examples(examples, self.needs_to_fit))
+            check_needs(type(self).__name__, examples, self.needs_to_fit)
         else:
             self.check_requests([r for example in examples for r in example.requests])
 
@@ -271,41 +247,26 @@ class EditMethod(pl.LightningModule):
     # ---- test, validate and predict
 
     def on_test_epoch_start(self) -> None:
-        """Begin a pass over the test split."""
-        self._start("test")
-
-    def on_validation_epoch_start(self) -> None:
-        """Begin a pass over the validation split."""
-        self._start("validation")
+        """Begin a pass over the split that is tested or validated."""
+        run, trainer = self.run, self.trainer
+        if trainer.state.fn == "fit":
+            # Free answers would take longer than the training that the validation watches over.
+            run = replace(run, protocol=replace(run.protocol, generate=False))
+        split: Split = "test" if trainer.testing else "validation"
+        ranks = trainer.global_rank, trainer.world_size
+        self.runner = ProtocolRunner(self.base, self.edit, run, split, self.edit_each, ranks)
+        self.runner.metrics.to(self.device)
+        chunks = trainer.num_test_batches if trainer.testing else trainer.num_val_batches
+        self.runner.chunks = sum(chunks)
 
     def test_step(self, batch: EditBatch, batch_idx: int) -> None:
         """Edit and score one chunk."""
         for record in self.runner.chunk(batch.examples, batch_idx):
             self.runner.metrics.update(record)
 
-    validation_step = test_step
-
     def on_test_epoch_end(self) -> None:
         """Score what is scored at the end, and log all scores."""
-        self._finish("")
-
-    def on_validation_epoch_end(self) -> None:
-        """Score what is scored at the end, and log all scores."""
-        self._finish("val/")
-
-    def _start(self, split: Split) -> None:
-        run, trainer = self.run, self.trainer
-        if trainer.state.fn == "fit":
-            # Free answers would take longer than the training that the validation watches over.
-            run = replace(run, protocol=replace(run.protocol, generate=False))
-        ranks = trainer.global_rank, trainer.world_size
-        self.runner = ProtocolRunner(self.base, self.edit, run, split, self.edit_each, ranks)
-        self.runner.metrics.to(self.device)
-        chunks = trainer.num_test_batches if split == "test" else trainer.num_val_batches
-        self.runner.chunks = sum(chunks)
-
-    def _finish(self, prefix: str) -> None:
-        metrics = self.runner.metrics
+        metrics, prefix = self.runner.metrics, "" if self.trainer.testing else "val/"
         for record in self.runner.finish():
             metrics.update(record)
         self.close_evaluation()
@@ -317,6 +278,9 @@ class EditMethod(pl.LightningModule):
         # They are equal on all ranks already; Lightning warns unless it is told to make them so.
         self.log_dict(values, sync_dist=self.trainer.world_size > 1)
 
+    on_validation_epoch_start, validation_step = on_test_epoch_start, test_step
+    on_validation_epoch_end = on_test_epoch_end
+
     def close_evaluation(self) -> None:
         """Restore the stack as it was before a pass, however it ended."""
         if "runner" in vars(self):
@@ -324,8 +288,15 @@ class EditMethod(pl.LightningModule):
             del self.runner
 
     def predict_step(self, batch: PromptBatch | EditBatch, batch_idx: int) -> list[dict[str, str]]:
-        """Answer prompts with the unedited base model, and under the edits that are applied."""
-        return answers(self.base, batch.prompts, self.run.protocol)
+        """Answer each ``prompt`` without (``base``) and with the applied edits (``edited``)."""
+        base, protocol, prompts = self.base, self.run.protocol, batch.prompts
+        settings = protocol.max_new_tokens, protocol.score_batch_size
+        generate = partial(base.generate, prompts, *settings, stop_at_sentence=True)
+        with base.edits.suspended():
+            unedited = generate()
+        edited = generate() if base.edits.active else unedited
+        texts = zip(prompts, unedited, edited, strict=True)
+        return [{"prompt": p, "base": before, "edited": after} for p, before, after in texts]
 
     # ---- checkpoints
 
@@ -343,11 +314,12 @@ class EditMethod(pl.LightningModule):
         settings = checkpoint.setdefault("hyper_parameters", {})
         settings["_class_path"] = public_path(type(self))
         settings.setdefault("_instantiator", "lightning.pytorch.cli.instantiate_module")
-        checkpoint["base_model"] = base_identity(self.base)
+        names = ("name", "fingerprint", "tokenizer_fingerprint")
+        checkpoint["base_model"] = {name: getattr(self.base, name) for name in names}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Warn when the checkpoint was fitted on another base model."""
-        warn_of_other_base(checkpoint.get("base_model", {}), base_identity(self.base))
+        warn_of_other_base(checkpoint.get("base_model", {}), self.base)
 
 
 def as_edit_method(module: object) -> EditMethod:

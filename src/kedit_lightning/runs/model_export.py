@@ -16,13 +16,7 @@ Export: TypeAlias = Literal["model", "adapter"]
 
 
 def check_export(export: Export, weights: bool, adapter: bool, output: str | Path | None) -> None:
-    """Refuse an export that cannot work, before anything is computed.
-
-    Args:
-        export: What is to be written.
-        weights: Whether the method's edits can be exported as a full model.
-        adapter: Whether they can be exported as an adapter.
-        output: The output folder, if one was named.
+    """Refuse an export of edits that can be exported as ``weights`` or ``adapter``, or neither.
 
     Raises:
         UnsupportedUseError: There is no folder, or the method's edits cannot be exported like this.
@@ -37,19 +31,8 @@ def check_export(export: Export, weights: bool, adapter: bool, output: str | Pat
 
 
 def export_edits(base: BaseModel, edits: Sequence[Edit], folder: Path, export: Export) -> Path:
-    """Write all edits into a copy of the model, or into one adapter.
-
-    Args:
-        base: The base model.
-        edits: The edits in order.
-        folder: Output folder of the run.
-        export: What is written.
-
-    Returns:
-        Where it was written.
-    """
-    stacks = {edit.origin.stack for edit in edits}
-    if len(edits) > 1 and len(stacks) == 1:
+    """Write all edits into a copy of the model, or into one adapter; returns its folder."""
+    if len(edits) > 1 and len({edit.origin.stack for edit in edits}) == 1:
         warnings.warn(
             f"the {len(edits)} exported edits were computed apart from each other; together they "
             "may act otherwise than the table shows; use --trainer.protocol.mode sequential or "

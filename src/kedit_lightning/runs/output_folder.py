@@ -43,14 +43,15 @@ class OutputFolder:
         self.resumed = resume
         self._edits: dict[str, dict[str, Any]] = {}
         self._records: dict[tuple[str, str], ExampleRecord] = {}
+        started = (self.path / "run.json").is_file()
         if resume:
-            if not (self.path / "run.json").is_file():
+            if not started:
                 raise ResumeError(
                     f"{self.path} holds no run to continue (no run.json in it); start one with "
                     f"--output {self.path}"
                 )
             self._read_records(first)
-        elif first and (self.results.exists() or (self.path / "run.json").exists()):
+        elif first and (started or self.results.exists()):
             raise ResumeError(
                 f"{self.path} holds the results of an earlier run; continue that run with "
                 f"--resume {self.path}, or name another folder for this one"
@@ -58,16 +59,13 @@ class OutputFolder:
 
     @property
     def results(self) -> Path:
-        """The file with a line an example."""
+        """The file with one record per line."""
         return self.path / "results.jsonl"
 
     # ---- settings
 
     def start(self, settings: Mapping[str, Any]) -> None:
         """Keep the settings of a new run; compare them with those of the run to be continued.
-
-        Args:
-            settings: Plain values by name, perhaps nested, on which results depend.
 
         Raises:
             ResumeError: The run to be continued had other settings; the message names them.
@@ -94,7 +92,7 @@ class OutputFolder:
         whole = content[: content.rfind(b"\n") + 1]
         for number, line in enumerate(whole.decode("utf-8").split("\n")[:-1], start=1):
             try:
-                record: ExampleRecord = json.loads(line)
+                record = json.loads(line)
                 self._records[record["id"], record["stage"]] = record
             except (json.JSONDecodeError, KeyError, TypeError) as error:
                 raise ResumeError(
@@ -122,12 +120,9 @@ class OutputFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         line = json.dumps(record, ensure_ascii=False) + "\n"
         # One write, so that several processes may append to one file.
-        handle = os.open(self.results, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            os.write(handle, line.encode("utf-8"))
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        with self.results.open("ab", buffering=0) as file:
+            file.write(line.encode("utf-8"))
+            os.fsync(file.fileno())
 
     # ---- edits
 
@@ -163,11 +158,7 @@ class OutputFolder:
         }
 
     def write_stack(self, facts: Mapping[str, Any]) -> None:
-        """Write ``stack.json``: the edits in the order they are applied.
-
-        Args:
-            facts: What else the file says, such as the base model.
-        """
+        """Write ``stack.json``: facts such as the base model, and the edits in their order."""
         records: Iterator[Mapping[str, Any]] = self.records()
         names = [str(record["edit_name"]) for record in records if "edit_name" in record]
         order = [self._edits.get(name) or self._described(name) for name in [*names, *self._edits]]
@@ -182,7 +173,7 @@ class OutputFolder:
         write_atomically(self.path / name, text.encode("utf-8"))
 
     def write_csv(self) -> None:
-        """Write ``results.csv``: a line a probe, with what was read before and after."""
+        """Write ``results.csv``: a line per probe, with readings before and after."""
         states = ("base", "before", "after")
         readings = [f"{state}_{name}" for state in states for name in _CSV_READINGS]
         text = io.StringIO()
@@ -201,12 +192,7 @@ class OutputFolder:
 def open_output(
     output: str | Path | None, resume: str | Path | None, first: bool = True
 ) -> OutputFolder | None:
-    """The folder a run writes to, if one was named.
-
-    Args:
-        output: Folder of a new run.
-        resume: Folder of a run to be continued.
-        first: Whether this is the first process of the run.
+    """The folder of a new or resumed run, if one was named.
 
     Raises:
         ResumeError: Both were named and differ, or the folder does not fit.
@@ -227,11 +213,7 @@ def output_of(run: RunContext) -> OutputFolder | None:
 
 
 def load_stack(path: str | Path, base: BaseModel) -> list[Edit]:
-    """The saved edits of a run in their order, or the edit of a single file.
-
-    Args:
-        path: Output folder of ``edit`` or ``test``, or one file that ``Edit.save`` wrote.
-        base: The base model they are for.
+    """The saved edits of an output folder in their order, or the edit of a single file.
 
     Raises:
         EditFileError: There are no edits, or a file is absent or damaged.
@@ -262,10 +244,7 @@ def load_stack(path: str | Path, base: BaseModel) -> list[Edit]:
 
 
 def apply_saved(edits: Iterable[Edit]) -> None:
-    """Apply edits in order.
-
-    Edits that were computed independently of each other are applied on top of each other all the
-    same; one warning says so instead of one an edit.
+    """Apply edits in order, with one warning if they were computed independently of each other.
 
     Raises:
         EditOrderError: An edit only makes sense on the stack it was computed on.

@@ -13,12 +13,7 @@ from kedit_lightning.errors import DataFileError, DataFileNotFoundError, Unsuppo
 
 
 def read_prompts(file: str | Path | None = None, prompt: str | None = None) -> list[str]:
-    """Prompts of a file, or the one prompt that was given.
-
-    Args:
-        file: Text with a prompt a line, JSON Lines, or a JSON list; of texts, or of objects with
-            ``prompt``.
-        prompt: A prompt.
+    """The one prompt that was given, or those of a file: text with one prompt per line, or JSON.
 
     Raises:
         DataFileError: The file is absent, or holds something else.
@@ -43,28 +38,20 @@ def read_prompts(file: str | Path | None = None, prompt: str | None = None) -> l
             entries = [json.loads(line) if path.suffix == ".jsonl" else line for line in lines]
     except json.JSONDecodeError as error:
         raise DataFileError(f"{path} is no JSON: {error}") from error
-    prompts = [_prompt_of(entry) for entry in entries] if isinstance(entries, list) else [None]
-    found = [text for text in prompts if text is not None]
-    if not found or len(found) != len(prompts):
-        where = prompts.index(None) if None in prompts else 0
-        raise DataFileError(
-            f"{path}: entry {where} is no prompt; the file must be a JSON list (or lines) of "
-            "texts, or of objects with a text in the field 'prompt'"
-        )
-    return found
-
-
-def _prompt_of(entry: Any) -> str | None:
-    text = entry.get("prompt") if isinstance(entry, dict) else entry
-    return text if isinstance(text, str) and text.strip() else None
+    entries = entries if isinstance(entries, list) and entries else [None]
+    prompts: list[Any] = [
+        entry.get("prompt") if isinstance(entry, dict) else entry for entry in entries
+    ]
+    for place, text in enumerate(prompts):
+        if not isinstance(text, str) or not text.strip():
+            raise DataFileError(
+                f"{path}: entry {place} is no prompt; the file must be a JSON list (or lines) of "
+                "texts, or of objects with a text in the field 'prompt'"
+            )
+    return prompts
 
 
 def prompt_loader(prompts: Sequence[str], batch_size: int) -> BatchLoader[PromptBatch]:
-    """Batches of prompts for Lightning's loop.
-
-    Args:
-        prompts: The prompts.
-        batch_size: Prompts answered together.
-    """
+    """Batches of prompts for Lightning's loop."""
     batches = [PromptBatch(list(chunk)) for chunk in chunks(prompts, batch_size)]
     return BatchLoader(lambda epoch: batches, len(batches), {"prompts": len(prompts)})

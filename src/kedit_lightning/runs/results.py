@@ -6,6 +6,7 @@ import hashlib
 import platform
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -29,38 +30,25 @@ _COSTS = ("timing", "memory")
 def _learned(method: LightningModule) -> str | None:
     """Hash of what ``fit`` has taught a method; ``None`` when it holds nothing."""
     state = {k: t for k, t in method.state_dict().items() if isinstance(t, torch.Tensor)}
+    if not state:
+        return None
     digest = hashlib.sha256()
     for name, tensor in sorted(state.items()):
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         digest.update(flat.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16] if state else None
-
-
-def _settings(method: LightningModule) -> dict[str, Any]:
-    """Settings of a method as plain values, without what Lightning adds for itself."""
-    return {
-        key: value
-        if isinstance(value, str | int | float | bool | list | dict | None)
-        else str(value)
-        for key, value in dict(method.hparams).items()
-        if not key.startswith("_") and key != "base_model"
-    }
+    return digest.hexdigest()[:16]
 
 
 def run_settings(method: LightningModule, base: BaseModel, run: RunContext) -> dict[str, Any]:
-    """What the results of a run depend on, as plain values; a resumed run must share it.
-
-    Args:
-        method: The method, with its settings as they were given.
-        base: Its base model.
-        run: The run.
-    """
+    """What the results of a run depend on, as plain values; a resumed run must share it."""
+    given = dict(method.hparams).items()
+    settings = {k: v for k, v in given if not k.startswith("_") and k != "base_model"}
     return {
         "command": "edit" if run.editing else "test",
         "method": {
             "name": type(method).__name__,
-            "settings": _settings(method),
+            "settings": settings,
             "learned": _learned(method),
         },
         "base_model": {
@@ -81,15 +69,7 @@ def run_settings(method: LightningModule, base: BaseModel, run: RunContext) -> d
 def run_facts(
     method: LightningModule, base: BaseModel, run: RunContext, resolved: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Facts of a run that its results name: the settings, and what ran them.
-
-    Args:
-        method: The method.
-        base: Its base model.
-        run: The run.
-        resolved: Settings of the method as they were used, with those that were left to the base
-            model filled in.
-    """
+    """Facts of a run that its results name: settings as given and as resolved, and versions."""
     facts = run_settings(method, base, run)
     facts["method"]["resolved"] = dict(resolved)
     facts["base_model"] |= {"revision": base.revision, "dtype": str(base.dtype)}
@@ -102,20 +82,16 @@ def run_facts(
 
 def metric_protocol(protocol: Protocol) -> dict[str, Any]:
     """How answers are taken and numbers summed up."""
-    metrics = new_metrics(protocol)
+    metrics, places = new_metrics(protocol), "at the positions of the probe's answer"
+    free_answers, tokens = "none", protocol.max_new_tokens
+    if protocol.generates:
+        places = "along its own greedy continuation"
+        free_answers = f"greedy, up to {tokens} tokens, ended by the model or by its first "
+        free_answers += "line or sentence"
     return {
         "scoring": protocol.scoring,
-        "free_answers": (
-            f"greedy, up to {protocol.max_new_tokens} tokens, ended by the model or by its first "
-            "line or sentence"
-            if protocol.generates
-            else "none"
-        ),
-        "locality": (
-            "compared with the unedited base model along its own greedy continuation"
-            if protocol.generates
-            else "compared with the unedited base model at the positions of the probe's answer"
-        ),
+        "free_answers": free_answers,
+        "locality": f"compared with the unedited base model {places}",
         "intervals": (
             f"{metrics.level:.0%}, bootstrap of {metrics.resamples} draws over subjects, "
             f"seed {metrics.seed}"
@@ -127,20 +103,13 @@ def versions() -> dict[str, str]:
     """Versions of Python and of the packages that results depend on."""
     found = {"python": platform.python_version()}
     for name in _PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             found[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return found
 
 
 def summary_of(records: Iterable[ExampleRecord], protocol: Protocol) -> dict[str, Any]:
-    """Scores with intervals from records; costs that differ from run to run in blocks of their own.
-
-    Args:
-        records: Records of a run.
-        protocol: The protocol they were made under.
-    """
+    """Scores with intervals; costs that differ from run to run in blocks of their own."""
     metrics = type(new_metrics(protocol)).from_records(records)
     entries: dict[str, dict[str, float]] = {
         row.key: {"mean": row.mean, "low": row.low, "high": row.high, "n": row.n}
@@ -153,10 +122,8 @@ def summary_of(records: Iterable[ExampleRecord], protocol: Protocol) -> dict[str
     blocks: dict[str, Any] = {"scores": {}, **{name: {} for name in _COSTS}}
     for key, entry in entries.items():
         block, _, rest = key.partition("/")
-        if block in _COSTS:
-            blocks[block][rest] = entry
-        else:
-            blocks["scores"][key] = entry
+        block, rest = (block, rest) if block in _COSTS else ("scores", key)
+        blocks[block][rest] = entry
     return blocks
 
 
@@ -170,14 +137,7 @@ def _place(key: str) -> tuple[str, int, str]:
 
 
 def summary_table(rows: Sequence[SummaryRow], title: str) -> Table:
-    """Scores with their intervals, for the terminal.
-
-    Scores of single groups, such as ``locality/neighborhood/kl``, are left to the results.
-
-    Args:
-        rows: Rows of a summary.
-        title: What stands above.
-    """
+    """Scores with intervals, for the terminal, without those of single groups of probes."""
     table = Table(title=title)
     table.add_column("score", no_wrap=True)
     for name in ("mean", "95% interval", "cases"):
@@ -192,12 +152,7 @@ def summary_table(rows: Sequence[SummaryRow], title: str) -> Table:
 
 
 def predictions_table(answers: Iterable[Mapping[str, str]], edits: int) -> Table:
-    """Answers with and without edits, for the terminal: of each the first sentence.
-
-    Args:
-        answers: Prompt, answer of the base model and edited answer.
-        edits: How many edits are applied.
-    """
+    """The first sentences of answers with and without ``edits`` applied edits, for the terminal."""
     table = Table(title=f"{edits} edit{'s' * (edits != 1)} applied")
     for name in ("prompt", "base", "edited"):
         table.add_column(name, overflow="fold")

@@ -24,14 +24,13 @@ from kedit_lightning.errors import (
 )
 from kedit_lightning.methods import IKE
 from kedit_lightning.methods.in_context.ike import default_count
-from kedit_lightning.methods.in_context.shared.demonstration_pool import load_pool
+from kedit_lightning.methods.in_context.shared.demonstration_pool import DenseIndex, load_pool
 from kedit_lightning.methods.in_context.shared.demonstrations import (
     QUOTA,
     demonstrations_for,
     form_counts,
     shuffled_forms,
 )
-from kedit_lightning.methods.in_context.shared.retrieval import DenseIndex
 from kedit_lightning.requests import EditExample
 
 REQUEST = REQUESTS[0]

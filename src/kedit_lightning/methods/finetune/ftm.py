@@ -121,9 +121,8 @@ class FTM(EditMethod):
         ):
             if value < least:
                 raise UnsupportedUseError(f"FTM: {name} must be at least {least}, got {value}")
-        self.modules_trained = tuple(
-            dict.fromkeys(self.base.layout.block(layer).down for layer in layers)
-        )
+        modules = [self.base.layout.block(layer).down for layer in layers]
+        self.modules_trained = tuple(dict.fromkeys(modules))
         for module in self.modules_trained:
             check_editable(self.base.model, module)
         self.settings = replace(settings, layers=layers, steps=steps, norm_constraint=bound)
@@ -156,12 +155,8 @@ class FTM(EditMethod):
                 stop_loss=settings.stop_loss,
             )
         pairs = {name: (change.dense, change.bias) for name, change in changes.items()}
-        notes = {
-            "modules": self.modules_trained,
-            "epochs": len(history),
-            "loss": history[-1] if history else None,
-        }
-        return DenseEdit(base, pairs, self.origin(requests, **notes))
+        notes = {"epochs": len(history), "loss": history[-1] if history else None}
+        return DenseEdit(base, pairs, self.origin(requests, modules=self.modules_trained, **notes))
 
     def row_losses(self, rows: TokenRows) -> Tensor:
         """Negative log-likelihood of each row's answer under the objective. Shape ``[batch]``."""

@@ -15,6 +15,7 @@ from kedit_lightning.data.datamodule import EditDataModule
 from kedit_lightning.edits import PromptEdit, PromptEntry
 from kedit_lightning.errors import UnsupportedUseError
 from kedit_lightning.methods.in_context.shared.demonstration_pool import (
+    LEXICAL,
     Pool,
     PoolSource,
     load_pool,
@@ -26,7 +27,6 @@ from kedit_lightning.methods.in_context.shared.demonstrations import (
     demonstrations_for,
     statement,
 )
-from kedit_lightning.methods.in_context.shared.retrieval import LEXICAL
 from kedit_lightning.methods.method import Capabilities, EditMethod, MethodSettings
 from kedit_lightning.requests import EditExample, EditRequest
 

@@ -109,9 +109,7 @@ class GRACE(EditMethod):
                 raise UnsupportedUseError(f"GRACE: {name} must be at least 0, got {value}")
         layer, module = settings.layer, settings.module
         if module is not None and layer is not None:
-            raise UnsupportedUseError(
-                "GRACE was given both layer and module; leave out one of them"
-            )
+            raise UnsupportedUseError("GRACE got both layer and module; leave out one of them")
         if module is None:
             layer, projection = default_place(self.base) if layer is None else (layer, -1)
             module = self.base.layout.block(layer).projections[projection]

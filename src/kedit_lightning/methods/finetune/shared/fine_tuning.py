@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
 
 import torch
 from rich.console import Console
@@ -19,27 +19,15 @@ _LONG = 300
 
 
 def zero_change(module: nn.Module, dtype: torch.dtype) -> WeightDelta:
-    """A trainable change of a projection that starts at zero.
+    """A trainable change, zero at first: dense ``[d_out, d_in]``, and bias ``[d_out]`` if any.
 
-    It has a bias where the module has one.  It is kept in at least float32: in bfloat16 an entry
-    of 0.02 could not move by less than 6e-5.
-
-    Args:
-        module: The projection, a Linear or Conv1D module.
-        dtype: Data type of the base model.
-
-    Returns:
-        A change with a dense part ``[d_out, d_in]`` and perhaps a bias ``[d_out]``.
+    It is kept in at least float32: in bfloat16 an entry of 0.02 could not move by less than 6e-5.
     """
     d_in, d_out = projection_shape(module)
-    options: dict[str, Any] = {
-        "dtype": compute_dtype(dtype),
-        "device": next(module.parameters()).device,
-        "requires_grad": True,
-    }
-    has_bias = getattr(module, "bias", None) is not None
-    bias = torch.zeros(d_out, **options) if has_bias else None
-    return WeightDelta(None, torch.zeros(d_out, d_in, **options), bias)
+    device = next(module.parameters()).device
+    zeros = partial(torch.zeros, dtype=compute_dtype(dtype), device=device, requires_grad=True)
+    bias = None if getattr(module, "bias", None) is None else zeros(d_out)
+    return WeightDelta(None, zeros(d_out, d_in), bias)
 
 
 def fine_tune(
@@ -57,18 +45,10 @@ def fine_tune(
 ) -> list[float]:
     """Train tensors in place with Adam, in epochs over shuffled rows.
 
-    Args:
-        tensors: The tensors to train, of any shape.
-        rows: Number of training rows.
-        loss: Mean loss of the rows with the given indices, a scalar.
-        generator: Source of the order of rows.
-        lr: Learning rate.
-        epochs: Maximum number of passes over all rows.
-        batch_size: Rows of an optimizer step.
-        weight_decay: L2 penalty, added to the gradient.
-        norm_constraint: Every entry is clamped to this absolute value after each step.
-        stop_loss: A batch with a lower loss is skipped, and training ends after an epoch with a
-            lower mean loss.
+    ``loss`` maps the indices of rows to their mean loss, a scalar.  ``weight_decay`` is an L2
+    penalty, added to the gradient.  Each entry is clamped to ``norm_constraint`` in absolute value
+    after each step.  A batch with a loss below ``stop_loss`` is skipped, and training ends after an
+    epoch with a mean loss below it.
 
     Returns:
         Mean loss of each epoch, each batch's taken before its update.

@@ -1,4 +1,4 @@
-"""The pool of records that demonstrations are built from."""
+"""The pool of records that demonstrations are built from, and their retrieval by similarity."""
 
 from __future__ import annotations
 
@@ -10,34 +10,31 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import torch
+
 from kedit_lightning.data import Requests
 from kedit_lightning.data.datamodule import EditDataModule
 from kedit_lightning.edits.kinds.prompt.tfidf import LexicalIndex
-from kedit_lightning.errors import InvalidRequestError
+from kedit_lightning.errors import BaseModelNotFoundError, InvalidRequestError, MissingExtraError
 from kedit_lightning.methods.in_context.shared.demonstrations import same_text, statement
-from kedit_lightning.methods.in_context.shared.retrieval import LEXICAL, DenseIndex, Index
 from kedit_lightning.requests import EditExample, EditRequest
 
+#: The built-in retriever: tf-idf of words, without a model.
+LEXICAL = "lexical"
 #: A dataset (its training split is used), a file of facts, or records.
 PoolSource: TypeAlias = EditDataModule | Sequence[EditExample] | str | Path
 
 
 @dataclass(frozen=True)
 class Pool:
-    """Records for demonstrations, with their retriever.
-
-    Args:
-        name: Name of the pool in reports.
-        examples: The records.
-        retriever: ``lexical``, or a sentence-transformers model.
-    """
+    """Records for demonstrations; ``retriever``: ``lexical``, or a sentence-transformers model."""
 
     name: str
     examples: tuple[EditExample, ...]
     retriever: str
 
     @cached_property
-    def _index(self) -> Index:
+    def _index(self) -> LexicalIndex | DenseIndex:
         texts = [_text(example.requests[0]) for example in self.examples]
         lexical = self.retriever == LEXICAL
         return LexicalIndex(texts) if lexical else DenseIndex(texts, self.retriever)
@@ -46,23 +43,9 @@ class Pool:
         """The records most similar to a fact, best first, without those about the fact itself."""
         if not count:
             return []
-        excluded = [self._same_fact(example, request) for example in self.examples]
+        excluded = [any(same_fact(r, request) for r in e.requests) for e in self.examples]
         ranking = self._index.top(_text(request), count + sum(excluded))
         return [self.examples[i] for i in ranking if not excluded[i]][:count]
-
-    @staticmethod
-    def _same_fact(example: EditExample, request: EditRequest) -> bool:
-        # Ids of different files are unrelated, so texts are compared.  Other facts about the
-        # subject count too, since a probe may ask for them.
-        return any(
-            same_text(other.prompt, request.prompt)
-            or (
-                other.subject is not None
-                and request.subject is not None
-                and same_text(other.subject, request.subject)
-            )
-            for other in example.requests
-        )
 
     @cached_property
     def description(self) -> dict[str, Any]:
@@ -82,13 +65,19 @@ def _text(request: EditRequest) -> str:
     return statement(request).removeprefix("New Fact: ").removesuffix("\nPrompt: ")
 
 
+def same_fact(one: EditRequest, other: EditRequest) -> bool:
+    """Whether two requests share the prompt, or the subject, which a probe may ask for too."""
+    # Ids of different files are unrelated, so texts are compared.
+    if one.subject is not None and other.subject is not None:
+        return same_text(one.subject, other.subject) or same_text(one.prompt, other.prompt)
+    return same_text(one.prompt, other.prompt)
+
+
 def pool_name(source: PoolSource | None) -> str | None:
     """Short name of a pool, for reports."""
     if source is None or isinstance(source, str | Path):
         return None if source is None else str(source)
-    if isinstance(source, EditDataModule):
-        return type(source).__name__
-    return f"{len(source)} records"
+    return type(source).__name__ if isinstance(source, EditDataModule) else f"{len(source)} records"
 
 
 def load_pool(source: PoolSource, retriever: str) -> Pool:
@@ -98,14 +87,52 @@ def load_pool(source: PoolSource, retriever: str) -> Pool:
         DataFileError: The file is absent or holds bad records.
         InvalidRequestError: The pool is empty.
     """
-    if isinstance(source, str | Path):
-        examples: Sequence[EditExample] = Requests(train_path=source).examples("train")
-    elif isinstance(source, EditDataModule):
-        examples = source.examples("train")
-    else:
-        examples = source
+    data = Requests(train_path=source) if isinstance(source, str | Path) else source
+    examples = data.examples("train") if isinstance(data, EditDataModule) else data
     if not examples:
         raise InvalidRequestError(
             "the pool of demonstrations holds no records; give one that does, or leave it out"
         )
     return Pool(pool_name(source) or "", tuple(examples), retriever)
+
+
+class DenseIndex:
+    """Ranks texts by the cosine of embeddings of a sentence-transformers model, name or folder.
+
+    Raises:
+        MissingExtraError: sentence-transformers is not installed.
+        BaseModelNotFoundError: There is no such encoder.
+    """
+
+    def __init__(self, texts: Sequence[str], encoder: str) -> None:
+        try:
+            from sentence_transformers import SentenceTransformer
+        except ImportError as error:
+            raise MissingExtraError(
+                f"retriever '{encoder}' needs sentence-transformers: "
+                "pip install 'kedit-lightning[retrieval]', or use retriever: lexical"
+            ) from error
+        try:
+            self._encoder = SentenceTransformer(encoder)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise BaseModelNotFoundError(
+                f"sentence encoder '{encoder}' could not be loaded ({reason}); give a folder, a "
+                "name on the hub that this machine can reach or has in its cache, or use "
+                "retriever: lexical"
+            ) from error
+        self._vectors = self._embed(texts)
+
+    def _embed(self, texts: Sequence[str]) -> torch.Tensor:
+        vectors = self._encoder.encode(
+            list(texts),
+            normalize_embeddings=True,
+            convert_to_tensor=True,
+            show_progress_bar=len(texts) > 2000,
+        )
+        return torch.as_tensor(vectors).float().cpu().clone()
+
+    def top(self, query: str, k: int) -> list[int]:
+        """Indices of the ``k`` most similar texts, best first; ties go to the earlier text."""
+        scores = self._vectors @ self._embed([query])[0]
+        return scores.argsort(descending=True, stable=True)[:k].tolist()

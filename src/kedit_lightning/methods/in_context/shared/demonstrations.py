@@ -23,13 +23,7 @@ QUOTA: dict[Form, int] = {"copy": 4, "update": 12, "retain": 16}
 
 @dataclass(frozen=True)
 class Demonstration:
-    """One demonstration.
-
-    Args:
-        record: Id of the record it comes from.
-        form: Its form.
-        text: Its text, up to and with the empty line at its end.
-    """
+    """Id of the record a demonstration comes from, its form, and its text with an empty line."""
 
     record: str
     form: Form
@@ -75,26 +69,18 @@ def candidate_questions(example: EditExample, form: Form, prompt: str) -> list[t
     request = example.requests[0]
     if form == "copy":
         return [(request.prompt, request.target_new)]
+    probes = example.probes
     if form == "update":
-        pairs = [(p.prompt, request.target_new) for p in example.probes if p.kind == "rephrase"]
+        pairs = [(p.prompt, request.target_new) for p in probes if p.kind == "rephrase"]
     else:
-        pairs = [
-            (p.prompt, p.answers[0]) for p in example.probes if p.kind == "locality" and p.answers
-        ]
+        pairs = [(p.prompt, p.answers[0]) for p in probes if p.kind == "locality" and p.answers]
     return [(question, answer) for question, answer in pairs if not same_text(question, prompt)]
 
 
 def build_demonstration(
     example: EditExample, form: Form, prompt: str, generator: torch.Generator
 ) -> Demonstration:
-    """Build one demonstration; a record without a question for the form gives a copy.
-
-    Args:
-        example: The record.
-        form: The form.
-        prompt: Prompt of the edit, which no demonstration may answer.
-        generator: Chooses among the questions.
-    """
+    """A demonstration that does not answer the edit's prompt; a copy if there is no question."""
     questions = candidate_questions(example, form, prompt)
     if not questions:
         form, questions = "copy", candidate_questions(example, "copy", prompt)
@@ -105,13 +91,7 @@ def build_demonstration(
 def demonstrations_for(
     request: EditRequest, nearest: Sequence[EditExample], generator: torch.Generator
 ) -> list[Demonstration]:
-    """Demonstrations for a fact, the one of the most similar record last.
-
-    Args:
-        request: The fact.
-        nearest: Records of the demonstrations, the most similar first.
-        generator: Shuffles the forms and chooses among the questions.
-    """
+    """Demonstrations from the nearest records, most similar first, in reverse order."""
     forms = shuffled_forms(len(nearest), generator)
     demonstrations = [
         build_demonstration(example, form, request.prompt, generator)
