@@ -426,3 +426,9 @@ def test_a_real_model_loads_and_continues_a_story(shared_data):
     with edit_kinds.low_rank(base), torch.no_grad():
         edited = base.answer_log_probs(rows)
     assert not torch.equal(base.answer_log_probs(rows), edited)
+
+
+def test_its_import_takes_no_metric_along():
+    code = "import sys, kedit_lightning.base_models; print('torchmetrics' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "False"

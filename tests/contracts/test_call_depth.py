@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
@@ -50,6 +51,7 @@ def assert_at_most(frames: list[CodeType], depth: int, files: int) -> None:
 
 def code_of(hook: Any) -> CodeType:
     """Code that runs when a hook is called."""
+    hook = hook.func if isinstance(hook, partial) else hook
     return getattr(hook, "__code__", None) or type(hook).__call__.__code__
 
 

@@ -88,6 +88,7 @@ ROOM = {
     ("rule", "sources"),
     [
         (kinds_known, {"edits__stack": "from kedit_lightning.edits.kinds.weights import X"}),
+        (kinds_known, {"edits__forward_hooks": "from kedit_lightning.edits.kinds import scope"}),
         (kinds_known, {"edits__effects": "from .kinds import scope"}),
         (kinds_asked_for, {**ROOM, "edits__stack": "isinstance(edit, ScopeEdit)"}),
         (kinds_asked_for, {**ROOM, "runs__a": "isinstance(edit, (int, edits.ScopeEdit))"}),

@@ -130,8 +130,8 @@ def _tried(base: BaseModel) -> bool:
 
 def _answers(passes: Continuation) -> Tensor:
     """First logits of the answers of two rows, and of one of them by itself."""
-    found = []
+    logits = []
     for part in (passes, passes.select(torch.tensor([1], device=passes.base.device))):
         at = torch.arange(len(part.rows), device=part.base.device)
-        found.append(part.logits_of((at, part.rows.answer_columns[:, 0])).double())
-    return torch.cat(found)
+        logits.append(part.logits_of((at, part.rows.answer_columns[:, 0])).double())
+    return torch.cat(logits)

@@ -84,8 +84,8 @@ class ScopeNetworks(nn.Module):
             # With an explicit dtype, as precision plugins change the default.
             self.norm = nn.LayerNorm(plan.hidden_width, dtype=dtype)
             self.projection = nn.Linear(plan.hidden_width, plan.scope_width, dtype=dtype)
-            own = plan.made_of
-            self.decoder = LanguageModel(own, dtype) if own else _small_decoder(plan, dtype)
+            model = plan.made_of
+            self.decoder = LanguageModel(model, dtype) if model else _small_decoder(plan, dtype)
 
     @property
     def dtype(self) -> torch.dtype:
