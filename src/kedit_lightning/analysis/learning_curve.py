@@ -11,7 +11,7 @@ MOST = 200
 
 
 class Curve:
-    """A scalar over steps: all values, or once there are more than ``most`` means of equally many.
+    """A scalar over steps in ``most`` points or fewer: values, or means of equally many values.
 
     Values that are not finite are left out.
 

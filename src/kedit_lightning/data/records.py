@@ -74,7 +74,7 @@ class Fields:
         return [_text(item, place) for item, place in self._list(key)]
 
     def required_texts(self, key: str) -> list[str]:
-        """A list of at least one text, or a single text."""
+        """A list of at least one answer, or a single one."""
         if not (texts := self.texts(key)):
             raise InvalidRequestError(f"field '{self.place(key)}' must hold at least one answer")
         return texts

@@ -136,7 +136,7 @@ class EditMethod(pl.LightningModule):
 
     @contextmanager
     def computing(self, requests: Sequence[EditRequest]) -> Iterator[None]:
-        """Check requests and build what is needed; inside, gradients are enabled."""
+        """Check requests as :meth:`edit` does, and build; inside, gradients are enabled."""
         if not requests:
             raise InvalidRequestError("edit() got no requests; give at least one EditRequest")
         self.check_requests(requests)
@@ -189,11 +189,11 @@ class EditMethod(pl.LightningModule):
             )
 
     def check_requests(self, requests: Sequence[EditRequest]) -> None:
-        """Make sure that requests carry what the method needs, and nothing it cannot use.
+        """Make sure that requests carry what the method needs.
 
         Raises:
             MissingNeedsError: Names every request that lacks something, and the field.
-            UnsupportedUseError: Names every request with an image.
+            UnsupportedUseError: Names every request with an image, which no method reads yet.
         """
         refuse_images(type(self).__name__, requests)
         check_needs(type(self).__name__, requests, self.needs)
@@ -226,14 +226,11 @@ class EditMethod(pl.LightningModule):
             return
         data.chunk_size = self.run.protocol.chunk_size
         data.deals_out_chunks = self.run.protocol.mode != "sequential"
-        splits: dict[str, Split] = {"fit": "train", "validate": "validation"}
-        examples = data.examples(splits.get(stage, "test"))
         if stage == "fit":
-            examples = self.examples_to_fit(examples)
-        # Probes are read whatever the method needs, so its own checks may leave them out.
-        refuse_images(
-            type(self).__name__, [item for e in examples for item in e.requests + e.probes]
-        )
+            examples = self.examples_to_fit(data.examples("train"))
+        else:
+            examples = data.examples("validation" if stage == "validate" else "test")
+        refuse_images(type(self).__name__, [r for e in examples for r in e.requests + e.probes])
         self.check_examples(examples, fitting=stage == "fit")
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:

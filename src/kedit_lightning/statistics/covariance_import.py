@@ -31,8 +31,8 @@ def import_second_moment(path: str | Path, base: BaseModel, module: str | None =
     entry computed), ``mom2.count``, the number of tokens, the name of the class in
     ``mom2.constructor``, and the number of documents in ``sample_size``.  A ``SecondMoment`` saved
     on its own has the same names without ``mom2.``.  A file does not name its model, so only the
-    width of the module can be checked; the caller must name the right base model.  The ``module``
-    whose input the keys are is named by the file's name if not given.  Returns the cached file.
+    width of the module can be checked; the caller must name the right base model.  The keys are
+    inputs of ``module``, by default that of the file's name.  Returns the cached file.
 
     Raises:
         DataFileError: The file has another format, or does not fit the module.

@@ -66,7 +66,7 @@ class KeySums:
         }
 
     def add(self, keys: Tensor, lengths: Sequence[int]) -> None:
-        """Add the keys of texts, text after text ``[n, d_in]``; ``lengths`` are keys of each."""
+        """Add keys ``[n, d_in]``, text after text; ``lengths`` are the tokens of each text."""
         keys = keys.to(torch.promote_types(keys.dtype, torch.float32))
         sums = self.tensors
         with _full_precision():
