@@ -26,9 +26,9 @@ from kedit_lightning.errors import (
 )
 from kedit_lightning.methods import MEND
 from kedit_lightning.methods.hypernetwork.shared import meta_gradient
+from kedit_lightning.methods.hypernetwork.shared.factor_statistics import RunningNormaliser
 from kedit_lightning.methods.hypernetwork.shared.mend_network import MENDNetwork, MENDPlan
 from kedit_lightning.methods.hypernetwork.shared.outer_loss import outer_losses
-from kedit_lightning.methods.hypernetwork.shared.running_statistics import RunningNormaliser
 from kedit_lightning.methods.shared.gradient_factors import Factors, answer_loss, capture_factors
 from kedit_lightning.methods.training.checkpoint import slim
 from kedit_lightning.methods.training.episodes import (

@@ -13,8 +13,8 @@ from support import REQUESTS, tiny_base
 
 from kedit_lightning import Probe
 from kedit_lightning.base_models import taps
+from kedit_lightning.methods.hypernetwork.shared.factor_statistics import KeyCovariance
 from kedit_lightning.methods.hypernetwork.shared.parameter_shift import accumulate, capture_parts
-from kedit_lightning.methods.hypernetwork.shared.running_statistics import KeyCovariance
 from kedit_lightning.methods.hypernetwork.shared.tensor_file import TensorFile
 
 

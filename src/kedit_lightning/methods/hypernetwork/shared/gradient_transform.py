@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kedit_lightning.methods.hypernetwork.shared.editor_network import ProjectionPlan
-from kedit_lightning.methods.hypernetwork.shared.running_statistics import RunningNormaliser
+from kedit_lightning.methods.hypernetwork.shared.factor_statistics import RunningNormaliser
 from kedit_lightning.methods.shared.gradient_factors import Factors
 from kedit_lightning.methods.training.trained_network import TrainedNetwork
 

@@ -13,12 +13,12 @@ from typing import ClassVar, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from kedit_lightning.methods.hypernetwork.shared.factor_statistics import KeyCovariance
 from kedit_lightning.methods.hypernetwork.shared.gradient_transform import (
     TransformNetwork,
     TransformPlan,
     TransformSettings,
 )
-from kedit_lightning.methods.hypernetwork.shared.running_statistics import KeyCovariance
 from kedit_lightning.methods.training.trained_method import TrainedSettings
 
 #: Projections of an MLP: the one that writes into the residual stream, those that read it, or all.
