@@ -94,7 +94,7 @@ def main(args: Any = None, run: bool = True) -> Any:
         warnings.formatwarning = _warning
     try:
         with caching(page):
-            command_line = parser.run_command_line(args, run)
+            command_line = parser.KEditCLI(**parser.cli_arguments(args, run))
     except Exception as error:
         cause: KEditError | None = parser.kedit_error(error)
         if cause is None:

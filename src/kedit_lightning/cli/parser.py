@@ -190,23 +190,26 @@ def keep_sentences() -> None:
     set_loader("yaml", load, (yaml.YAMLError,))
 
 
-def run_command_line(args: ArgsType, run: bool) -> KEditCLI:
-    """Parse the command line and run its subcommand, or without ``run`` only build the objects."""
+def cli_arguments(args: ArgsType, run: bool) -> dict[str, Any]:
+    """Arguments of :class:`KEditCLI`, once all classes that a config may name are imported.
+
+    ``run`` runs the subcommand; without it the objects are only built.
+    """
     allow_imports(*load_plugins())
     for kind in get_args(Kind):  # a config may name each class by its name alone
         for entry in entries(kind).values():
             entry.load()
     keep_sentences()
-    return KEditCLI(
-        EditMethod,
-        None,  # any data module; predict needs none
-        trainer_class=EditTrainer,
-        save_config_callback=SaveConfig if run else None,
-        subclass_mode_model=True,
-        auto_configure_optimizers=False,
-        seed_everything_default=0,
-        parser_class=KEditParser,
-        parser_kwargs={"prog": "kedit", "version": __version__},
-        args=args,
-        run=run,
-    )
+    return {
+        "model_class": EditMethod,
+        "datamodule_class": None,  # any data module; predict needs none
+        "trainer_class": EditTrainer,
+        "save_config_callback": SaveConfig if run else None,
+        "subclass_mode_model": True,
+        "auto_configure_optimizers": False,
+        "seed_everything_default": 0,
+        "parser_class": KEditParser,
+        "parser_kwargs": {"prog": "kedit", "version": __version__},
+        "args": args,
+        "run": run,
+    }

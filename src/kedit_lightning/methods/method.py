@@ -160,9 +160,11 @@ class EditMethod(pl.LightningModule):
 
     def origin(self, requests: Sequence[EditRequest], **notes: Any) -> EditOrigin:
         """What an edit records about where it comes from."""
+        # Those of a plug-in without a dataclass of its own, less what Lightning adds for itself.
+        given = {name: value for name, value in self.hparams.items() if not name.startswith("_")}
         return EditOrigin(
             method=type(self).__name__,
-            settings=plain({**self.hparams, **asdict(self.settings)}),
+            settings=plain({**given, **asdict(self.settings)}),
             requests=tuple(requests),
             base_model=self.base.name,
             fingerprint=self.base.fingerprint,
