@@ -81,7 +81,7 @@ def main(args: Any = None, run: bool = True) -> Any:
     if page is not None:
         if text := saved_help(page):
             _leave(text, 0)
-        sys.stderr.write(f"help takes seconds, once if {page.parent} can be written to\n")
+        sys.stderr.write(f"The first help takes a few seconds; it is kept in {page.parent}.\n")
     for message in _NOISE:
         warnings.filterwarnings("ignore", message=message)
     for name in _LOGGERS:
