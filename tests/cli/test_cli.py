@@ -500,7 +500,7 @@ def test_cached_help_is_what_the_parser_shows(tmp_path: Path) -> None:
         return result.stdout, result.stderr
 
     (text, notes), (cached, silence) = output(code + uncached), output(block + code)
-    assert (notes.count(f"once if {tmp_path / 'cache' / 'help'} can be"), silence) == (5, "")
+    assert (notes.count(f"it is kept in {tmp_path / 'cache' / 'help'}"), silence) == (5, "")
     rendered = text.split(">>>\n")[:-1]
     saved, parsed = rendered[:5], rendered[5:]
     assert len(list((tmp_path / "cache" / "help").iterdir())) == len(saved) == len(parsed)
