@@ -24,8 +24,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
 	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 WANDB_MODE=offline
 WORKERS ?= 2
-# -rfEs names what failed and why something was skipped (absent data, for one).
-PYTEST := $(BIN)/python -m pytest -rfEs --durations=10 -n $(WORKERS)
+# -rfEs names what failed and why something was skipped (absent data, for one). A process that has run out of
+# tests takes some of the others, since a few slow ones take minutes.
+PYTEST := $(BIN)/python -m pytest -rfEs --durations=10 -n $(WORKERS) --dist worksteal
 
 .PHONY: help venv demo docs test test-one test-slow test-all test-gpu lint format types clean
 
