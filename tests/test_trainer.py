@@ -317,8 +317,13 @@ def test_predict_says_what_is_missing(edited: Path, tmp_path: Path) -> None:
     method = Toy(base_model=tiny_base("llama"))
     with pytest.raises(UnsupportedUseError, match="no prompt"):
         trainer().predict(method, edits=edited)
-    with pytest.raises(EditFileError, match="holds no saved edits"):
+    with pytest.raises(EditFileError, match=r"there is nothing at .*nothing.*--edits"):
         trainer().predict(method, edits=tmp_path / "nothing", prompt="x")
+    with pytest.raises(EditFileError, match="there is nothing at"):
+        trainer().predict(method, edits=edited / "edits/7.safetensors", prompt="x")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(EditFileError, match="holds no saved edits"):
+        trainer().predict(method, edits=tmp_path / "empty", prompt="x")
     (edited / "stack.json").unlink()
     with pytest.raises(EditFileError, match="finish it with --resume"):
         trainer().predict(method, edits=edited, prompt="x")

@@ -234,7 +234,7 @@ class EditTrainer(Trainer):
         weights_only: bool | None = None,
         edits: str | Path | None = None,
         prompts: str | Path | None = None,
-        prompt: str | None = None,
+        prompt: list[str] | str | None = None,
         verbose: bool = True,
     ) -> list[Any]:
         """Answer prompts with and without saved edits.
@@ -248,7 +248,7 @@ class EditTrainer(Trainer):
             weights_only: Passed to ``torch.load``.
             edits: Output folder of ``edit`` or ``test``, or one saved edit.
             prompts: File with one prompt per line, or a JSON list.
-            prompt: A single prompt.
+            prompt: A prompt, or several.
             verbose: Print the answers.
 
         Returns:

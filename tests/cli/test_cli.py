@@ -28,6 +28,7 @@ from kedit_lightning.cli.config_arguments import (
 from kedit_lightning.cli.help_pages import caching, help_page, saved_help
 from kedit_lightning.cli.main import HELP, KEditCLI, main
 from kedit_lightning.errors import ResumeError
+from kedit_lightning.runs.prompts import prompt_loader
 
 DATA = SAMPLES
 FACTS = str(DATA / "facts.json")
@@ -127,6 +128,43 @@ def test_predict_takes_the_method_of_the_run_that_made_the_edits(
     given = ["predict", *toy, "--edits=run"]
     assert with_saved_method(given) == given
     assert with_saved_method(["test", "--edits=run"]) == ["test", "--edits=run"]
+
+
+@pytest.mark.parametrize(
+    "prompts",
+    [
+        ["Rome is"],
+        ["Amber Falls lies in", "Rome is"],
+        ["[1]", "5", "Question: who"],
+        ["- a", '{"a": 1}', "null", "# é 🙂", 'say "no"', "[a, b]"],
+    ],
+)
+def test_predict_answers_every_prompt_as_it_was_given(
+    prompts: list[str], toy: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def load(prompts: list[str], batch_size: int) -> Any:
+        asked.extend(prompts)
+        return prompt_loader(prompts, batch_size)
+
+    monkeypatch.setattr("kedit_lightning.trainer.prompt_loader", load)
+    first, *others = (f"--prompt={prompt}" for prompt in prompts)
+    main(["predict", first, *toy, *others])
+    assert asked == prompts
+    apart = [part for prompt in prompts for part in ("--prompt", prompt)]
+    if not any(prompt.startswith("-") for prompt in prompts):
+        asked.clear()
+        main(["predict", *apart, *toy])
+        assert asked == prompts
+
+
+def test_a_missing_path_of_edits_and_an_empty_prompt_are_named(
+    toy: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = complaint(["predict", *toy, "--edits=no/run", "--prompt=x", "--prompt=y"], capsys)
+    assert "there is nothing at no/run" in said
+    assert "--prompt" in complaint(["predict", *toy, "--prompt=x", "--prompt"], capsys)
 
 
 @pytest.mark.parametrize("mode", ["single", "sequential"])

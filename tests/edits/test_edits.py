@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import suppress
 from dataclasses import replace
 
 import edit_kinds
@@ -67,6 +68,34 @@ def test_applying_and_rolling_back_twice_is_once(kind):
     assert torch.equal(answers(base), once)
     edit.rollback()
     edit.rollback()
+    assert torch.equal(answers(base), before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_block_leaves_an_edit_that_was_applied_before_it(kind, fails):
+    base = tiny_base("llama")
+    before, edit, other = answers(base), KINDS[kind](base), edit_kinds.low_rank(base)
+    with edit:
+        inside = answers(base)
+        for _ in range(2):
+            with suppress(RuntimeError), edit, other, edit:
+                if fails:
+                    raise RuntimeError
+            assert list(base.edits) == [edit]
+            assert torch.equal(answers(base), inside)
+    assert torch.equal(answers(base), before)
+    edit.apply()
+    with suppress(RuntimeError), edit:
+        if fails:
+            raise RuntimeError
+    assert list(base.edits) == [edit]
+    with edit:
+        edit.rollback()
+    edit.rollback()
+    with edit:
+        pass
+    assert list(base.edits) == []
     assert torch.equal(answers(base), before)
 
 

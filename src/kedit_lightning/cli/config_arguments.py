@@ -71,6 +71,28 @@ def with_named_model(args: list[str]) -> list[str]:
     ]
 
 
+def with_all_prompts(args: list[str]) -> list[str]:
+    """Gather the prompts of ``predict`` in one list; the parser would keep the last one alone.
+
+    >>> with_all_prompts(["predict", "--prompt", "Rome is", "--edits=run", "--prompt=[1]"])
+    ['predict', '--edits=run', '--prompt=["Rome is", "[1]"]']
+    """
+    if args[:1] != ["predict"]:
+        return args
+    prompts, others, rest = [], [], iter(args)
+    for arg in rest:
+        if arg.startswith("--prompt="):
+            prompts.append(arg.removeprefix("--prompt="))
+        elif arg == "--prompt":
+            text = next(rest, None)
+            if text is None or text.startswith("--"):
+                return args  # the parser says what is missing
+            prompts.append(text)
+        else:
+            others.append(arg)
+    return [*others, f"--prompt={json.dumps(prompts, ensure_ascii=False)}"] if prompts else args
+
+
 def with_saved_config(args: list[str]) -> list[str]:
     """Add the config of the run that ``--resume`` names, unless arguments give another.
 

@@ -22,6 +22,7 @@ from lightning.pytorch.cli import (
 
 from kedit_lightning import __version__
 from kedit_lightning.cli.config_arguments import (
+    with_all_prompts,
     with_config_files,
     with_named_model,
     with_saved_config,
@@ -121,7 +122,7 @@ class KEditCLI(LightningCLI):
             sys.argv[1:] = []  # Lightning warns when both are given
         if isinstance(args, list):
             args = with_saved_config(with_config_files([str(arg) for arg in args]))
-            args = with_named_model(with_saved_method(args))
+            args = with_all_prompts(with_named_model(with_saved_method(args)))
         super().parse_arguments(parser, args)
         self._given_config: Namespace = self.config.clone()
         self._check_method_and_checkpoint()

@@ -80,6 +80,7 @@ class EditableModel(Protocol):
 class Edit(ABC):
     """A reversible change of a base model; a context manager that applies it and rolls it back.
 
+    A ``with`` block of an edit that is applied already leaves it applied.
     The weights of the base model are never written to, so rolling back is exact to the last bit.
     """
 
@@ -92,6 +93,8 @@ class Edit(ABC):
         self.base = base
         self.origin = origin or EditOrigin()
         self._id: str | None = None
+        #: For each ``with`` block that is open, whether the edit was applied before it.
+        self._applied_before: list[bool] = []
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -192,10 +195,14 @@ class Edit(ABC):
             self.base.edits.remove(self)
 
     def __enter__(self) -> Edit:
-        return self.apply()
+        before = self.applied
+        self.apply()
+        self._applied_before.append(before)
+        return self
 
     def __exit__(self, *error: object) -> None:
-        self.rollback()
+        if not self._applied_before.pop():
+            self.rollback()
 
     def materialise(self) -> nn.Module:
         """A copy of the base model with this edit written into its weights, for export."""

@@ -6,7 +6,10 @@ import json
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal, Self, TypeAlias
+from math import inf
+from numbers import Integral, Real
+from sys import float_info
+from typing import Annotated, Any, Literal, Self, TypeAlias, get_args, get_type_hints
 
 from kedit_lightning.base_models import BaseModel
 from kedit_lightning.errors import MissingNeedsError, UnsupportedUseError, article_list
@@ -59,6 +62,47 @@ class Capabilities:
 
 
 @dataclass(frozen=True)
+class Bounds:
+    """Values that a number among the settings may have; stands beside its type.
+
+    Args:
+        least: Smallest value.
+        most: Largest value; without one, the value must be finite.
+        whole: Only whole numbers.
+        above: ``least`` itself is out of bounds.
+    """
+
+    least: float
+    most: float = float_info.max
+    whole: bool = False
+    above: bool = False
+
+    def hold(self, value: object) -> bool:
+        """Whether a value is a number within the bounds; NaN never is."""
+        if not isinstance(value, Integral if self.whole else Real):
+            return False
+        return self.least <= float(value) <= self.most and not (self.above and value == self.least)
+
+    def __str__(self) -> str:
+        if self.most == 1:
+            return f"lie between {self.least:g} and 1" + ", without 0" * self.above
+        if self.least == -float_info.max:
+            return "be a finite number"
+        kind = "whole number" if self.whole else "finite number" if self.most < inf else "number"
+        return f"be a {kind} {'above' if self.above else 'of at least'} {self.least:g}"
+
+
+Finite: TypeAlias = Annotated[float, Bounds(-float_info.max)]
+Positive: TypeAlias = Annotated[float, Bounds(0, above=True)]
+NotNegative: TypeAlias = Annotated[float, Bounds(0)]
+NotNegativeOrInfinite: TypeAlias = Annotated[float, Bounds(0, inf)]
+Share: TypeAlias = Annotated[float, Bounds(0, 1)]
+PositiveShare: TypeAlias = Annotated[float, Bounds(0, 1, above=True)]
+Count: TypeAlias = Annotated[int, Bounds(1, whole=True)]
+CountOrZero: TypeAlias = Annotated[int, Bounds(0, whole=True)]
+
+
+@dataclass(frozen=True)
 class MethodSettings:
     """Parameters of a method's constructor, without the base model; defaults stand there alone.
 
@@ -74,6 +118,24 @@ class MethodSettings:
     def read(cls, given: Mapping[str, Any]) -> Self:
         """Read them from the parameters that the constructor got."""
         return cls(**{field.name: given[field.name] for field in fields(cls)})
+
+    def check_bounds(self, method: str) -> None:
+        """Check the numbers whose types state :class:`Bounds`; ``None`` stands for a default.
+
+        Raises:
+            UnsupportedUseError: Names each setting that is out of bounds, and its value.
+        """
+        wrong = [
+            f"{name} must {bounds}, got {getattr(self, name)!r}"
+            for name, hint in get_type_hints(type(self), include_extras=True).items()
+            for kind in (hint, *get_args(hint))
+            for bounds in getattr(kind, "__metadata__", ())
+            if isinstance(bounds, Bounds)
+            and not (type(None) in get_args(hint) and getattr(self, name) is None)
+            and not bounds.hold(getattr(self, name))
+        ]
+        if wrong:
+            raise UnsupportedUseError(f"{method}: {'; '.join(wrong)}")
 
 
 def refuse_images(name: str, items: Sequence[EditRequest | Probe]) -> None:

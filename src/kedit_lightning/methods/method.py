@@ -103,10 +103,12 @@ class EditMethod(pl.LightningModule):
         """Load the base model and build what depends on it; does nothing the second time.
 
         Raises:
-            UnsupportedUseError: The method cannot edit a model of this kind.
+            UnsupportedUseError: A setting is out of bounds, or the model is of another kind than
+                those the method can edit.
             NonFiniteError: The base model's weights hold NaN.
         """
         if not self._built:
+            self.given.check_bounds(type(self).__name__)
             self.can.check_base(type(self).__name__, self.base)
             self.base.check_finite()
             self.build()
@@ -217,8 +219,9 @@ class EditMethod(pl.LightningModule):
         Raises:
             NothingToFitError: ``fit`` was called on a method that learns nothing.
             MissingNeedsError: An example lacks something the method needs.
-            UnsupportedUseError: A request or a probe has an image.
+            UnsupportedUseError: A setting is out of bounds, or a request or a probe has an image.
         """
+        self.given.check_bounds(type(self).__name__)
         if stage == "fit":
             self.check_learns()
         if self.run.on_edit is ignore:  # the trainer attaches no context

@@ -222,6 +222,8 @@ def load_stack(path: str | Path, base: BaseModel) -> list[Edit]:
     path = Path(path)
     if path.is_file() and path.suffix == ".safetensors":
         return [Edit.load(path, base)]
+    if not path.exists():
+        raise EditFileError(f"there is nothing at {path}; correct the path of the edits (--edits)")
     order = path / "stack.json"
     if not order.is_file():
         hint = (

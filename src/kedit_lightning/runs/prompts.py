@@ -12,8 +12,10 @@ from kedit_lightning.data.dataloader import BatchLoader, chunks
 from kedit_lightning.errors import DataFileError, DataFileNotFoundError, UnsupportedUseError
 
 
-def read_prompts(file: str | Path | None = None, prompt: str | None = None) -> list[str]:
-    """The one prompt that was given, or those of a file: text with one prompt per line, or JSON.
+def read_prompts(
+    file: str | Path | None = None, prompt: str | Sequence[str] | None = None
+) -> list[str]:
+    """The prompts that were given, or those of a file: text with one prompt per line, or JSON.
 
     Raises:
         DataFileError: The file is absent, or holds something else.
@@ -22,7 +24,7 @@ def read_prompts(file: str | Path | None = None, prompt: str | None = None) -> l
     if prompt is not None and file is not None:
         raise UnsupportedUseError("give either --prompt or --prompts, not both")
     if prompt is not None:
-        return [prompt]
+        return [prompt] if isinstance(prompt, str) else list(prompt)
     if file is None:
         return []
     path = Path(file).expanduser()

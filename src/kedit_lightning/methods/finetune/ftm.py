@@ -14,6 +14,7 @@ from kedit_lightning.edits import DenseEdit
 from kedit_lightning.edits.edit import check_finite
 from kedit_lightning.edits.projections import check_editable
 from kedit_lightning.errors import UnsupportedUseError
+from kedit_lightning.methods.capabilities import Count, NotNegative, NotNegativeOrInfinite, Positive
 from kedit_lightning.methods.finetune.shared.fine_tuning import fine_tune, zero_change
 from kedit_lightning.methods.method import Capabilities, EditMethod, MethodSettings
 from kedit_lightning.methods.shared.losses import answer_nll
@@ -39,13 +40,13 @@ class FTMSettings(MethodSettings):
     """Settings of :class:`FTM`; ``layers``, ``steps`` and ``norm_constraint`` once it is built."""
 
     layers: list[int] | None
-    lr: float
-    steps: int | None
-    batch_size: int
-    norm_constraint: float | None
+    lr: Positive
+    steps: Count | None
+    batch_size: Count
+    norm_constraint: NotNegativeOrInfinite | None
     objective: Objective
-    weight_decay: float
-    stop_loss: float
+    weight_decay: NotNegative
+    stop_loss: NotNegative
     eos_in_target: bool
 
 
@@ -104,7 +105,7 @@ class FTM(EditMethod):
         """Find the projections to train, and take the settings left to the base model.
 
         Raises:
-            UnsupportedUseError: A setting is out of range, or a projection cannot be edited.
+            UnsupportedUseError: No layer is given, or a projection cannot be edited.
             ModuleNotLocatedError: A block does not exist or has no dense MLP.
         """
         settings, usual = self.settings, finetune_defaults(self.base)
@@ -114,13 +115,6 @@ class FTM(EditMethod):
         bound = usual.norm_constraint if bound is None else bound
         if not layers:
             raise UnsupportedUseError("FTM: layers must name at least one block, got []")
-        for name, value, least in (
-            ("batch_size", settings.batch_size, 1),
-            ("steps", steps, 1),
-            ("norm_constraint", bound, 0),
-        ):
-            if value < least:
-                raise UnsupportedUseError(f"FTM: {name} must be at least {least}, got {value}")
         modules = [self.base.layout.block(layer).down for layer in layers]
         self.modules_trained = tuple(dict.fromkeys(modules))
         for module in self.modules_trained:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from kedit_lightning.base_models import BaseModel, BaseModelSpec
 from kedit_lightning.edits import EditOrigin
+from kedit_lightning.methods.capabilities import Count, CountOrZero, NotNegative
 from kedit_lightning.methods.hypernetwork.shared.hypernetwork_method import (
     HypernetworkMethod,
     HypernetworkSettings,
@@ -32,11 +33,11 @@ from kedit_lightning.requests import EditBatch
 class RLEditSettings(MALMENMethodSettings, HypernetworkSettings):
     """Settings of :class:`RLEdit`."""
 
-    c_reg: float
-    trajectory: int
-    back_depth: int
-    decay: float
-    steps_per_trajectory: int
+    c_reg: NotNegative
+    trajectory: Count
+    back_depth: CountOrZero
+    decay: NotNegative
+    steps_per_trajectory: Count
 
 
 class RLEdit(MALMENMethod, HypernetworkMethod):

@@ -13,7 +13,7 @@ from kedit_lightning.base_models.spec import PACKAGED
 from kedit_lightning.data import NanoFacts
 from kedit_lightning.data.datamodule import EditDataModule
 from kedit_lightning.edits import PromptEdit, PromptEntry
-from kedit_lightning.errors import UnsupportedUseError
+from kedit_lightning.methods.capabilities import CountOrZero
 from kedit_lightning.methods.in_context.shared.demonstration_pool import (
     LEXICAL,
     Pool,
@@ -38,7 +38,7 @@ PUBLISHED_COUNT, PUBLISHED_CONTEXT = 32, 2048
 class IKESettings(MethodSettings):
     """Settings of :class:`IKE`; ``demonstrations`` is the number used once it is built."""
 
-    demonstrations: int | None
+    demonstrations: CountOrZero | None
     retriever: str
 
 
@@ -84,17 +84,9 @@ class IKE(EditMethod):
         self.pool: Pool | None = None
 
     def build(self) -> None:
-        """Read the pool and settle the number of demonstrations.
-
-        Raises:
-            UnsupportedUseError: The number of demonstrations is negative.
-        """
+        """Read the pool and settle the number of demonstrations."""
         count = self.settings.demonstrations
         count = default_count(self.base) if count is None else count
-        if count < 0:
-            raise UnsupportedUseError(
-                f"demonstrations must be 0 or more, got {count}; 0 states the fact alone"
-            )
         self.settings = replace(self.settings, demonstrations=count)
         source = self._pool_source if self._pool_source is not None else self._default_source()
         if count and source is not None:

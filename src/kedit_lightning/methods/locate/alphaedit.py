@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kedit_lightning.base_models import BaseModel, BaseModelSpec
+from kedit_lightning.methods.capabilities import NotNegative, Share
 from kedit_lightning.methods.locate.shared.closed_form import ClosedForm
 from kedit_lightning.methods.locate.shared.closed_form_settings import LayersSettings
 from kedit_lightning.methods.locate.shared.least_squares import Prior, null_space_prior
@@ -15,10 +16,10 @@ from kedit_lightning.methods.locate.shared.least_squares import Prior, null_spac
 class AlphaEditSettings(LayersSettings):
     """Settings of :class:`AlphaEdit`."""
 
-    energy: float
-    threshold: float | None
-    size_cost: float
-    legacy_size_cost: float | None
+    energy: Share
+    threshold: NotNegative | None
+    size_cost: NotNegative
+    legacy_size_cost: NotNegative | None
 
 
 class AlphaEdit(ClosedForm):

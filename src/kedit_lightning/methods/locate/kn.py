@@ -19,6 +19,7 @@ from kedit_lightning.edits import Edit, LowRankDelta, LowRankEdit
 from kedit_lightning.edits.edit import check_finite
 from kedit_lightning.edits.projections import compute_dtype, projection_shape
 from kedit_lightning.errors import UnsupportedUseError
+from kedit_lightning.methods.capabilities import Count, NotNegative, Share
 from kedit_lightning.methods.method import Capabilities, EditMethod, MethodSettings
 from kedit_lightning.requests import EditRequest
 
@@ -27,11 +28,11 @@ from kedit_lightning.requests import EditRequest
 class KNSettings(MethodSettings):
     """Settings of :class:`KN`."""
 
-    steps: int
-    threshold: float
-    suppress: float
-    enhance: float
-    batch_size: int
+    steps: Count
+    threshold: Share
+    suppress: NotNegative
+    enhance: NotNegative
+    batch_size: Count
 
 
 class KN(EditMethod):

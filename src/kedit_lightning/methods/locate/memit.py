@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kedit_lightning.base_models import BaseModel, BaseModelSpec
 from kedit_lightning.edits import LowRankDelta
+from kedit_lightning.methods.capabilities import NotNegative
 from kedit_lightning.methods.locate.shared.closed_form import ClosedForm
 from kedit_lightning.methods.locate.shared.closed_form_settings import (
     LayerSettings,
@@ -65,7 +66,7 @@ class PMET(MEMIT):
 class EMMETSettings(LayerSettings):
     """Settings of :class:`EMMET`."""
 
-    eps: float
+    eps: NotNegative
     legacy_absolute_eps: bool
 
 

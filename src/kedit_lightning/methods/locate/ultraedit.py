@@ -16,6 +16,7 @@ from kedit_lightning.base_models.layout import Layout
 from kedit_lightning.edits import Edit, LowRankDelta, LowRankEdit, memories
 from kedit_lightning.edits.edit import check_finite
 from kedit_lightning.edits.projections import check_editable, compute_dtype, projection_shape
+from kedit_lightning.methods.capabilities import Count, Positive
 from kedit_lightning.methods.locate.shared.least_squares import ridge_update, size_prior
 from kedit_lightning.methods.method import Capabilities, EditMethod, MethodSettings
 from kedit_lightning.methods.shared.gradient_factors import Factors, capture_factors, predicting
@@ -38,8 +39,8 @@ class UltraEditSettings(MethodSettings):
 
     layers: list[int] | None
     modules: list[str] | None
-    lr: float | None
-    batch_size: int
+    lr: Positive | None
+    batch_size: Count
     legacy_shared_statistics: bool
 
 

@@ -22,6 +22,7 @@ from kedit_lightning.edits.kinds.codebook.codebook import (
 from kedit_lightning.edits.kinds.codebook.codebook_edit import stacked_codebook
 from kedit_lightning.edits.projections import check_editable, compute_dtype, projection_shape
 from kedit_lightning.errors import UnsupportedUseError
+from kedit_lightning.methods.capabilities import CountOrZero, NotNegative, Positive
 from kedit_lightning.methods.method import Capabilities, EditMethod, MethodSettings
 from kedit_lightning.methods.shared.losses import answer_nll
 from kedit_lightning.methods.shared.published_settings import published_settings
@@ -46,9 +47,9 @@ class GRACESettings(MethodSettings):
 
     layer: int | None
     module: str | None
-    radius: float
-    lr: float
-    steps: int
+    radius: NotNegative
+    lr: Positive
+    steps: CountOrZero
     value_init: ValueInit
     replacement: Replacement
 
@@ -100,13 +101,10 @@ class GRACE(EditMethod):
         """Find the module whose output is replaced.
 
         Raises:
-            UnsupportedUseError: A setting is out of range, or the module cannot be edited.
+            UnsupportedUseError: Both layer and module are given, or the module cannot be edited.
             ModuleNotLocatedError: The block does not exist or has no dense MLP.
         """
         settings = self.settings
-        for name, value in (("radius", settings.radius), ("steps", settings.steps)):
-            if value < 0:
-                raise UnsupportedUseError(f"GRACE: {name} must be at least 0, got {value}")
         layer, module = settings.layer, settings.module
         if module is not None and layer is not None:
             raise UnsupportedUseError("GRACE got both layer and module; leave out one of them")

@@ -16,6 +16,7 @@ from kedit_lightning.base_models import BaseModel, BaseModelSpec
 from kedit_lightning.data.datamodule import EditDataModule
 from kedit_lightning.edits import EditOrigin
 from kedit_lightning.errors import UnsupportedUseError
+from kedit_lightning.methods.capabilities import Positive, Share
 from kedit_lightning.methods.method import EditMethod, MethodSettings
 from kedit_lightning.methods.training.checkpoint import (
     check_fitted_with,
@@ -32,10 +33,10 @@ from kedit_lightning.requests import EditBatch, EditExample, EditRequest
 class TrainedSettings(MethodSettings):
     """Settings of :class:`TrainedMethod`."""
 
-    lr: float
-    lr_end: float
+    lr: Positive
+    lr_end: Share
     vary_targets: bool
-    clip: float
+    clip: Positive
     checkpoint: str | None
 
     @property

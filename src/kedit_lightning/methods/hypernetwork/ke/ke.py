@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kedit_lightning.base_models import BaseModel, BaseModelSpec
 from kedit_lightning.edits.projections import compute_dtype
+from kedit_lightning.methods.capabilities import Count, NotNegative, Positive
 from kedit_lightning.methods.hypernetwork.ke.knowledge_editor import EditorPlan, KnowledgeEditor
 from kedit_lightning.methods.hypernetwork.shared.hypernetwork_method import (
     HypernetworkMethod,
@@ -22,13 +23,13 @@ from kedit_lightning.methods.training.trained_network import BatchGradient
 class KESettings(HypernetworkSettings):
     """Settings of :class:`KE`."""
 
-    hidden: int | None
-    condition: int | None
-    max_scale: float | None
-    lr_multiplier: float
-    margin: float
-    margin_floor: float
-    accumulate: int
+    hidden: Count | None
+    condition: Count | None
+    max_scale: Positive | None
+    lr_multiplier: NotNegative
+    margin: NotNegative
+    margin_floor: NotNegative
+    accumulate: Count
 
 
 class KE(HypernetworkMethod):

@@ -12,6 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from kedit_lightning.methods.capabilities import Count, Finite, NotNegative, Positive
 from kedit_lightning.methods.hypernetwork.shared.editor_network import ProjectionPlan
 from kedit_lightning.methods.hypernetwork.shared.factor_statistics import RunningNormaliser
 from kedit_lightning.methods.shared.gradient_factors import Factors
@@ -44,15 +45,15 @@ class TransformSettings:
     """The part of the settings that methods with such networks share."""
 
     seed: int
-    lr: float
-    rank: int | None
-    blocks: int | None
+    lr: Positive
+    rank: Count | None
+    blocks: Count | None
     shared: bool | None
     normalise: bool
-    lr_lr: float
-    edit_lr: float
-    c_edit: float
-    c_loc: float
+    lr_lr: NotNegative
+    edit_lr: Finite
+    c_edit: NotNegative
+    c_loc: NotNegative
 
     @property
     def learning_rates(self) -> tuple[float, ...]:

@@ -10,6 +10,7 @@ from kedit_lightning.base_models import BaseModel, BaseModelSpec
 from kedit_lightning.base_models.layout import Block
 from kedit_lightning.edits import Edit
 from kedit_lightning.edits.projections import check_editable, compute_dtype, projection_shape
+from kedit_lightning.methods.capabilities import Count, CountOrZero
 from kedit_lightning.methods.hypernetwork.shared.editor_network import (
     ProjectionPlan,
     edit_from_gradient,
@@ -28,11 +29,11 @@ class HypernetworkSettings(TrainedSettings):
 
     layers: list[int] | None
     modules: list[str] | None
-    n_edits: int
-    at_once: int | None
-    n_rephrases: int
+    n_edits: Count
+    at_once: Count | None
+    n_rephrases: CountOrZero
     own_wording: bool
-    n_locality: int
+    n_locality: CountOrZero
 
 
 class HypernetworkMethod(TrainedMethod):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from kedit_lightning.base_models import BaseModel, BaseModelSpec
 from kedit_lightning.edits import LowRankDelta
+from kedit_lightning.methods.capabilities import Count
 from kedit_lightning.methods.hypernetwork.shared.editor_network import BatchedDeltas, EditorNetwork
 from kedit_lightning.methods.hypernetwork.shared.gradient_transform import (
     TransformNetwork,
@@ -105,8 +106,8 @@ class MENDNetwork(TransformNetwork, EditorNetwork):
 class MENDMethodSettings(TransformSettings, TrainedSettings):
     """The part of the settings that MEND and InstructEdit share."""
 
-    blocks: int
-    accumulate: int
+    blocks: Count
+    accumulate: Count
     legacy_sign: bool
 
 

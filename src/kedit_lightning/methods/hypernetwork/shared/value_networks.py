@@ -13,6 +13,7 @@ from typing import ClassVar, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from kedit_lightning.methods.capabilities import Count, Positive
 from kedit_lightning.methods.hypernetwork.shared.factor_statistics import KeyCovariance
 from kedit_lightning.methods.hypernetwork.shared.gradient_transform import (
     TransformNetwork,
@@ -34,11 +35,12 @@ ShiftSize: TypeAlias = Literal["norm", "keys"]
 class MALMENMethodSettings(TransformSettings, TrainedSettings):
     """The part of the settings that MALMEN and RLEdit share."""
 
-    at_once: int
+    at_once: Count
+    edit_lr: Positive  # kept as a logarithm
     projections: Projections | None
     tokens: Tokens | None
     shift_size: ShiftSize | None
-    ridge: float
+    ridge: Positive
 
 
 @dataclass(frozen=True)

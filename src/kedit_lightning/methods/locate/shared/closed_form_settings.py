@@ -8,6 +8,14 @@ from typing import Literal, Self, TypeAlias
 
 from kedit_lightning.base_models import BaseModel
 from kedit_lightning.edits.projections import projection_shape
+from kedit_lightning.methods.capabilities import (
+    Count,
+    CountOrZero,
+    NotNegative,
+    Positive,
+    PositiveShare,
+    Share,
+)
 from kedit_lightning.methods.locate.shared.alignment import ALIGNED_CLAMP
 from kedit_lightning.methods.locate.shared.covariance_factors import StatisticsMode
 from kedit_lightning.methods.method import MethodSettings
@@ -65,28 +73,28 @@ def several_layers(base: BaseModel) -> tuple[int, ...]:
 class ClosedFormSettings(MethodSettings):
     """Settings of all closed-form methods; :class:`ClosedForm` describes them."""
 
-    steps: int | None
-    lr: float | None
-    weight_decay: float | None
-    clamp: float | None
-    kl_factor: float | None
-    stop_loss: float
-    preserve: float | None
+    steps: Count | None
+    lr: Positive | None
+    weight_decay: NotNegative | None
+    clamp: Positive | None
+    kl_factor: NotNegative | None
+    stop_loss: NotNegative
+    preserve: NotNegative | None
     history: bool | None
-    ridge: float
+    ridge: NotNegative
     targets: Targets
-    patience: int | None
-    consistency: float
+    patience: CountOrZero | None
+    consistency: NotNegative
     aligned: bool
     norm_anchor: bool
-    keep_share: float | None
+    keep_share: PositiveShare | None
     restrain: bool
-    off_main: float
-    contexts: int
+    off_main: Share
+    contexts: CountOrZero
     statistics: StatisticsMode
-    fit_length: int
-    fit_tokens: int | None
-    fit_error: float | None
+    fit_length: Count
+    fit_tokens: Count | None
+    fit_error: Positive | None
 
     def over(self, usual: LocateSettings) -> LocateSettings:
         """Settings that depend on the model, with those that the user chose in their place."""

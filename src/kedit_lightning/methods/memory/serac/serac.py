@@ -17,6 +17,7 @@ from kedit_lightning.edits.kinds.scope.counterfactual import LanguageModel, desc
 from kedit_lightning.edits.kinds.scope.scope_networks import ScopeNetworks, ScopePlan
 from kedit_lightning.edits.projections import compute_dtype
 from kedit_lightning.errors import BaseModelMismatchError, UnsupportedUseError
+from kedit_lightning.methods.capabilities import Count, NotNegative, Share
 from kedit_lightning.methods.memory.serac.scope_gradient import ScopeGradient, scope_gradient
 from kedit_lightning.methods.memory.serac.scope_losses import (
     counterfactual_encoder,
@@ -35,12 +36,12 @@ class SERACSettings(TrainedSettings):
 
     layer: int | None
     counterfactual: str | None
-    scope_width: int | None
-    blocks: int | None
-    threshold: float
-    c_edit: float
-    c_loc: float
-    batch_size: int
+    scope_width: Count | None
+    blocks: Count | None
+    threshold: Share
+    c_edit: NotNegative
+    c_loc: NotNegative
+    batch_size: Count
 
 
 @dataclass(frozen=True)
@@ -125,15 +126,12 @@ class SERAC(TrainedMethod):
         """Create the networks, from a checkpoint where one is named.
 
         Raises:
-            UnsupportedUseError: A setting is out of range or differs from the named checkpoint's,
+            UnsupportedUseError: A setting differs from the named checkpoint's,
                 the base model's token embeddings and its output differ in vocabulary, or the
                 counterfactual model cannot serve.
             CheckpointError: The named checkpoint is absent, or another method's.
             BaseModelMismatchError: It was fitted on a base model of other widths.
         """
-        threshold = self.settings.threshold
-        if not 0 <= threshold <= 1:
-            raise UnsupportedUseError(f"SERAC: threshold must lie between 0 and 1, got {threshold}")
         super().build()
         self._counterfactual = None  # the networks hold its weights by now
         if self.network.scope.plan.made_of is None:
