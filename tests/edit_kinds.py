@@ -51,7 +51,10 @@ class BonusEdit(DecodingEdit):
 
     @classmethod
     def from_state(cls, base, origin, tensors, values):
-        return cls(base, dict(values["tokens"]), origin)
+        tokens = {int(token): float(bonus) for token, bonus in values["tokens"]}
+        if not all(0 <= token < 384 for token in tokens):
+            raise ValueError("no such token")
+        return cls(base, tokens, origin)
 
 
 def origin_of(base: BaseModel, method: str = "", **fields: Any) -> EditOrigin:

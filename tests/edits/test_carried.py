@@ -281,7 +281,8 @@ def test_edits_of_a_chunk_are_asked_for_together() -> None:
         def has_edit(self, name: str) -> bool:
             return name == "e1"
 
-        def edit(self, name: str, base: BaseModel) -> Edit | None:
+        def edit(self, name: str, base: BaseModel, requests: Sequence[EditRequest]) -> Edit | None:
+            assert list(requests) == REQUESTS[1:2]
             return toy.edit(REQUESTS[1:2]) if name == "e1" else None
 
     runs = ProtocolRunner(

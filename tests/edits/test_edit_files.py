@@ -17,7 +17,7 @@ from support import REQUESTS, tiny_base
 
 from kedit_lightning import Edit, EditRequest
 from kedit_lightning.edits import EditOrigin, LowRankEdit
-from kedit_lightning.edits.edit_file import read_header, write_atomically
+from kedit_lightning.edits.edit_file import content_id, read_edit, write_atomically
 from kedit_lightning.errors import BaseModelMismatchError, EditFileError
 
 
@@ -137,11 +137,12 @@ def test_an_edit_of_unknown_origin_loads_on_what_it_fits(tmp_path):
 
 
 def _tampered(path, **changes):
-    """Write an edit's tensors again with another header."""
-    header = read_header(path)
-    with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    save_file(tensors, path, metadata={"kedit": json.dumps({**header, **changes})})
+    """Write an edit's tensors again with another header, and the id that belongs to it."""
+    header, tensors = read_edit(path)
+    header = {**header, **changes}
+    parts = (header[name] for name in ("kind", "values", "origin"))
+    header["id"] = content_id(*parts, tensors)
+    save_file({n: t.clone() for n, t in tensors.items()}, path, {"kedit": json.dumps(header)})
     return path
 
 
@@ -204,8 +205,8 @@ def test_an_edit_with_parts_missing_is_refused(tmp_path):
     with pytest.raises(EditFileError, match="no whole edit of kind 'codebook'"):
         Edit.load(_tampered(path, kind="codebook"), base)
     path = edit_kinds.low_rank(base).save(tmp_path / "edit")
-    origin = read_header(path)["origin"]
-    with pytest.raises(EditFileError, match=r"no whole edit.*flavour"):
+    origin = read_edit(path)[0]["origin"]
+    with pytest.raises(EditFileError, match=r"its origin has unknown \['flavour'\]"):
         Edit.load(_tampered(path, origin={**origin, "flavour": "sweet"}), base)
 
 

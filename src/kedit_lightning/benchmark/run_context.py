@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import typing
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -17,6 +17,7 @@ from kedit_lightning.benchmark.protocol import Protocol
 from kedit_lightning.data.datamodule import EditDataModule, Split
 from kedit_lightning.edits import Edit
 from kedit_lightning.metrics import EditMetrics, ExampleRecord, LegacyEasyEdit
+from kedit_lightning.requests import EditRequest
 
 Metrics: TypeAlias = EditMetrics | LegacyEasyEdit
 
@@ -51,8 +52,8 @@ class SavedRun(typing.Protocol):
     def has_edit(self, name: str) -> bool:
         """Whether an edit was saved."""
 
-    def edit(self, name: str, base: BaseModel) -> Edit | None:
-        """An edit by its name, if it was saved."""
+    def edit(self, name: str, base: BaseModel, requests: Sequence[EditRequest]) -> Edit | None:
+        """An edit by its name, if it was saved; one of other requests is refused."""
 
 
 def ignore(*result: object) -> None:

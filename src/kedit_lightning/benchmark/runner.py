@@ -184,7 +184,8 @@ class ProtocolRunner:
 
     def _edit(self, name: str, requests: Sequence[EditRequest]) -> TimedEdit:
         """Compute an edit, or take the saved one."""
-        if self._saved is not None and (saved := self._saved.edit(name, self.base)) is not None:
+        saved = None if self._saved is None else self._saved.edit(name, self.base, requests)
+        if saved is not None:
             return saved, None
         return self._computed(name, partial(self._compute, requests))
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
+import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -15,13 +15,15 @@ from typing import Any, ClassVar, Protocol, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from kedit_lightning.edits.edit_file import read_header, read_tensors, write_edit
+from kedit_lightning.edits.edit_file import content_id, read_edit, write_edit
 from kedit_lightning.edits.effects import AddToOutput, E, Effect, KeepMemory, of_type
 from kedit_lightning.edits.origin import EditOrigin
 from kedit_lightning.edits.projections import compute_dtype
 from kedit_lightning.errors import (
     BaseModelMismatchError,
     EditFileError,
+    KEditError,
+    MissingExtraError,
     NonFiniteError,
     UnsupportedUseError,
 )
@@ -160,14 +162,7 @@ class Edit(ABC):
         """Hash of the edit's content: equal edits have equal ids, in any process."""
         if self._id is None:
             tensors, values = self.state()
-            digest = hashlib.sha256()
-            header = {"kind": self.kind, "values": values, "origin": self.origin.to_json()}
-            digest.update(json.dumps(header, sort_keys=True, default=str).encode())
-            for name in sorted(tensors):
-                tensor = tensors[name].detach().cpu().contiguous()
-                digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-                digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-            self._id = digest.hexdigest()[:16]
+            self._id = content_id(self.kind, values, self.origin.to_json(), tensors)
         return self._id
 
     @property
@@ -225,21 +220,28 @@ class Edit(ABC):
             force: Load it even if it was made for another base model.
 
         Raises:
-            EditFileError: The file is absent, or no edit.
+            EditFileError: The file is absent, no edit, or not what its id says.
             BaseModelMismatchError: The edit was made for another base model.
         """
         path = Path(path)
-        header = read_header(path)
+        header, tensors = read_edit(path)
         try:
             origin = EditOrigin.from_json(header["origin"])
             if not force:
                 check_same_base(f"the edit in {path}", origin, base)
-            kind = edit_class(header["kind"])
-            return kind.from_state(base, origin, read_tensors(path), header["values"])
-        except (KeyError, TypeError) as error:
+            edit = edit_class(header["kind"]).from_state(base, origin, tensors, header["values"])
+            if edit.id != header["id"]:
+                raise EditFileError("it holds what such an edit does not have")
+        except (BaseModelMismatchError, MissingExtraError):
+            raise
+        except Exception as error:  # kinds of other packages fail on strange content in any way
+            reason = str(error) if isinstance(error, KEditError) else repr(error)[:200]
+            reason = reason.partition("\n")[0]
             raise EditFileError(
-                f"{path} is no whole edit of kind '{header['kind']}' ({error!r}); save it again"
+                f"{path} is no whole edit of kind {reprlib.repr(header['kind'])}, or does not fit "
+                f"'{base.name}': {reason}"
             ) from error
+        return edit
 
     def __repr__(self) -> str:
         facts = len(self.origin.requests)
@@ -263,8 +265,8 @@ def edit_class(kind: str) -> type[Edit]:
     if kind not in Edit._kinds and kind in LATE_KINDS:
         import_module(LATE_KINDS[kind])
     if kind not in Edit._kinds:
-        known = sorted({*Edit._kinds, *LATE_KINDS})
-        raise EditFileError(f"unknown kind of edit '{kind}'; known are {', '.join(known)}")
+        known = ", ".join(sorted({*Edit._kinds, *LATE_KINDS}))
+        raise EditFileError(f"unknown kind of edit {reprlib.repr(kind)}; known are {known}")
     return Edit._kinds[kind]
 
 

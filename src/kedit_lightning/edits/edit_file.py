@@ -2,20 +2,48 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypedDict
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from kedit_lightning.edits.origin import EditOrigin
+from kedit_lightning.edits.state_schema import check_value
 from kedit_lightning.errors import EditFileError
 
 FORMAT_VERSION = 1
 _HEADER = "kedit"
+
+
+class Header(TypedDict):
+    """The JSON header of a saved edit."""
+
+    format_version: Literal[1]
+    kind: str
+    id: str
+    origin: dict[str, Any]
+    values: dict[str, Any]
+
+
+def content_id(
+    kind: str, values: Mapping[str, Any], origin: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> str:
+    """Hash of an edit's content, by which equal edits are known in any process."""
+    header = {"kind": kind, "values": values, "origin": origin}
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True, default=str).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -38,39 +66,50 @@ def write_edit(path: Path, header: Mapping[str, Any], tensors: Mapping[str, Tens
     return path
 
 
-def read_header(path: Path) -> dict[str, Any]:
-    """The JSON header of a saved edit.
+def read_edit(path: Path) -> tuple[Header, dict[str, Tensor]]:
+    """The header of a saved edit and its tensors, once the content has been found to be whole.
 
     Raises:
-        EditFileError: The file is absent, or no edit of a version this release reads.
+        EditFileError: The file is absent, no edit of a version this release reads, or its content
+            is not what the id in its header says.
     """
     if not path.is_file():
         raise EditFileError(f"there is no saved edit at {path}")
     try:
+        # This compares the sizes that the file declares with its length before it allocates any.
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise EditFileError(f"{path} is no saved edit: {error}") from error
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, RuntimeError, TypeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise EditFileError(f"{path} is no saved edit: {reason}") from error
     if _HEADER not in metadata:
         raise EditFileError(f"{path} holds tensors but is no saved edit: it has no kedit header")
+    header = _header(path, metadata[_HEADER])
+    if header["id"] != content_id(header["kind"], header["values"], header["origin"], tensors):
+        raise EditFileError(
+            f"{path} is damaged or was changed: its content is not that of the edit it names, "
+            f"{reprlib.repr(header['id'])}; take it from a copy"
+        )
+    return header, tensors
+
+
+def _header(path: Path, text: str) -> Header:
     try:
-        header: dict[str, Any] = json.loads(metadata[_HEADER])
-        missing = {"format_version", "kind", "id", "origin", "values"} - header.keys()
-    except (ValueError, AttributeError) as error:
+        header = json.loads(text)
+        version = header.get("format_version", 0)
+        json.dumps(header, ensure_ascii=False).encode()  # fails on text that is no Unicode
+    except (ValueError, AttributeError, RecursionError) as error:
         raise EditFileError(f"{path} is no saved edit: its header cannot be read") from error
-    if missing:
+    if isinstance(version, int) and version > FORMAT_VERSION:
         raise EditFileError(
-            f"{path} is no saved edit: its header lacks {', '.join(sorted(missing))}"
+            f"{path} has format version {version}, and this release reads up to {FORMAT_VERSION}; "
+            "install a newer kedit-lightning"
         )
-    if header["format_version"] > FORMAT_VERSION:
-        raise EditFileError(
-            f"{path} has format version {header['format_version']}, and this release reads up to "
-            f"{FORMAT_VERSION}; install a newer kedit-lightning"
-        )
-    return header
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a saved edit, by name."""
-    with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    try:
+        check_value("its header", header, Header)
+        check_value("its origin", header["origin"], EditOrigin)
+    except EditFileError as error:
+        raise EditFileError(f"{path} is no saved edit: {error}") from error
+    whole: Header = header
+    return whole

@@ -96,7 +96,7 @@ class ModuleHook:
 
     def __call__(self, args: tuple[Any, ...], output: Any, context: RowContext | None) -> Any:
         """Return the changed output of the module."""
-        x, y = args[0], first_tensor(output)
+        x, y = first_tensor(args), first_tensor(output)
         if not self._rows and not self._routes:
             return with_first(output, y if self.delta is None else self.delta(x, y))
         if context is None and x.dim() == 3 and not self._routes:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from kedit_lightning.edits.state_schema import check_value
 from kedit_lightning.requests import EditRequest
 
 
@@ -49,6 +50,11 @@ class EditOrigin:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> EditOrigin:
-        """Rebuild from :meth:`to_json`."""
+        """Rebuild from :meth:`to_json`.
+
+        Raises:
+            EditFileError: A field is absent, unknown, or of another type.
+        """
+        check_value("its origin", values, cls)
         requests = tuple(EditRequest(**request) for request in values["requests"])
         return cls(**{**values, "requests": requests})

@@ -37,9 +37,17 @@ def oriented(matrix: Tensor, module: nn.Module) -> Tensor:
 
 
 def first_tensor(output: Any) -> Tensor:
-    """The hidden states of a module's output, which is a tensor or a tuple that starts with it."""
-    tensor = output[0] if isinstance(output, (tuple, list)) else output
-    assert isinstance(tensor, Tensor)
+    """The hidden states of a module's input or output: a tensor, or a tuple that starts with it.
+
+    Raises:
+        UnsupportedUseError: It is neither, as that of a whole model.
+    """
+    tensor = output[0] if isinstance(output, (tuple, list)) and output else output
+    if not isinstance(tensor, Tensor):
+        raise UnsupportedUseError(
+            "edits act on modules that map a tensor to a tensor, and this one takes or gives "
+            f"{type(tensor).__name__}; choose a projection or a block"
+        )
     return tensor
 
 

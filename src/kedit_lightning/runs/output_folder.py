@@ -8,19 +8,30 @@ import io
 import json
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from kedit_lightning.base_models import BaseModel
 from kedit_lightning.benchmark import RunContext
 from kedit_lightning.edits import Edit
-from kedit_lightning.edits.edit_file import read_header, write_atomically
+from kedit_lightning.edits.edit_file import read_edit, write_atomically
+from kedit_lightning.edits.state_schema import check_value
 from kedit_lightning.errors import EditFileError, EditOrderError, ResumeError, article_list
 from kedit_lightning.metrics import ExampleRecord
+from kedit_lightning.requests import EditRequest
 
 _CSV_READINGS = ("tf_tok", "tf_all", "log_prob", "contrast_log_prob", "text", "kl")
 _CSV_COLUMNS = ("id", "stage", "subject", "kind", "group", "prompt", "answers", "contrast")
+
+
+class StackEntry(TypedDict):
+    """An edit in ``stack.json``."""
+
+    file: str
+    id: str
+    sha256: str
+    requests: list[str]
 
 
 class OutputFolder:
@@ -41,8 +52,10 @@ class OutputFolder:
     def __init__(self, path: str | Path, resume: bool = False, first: bool = True) -> None:
         self.path = Path(path)
         self.resumed = resume
-        self._edits: dict[str, dict[str, Any]] = {}
+        self._edits: dict[str, StackEntry] = {}
         self._records: dict[tuple[str, str], ExampleRecord] = {}
+        #: Ids of the edits that records of an interrupted run are scores of, by name.
+        self._scored: dict[str, str] = {}
         started = (self.path / "run.json").is_file()
         if resume:
             if not started:
@@ -94,6 +107,8 @@ class OutputFolder:
             try:
                 record = json.loads(line)
                 self._records[record["id"], record["stage"]] = record
+                if "edit_name" in record:
+                    self._scored[record["edit_name"]] = record["edit_id"]
             except (json.JSONDecodeError, KeyError, TypeError) as error:
                 raise ResumeError(
                     f"line {number} of {self.results} is no record, so the run cannot be "
@@ -139,29 +154,48 @@ class OutputFolder:
         """Whether an interrupted run has saved an edit."""
         return self.resumed and self.edit_path(name).is_file()
 
-    def edit(self, name: str, base: BaseModel) -> Edit | None:
-        """An edit that an interrupted run has saved."""
+    def edit(self, name: str, base: BaseModel, requests: Sequence[EditRequest]) -> Edit | None:
+        """An edit that an interrupted run has saved.
+
+        Raises:
+            EditFileError: It is damaged, or writes other requests.
+        """
         if not self.has_edit(name):
             return None
-        edit = Edit.load(self.edit_path(name), base)
-        self._edits[name] = self._described(name)
+        path = self.edit_path(name)
+        try:
+            edit = Edit.load(path, base)
+            if edit.origin.requests != tuple(requests):
+                raise EditFileError(f"{path} does not write the requests of '{name}' in this run")
+        except EditFileError as error:
+            way_out = "delete that file to have the edit computed again"
+            raise EditFileError(f"{error}; {way_out}") from error
+        self._edits[name] = self._described(name, self._scored.get(name))
         return edit
 
-    def _described(self, name: str) -> dict[str, Any]:
+    def _described(self, name: str, scored: str | None = None) -> StackEntry:
         path = self.edit_path(name)
-        header = read_header(path)
+        header, _ = read_edit(path)
+        if scored not in (None, header["id"]):
+            raise EditFileError(
+                f"{path} is edit {header['id']}, and {self.results} has the scores of edit "
+                f"{scored} for it; put that edit back, or start a new run in another folder"
+            )
         return {
             "file": f"edits/{path.name}",
             "id": header["id"],
             "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-            "requests": [own["id"] or own["prompt"] for own in header["origin"]["requests"]],
+            "requests": _labels(header["origin"]),
         }
 
     def write_stack(self, facts: Mapping[str, Any]) -> None:
         """Write ``stack.json``: facts such as the base model, and the edits in their order."""
         records: Iterator[Mapping[str, Any]] = self.records()
         names = [str(record["edit_name"]) for record in records if "edit_name" in record]
-        order = [self._edits.get(name) or self._described(name) for name in [*names, *self._edits]]
+        order = [
+            self._edits.get(name) or self._described(name, self._scored.get(name))
+            for name in [*names, *self._edits]
+        ]
         unique = {entry["file"]: entry for entry in order}
         self.write_json("stack.json", {**facts, "edits": list(unique.values())})
 
@@ -233,7 +267,7 @@ def load_stack(path: str | Path, base: BaseModel) -> list[Edit]:
         )
         raise EditFileError(f"{path} holds no saved edits (no stack.json in it){hint}")
     edits = []
-    for entry in json.loads(order.read_text(encoding="utf-8"))["edits"]:
+    for entry in _stack_entries(order):
         file = path / entry["file"]
         if not file.is_file():
             raise EditFileError(f"{order} names {entry['file']}, which is absent")
@@ -241,8 +275,28 @@ def load_stack(path: str | Path, base: BaseModel) -> list[Edit]:
             raise EditFileError(
                 f"{file} is not the edit that {order.name} names: its content has changed"
             )
-        edits.append(Edit.load(file, base))
+        edit = Edit.load(file, base)
+        if (edit.id, _labels(edit.origin.to_json())) != (entry["id"], entry["requests"]):
+            raise EditFileError(f"{file} is not the edit that {order.name} names: id or requests")
+        edits.append(edit)
     return edits
+
+
+def _labels(origin: Mapping[str, Any]) -> list[str]:
+    """How ``stack.json`` names the requests of an edit."""
+    return [request.get("id") or request["prompt"] for request in origin["requests"]]
+
+
+def _stack_entries(order: Path) -> list[StackEntry]:
+    try:
+        entries: list[StackEntry] = json.loads(order.read_text(encoding="utf-8"))["edits"]
+        check_value("its list of edits", entries, list[StackEntry])
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise EditFileError(
+            f"{order} is damaged ({str(error) or repr(error)}); finish or repeat its run, or name "
+            "one of the saved edits beside it"
+        ) from error
+    return entries
 
 
 def apply_saved(edits: Iterable[Edit]) -> None:

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar, TypedDict
 
 from torch import Tensor
 
 from kedit_lightning.edits.edit import Edit, EditableModel, Tensors, Values, edit_class
 from kedit_lightning.edits.effects import Effect
 from kedit_lightning.edits.origin import EditOrigin
+from kedit_lightning.edits.state_schema import check_names, check_value
+
+
+class _Member(TypedDict):
+    kind: str
+    values: dict[str, Any]
+    origin: dict[str, Any]
+
+
+class _Members(TypedDict):
+    members: list[_Member]
 
 
 class CompositeEdit(Edit):
@@ -47,6 +58,10 @@ class CompositeEdit(Edit):
         cls, base: EditableModel, origin: EditOrigin, tensors: Tensors, values: Values
     ) -> CompositeEdit:
         """Rebuild all members."""
+        check_value("the composite", values, _Members)
+        numbers = {str(index) for index in range(len(values["members"]))}
+        others = [name for name in tensors if name.partition("/")[0] not in numbers]
+        check_names("the composite", others, ())
         members = []
         for index, member in enumerate(values["members"]):
             start = f"{index}/"

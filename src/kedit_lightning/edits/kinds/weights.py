@@ -12,6 +12,7 @@ from kedit_lightning.edits.effects import AddToOutput, Effect, KeepMemory, Weigh
 from kedit_lightning.edits.low_rank import LowRankDelta
 from kedit_lightning.edits.origin import EditOrigin
 from kedit_lightning.edits.projections import check_editable, projection_shape
+from kedit_lightning.edits.state_schema import NoValues, check_names, check_tensor, check_value
 from kedit_lightning.errors import EditFileError, UnsupportedUseError
 
 #: Start of the names of memory tensors; the names of modules hold no slash.
@@ -74,9 +75,13 @@ class LowRankEdit(Edit):
         cls, base: EditableModel, origin: EditOrigin, tensors: Tensors, values: Values
     ) -> LowRankEdit:
         """Rebuild from the factors and the memory."""
+        check_value("the edit", values, NoValues)
         memory = {n.removeprefix(_MEMORY): t for n, t in tensors.items() if n.startswith(_MEMORY)}
         others = tensors.keys() - {f"{_MEMORY}{name}" for name in memory}
         names = sorted(name.removesuffix(".A") for name in others if name.endswith(".A"))
+        check_names("the edit", others, [f"{name}.{factor}" for name in names for factor in "AB"])
+        for name in others:
+            check_tensor(name, tensors[name], (None, None))
         factors = {n: (tensors[f"{n}.A"], tensors[f"{n}.B"]) for n in names}
         return cls(base, factors, origin, memory)
 
@@ -152,6 +157,10 @@ class DenseEdit(Edit):
         cls, base: EditableModel, origin: EditOrigin, tensors: Tensors, values: Values
     ) -> DenseEdit:
         """Rebuild from the matrices and biases."""
+        check_value("the edit", values, NoValues)
+        check_names("the edit", [n for n in tensors if not n.endswith((".delta", ".bias"))], ())
+        for name, tensor in tensors.items():
+            check_tensor(name, tensor, (None, None) if name.endswith(".delta") else (None,))
         names = sorted({name.rpartition(".")[0] for name in tensors})
         changes = {n: (tensors.get(f"{n}.delta"), tensors.get(f"{n}.bias")) for n in names}
         return cls(base, changes, origin)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, TypedDict
 
 import torch
 from torch import Tensor
@@ -32,7 +32,20 @@ from kedit_lightning.edits.projections import (
     projection_shape,
 )
 from kedit_lightning.edits.row_context import RowContext
-from kedit_lightning.errors import EditFileError
+from kedit_lightning.edits.state_schema import (
+    FULL_PRECISION,
+    check_names,
+    check_tensor,
+    check_value,
+)
+from kedit_lightning.errors import EditFileError, UnsupportedUseError
+
+
+class _Values(TypedDict):
+    module: str
+    replacement: Replacement
+    labels: list[list[int]]
+    radii: list[float]
 
 
 class CodebookEdit(MemoryEdit):
@@ -57,6 +70,8 @@ class CodebookEdit(MemoryEdit):
         self.entries = tuple(entries)
         self.replacement = replacement
         layer = find_module(base.model, module)
+        if next(layer.parameters(), None) is None:
+            raise UnsupportedUseError(f"a codebook needs a module with weights, not '{module}'")
         shape = projection_shape(layer) if is_projection(layer) else None
         for entry in self.entries:
             if shape and shape != (len(entry.key), len(entry.value)):
@@ -86,8 +101,14 @@ class CodebookEdit(MemoryEdit):
         book = build_codebook([e.to(parameter.device) for content in contents for e in content])
         assert book is not None
         family, where = self.family, self.replacement
+        widths = book.keys.shape[1], book.values.shape[1]
 
         def recall(x: Tensor, y: Tensor, context: RowContext) -> Tensor:
+            if (x.shape[-1], y.shape[-1]) != widths:
+                raise UnsupportedUseError(
+                    f"a codebook that maps {widths[0]} to {widths[1]} values does not fit module "
+                    f"'{self.module}', which maps {x.shape[-1]} to {y.shape[-1]}"
+                )
             end = context.prompt_end.to(x.device) if context.prefill else None
             if end is not None:
                 queries = x[torch.arange(len(x), device=x.device), end]
@@ -113,6 +134,13 @@ class CodebookEdit(MemoryEdit):
         cls, base: EditableModel, origin: EditOrigin, tensors: Tensors, values: Values
     ) -> CodebookEdit:
         """Rebuild the entries."""
+        check_value("the codebook", values, _Values)
+        check_names("the codebook", tensors, ("keys", "values"))
+        count = len(values["labels"])
+        if not count == len(values["radii"]) > 0:
+            raise EditFileError(f"a codebook of {count} labels and {len(values['radii'])} radii")
+        check_tensor("keys", tensors["keys"], (count, None), FULL_PRECISION)
+        check_tensor("values", tensors["values"], (count, None))
         labels = [tuple(label) for label in values["labels"]]
         rows = zip(tensors["keys"], tensors["values"], labels, values["radii"], strict=True)
         entries = [CodebookEntry(*row) for row in rows]

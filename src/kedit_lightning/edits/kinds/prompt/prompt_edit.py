@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import ClassVar
+from typing import ClassVar, TypedDict
 
 from kedit_lightning.edits.edit import Edit, EditableModel, Tensors, Values
 from kedit_lightning.edits.effects import Effect, PromptFunction, RewritePrompt
 from kedit_lightning.edits.kinds.prompt.tfidf import LexicalIndex
 from kedit_lightning.edits.origin import EditOrigin
+from kedit_lightning.edits.state_schema import check_names, check_value
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,10 @@ class PromptEntry:
     key: str
     context: str
     demonstrations: tuple[str, ...] = ()
+
+
+class _Entries(TypedDict):
+    entries: list[PromptEntry]
 
 
 class PromptEdit(Edit):
@@ -52,6 +57,8 @@ class PromptEdit(Edit):
         cls, base: EditableModel, origin: EditOrigin, tensors: Tensors, values: Values
     ) -> PromptEdit:
         """Rebuild from the texts."""
+        check_value("the edit", values, _Entries)
+        check_names("the edit", tensors, ())
         entries = [{**e, "demonstrations": tuple(e["demonstrations"])} for e in values["entries"]]
         return cls(base, [PromptEntry(**entry) for entry in entries], origin)
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import Any, Self, TypedDict
 
 import torch
 from tokenizers import Tokenizer
@@ -16,7 +17,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from kedit_lightning.errors import UnsupportedUseError
+from kedit_lightning.edits.state_schema import check_names, check_value
+from kedit_lightning.errors import EditFileError, UnsupportedUseError, article_list
 
 #: Longest answer, in the model's own tokens.
 _LONGEST = 64
@@ -31,6 +33,42 @@ def describe(model: Any, tokenizer: Any) -> dict[str, Any]:
         "tokenizer": tokenizer.backend_tokenizer.to_str(),
         "special": {name: str(token) for name, token in named.items() if token is not None},
     }
+
+
+class _Description(TypedDict):
+    config: dict[str, Any]
+    tokenizer: str
+    special: dict[str, Any]
+
+
+#: Settings that make a configuration or a model repeat something.
+_COUNT = re.compile(r"^num_|(layers?|heads?|experts|blocks|labels|depth)$")
+_MOST = 512
+
+
+def check_description(made_of: Mapping[str, Any], tensors: int) -> None:
+    """Refuse a description, read from a file, that repeats parts without end or names other code.
+
+    Args:
+        made_of: What :func:`describe` gave.
+        tensors: How many tensors the model has.
+
+    Raises:
+        EditFileError: The message names the setting.
+    """
+    check_value("the counterfactual model", made_of, _Description)
+    check_names("special tokens", made_of["special"], (), _SPECIAL)
+    check_value("its special tokens", list(made_of["special"].values()), list[str])
+    wrong, pending = [], [made_of["config"]]
+    while pending:
+        for name, value in pending.pop().items():
+            pending += [value] if isinstance(value, dict) else []
+            count = isinstance(value, int) and bool(_COUNT.search(str(name)))
+            code = name == "auto_map" or str(name).endswith("implementation")  # of attention
+            if (count and value > max(_MOST, tensors)) or (code and "/" in str(value)):
+                wrong.append(str(name))
+    if wrong:
+        raise EditFileError(f"the counterfactual model cannot have such {article_list(wrong, 4)}")
 
 
 class LanguageModel(nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import ClassVar
+from typing import ClassVar, TypedDict
 
 import torch
 from torch import Tensor
@@ -17,11 +17,23 @@ from kedit_lightning.edits.kinds.scope.counterfactual import LanguageModel
 from kedit_lightning.edits.kinds.scope.scope_networks import ScopeNetworks, ScopePlan
 from kedit_lightning.edits.origin import EditOrigin
 from kedit_lightning.edits.row_context import RowContext, copies_of_rows
+from kedit_lightning.edits.state_schema import (
+    FULL_PRECISION,
+    check_names,
+    check_tensor,
+    check_value,
+)
 from kedit_lightning.errors import EditFileError, UnsupportedUseError
 
 _NETWORK = "network."
 #: Logit of tokens that are excluded; sums of many stay finite.
 _NEVER = -1e4
+
+
+class _Values(TypedDict):
+    plan: ScopePlan
+    statements: list[list[int]]
+    thresholds: list[float]
 
 
 @dataclass(frozen=True)
@@ -64,8 +76,18 @@ class ScopeEdit(MemoryEdit):
             raise EditFileError(
                 f"a scope edit reads the block '{module}', which '{base.name}' does not have"
             )
+        decoder, width = self.networks.decoder, networks.plan.token_width
+        own = decoder.model if isinstance(decoder, LanguageModel) else None
+        if own is None and width != self.embedding.shape[1]:
+            raise EditFileError(
+                f"a counterfactual model of width {width} cannot read the token embeddings of "
+                f"'{base.name}', which are {self.embedding.shape[1]} wide"
+            )
+        tokens = len(self.embedding if own is None else own.get_input_embeddings().weight)
         for entry in self.entries:
             check_finite("scope key", module, entry.key)
+            if not entry.statement or not all(0 <= token < tokens for token in entry.statement):
+                raise EditFileError(f"a statement must be ids of tokens below {tokens}")
 
     @cached_property
     def family(self) -> str:
@@ -99,14 +121,20 @@ class ScopeEdit(MemoryEdit):
         cls, base: EditableModel, origin: EditOrigin, tensors: Tensors, values: Values
     ) -> ScopeEdit:
         """Rebuild networks and entries."""
-        plan, keys = ScopePlan(**values["plan"]), tensors["keys"]
-        networks = ScopeNetworks(plan, dtype=keys.dtype)
-        networks.load_state_dict(
-            {n.removeprefix(_NETWORK): t for n, t in tensors.items() if n.startswith(_NETWORK)}
-        )
+        check_value("the edit", values, _Values)
+        networks = [name for name in tensors if name.startswith(_NETWORK)]
+        check_names("the edit", tensors, ["keys", *networks])
+        weights = {name.removeprefix(_NETWORK): tensors[name] for name in networks}
+        plan, keys, count = ScopePlan(**values["plan"]), tensors["keys"], len(values["statements"])
+        if not count == len(values["thresholds"]) > 0:
+            raise EditFileError(
+                f"a memory of {count} statements and {len(values['thresholds'])} thresholds"
+            )
+        check_tensor("keys", keys, (count, plan.scope_width), FULL_PRECISION)
         statements = [tuple(ids) for ids in values["statements"]]
         rows = zip(keys, statements, values["thresholds"], strict=True)
-        return cls(base, networks, [ScopeEntry(*row) for row in rows], origin)
+        entries = [ScopeEntry(*row) for row in rows]
+        return cls(base, ScopeNetworks.restored(plan, weights, keys.dtype), entries, origin)
 
 
 def _decision_name(edits: Sequence[ScopeEdit]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,7 +12,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, LlamaConfig
 
-from kedit_lightning.edits.kinds.scope.counterfactual import LanguageModel
+from kedit_lightning.edits.kinds.scope.counterfactual import LanguageModel, check_description
+from kedit_lightning.edits.state_schema import check_names, check_tensor
+from kedit_lightning.errors import EditFileError, UnsupportedUseError
+
+#: Tables that a language model keeps beside its weights, such as masks, may take this much.
+_BUFFER_BYTES = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -87,6 +93,41 @@ class ScopeNetworks(nn.Module):
             model = plan.made_of
             self.decoder = LanguageModel(model, dtype) if model else _small_decoder(plan, dtype)
 
+    @classmethod
+    def restored(
+        cls, plan: ScopePlan, weights: Mapping[str, Tensor], dtype: torch.dtype
+    ) -> ScopeNetworks:
+        """Networks with these weights.
+
+        Raises:
+            EditFileError: The weights are not those of the plan, which is found out before memory
+                is taken for networks of that size.
+        """
+        largest = max((size for tensor in weights.values() for size in tensor.shape), default=0)
+        sizes = [plan.hidden_width, plan.scope_width]
+        sizes += [] if plan.made_of else [plan.token_width]
+        if any(not 0 < size <= largest for size in sizes) or not 0 <= plan.blocks <= len(weights):
+            raise EditFileError(
+                f"the plan names widths {sizes} and {plan.blocks} blocks, and the file has "
+                f"{len(weights)} network tensors that are at most {largest} wide"
+            )
+        if plan.own_tokens and not plan.made_of:
+            raise EditFileError("the plan says own_tokens without a counterfactual model")
+        if plan.made_of:
+            check_description(plan.made_of, len(weights))
+        with torch.device("meta"):  # shapes alone
+            empty = cls(plan, dtype=dtype)
+        needed = empty.state_dict()
+        check_names("the set of networks", weights, needed)
+        for name, tensor in needed.items():
+            check_tensor(name, weights[name], tensor.shape, [tensor.dtype])
+        payload = sum(tensor.nbytes for tensor in weights.values())
+        if sum(buffer.nbytes for buffer in empty.buffers()) > max(payload, _BUFFER_BYTES):
+            raise EditFileError("the networks would need far more memory than the file has")
+        networks = cls(plan, dtype=dtype)
+        networks.load_state_dict(dict(weights))
+        return networks
+
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the weights."""
@@ -98,6 +139,11 @@ class ScopeNetworks(nn.Module):
         Shape ``[batch, scope_width]`` from hidden states of the base model, ``[batch, tokens,
         hidden_width]``, and a mask that is True on tokens of the question, ``[batch, tokens]``.
         """
+        if hidden.shape[-1] != self.plan.hidden_width:
+            raise UnsupportedUseError(
+                f"a scope classifier of width {self.plan.hidden_width} does not fit module "
+                f"'{self.plan.module}', whose output is {hidden.shape[-1]} wide"
+            )
         kept = mask.to(hidden.device).bool()[..., None]
         # Selected, not multiplied, since hidden states of padding may be NaN.
         total = torch.where(kept, hidden.to(self.dtype), 0.0).sum(1)
