@@ -84,6 +84,7 @@ def test_protocol_takes_the_comma_form_and_a_list() -> None:
         ("score_batch_size", -1),
         ("max_new_tokens", 0),
         ("every", 10),
+        ("answers", "exact"),
     ],
 )
 def test_protocol_refuses_by_name(field: str, value: Any) -> None:
@@ -99,8 +100,10 @@ def test_protocol_id_follows_what_scores_depend_on() -> None:
         Protocol(scoring="legacy_easyedit"),
         Protocol(generate=False),
         Protocol(max_new_tokens=5),
+        Protocol(answers="squad"),
     ):
         assert other.id != base.id
+    assert Protocol(generate=False).id == Protocol(generate=False, answers="squad").id
     sequential = Protocol(mode="sequential", chunk_size=2)
     assert sequential.id != replace(sequential, chunk_size=3).id
     assert sequential.id != replace(sequential, evaluate="final").id

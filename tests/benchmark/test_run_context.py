@@ -17,6 +17,7 @@ from toys import Learner, Toy
 
 from kedit_lightning import Edit, EditExample, EditRequest, EditTrainer, Probe
 from kedit_lightning.benchmark import EditCallback, Protocol, RunContext
+from kedit_lightning.benchmark.run_context import new_metrics
 from kedit_lightning.data import Requests
 from kedit_lightning.errors import UnsupportedUseError
 from kedit_lightning.methods import ROME
@@ -41,6 +42,7 @@ class Listener(EditCallback):
     def __init__(self) -> None:
         self.edits: list[tuple[str, str]] = []
         self.records: list[tuple[str, str | None]] = []
+        self.full: list[Any] = []
         self.run: RunContext | None = None
 
     def on_test_start(self, trainer: Any, pl_module: Any) -> None:
@@ -51,9 +53,30 @@ class Listener(EditCallback):
 
     def on_example_result(self, trainer: Any, method: Any, record: Any, edit: Edit | None) -> None:
         self.records.append((record["id"], edit and edit.id))
+        self.full.append(record)
 
 
 # ---- the context
+
+
+def test_answers_are_compared_by_the_protocols_rule(tmp_path: Path) -> None:
+    path = tmp_path / "facts.json"
+    path.write_text(json.dumps([{"prompt": "Pi is", "subject": "Pi", "target_new": "3.5"}]))
+    scores = {}
+    for rule in ("words", "squad"):
+        listener = Listener()
+        protocol = Protocol(max_new_tokens=1, answers=rule)
+        EditTrainer(accelerator="cpu", protocol=protocol, callbacks=listener).test(
+            Toy(base_model=tiny_base("llama")), Requests(path=path), verbose=False
+        )
+        (record,) = listener.full
+        (probe,) = record["probes"]
+        probe["after"]["text"] = " 35"
+        scores[rule] = type(new_metrics(protocol)).from_records([record]).compute()
+    assert scores["words"]["rewrite/gen_em"] == scores["words"]["rewrite/gen_contains"] == 0
+    assert scores["squad"]["rewrite/gen_em"] == scores["squad"]["rewrite/gen_contains"] == 1
+    losses = {rule: scores[rule]["rewrite/inflation"] for rule in scores}
+    assert losses["words"] - losses["squad"] == 1
 
 
 def test_the_trainer_attaches_the_run_and_takes_it_back(tmp_path: Path) -> None:

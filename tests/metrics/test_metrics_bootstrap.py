@@ -115,6 +115,12 @@ def test_shares_at_a_border_are_not_certain():
     assert share_interval([1.0] * 100, [i // 10 for i in range(100)]) == wilson_interval(1.0, 10)
     # one subject says nothing about the spread between subjects
     assert share_interval([1.0, 0.0], [4, 4]) == wilson_interval(0.5, 1)
+    # nor do equal subjects, whatever their share, however it comes about
+    for value in (0.5, 0.1, 1 / 3):
+        assert share_interval([value] * 2) == wilson_interval(value, 2)
+    assert share_interval([1.0, 0.0] * 3, [0, 0, 1, 1, 2, 2]) == wilson_interval(0.5, 3)
+    uneven = share_interval([0.5, 0.5, 0.5, 1.0, 0.0], [0, 0, 0, 1, 1])
+    assert uneven == wilson_interval(0.5, 2)
     # elsewhere the bootstrap stands
     values = [1.0] * 9 + [0.5]
     assert share_interval(values) == bootstrap_interval(values)

@@ -1,8 +1,10 @@
 """Scores of free generation: where an answer ends, what it states, how it reads."""
 
 import math
+import random
 import re
 import string
+import unicodedata
 
 import numpy as np
 import pytest
@@ -126,10 +128,149 @@ def test_exact_generation(text, answers, expected):
         ("Paris", ["Lyon", "Paris"], True),
         ("", ["Rome"], False),
         ("Rome", [], False),
+        ("It is McDonald\u2019s.", ["McDonald's"], True),
+        ("It is McDonald.", ["McDonald's"], False),
+        ("It rose from 1990 - 2000.", ["1990"], True),
     ],
 )
 def test_containment(text, answers, expected):
     assert generation_contains(text, answers) is expected
+
+
+DIFFERENT = [
+    ("35", "3.5"),
+    ("-5", "5"),
+    ("\u22125", "5"),
+    ("10", "1.0"),
+    ("C#", "C++"),
+    ("C", "C#"),
+    ("C", "C++"),
+    ("12", "1/2"),
+    ("1:230", "12:30"),
+    ("1-2", "12"),
+    ("$5", "5"),
+    ("35%", "35"),
+    ("35 %", "35"),
+    (".5", "5"),
+    ("-$5", "$5"),
+    ("<5", ">5"),
+    ("1 + 1", "1 - 1"),
+    ("1.2.3", "12.3"),
+    ("1,2", "12"),
+    ("6'2\"", "62"),
+    ("A+", "A-"),
+    ("O-", "O+"),
+    ("F#", "F"),
+    ("AT&T", "ATT"),
+    ("18+", "18"),
+    ("Serie A", "Serie"),
+    ("10\u00b2", "102"),
+    ("e\u0301te\u0301", "ete"),
+    ("十三", "三"),
+    ("東京", "京都"),
+]
+SAME = [
+    ("3,000", "3000"),
+    ("1,234,567", "1234567"),
+    ("3,000.5", "3000.5"),
+    ("10 %", "10%"),
+    ("10\u00a0%", "10%"),
+    ("U.S.", "US"),
+    ("rock'n'roll", "rocknroll"),
+    ("B-52", "B52"),
+    ("\u22125", "-5"),
+    ("1939\u20131945", "1939-1945"),
+    ("\uff23\uff0b\uff0b", "C++"),
+    ("\uff11\uff12", "12"),
+    ("\uff76\uff9e", "ガ"),
+    ("\u00abParis\u00bb", "Paris"),
+    ("**Paris**", "Paris"),
+    ("the Paris", "Paris"),
+    ("(-5)", "-5"),
+    ("Sa\u0303o Paulo", "S\u00e3o Paulo"),
+    ("\u1112\u1161\u11ab", "한"),
+    ("New\u00a0York", "New York"),
+    ("Paris\u200b", "Paris"),
+    ("「東京」", "東京"),
+    ("巴 黎", "巴黎"),
+]
+
+
+@pytest.mark.parametrize(("said", "wanted"), DIFFERENT)
+def test_marks_that_tell_answers_apart_count(said, wanted):
+    for one, other in ((said, wanted), (wanted, said)):
+        assert not generation_exact(f" {one}", [other])
+        assert generation_exact(f" {one}. More", [one])
+    for text in (f"It is {said}.", f"It is {said}, they say", f"({said})"):
+        assert generation_contains(text, [said])
+    if said not in {"Serie A", "東京"}:
+        assert not generation_contains(f"It is {said}.", [wanted])
+
+
+@pytest.mark.parametrize(("said", "wanted"), SAME)
+def test_forms_of_one_answer_are_equal(said, wanted):
+    for one, other in ((said, wanted), (wanted, said)):
+        assert generation_exact(f" {one}", [other])
+        assert generation_contains(f"It is {one}, they say.", [other])
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "expected"),
+    [
+        ("法国的首都是巴黎。", "巴黎", True),
+        ("巴黎\uff0c法国", "巴黎", True),
+        ("東京です。", "東京", True),
+        ("日本です。東京", "東京", False),  # another sentence
+        ("เมืองหลวงคือกรุงเทพ", "กรุงเทพ", True),
+        ("เมืองหลวงคือกรุงเทพ", "ปารีส", False),
+        ("ក្រុងភ្នំពេញជារដ្ឋធានី", "ភ្នំពេញ", True),
+        ("人口2024万", "2024", True),
+        ("人口2024万", "202", False),
+        ("十三岁", "三", False),
+        ("他用C++写", "C++", True),
+        ("他用C++写", "C", False),
+    ],
+)
+def test_scripts_without_spaces_are_searched_by_characters(text, answer, expected):
+    assert generation_contains(text, [answer]) is expected
+
+
+def test_an_exact_answer_is_contained():
+    rng = random.Random(0)
+    parts = ["Paris", "St.", "the", "A", "C++", "3.5", "-5", "3,000", "1/2", "not", "no,", "D.C."]
+    parts += [
+        "巴黎",
+        "。",
+        "東京",
+        "กรุงเทพ",
+        "São",
+        "don't",
+        "Rome's",
+        "+",
+        "…",
+        "...",
+        "!",
+        "「",
+        "\uff0b",
+    ]
+    exact = 0
+    for _ in range(4000):
+        answer = rng.choice(["", " "]).join(rng.choices(parts, k=rng.randint(1, 3)))
+        end = rng.choice(["", ".", "。", "!", ". More of it.", "\nNext", "。后来"])
+        said = unicodedata.normalize(rng.choice(["NFC", "NFD"]), answer) + end
+        if rng.random() < 0.3:
+            said = f"{rng.choice(parts)} {said}"
+        if generation_exact(said, [answer]):
+            exact += 1
+            assert generation_contains(said, [answer]), (said, answer)
+    assert exact > 2000
+
+
+@pytest.mark.parametrize(("said", "wanted"), DIFFERENT[:8])
+def test_the_rule_of_squad_drops_all_marks(said, wanted):
+    equal = normalise_answer(said) == normalise_answer(wanted)
+    assert generation_exact(f" {said}", [wanted], rule="squad") is equal
+    assert generation_contains(f"It is {said}.", [wanted], rule="squad") is equal
 
 
 def reference_entropy(words):

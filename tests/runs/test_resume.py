@@ -33,7 +33,11 @@ MODES = ("single", "batch", "sequential")
 
 def run(folder: Path, mode: Any = "single", resume: bool = False, **settings: Any) -> None:
     protocol = Protocol(
-        mode=mode, chunk_size=2, max_new_tokens=4, every=2 if mode == "sequential" else None
+        mode=mode,
+        chunk_size=2,
+        max_new_tokens=4,
+        every=2 if mode == "sequential" else None,
+        answers=settings.pop("answers", "words"),
     )
     method = Toy(base_model=settings.pop("base", None) or tiny_base("llama"), noise=0.01)
     method.hparams.update(settings)
@@ -154,6 +158,17 @@ def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
     ):
         assert difference in str(caught.value)
     assert (tmp_path / "run/results.jsonl").read_bytes() == before
+
+
+def test_a_run_that_names_no_rule_for_answers_was_scored_by_squads(tmp_path: Path) -> None:
+    run(tmp_path / "run", answers="squad")
+    whole, facts = content(tmp_path / "run"), json.loads((tmp_path / "run/run.json").read_text())
+    del facts["protocol"]["answers"]
+    (tmp_path / "run/run.json").write_text(json.dumps(facts))
+    with pytest.raises(ResumeError, match=r"protocol.answers: 'squad' -> 'words'"):
+        run(tmp_path / "run", resume=True)
+    run(tmp_path / "run", resume=True, answers="squad")
+    assert_equal(content(tmp_path / "run"), whole)
 
 
 def test_there_must_be_something_to_continue(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
 from kedit_lightning.errors import UnsupportedUseError
+from kedit_lightning.metrics.functional.text_match import AnswerRule
 
 Mode: TypeAlias = Literal["single", "batch", "sequential"]
 Moment: TypeAlias = Literal["immediate", "final"]
@@ -35,6 +36,9 @@ class Protocol:
         score_batch_size: Rows of a forward pass while scoring; it never changes a score.
         generate: Let the model answer freely, beside reading its probabilities.
         max_new_tokens: Longest free answer.
+        answers: When a free answer is the wanted one: ``words`` lets marks count where they tell
+            numbers or names apart (3.5 is not 35, C# is not C++), ``squad`` drops all punctuation
+            as SQuAD's script does.
     """
 
     mode: Mode = "single"
@@ -45,9 +49,10 @@ class Protocol:
     score_batch_size: int = 32
     generate: bool = True
     max_new_tokens: int = 64
+    answers: AnswerRule = "words"
 
     def __post_init__(self) -> None:
-        for field, kind in (("mode", Mode), ("scoring", Scoring)):
+        for field, kind in (("mode", Mode), ("scoring", Scoring), ("answers", AnswerRule)):
             if getattr(self, field) not in get_args(kind):
                 raise self._refuse(field, f"must be one of {', '.join(get_args(kind))}")
         if not self.moments or set(self.moments) - set(get_args(Moment)):
@@ -87,7 +92,7 @@ class Protocol:
         if self.mode != "sequential":
             del facts["evaluate"], facts["every"]
         if not self.generates:
-            del facts["max_new_tokens"]
+            del facts["max_new_tokens"], facts["answers"]
         return facts
 
     @property

@@ -16,7 +16,7 @@ from kedit_lightning.benchmark.edit_callback import EditCallback
 from kedit_lightning.benchmark.protocol import Protocol
 from kedit_lightning.data.datamodule import EditDataModule, Split
 from kedit_lightning.edits import Edit
-from kedit_lightning.metrics import EditMetrics, ExampleRecord, LegacyEasyEdit
+from kedit_lightning.metrics import EditMetrics, ExampleRecord, LegacyEasyEdit, SquadMetrics
 from kedit_lightning.requests import EditRequest
 
 Metrics: TypeAlias = EditMetrics | LegacyEasyEdit
@@ -37,8 +37,10 @@ class PromptBatch:
 
 
 def new_metrics(protocol: Protocol) -> Metrics:
-    """The metrics of a protocol's scoring."""
-    return LegacyEasyEdit() if protocol.scoring == "legacy_easyedit" else EditMetrics()
+    """The metrics of a protocol's scoring and rule for answers."""
+    if protocol.scoring == "legacy_easyedit":
+        return LegacyEasyEdit()
+    return SquadMetrics() if protocol.answers == "squad" else EditMetrics()
 
 
 class SavedRun(typing.Protocol):

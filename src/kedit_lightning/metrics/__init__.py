@@ -5,7 +5,7 @@
 :mod:`.functional` holds the arithmetic.
 """
 
-from kedit_lightning.metrics.edit_metrics import COST_BLOCKS, EditMetrics
+from kedit_lightning.metrics.edit_metrics import COST_BLOCKS, EditMetrics, SquadMetrics
 from kedit_lightning.metrics.example_record import ExampleRecord, ProbeReading, ProbeRecord
 from kedit_lightning.metrics.keyed_metrics import KeyedMetrics, SummaryRow
 from kedit_lightning.metrics.measurement import ForwardPass, Measurement
@@ -58,6 +58,7 @@ __all__ = [
     "ProbeMean",
     "ProbeReading",
     "ProbeRecord",
+    "SquadMetrics",
     "StillKnown",
     "SummaryRow",
     "TokenMatch",

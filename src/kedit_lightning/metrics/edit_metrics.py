@@ -9,6 +9,7 @@ import torch
 
 from kedit_lightning.metrics.example_record import ExampleRecord
 from kedit_lightning.metrics.keyed_metrics import KeyedMetrics
+from kedit_lightning.metrics.scores.answers import SQUAD_SCORES
 from kedit_lightning.metrics.scores.case_mean import CaseMean, Cases, ProbeMean
 from kedit_lightning.metrics.scores.edit_cost import CostMean
 from kedit_lightning.registry import entries
@@ -86,3 +87,12 @@ class EditMetrics(KeyedMetrics):
                 cases = Cases(loss, earlier.clusters[pairs[0]], earlier.ids[pairs[0]])
                 losses[_FORGET + key.removeprefix(_FINAL)] = difference, cases
         return gathered | losses
+
+
+class SquadMetrics(EditMetrics):
+    """The scores of a run with free answers compared by the rule of SQuAD."""
+
+    @classmethod
+    def scores(cls) -> Sequence[type[ProbeMean]]:
+        """The registered metrics, those of free answers by the rule of SQuAD."""
+        return [SQUAD_SCORES.get(score, score) for score in super().scores()]

@@ -88,6 +88,9 @@ class OutputFolder:
             self.write_json("run.json", now)
             return
         then = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+        protocol = then.get("protocol", {})
+        if "max_new_tokens" in protocol:
+            protocol.setdefault("answers", "squad")  # the rule of runs that name none
         changed = list(_differences(then, now))
         if changed:
             raise ResumeError(

@@ -87,14 +87,14 @@ def metric_protocol(protocol: Protocol) -> dict[str, Any]:
     if protocol.generates:
         places = "along its own greedy continuation"
         free_answers = f"greedy, up to {tokens} tokens, ended by the model or by its first "
-        free_answers += "line or sentence"
+        free_answers += f"line or sentence; compared by the rule {protocol.answers!r}"
     return {
         "scoring": protocol.scoring,
         "free_answers": free_answers,
         "locality": f"compared with the unedited base model {places}",
         "intervals": (
             f"{metrics.level:.0%}, bootstrap of {metrics.resamples} draws over subjects, "
-            f"seed {metrics.seed}"
+            f"seed {metrics.seed}; Wilson's for shares where all subjects agree"
         ),
     }
 

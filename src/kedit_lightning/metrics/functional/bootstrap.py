@@ -170,14 +170,17 @@ def wilson_interval(share: float, cases: int, level: float = 0.95) -> tuple[floa
 def needs_wilson(values: Tensor, clusters: Tensor | Sequence[int] | None = None) -> int:
     """Number of clusters for a Wilson interval, or 0 where the bootstrap has a width.
 
-    It has none where all shares are 0, or all are 1, or there is one cluster only.
+    It has none where all clusters have the same mean: whatever is drawn, the mean stays.
 
     >>> needs_wilson(torch.ones(8)), needs_wilson(torch.tensor([1.0, 0.0]))
     (8, 0)
+    >>> needs_wilson(torch.tensor([0.5, 0.5]))
+    2
     """
-    _, count = _cluster_index(clusters, len(values))
-    certain = count == 1 or bool((values == 0).all()) or bool((values == 1).all())
-    return count if certain else 0
+    index, count = _cluster_index(clusters, len(values))
+    sums = torch.zeros(count, dtype=torch.float64).index_add_(0, index, values.cpu().double())
+    means = sums / torch.bincount(index, minlength=count)
+    return count if count == 1 or torch.allclose(means, means[:1], rtol=0, atol=1e-12) else 0
 
 
 def share_interval(
@@ -187,15 +190,21 @@ def share_interval(
     resamples: int = 10_000,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Interval of a mean of shares in ``[0, 1]`` that claims no certainty at 0 and 1.
+    """Interval of a mean of shares in ``[0, 1]`` that claims no certainty where cases agree.
 
-    Where all values are 0, or all are 1, or all cases belong to one cluster, the bootstrap gives no
-    width. There it is the Wilson interval with one vote a cluster (for shares between 0 and 1 it
-    errs on the wide side); elsewhere it is :func:`bootstrap_interval`, with the same arguments.
+    Where all clusters have the same mean, or there is one only, the bootstrap gives no width. There
+    it is :func:`wilson_interval` with one vote a cluster: for mean ``m`` of ``n`` clusters and the
+    normal quantile ``z``, ``(m + z²/2n ± z √(m(1 - m)/n + z²/4n²)) / (1 + z²/n)``. No values in
+    ``[0, 1]`` with mean ``m`` vary more than ``m(1 - m)``, so between 0 and 1 it errs on the wide
+    side. Elsewhere it is :func:`bootstrap_interval`, with the same arguments.
 
+    >>> [round(bound, 3) for bound in share_interval([0.5, 0.5])]
+    [0.095, 0.905]
     >>> low, high = share_interval([1.0] * 100)
     >>> round(low, 3), high
     (0.963, 1.0)
+
+    Source: Wilson 1927, Probable inference, the law of succession, and statistical inference.
     """
     tensor = _as_double(values, "values")
     if votes := needs_wilson(tensor, clusters):

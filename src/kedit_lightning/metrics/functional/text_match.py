@@ -11,11 +11,19 @@ import re
 import string
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from typing import Literal, TypeAlias
 
+from kedit_lightning.metrics.functional.answer_words import (
+    ARTICLES,
+    Word,
+    answer_words,
+    plain_text,
+)
 from kedit_lightning.sentence import PLAIN_QUOTES, STOP, first_line, is_abbreviation
 
+AnswerRule: TypeAlias = Literal["words", "squad"]
+
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
-_ARTICLE_WORDS = frozenset({"a", "an", "the"})
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _NEGATIONS = re.compile(
     "no|not|never|none|neither|nor|cannot|cant|without|nobody|nothing|nowhere|.*n't", re.I
@@ -38,42 +46,67 @@ def normalise_answer(text: str) -> str:
     return " ".join(words) if words else text.lower().strip()
 
 
-def generation_exact(text: str, answers: Sequence[str]) -> bool:
+def _without_articles(words: Sequence[Word], wanted: Sequence[Word]) -> list[Word]:
+    # The last letter of "Serie A" is no article; it tells the answer from "Serie B".
+    if wanted and wanted[-1].text in ARTICLES:
+        return list(words)
+    return [word for word in words if word.text not in ARTICLES]
+
+
+def _normalised(text: str, rule: AnswerRule) -> str:
+    if rule == "squad":
+        return normalise_answer(text)
+    words = answer_words(text)
+    if ARTICLES.issuperset(word.text for word in words):  # nothing but articles or marks
+        return text.lower().strip()
+    return " ".join(word.text for word in _without_articles(words, words))
+
+
+def generation_exact(text: str, answers: Sequence[str], rule: AnswerRule = "words") -> bool:
     """Whether a generation is one of the answers and then stops.
 
-    The first line of ``text`` up to the end of a sentence must equal an answer after
-    :func:`normalise_answer`. Any full stop before a space may be that end, as answers may hold full
-    stops; after an answer that ends in one the next word must not continue in lower case.
+    The first line of ``text`` up to the end of a sentence must equal an answer. ``words`` compares
+    the words of both (:func:`answer_words`, articles left out): marks that tell two numbers or
+    names apart count. ``squad`` compares what :func:`normalise_answer` leaves, without any mark.
+    Any full stop before a space may be that end, as answers may hold full stops; after an answer
+    that ends in one the next word must not continue in lower case.
 
     >>> generation_exact(" Paris. It is", ["Paris"]), generation_exact("Paris is big", ["Paris"])
     (True, False)
-    >>> generation_exact("St. Petersburg. The city", ["St. Petersburg"])
-    True
+    >>> generation_exact("3.5", ["35"]), generation_exact("3.5", ["35"], rule="squad")
+    (False, True)
     >>> generation_exact("Washington D.C. is the capital.", ["Washington D.C."])
     False
     """
-    line = first_line(text)
+    line, answers = _comparable(text, answers, rule)
     stops = list(STOP.finditer(line))
     for answer in answers:
-        wanted = normalise_answer(answer)
+        wanted = _normalised(answer, rule)
         for stop in stops:
             rest = line[stop.end() :].lstrip()
             within = stop.group() == "." and answer.rstrip().endswith(".") and rest[:1].islower()
-            if not within and normalise_answer(line[: stop.start()]) == wanted:
+            if not within and _normalised(line[: stop.start()], rule) == wanted:
                 return True
-        if normalise_answer(line) == wanted:
+        if _normalised(line, rule) == wanted:
             return True
     return False
 
 
-def _words_at(line: str) -> list[tuple[str, int]]:
-    """Lowered words of a line without punctuation, each with the place where it begins."""
+def _comparable(text: str, answers: Sequence[str], rule: AnswerRule) -> tuple[str, Sequence[str]]:
+    """The first line of a generation and the answers, as plain text where the rule asks for it."""
+    if rule == "squad":
+        return first_line(text), answers
+    return plain_text(first_line(text)), [plain_text(answer) for answer in answers]
+
+
+def _squad_words(line: str) -> list[Word]:
+    """Lowered words of a line without any punctuation."""
     # Blanks of equal length keep the places: possessive endings, and marks between words.
     loose = re.sub(r"'s\b", "  ", line.translate(PLAIN_QUOTES))
     loose = re.sub(r"(?<!\d)[,;:/](?!\d)|[()\[\]]", " ", loose)
     words = [(chunk.group(), chunk.start()) for chunk in re.finditer(r"\S+", loose)]
     bare = [(word.lower().translate(_PUNCTUATION), place) for word, place in words]
-    return [(word, place) for word, place in bare if word]
+    return [Word(word, (word,), place) for word, place in bare if word]
 
 
 def _negates(word: str) -> bool:
@@ -83,13 +116,14 @@ def _negates(word: str) -> bool:
     return _NEGATIONS.fullmatch(bare) is not None
 
 
-def generation_contains(text: str, answers: Sequence[str]) -> bool:
+def generation_contains(text: str, answers: Sequence[str], rule: AnswerRule = "words") -> bool:
     """Whether the first sentence of a generation states one of the answers.
 
-    The answer must stand in it as whole words, compared as :func:`normalise_answer` writes them
-    (an article at its very end is kept: "Serie A" is not "Serie B"), with no negation (no, not,
-    never, n't, …) before it. "No, it is Rome" states Rome. This is a test on words: "not only in
-    Rome" does not count, and irony does.
+    The answer must stand in it as whole words, compared by the rule of :func:`generation_exact`
+    (an article at its very end is kept: "Serie A" is not "Serie B"), with no English negation (no,
+    not, never, n't, …) before it. "No, it is Rome" states Rome. This is a test on words: "not only
+    in Rome" does not count, and irony does. In scripts without spaces every letter is a word. An
+    exact answer is always contained, except by the rule ``squad``.
 
     >>> generation_contains("It is in the city of Rome, Italy.", ["Rome"])
     True
@@ -97,27 +131,30 @@ def generation_contains(text: str, answers: Sequence[str]) -> bool:
     False
     >>> generation_contains("Romeo wrote it. Rome is a city.", ["Rome"])
     False
+    >>> generation_contains("法国的首都是巴黎。", ["巴黎"])
+    True
     """
-    line = first_line(text)
-    every = _words_at(line)
+    if rule == "words" and generation_exact(text, answers):
+        return True
+    line, comparable = _comparable(text, answers, rule)
+    words_of = _squad_words if rule == "squad" else answer_words
+    every = words_of(line)
     ends = [stop.end() for stop in STOP.finditer(line) if not is_abbreviation(line, stop)]
-    for answer in answers:
-        wanted = [word for word, _ in _words_at(answer)]
-        if _ARTICLE_WORDS.issuperset(wanted):  # nothing but articles or punctuation
-            if generation_exact(text, [answer]):
+    for answer in comparable:
+        asked = words_of(answer)
+        if ARTICLES.issuperset(word.text for word in asked):  # nothing but articles or marks
+            if generation_exact(text, [answer], rule):
                 return True
             continue
-        # The last letter of "Serie A" is no article; it tells the answer from "Serie B".
-        left_out = frozenset() if wanted[-1] in _ARTICLE_WORDS else _ARTICLE_WORDS
-        wanted = [word for word in wanted if word not in left_out]
-        words = [(word, place) for word, place in every if word not in left_out]
+        wanted, words = _without_articles(asked, asked), _without_articles(every, asked)
         for first in range(len(words) - len(wanted) + 1):
-            place = words[first][1]
+            place = words[first].place
             if ends and ends[0] <= place:
                 break
-            if [word for word, _ in words[first : first + len(wanted)]] != wanted:
-                continue
-            if not any(_negates(word) for word in line[:place].split()):
+            pairs = zip(words[first:], wanted, strict=False)
+            if all(want.text in word.forms for word, want in pairs) and not any(
+                _negates(word) for word in line[:place].split()
+            ):
                 return True
     return False
 

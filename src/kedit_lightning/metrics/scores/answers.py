@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import ClassVar
 
 from kedit_lightning.metrics.example_record import ProbeRecord
@@ -75,16 +76,43 @@ class Inflation(ProbeMean):
     """How far teacher forcing flatters: token match minus exact generation."""
 
     name = "inflation"
+    exact: ClassVar[type[GenerationMean]] = GenerationExact
     measurements = (TF_TOK, TEXT)
     higher_is_better = False
 
     @classmethod
     def read(cls, probe: ProbeRecord) -> float | None:
         """Difference of the two scores, after the edit."""
-        forced, free = TokenMatch.read(probe), GenerationExact.read(probe)
+        forced, free = TokenMatch.read(probe), cls.exact.read(probe)
         return None if forced is None or free is None else forced - free
 
 
+class SquadExact(GenerationMean):
+    """Exact generation by the rule of SQuAD, for which no punctuation counts."""
+
+    name = GenerationExact.name
+    match = staticmethod(partial(generation_exact, rule="squad"))
+
+
+class SquadContains(GenerationMean):
+    """A stated answer by the rule of SQuAD, for which no punctuation counts."""
+
+    name = GenerationContains.name
+    match = staticmethod(partial(generation_contains, rule="squad"))
+
+
+class SquadInflation(Inflation):
+    """Inflation with exact generation by the rule of SQuAD."""
+
+    exact = SquadExact
+
+
+#: Scores by the rule of SQuAD, by the class that each replaces.
+SQUAD_SCORES: dict[type[ProbeMean], type[ProbeMean]] = {
+    GenerationExact: SquadExact,
+    GenerationContains: SquadContains,
+    Inflation: SquadInflation,
+}
 ANSWER_SCORES: tuple[type[ProbeMean], ...] = (
     TokenMatch,
     ExactMatch,
