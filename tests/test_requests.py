@@ -155,3 +155,9 @@ def test_every_error_is_a_built_in_one_too():
             assert bases[0] is not Exception, kind
             assert getattr(builtins, bases[0].__name__) is bases[0]
         assert kind.__doc__
+
+
+def test_a_request_in_a_file_keeps_the_white_space_its_edit_was_computed_for():
+    values = EditOrigin("ROME", {}, (EditRequest(PROMPT, "Rome"),)).to_json()
+    values["requests"][0]["target_new"] = "Rome "
+    assert EditOrigin.from_json(values).to_json() == values
