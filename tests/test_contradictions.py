@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import unicodedata
 import warnings
+from pathlib import Path
 
 import pytest
+from data_support import fact, write
 from support import tiny_base
 from toys import Toy
 
-from kedit_lightning import EditRequest
+from kedit_lightning import EditRequest, EditTrainer
 from kedit_lightning.benchmark import Protocol
 from kedit_lightning.contradictions import consistent, contradictions, settle
-from kedit_lightning.errors import InvalidRequestError, UnsupportedUseError
+from kedit_lightning.data import Requests
+from kedit_lightning.errors import BaseModelNotFoundError, InvalidRequestError, UnsupportedUseError
 from kedit_lightning.requests import EditExample
 
 FRANCE = "The capital of France is"
@@ -121,3 +124,34 @@ def test_what_is_done_about_conflicts_is_checked_and_changes_no_protocol() -> No
     assert Protocol(on_conflict="refuse").id == Protocol().id
     with pytest.raises(UnsupportedUseError, match="on_conflict must be one of last, refuse"):
         Protocol(on_conflict="first")  # type: ignore[arg-type]
+
+
+def facts(folder: Path) -> Requests:
+    answers = ["Lyon", "Nice", "Lille"]
+    return Requests(path=write(folder / "f.jsonl", *[fact(target_new=a) for a in answers]))
+
+
+@pytest.mark.filterwarnings("ignore:.*contradictory targets")
+@pytest.mark.parametrize("mode", ["single", "batch", "sequential"])
+def test_a_run_writes_the_last_answer_and_can_be_continued(tmp_path: Path, mode: str) -> None:
+    protocol = Protocol(mode=mode, chunk_size=2, max_new_tokens=2)  # type: ignore[arg-type]
+    written = []
+    for again in ({"output": tmp_path / "run"}, {"resume": tmp_path / "run"}):
+        method = Toy(base_model=tiny_base("gpt2"))
+        trainer = EditTrainer(protocol=protocol, accelerator="cpu", enable_progress_bar=False)
+        edits = trainer.edit(method, facts(tmp_path), **again)  # type: ignore[arg-type]
+        written.append([[r.target_new for r in edit.origin.requests] for edit in edits])
+    expected = {"single": [["Lyon"], ["Nice"], ["Lille"]]}.get(mode, [["Nice"], ["Lille"]])
+    assert written[0] == expected
+
+
+@pytest.mark.filterwarnings("ignore:.*contradictory targets")
+@pytest.mark.parametrize(("mode", "refused"), [("single", 0), ("batch", 1), ("sequential", 1)])
+def test_a_run_refuses_contradictions_before_the_model_is_loaded(
+    tmp_path: Path, mode: str, refused: int
+) -> None:
+    protocol = Protocol(mode=mode, chunk_size=2, on_conflict="refuse")  # type: ignore[arg-type]
+    trainer = EditTrainer(protocol=protocol, accelerator="cpu")
+    error = InvalidRequestError if refused else BaseModelNotFoundError
+    with pytest.raises(error, match="contradictory targets" if refused else "no such model"):
+        trainer.test(Toy(base_model="no such model"), facts(tmp_path))

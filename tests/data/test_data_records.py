@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from data_support import complaint, fact, write
 
-from kedit_lightning.data import CounterFact, Requests, Texts
+from kedit_lightning.data import CounterFact, Requests, Texts, ZsRE
 from kedit_lightning.errors import DataFileError
 from kedit_lightning.runs.prompts import read_prompts
 
@@ -195,3 +195,20 @@ def test_nothing_is_said_where_nothing_was_dropped(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         Requests(path=write(tmp_path / "f.jsonl", fact(prompt="Amber Falls is in "))).examples()
+
+
+def test_white_space_of_published_files_is_counted_where_it_stands(tmp_path: Path) -> None:
+    record = {"src": "Rome is in", "alt": "Chile ", "answers": ["Italy "], "rephrase": "Rome?"}
+    path = write(tmp_path / "z.jsonl", record)
+    with pytest.warns(UserWarning, match=r"edges of target_new \(1\), target_old \(1\)$"):
+        (example,) = ZsRE(path=path).examples()
+    assert {p.answers for p in example.probes} == {("Chile",)}
+    texts = {"target_new": {"str": "Chile "}, "target_true": {"str": " Italy"}}
+    rewrite = {"prompt": "{} is in", "subject": "Rome", **texts}
+    write(path, {"requested_rewrite": rewrite, "neighborhood_prompts": ["Milan is in"]})
+    with pytest.warns(UserWarning, match=r"edges of target_new \(1\), target_old \(1\)$"):
+        (example,) = CounterFact(path=path).examples()
+    assert [(p.answers, p.contrast) for p in example.probes] == [
+        (("Chile",), "Italy"),
+        (("Italy",), "Chile"),
+    ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from support import FAMILIES, REQUESTS, tiny_base, tiny_model, tiny_tokenizer
@@ -607,3 +609,15 @@ def test_half_precision_models_are_edited_in_float32():
     edit = MEMIT(base, **LAYERS).edit(REQUESTS)
     assert {t.dtype for t in edit.state()[0].values()} == {torch.float32}
     assert RROME(base, **QUICK).edit(REQUESTS[:1]).nbytes > 0
+
+
+def test_the_last_of_contradictory_requests_is_written_together_or_alone():
+    base = tiny_base("gpt2")
+    method = MEMIT(base, **LAYERS)
+    groups = [[replace(REQUESTS[0], target_new="Oslo"), REQUESTS[0]], [REQUESTS[1]]]
+    with pytest.warns(UserWarning, match="1 prompt with contradictory targets"):
+        alone = method.edit(groups[0])
+    assert close(alone, method.edit(REQUESTS[:1]))
+    together = list(method.edit_each(groups))
+    assert [edit.origin.requests for edit in together] == [(REQUESTS[0],), (REQUESTS[1],)]
+    assert close(together[0], alone, 1e-8)
