@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 # Soft hyphen, zero-width space, word joiner, byte order mark.
 _INVISIBLE = "\u00ad\u200b\u2060\ufeff"
-_EDGE = re.compile(rf"\A[\s{_INVISIBLE}]+|[\s{_INVISIBLE}]+\Z")
-_EDGE_OF_LINES = re.compile(rf"\A[\s{_INVISIBLE}]+|[^\S\r\n{_INVISIBLE}]+\Z")
+_BLANK = "".join(filter(str.isspace, map(chr, range(0x3001)))) + _INVISIBLE
+_BLANK_IN_LINES = _BLANK.replace("\r", "").replace("\n", "")
 _PLAIN = str.maketrans(
     {
         **dict(zip("\u2018\u2019\u02bc\u201c\u201d", "'''\"\"", strict=True)),
@@ -43,7 +43,7 @@ def trimmed(text: str, keep_line_end: bool = False) -> str:
     >>> trimmed("\u200bLyon\u00a0\n"), trimmed(" A: \n", keep_line_end=True)
     ('Lyon', 'A: \n')
     """
-    return (_EDGE_OF_LINES if keep_line_end else _EDGE).sub("", text)
+    return text.lstrip(_BLANK).rstrip(_BLANK_IN_LINES if keep_line_end else _BLANK)
 
 
 def is_unicode(text: str) -> bool:
