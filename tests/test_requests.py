@@ -80,6 +80,7 @@ def test_answers_from_json_are_kept_as_a_tuple():
         ({"kind": "rewrite", "answers": "Rome"}, "answers", "list of texts"),
         ({"kind": "rewrite", "answers": ("Rome",), "contrast": ""}, "contrast", "not empty"),
         ({"kind": "locality", "image": " "}, "image", "not empty"),
+        ({"kind": "locality", "group": 3}, "group", "must be text"),
     ],
 )
 def test_a_bad_probe_is_refused_with_the_field(fields, named, reason):

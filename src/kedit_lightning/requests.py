@@ -149,6 +149,8 @@ class Probe:
             raise _refuse(name, "kind", f"must be one of {', '.join(get_args(ProbeKind))}")
         if not _is_text(self.prompt):
             raise _refuse(name, "prompt", f"must be text that is not empty, got {self.prompt!r}")
+        if not isinstance(self.group, str):
+            raise _refuse(name, "group", f"must be text, got {self.group!r}")
         if isinstance(self.answers, str):
             raise _refuse(name, "answers", f"must be a list of texts, got {self.answers!r}")
         # Lists arrive from JSON; a tuple keeps the probe hashable.

@@ -96,6 +96,7 @@ def test_nothing_is_said_about_files_in_the_format_of_their_reader(tmp_path: Pat
     assert "format" not in complaint(write(tmp_path / "g.jsonl", {"src": "", "alt": "b"}), ZsRE)
     assert recognised([FACT, "text", None, 3, [], {"a": {}}]) is None
     assert advice([{}], "Requests") == ""
+    assert advice([KNOWEDIT], "OneOfAnotherPackage") == ""
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,9 +12,14 @@ from typing import Any, ClassVar, Literal, TypeAlias
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 
-from kedit_lightning.character_forms import comparable
-from kedit_lightning.contradictions import contradictions, describe
-from kedit_lightning.data.complaints import Complaint, listed
+from kedit_lightning.data.complaints import (
+    SHOWN,
+    SHOWN_OF_FOREIGN,
+    Complaint,
+    contradictory,
+    listed,
+    unread_fields,
+)
 from kedit_lightning.data.dataloader import (
     BatchLoader,
     NoLoaders,
@@ -23,7 +27,7 @@ from kedit_lightning.data.dataloader import (
     process_rank,
     training_chunks,
 )
-from kedit_lightning.data.field_names import meant, misspelt
+from kedit_lightning.data.field_names import misspelt
 from kedit_lightning.data.file_formats import advice
 from kedit_lightning.data.records import Fields, Record, read_records
 from kedit_lightning.errors import (
@@ -31,7 +35,6 @@ from kedit_lightning.errors import (
     DataFileNotFoundError,
     InvalidRequestError,
     UnsupportedUseError,
-    article_list,
 )
 from kedit_lightning.requests import EditBatch, EditExample, EditRequest, Probe, trimmed_texts
 
@@ -241,26 +244,29 @@ class EditDataModule(LightningDataModule, ABC):
             raise DataFileNotFoundError(f"{error}; correct {way_out}") from error
         examples, bad, skipped = self._parse_all(records)
         known = advice([record.values for record in records], type(self).__name__)
-        hint = f" ({known})" if known else ""
+        hint, most = (f" ({known})", SHOWN_OF_FOREIGN) if known else ("", SHOWN)
         if bad and self.on_bad_record == "error":
             raise DataFileError(
                 f"{path.name} has {len(bad)} bad record{'s' * (len(bad) > 1)} of {len(records)}"
-                f"{hint}: {listed(bad, path.name)}; correct them, or leave them out with "
+                f"{hint}: {listed(bad, path.name, most)}; correct them, or leave them out with "
                 "on_bad_record: skip (--data.on_bad_record skip)"
             )
         left_out = [*bad, *skipped]
         if not examples:
             raise DataFileError(
-                f"{path.name} holds no usable record{hint}: {listed(left_out, path.name)}"
+                f"{path.name} holds no usable record{hint}: {listed(left_out, path.name, most)}"
             )
         if left_out:
             count = f"{len(left_out)} of {len(records)} records of {path.name}"
-            rank_zero_warn(f"{count} are left out{hint}: {listed(left_out, path.name)}")
-        self._warn_about_unread_fields(records, path.name, hint)
+            rank_zero_warn(f"{count} are left out{hint}: {listed(left_out, path.name, most)}")
+        if self.known_fields and (names := unread_fields(records, self.known_fields)):
+            reader = type(self).__name__
+            rank_zero_warn(f"{path.name} has fields that {reader} does not read{hint}: {names}")
         kept = self.select(examples)
-        return LoadedSplit(
-            kept, str(path), sha256, [*map(str, left_out)], _contradictory(kept, path.name)
-        )
+        conflicts, sentence = contradictory(kept)
+        if sentence:
+            rank_zero_warn(f"{path.name}: {sentence}")
+        return LoadedSplit(kept, str(path), sha256, [*map(str, left_out)], conflicts)
 
     def _parse_all(
         self, records: list[Record]
@@ -318,30 +324,3 @@ class EditDataModule(LightningDataModule, ABC):
             close = misspelt(str(name), self.known_fields)
             if close and abs(len(name) - len(close)) <= 1:
                 raise InvalidRequestError(f"field '{name}' is not known; was '{close}' meant?")
-
-    def _warn_about_unread_fields(self, records: list[Record], name: str, hint: str) -> None:
-        if self.known_fields is None:
-            return
-        rows = [record.values for record in records if isinstance(record.values, dict)]
-        unread = Counter(str(key) for row in rows for key in row if key not in self.known_fields)
-        if unread:
-            known = self.known_fields
-            found = article_list([f"'{key}' ({count} records)" for key, count in unread.items()])
-            forms = (meant(key, known, f"{{}} is what '{key}' says") for key in unread)
-            alike = article_list(list(filter(None, forms)))
-            rank_zero_warn(
-                f"{name} has fields that {type(self).__name__} does not read{hint}: {found}; it "
-                f"reads {', '.join(sorted(known))}" + (f" (perhaps {alike})" if alike else "")
-            )
-
-
-def _contradictory(examples: list[EditExample], name: str) -> int:
-    """Count prompts that come with different targets, and warn: no model can satisfy them all."""
-    requests = [request for example in examples for request in example.requests]
-    if not (found := contradictions(requests)):
-        return 0
-    rank_zero_warn(
-        f"{name}: {describe(requests, found)}; of edits that hold together (sequential or batch "
-        "mode) the last one counts, unless protocol.on_conflict is refuse"
-    )
-    return len({comparable(requests[pair.earlier].prompt) for pair in found})

@@ -97,6 +97,9 @@ FORMATS = (
 )  # fmt: skip
 
 
+_READERS = {"Requests", *(one.dataset for one in FORMATS)}
+
+
 def recognised(records: Iterable[Any]) -> FileFormat | None:
     """The format that most of the first records have, if any."""
     found: Counter[str] = Counter()
@@ -117,8 +120,8 @@ def advice(records: list[Any], reader: str) -> str:
         reader: Class name of the dataset that was to read it.
     """
     known = recognised(records)
-    if known is None or known.dataset == reader:
-        return ""
+    if known is None or known.dataset == reader or reader not in _READERS:
+        return ""  # a dataset of another package knows its format best
     if known.dataset is not None:
         return (
             f"it is in the format of {known.name}, which the dataset {known.dataset} reads: "

@@ -621,3 +621,19 @@ def test_the_last_of_contradictory_requests_is_written_together_or_alone():
     together = list(method.edit_each(groups))
     assert [edit.origin.requests for edit in together] == [(REQUESTS[0],), (REQUESTS[1],)]
     assert close(together[0], alone, 1e-8)
+
+
+@pytest.mark.slow
+def test_wordings_of_one_fact_change_the_model_no_more_than_one():
+    """EMMET's change of ``nano`` was nine times as large with the second wording."""
+    base = BaseModel.load("nano")
+    prompts = ["The capital of France is", "The capital city of France is"]
+    prompts += ["The capital of France is the city of", "The capital of France, as you know, is"]
+    requests = [EditRequest(prompt, "Lyon", "France") for prompt in prompts]
+    method, sizes = EMMET(base), []
+    for count in (1, 2, 4):
+        edit = method.edit(requests[:count])
+        sizes.append(sum(float(delta.norm()) for delta in edit.deltas().values()))
+        with edit:
+            assert all("Lyon" in text for text in base.generate(prompts[:count], 4))
+    assert max(sizes) < 1.2 * sizes[0]

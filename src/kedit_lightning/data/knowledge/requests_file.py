@@ -16,15 +16,15 @@ from kedit_lightning.requests import EditExample, EditRequest, Probe
 class Requests(EditDataModule):
     """Your own facts: a JSON, JSON Lines or CSV file, or one fact given as ``prompt``.
 
-    A record has the fields ``prompt`` and ``target_new``, and may have ``subject``,
-    ``target_old``, ``id``, ``task``, ``rephrases`` (list of texts), ``locality`` and
-    ``portability``. These two map the name of a group to a list of probes, each with ``prompt`` and
-    ``answers`` (a text or a list of texts; locality needs none):
-    ``{"near": [{"prompt": "The capital of Italy is", "answers": ["Rome"]}]}``. In a CSV file
-    ``rephrases`` are separated by ``|``, and there is no ``locality`` or ``portability``. Files in
-    other formats of the field are recognised, and the dataset that reads them is named.
+    Files in other formats of the field are recognised, and the dataset that reads them is named.
 
     Args:
+        path: File with facts. A record has the fields prompt and target_new, and may have subject,
+            target_old, id, task, rephrases (a list of texts), locality and portability. The last
+            two map the name of a group to a list of probes, each with prompt and answers (a text
+            or a list of texts; locality needs none), as in
+            {"near": [{"prompt": "The capital of Italy is", "answers": ["Rome"]}]}. In a CSV file
+            rephrases are separated by |, and there is no locality or portability.
         prompt: Text of a single fact, ending where the answer begins; instead of ``path``.
         subject: The part of ``prompt`` that the single fact is about.
         target_new: The answer that the single fact shall have.
