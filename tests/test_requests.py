@@ -80,6 +80,7 @@ def test_answers_from_json_are_kept_as_a_tuple():
         ({"kind": "rewrite", "answers": "Rome"}, "answers", "list of texts"),
         ({"kind": "rewrite", "answers": ("Rome",), "contrast": ""}, "contrast", "not empty"),
         ({"kind": "locality", "image": " "}, "image", "not empty"),
+        ({"kind": "locality", "group": 3}, "group", "must be text"),
     ],
 )
 def test_a_bad_probe_is_refused_with_the_field(fields, named, reason):
@@ -155,3 +156,9 @@ def test_every_error_is_a_built_in_one_too():
             assert bases[0] is not Exception, kind
             assert getattr(builtins, bases[0].__name__) is bases[0]
         assert kind.__doc__
+
+
+def test_a_request_in_a_file_keeps_the_white_space_its_edit_was_computed_for():
+    values = EditOrigin("ROME", {}, (EditRequest(PROMPT, "Rome"),)).to_json()
+    values["requests"][0]["target_new"] = "Rome "
+    assert EditOrigin.from_json(values).to_json() == values

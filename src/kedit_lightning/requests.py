@@ -5,26 +5,61 @@ Everything here is text: tokens and pixels belong to :mod:`kedit_lightning.base_
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
-from kedit_lightning.errors import InvalidRequestError
+from kedit_lightning.character_forms import differences, is_unicode, spans_of, trimmed
+from kedit_lightning.errors import InvalidRequestError, article_list
 
 ProbeKind: TypeAlias = Literal["rewrite", "rephrase", "locality", "portability"]
 
 
 def _is_text(value: object) -> bool:
-    return isinstance(value, str) and bool(value.strip())
+    return isinstance(value, str) and bool(trimmed(value))
 
 
 def _refuse(record: str, field: str, reason: str) -> InvalidRequestError:
     return InvalidRequestError(f"{record}: field '{field}' {reason}")
 
 
+def _check_unicode(record: str, field: str, text: str) -> None:
+    if not is_unicode(text):
+        reason = f"holds {text!r}, a part of which is no character and cannot be written as UTF-8"
+        raise _refuse(record, field, reason)
+
+
+def _own_span(record: str, subject: str, prompt: str) -> str:
+    """A subject as its prompt writes it, where that is another form of the same characters."""
+    if subject in prompt:
+        return subject
+    found = spans_of(subject, prompt)
+    if len(found) == 1:
+        return found[0]
+    reason = f"({subject!r}) does not occur in the prompt {prompt!r}"
+    if len(found) > 1:
+        reason += f", which has it in {len(found)} forms"
+    if clause := differences(subject, prompt):
+        reason += f"; {clause}"
+    raise _refuse(record, "subject", f"{reason}; write it exactly as the prompt does")
+
+
+def _keep(item: EditRequest | Probe, values: dict[str, Any]) -> None:
+    """Put trimmed texts in the place of those that were given, and remember which changed."""
+    changed = {name: value for name, value in values.items() if value != getattr(item, name)}
+    if changed:
+        for name, value in (*changed.items(), ("_trimmed", tuple(changed))):
+            object.__setattr__(item, name, value)
+
+
 @dataclass(frozen=True)
 class EditRequest:
     """One fact to write into a base model.
+
+    White space at the edges of the subject and of both targets is dropped: the tokens it makes are
+    none that a model says. A subject that the prompt has in another form (composed or not, full
+    width, with other spaces) is taken as the prompt has it.
 
     Args:
         prompt: Text that ends where the answer begins.
@@ -48,14 +83,32 @@ class EditRequest:
     image: str | None = None
 
     def __post_init__(self) -> None:
-        for field, value in vars(self).items():
+        for field, value in list(vars(self).items()):
             needed = field in ("prompt", "target_new")
             if (needed or value is not None) and not _is_text(value):
                 rule = "must be text that is not empty" + (", or absent" if not needed else "")
                 raise _refuse(self.label, field, f"{rule}, got {value!r}")
-        if self.subject is not None and self.subject not in self.prompt:
-            reason = f"({self.subject!r}) does not occur in the prompt {self.prompt!r}"
-            raise _refuse(self.label, "subject", f"{reason}; write it exactly as the prompt does")
+            if value is not None:
+                _check_unicode(self.label, field, value)
+        texts = ("target_new", "target_old", "subject")
+        _keep(self, {name: trimmed(text) for name in texts if (text := getattr(self, name))})
+        if self.subject is not None:
+            subject = _own_span(self.label, self.subject, self.prompt)
+            object.__setattr__(self, "subject", subject)
+
+    @classmethod
+    def recorded(cls, **values: Any) -> EditRequest:
+        """A request as a file records it, with the white space that its edit was computed for."""
+        request = cls(**values)
+        for name in request.trimmed:
+            object.__setattr__(request, name, values[name])
+        return request
+
+    @property
+    def trimmed(self) -> tuple[str, ...]:
+        """Fields at whose edges white space was dropped."""
+        fields: tuple[str, ...] = vars(self).get("_trimmed", ())
+        return fields
 
     @property
     def label(self) -> str:
@@ -66,6 +119,9 @@ class EditRequest:
 @dataclass(frozen=True)
 class Probe:
     """A question that judges an edit.
+
+    White space at the edges of answers, of the contrast and of a rephrase is dropped; a rephrase
+    keeps a line break at its end.
 
     Args:
         kind: What the answer tells: ``rewrite``, ``rephrase``, ``locality`` or ``portability``.
@@ -93,6 +149,8 @@ class Probe:
             raise _refuse(name, "kind", f"must be one of {', '.join(get_args(ProbeKind))}")
         if not _is_text(self.prompt):
             raise _refuse(name, "prompt", f"must be text that is not empty, got {self.prompt!r}")
+        if not isinstance(self.group, str):
+            raise _refuse(name, "group", f"must be text, got {self.group!r}")
         if isinstance(self.answers, str):
             raise _refuse(name, "answers", f"must be a list of texts, got {self.answers!r}")
         # Lists arrive from JSON; a tuple keeps the probe hashable.
@@ -105,8 +163,22 @@ class Probe:
         for field, text in texts:
             if not _is_text(text):
                 raise _refuse(name, field, f"must hold text that is not empty, got {text!r}")
+        for field, text in (("prompt", self.prompt), ("group", self.group), *texts):
+            _check_unicode(name, field, text)
+        kept: dict[str, Any] = {"answers": tuple(trimmed(answer) for answer in self.answers)}
+        if self.contrast is not None:
+            kept["contrast"] = trimmed(self.contrast)
+        if self.kind == "rephrase":
+            kept["prompt"] = trimmed(self.prompt, keep_line_end=True)
+        _keep(self, kept)
         if not self.group:
             object.__setattr__(self, "group", self.kind)
+
+    @property
+    def trimmed(self) -> tuple[str, ...]:
+        """Fields at whose edges white space was dropped."""
+        fields: tuple[str, ...] = vars(self).get("_trimmed", ())
+        return fields
 
     @property
     def label(self) -> str:
@@ -144,6 +216,16 @@ class EditExample:
             if item["image"] is None:
                 del item["image"]
         return values
+
+
+def trimmed_texts(items: Iterable[EditRequest | Probe]) -> str:
+    """A clause that counts the texts that lost white space at their edges; empty if none did."""
+    counts: Counter[str] = Counter()
+    for item in items:
+        whose = f" of {item.kind} probes" if isinstance(item, Probe) else ""
+        counts.update(f"{field}{whose}" for field in item.trimmed)
+    found = article_list([f"{field} ({count})" for field, count in counts.items()])
+    return found and f"white space was dropped at the edges of {found}"
 
 
 class EditBatch:

@@ -124,7 +124,12 @@ def test_many_bad_records_do_not_fill_the_screen(tmp_path: Path) -> None:
     path = write(tmp_path / "f.jsonl", fact(), *[fact(id=str(i), target_new="") for i in range(50)])
     message = complaint(path)
     assert "50 bad records" in message
-    assert "and 30 more" in message
+    places = "f.jsonl line 2 (id '0'), line 3 (id '1'), line 4 (id '2') and 47 more: field"
+    assert places in message
+    assert message.count("must be text that is not empty") == 1
+    different = complaint(write(path, *[fact(id=str(i), rephrases=[i]) for i in range(50)]))
+    assert "; and 30 more; correct them" in different
+    write(path, fact(), *[fact(id=str(i), target_new="") for i in range(50)])
     data = Requests(path=path, on_bad_record="skip")
     with pytest.warns(UserWarning, match="50 of 51"):
         data.setup("test")
@@ -135,7 +140,7 @@ def test_contradictory_prompts_are_counted_with_one_warning(tmp_path: Path) -> N
     path = write(
         tmp_path / "f.jsonl",
         fact(id="a"),
-        fact(id="b", target_new="Norway "),  # the same answer
+        fact(id="b", target_new="NORWAY"),  # the same answer
         fact(id="c", target_new="Chile"),
         fact(id="d", target_new="Chile"),
         fact(id="e", prompt="Amber Falls is in"),
@@ -174,7 +179,10 @@ def test_no_file_named(dataset: type[EditDataModule]) -> None:
         ("f.json", b"", "holds no records"),
         ("f.json", b"[]", "holds no records"),
         ("f.json", b'[{"prompt": "a"}\n,,]', "not valid JSON: .* at line 2 column 2"),
-        ("f.json", b'{"a": "\xff"}', "not UTF-8 text .byte 7."),
+        ("f.json", '{"a": "b"}'.encode("utf-16"), "not UTF-8 text but UTF-16"),
+        ("f.json", b"[" * 100000, "f.json is not valid JSON: maximum recursion depth"),
+        ("f.json", b"[" + b"9" * 5000 + b"]", "f.json is not valid JSON: Exceeds the limit"),
+        ("f.jsonl", b"{}\n" + b"9" * 5000, "f.jsonl line 2: is not valid JSON: Exceeds"),
         ("f.csv", b'prompt,target_new\na,"b\n', "f.csv line 2 is not valid CSV"),
         ("f.csv", b"prompt,target_new\na,b,c\n", "f.csv line 2: has 3 cells under 2 columns"),
         ("f.csv", b"prompt,target_new\n", "holds no records"),

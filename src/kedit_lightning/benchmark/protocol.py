@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
+from kedit_lightning.contradictions import OnConflict
 from kedit_lightning.errors import UnsupportedUseError
 from kedit_lightning.metrics.functional.text_match import AnswerRule
+from kedit_lightning.requests import EditExample, EditRequest
 
 Mode: TypeAlias = Literal["single", "batch", "sequential"]
 Moment: TypeAlias = Literal["immediate", "final"]
@@ -39,6 +42,8 @@ class Protocol:
         answers: When a free answer is the wanted one: ``words`` lets marks count where they tell
             numbers or names apart (3.5 is not 35, C# is not C++), ``squad`` drops all punctuation
             as SQuAD's script does.
+        on_conflict: What is done where requests that hold together give one fact different answers:
+            ``last`` writes the last one, ``refuse`` ends the run before anything is computed.
     """
 
     mode: Mode = "single"
@@ -50,9 +55,11 @@ class Protocol:
     generate: bool = True
     max_new_tokens: int = 64
     answers: AnswerRule = "words"
+    on_conflict: OnConflict = "last"
 
     def __post_init__(self) -> None:
-        for field, kind in (("mode", Mode), ("scoring", Scoring), ("answers", AnswerRule)):
+        choices = {"mode": Mode, "scoring": Scoring, "answers": AnswerRule}
+        for field, kind in {**choices, "on_conflict": OnConflict}.items():
             if getattr(self, field) not in get_args(kind):
                 raise self._refuse(field, f"must be one of {', '.join(get_args(kind))}")
         if not self.moments or set(self.moments) - set(get_args(Moment)):
@@ -76,6 +83,13 @@ class Protocol:
         given = self.evaluate.split(",") if isinstance(self.evaluate, str) else self.evaluate
         return tuple(dict.fromkeys(str(moment).strip() for moment in given))
 
+    def written_together(self, examples: Sequence[EditExample]) -> Iterator[list[EditRequest]]:
+        """The requests of examples, in groups of those that hold together."""
+        size = {"single": 1, "batch": self.chunk_size, "sequential": len(examples)}[self.mode]
+        for start in range(0, len(examples), size or 1):
+            chunk = examples[start : start + size]
+            yield [request for example in chunk for request in example.requests]
+
     @property
     def generates(self) -> bool:
         """Whether free answers are asked for; the scores of EasyEdit know none."""
@@ -85,8 +99,9 @@ class Protocol:
         """What the scores depend on, as plain values."""
         facts = asdict(self) | {"evaluate": sorted(self.moments), "version": READING_VERSION}
         facts["generate"] = self.generates
-        # Neither the rows of a forward pass nor how many examples are read together change a score.
-        del facts["score_batch_size"]
+        # Neither the rows of a forward pass nor how many examples are read together change a score,
+        # and a run that refuses conflicts has none.
+        del facts["score_batch_size"], facts["on_conflict"]
         if self.mode == "single":
             del facts["chunk_size"]
         if self.mode != "sequential":

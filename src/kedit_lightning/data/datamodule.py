@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from abc import ABC, abstractmethod
-from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeAlias
@@ -14,6 +12,14 @@ from typing import Any, ClassVar, Literal, TypeAlias
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 
+from kedit_lightning.data.complaints import (
+    SHOWN,
+    SHOWN_OF_FOREIGN,
+    Complaint,
+    contradictory,
+    listed,
+    unread_fields,
+)
 from kedit_lightning.data.dataloader import (
     BatchLoader,
     NoLoaders,
@@ -21,21 +27,20 @@ from kedit_lightning.data.dataloader import (
     process_rank,
     training_chunks,
 )
+from kedit_lightning.data.field_names import misspelt
+from kedit_lightning.data.file_formats import advice
 from kedit_lightning.data.records import Fields, Record, read_records
 from kedit_lightning.errors import (
     DataFileError,
     DataFileNotFoundError,
     InvalidRequestError,
     UnsupportedUseError,
-    article_list,
 )
-from kedit_lightning.requests import EditBatch, EditExample
+from kedit_lightning.requests import EditBatch, EditExample, EditRequest, Probe, trimmed_texts
 
 Split: TypeAlias = Literal["train", "validation", "test"]
 
 _OPTION: dict[Split, str] = {"train": "train_path", "validation": "val_path", "test": "path"}
-# Number of bad or skipped records that a message lists; results files list all of them.
-_SHOWN = 20
 
 
 class SkipRecord(Exception):  # noqa: N818 - not an error: the format allows such records
@@ -51,6 +56,12 @@ class LoadedSplit:
     sha256: str
     skipped: list[str] = field(default_factory=list)
     contradictions: int = 0
+
+    def items(self) -> Iterator[EditRequest | Probe]:
+        """All requests and probes."""
+        for example in self.examples:
+            yield from example.requests
+            yield from example.probes
 
     def source(self) -> dict[str, Any]:
         """Plain values for results files."""
@@ -213,7 +224,10 @@ class EditDataModule(LightningDataModule, ABC):
                 f"limit must be at least 1, got {self.limit}; leave it out to use all records"
             )
         if split not in self._loaded:
-            self._loaded[split] = self._read(split)
+            self._loaded[split] = loaded = self._read(split)
+            if texts := trimmed_texts(loaded.items()):
+                name = "the fact given" if loaded.path is None else Path(loaded.path).name
+                rank_zero_warn(f"{name}: {texts}")
         return self._loaded[split]
 
     def _read(self, split: Split) -> LoadedSplit:
@@ -229,37 +243,49 @@ class EditDataModule(LightningDataModule, ABC):
         except DataFileNotFoundError as error:
             raise DataFileNotFoundError(f"{error}; correct {way_out}") from error
         examples, bad, skipped = self._parse_all(records)
+        known = advice([record.values for record in records], type(self).__name__)
+        hint, most = (f" ({known})", SHOWN_OF_FOREIGN) if known else ("", SHOWN)
         if bad and self.on_bad_record == "error":
             raise DataFileError(
-                f"{path.name} has {len(bad)} bad record{'s' * (len(bad) > 1)} of {len(records)}: "
-                f"{_clauses(bad)}; correct them, or leave them out with on_bad_record: skip "
-                "(--data.on_bad_record skip)"
+                f"{path.name} has {len(bad)} bad record{'s' * (len(bad) > 1)} of {len(records)}"
+                f"{hint}: {listed(bad, path.name, most)}; correct them, or leave them out with "
+                "on_bad_record: skip (--data.on_bad_record skip)"
             )
         left_out = [*bad, *skipped]
         if not examples:
-            raise DataFileError(f"{path.name} holds no usable record: {_clauses(left_out)}")
+            raise DataFileError(
+                f"{path.name} holds no usable record{hint}: {listed(left_out, path.name, most)}"
+            )
         if left_out:
             count = f"{len(left_out)} of {len(records)} records of {path.name}"
-            rank_zero_warn(f"{count} are left out: {_clauses(left_out)}")
-        self._warn_about_unread_fields(records, path.name)
+            rank_zero_warn(f"{count} are left out{hint}: {listed(left_out, path.name, most)}")
+        if self.known_fields and (names := unread_fields(records, self.known_fields)):
+            reader = type(self).__name__
+            rank_zero_warn(f"{path.name} has fields that {reader} does not read{hint}: {names}")
         kept = self.select(examples)
-        return LoadedSplit(kept, str(path), sha256, left_out, _contradictions(kept, path.name))
+        conflicts, sentence = contradictory(kept)
+        if sentence:
+            rank_zero_warn(f"{path.name}: {sentence}")
+        return LoadedSplit(kept, str(path), sha256, [*map(str, left_out)], conflicts)
 
-    def _parse_all(self, records: list[Record]) -> tuple[list[EditExample], list[str], list[str]]:
-        """Examples of the records, a clause for each bad record, and one for each skipped one."""
+    def _parse_all(
+        self, records: list[Record]
+    ) -> tuple[list[EditExample], list[Complaint], list[Complaint]]:
+        """Examples of the records, and what is said of each bad record and each skipped one."""
         examples, bad, skipped = [], [], []
         own_ids = [self._own_id(record) for record in records]
         taken = set(own_ids)
         first_place: dict[str, str] = {}
         for index, (record, own) in enumerate(zip(records, own_ids, strict=True)):
             if record.problem is not None:
-                bad.append(f"{record.where}: {record.problem}")
+                bad.append(Complaint(record.where, record.problem))
                 continue
             place = record.where if own is None else f"{record.where} ({self.id_field} {own!r})"
             # Records without an id are named by position, unless another record has that id.
             id = own or (f"record-{index}" if str(index) in taken else str(index))
             try:
                 fields = Fields(record.values)
+                self._check_id(fields)
                 self._refuse_misspelt(fields)
                 example = self.parse(fields, id)
                 if id in first_place:
@@ -269,9 +295,9 @@ class EditDataModule(LightningDataModule, ABC):
                     )
             except InvalidRequestError as error:
                 # The clause names the record already; the request's name would repeat it.
-                bad.append(f"{place}: {str(error).removeprefix(f'request {id!r}: ')}")
+                bad.append(Complaint(place, str(error).removeprefix(f"request {id!r}: ")))
             except SkipRecord as reason:
-                skipped.append(f"{place}: {reason}")
+                skipped.append(Complaint(place, str(reason)))
             else:
                 first_place[id] = record.where
                 examples.append(example)
@@ -282,44 +308,19 @@ class EditDataModule(LightningDataModule, ABC):
         own = values.get(self.id_field) if isinstance(values, dict) and self.id_field else None
         return str(own).strip() or None if isinstance(own, str | int) else None
 
+    def _check_id(self, fields: Fields) -> None:
+        own = fields.values.get(self.id_field) if self.id_field else None
+        if own is None or (isinstance(own, int) and not isinstance(own, bool)):
+            return
+        if not isinstance(own, str) or not own.strip():
+            raise InvalidRequestError(
+                f"field '{self.id_field}' must be text or a whole number, or absent, got {own!r}"
+            )
+
     def _refuse_misspelt(self, fields: Fields) -> None:
         if self.known_fields is None:
             return
         for name in fields.values.keys() - self.known_fields:
-            meant = difflib.get_close_matches(str(name), sorted(self.known_fields), 1, 0.75)
-            if meant and abs(len(name) - len(meant[0])) <= 1:
-                raise InvalidRequestError(f"field '{name}' is not known; was '{meant[0]}' meant?")
-
-    def _warn_about_unread_fields(self, records: list[Record], name: str) -> None:
-        if self.known_fields is None:
-            return
-        rows = [record.values for record in records if isinstance(record.values, dict)]
-        unread = Counter(str(key) for row in rows for key in row if key not in self.known_fields)
-        if unread:
-            found = [f"'{key}' ({count} records)" for key, count in unread.items()]
-            rank_zero_warn(
-                f"{name} has fields that {type(self).__name__} does not read: "
-                f"{article_list(found)}; it reads {', '.join(sorted(self.known_fields))}"
-            )
-
-
-def _clauses(clauses: Sequence[str]) -> str:
-    more = f"; and {len(clauses) - _SHOWN} more" if len(clauses) > _SHOWN else ""
-    return "; ".join(clauses[:_SHOWN]) + more
-
-
-def _contradictions(examples: list[EditExample], name: str) -> int:
-    """Count prompts that come with different targets, and warn: no model can satisfy them all."""
-    targets: dict[str, dict[str, str]] = defaultdict(dict)
-    for example in examples:
-        for request in example.requests:
-            targets[request.prompt].setdefault(request.target_new.strip(), example.id)
-    if found := {prompt: ids for prompt, ids in targets.items() if len(ids) > 1}:
-        prompt, ids = next(iter(found.items()))
-        shown = " and ".join(f"{target!r} (record {id!r})" for target, id in list(ids.items())[:2])
-        rank_zero_warn(
-            f"{name}: {len(found)} prompt{'s' * (len(found) > 1)} with contradictory targets, such "
-            f"as {prompt!r} with {shown}; edits that stay (sequential or batch mode) cannot "
-            "satisfy both"
-        )
-    return len(found)
+            close = misspelt(str(name), self.known_fields)
+            if close and abs(len(name) - len(close)) <= 1:
+                raise InvalidRequestError(f"field '{name}' is not known; was '{close}' meant?")

@@ -11,12 +11,23 @@ import csv
 import hashlib
 import io
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kedit_lightning.errors import DataFileError, DataFileNotFoundError, InvalidRequestError
+from kedit_lightning.character_forms import is_unicode
+from kedit_lightning.data.field_names import meant
+from kedit_lightning.errors import (
+    DataFileError,
+    DataFileNotFoundError,
+    InvalidRequestError,
+    article_list,
+)
+
+#: First bytes of UTF-16 and UTF-32, which no record of could be read.
+_WIDE = (b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff")
 
 
 @dataclass(frozen=True)
@@ -26,6 +37,12 @@ class Record:
     where: str  # file name and line, or index in a JSON list
     values: Any = None  # the entry as JSON parses it; any JSON value
     problem: str | None = None  # reason why the entry could not be parsed
+
+
+class RepeatedKeys(dict[str, Any]):
+    """A JSON object in which keys stand more than once; it has the last value of each."""
+
+    repeated: list[str]
 
 
 class Fields:
@@ -43,6 +60,9 @@ class Fields:
             raise InvalidRequestError(f"{place} must be an object with fields, got {_show(values)}")
         self.values = values
         self.path = path
+        if isinstance(values, RepeatedKeys):
+            names = article_list([f"'{self.place(name)}'" for name in values.repeated])
+            raise InvalidRequestError(f"field {names} stands there twice; keep one of them")
 
     def __contains__(self, key: str) -> bool:
         return self.values.get(key) is not None
@@ -56,7 +76,8 @@ class Fields:
         if key not in self:
             names = ", ".join(map(str, self.values)) or "none"
             raise InvalidRequestError(
-                f"field '{self.place(key)}' is missing (fields here: {names})"
+                f"field '{self.place(key)}' is missing (fields here: {names}"
+                f"{meant(key, self.values)})"
             )
         return _text(self.values[key], self.place(key))
 
@@ -85,6 +106,14 @@ class Fields:
             raise InvalidRequestError(f"field '{self.place(key)}' is missing")
         return Fields(self.values[key], self.place(key))
 
+    def refuse_others(self, *known: str) -> None:
+        """Refuse fields that are not among those known, and name what each may stand for."""
+        if others := [str(name) for name in self.values if name not in known]:
+            named = [f"'{self.place(o)}'{meant(o, known, ' (was {} meant?)')}" for o in others]
+            raise InvalidRequestError(
+                f"field {article_list(named)} is not read; fields here are {', '.join(known)}"
+            )
+
     def objects(self, key: str) -> list[Fields]:
         """A list of objects; empty when absent."""
         return [Fields(item, place) for item, place in self._list(key)] if key in self else []
@@ -110,20 +139,20 @@ def read_records(path: Path) -> tuple[list[Record], str]:
     Returns:
         The records in order, those that cannot be read included, and the SHA-256 of the file.
 
+    Bytes that are not UTF-8 stay in the texts as halves of surrogate pairs, which the fields that
+    hold them refuse.
+
     Raises:
-        DataFileError: The file is absent, not UTF-8, empty, or a JSON list with a syntax error.
+        DataFileError: The file is absent, UTF-16, empty, or a JSON list with a syntax error.
     """
     if path.is_dir():
         raise DataFileError(f"'{path}' is a folder; name a JSON, JSONL or CSV file in it")
     if not path.is_file():
         raise DataFileNotFoundError(f"data file '{path}' does not exist (looked in {Path.cwd()})")
     data = path.read_bytes()
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataFileError(
-            f"{path.name} is not UTF-8 text (byte {error.start}); save it as UTF-8"
-        ) from error
+    if data.startswith(_WIDE):
+        raise DataFileError(f"{path.name} is not UTF-8 text but UTF-16; save it as UTF-8")
+    text = data.decode("utf-8-sig", errors="surrogateescape")
     parse = _csv_records if path.suffix.lower() in (".csv", ".tsv") else _json_records
     if not (records := list(parse(text, path.name))):
         raise DataFileError(f"{path.name} holds no records")
@@ -137,18 +166,21 @@ def _json_records(text: str, name: str) -> Iterable[Record]:
     if body.startswith("{"):
         try:
             # One object, perhaps over several lines; JSON Lines fail at the second object.
-            return [Record(f"{name} line 1", json.loads(body))]
+            return [Record(f"{name} line 1", _parsed(body))]
         except ValueError:
             return lines
     if not body.startswith("["):
         return lines
     try:
-        values = json.loads(body)
-    except json.JSONDecodeError as error:
-        line = error.lineno + text[: len(text) - len(body)].count("\n")
+        values = _parsed(body)
+    except (ValueError, RecursionError) as error:
+        reason = str(error)
+        if isinstance(error, json.JSONDecodeError):
+            line = error.lineno + text[: len(text) - len(body)].count("\n")
+            reason = f"{error.msg} at line {line} column {error.colno}"
         raise DataFileError(
-            f"{name} is not valid JSON: {error.msg} at line {line} column {error.colno}; correct "
-            "it there, or write one object a line (JSON Lines), where bad lines can be skipped"
+            f"{name} is not valid JSON: {reason}; correct it there, or write one object a line "
+            "(JSON Lines), where bad lines can be skipped"
         ) from error
     return [Record(f"{name} index {i}", value) for i, value in enumerate(values)]
 
@@ -159,10 +191,26 @@ def json_lines(lines: Iterable[str], name: str) -> Iterator[Record]:
         if not line.strip():
             continue
         try:
-            yield Record(f"{name} line {number}", json.loads(line))
-        except json.JSONDecodeError as error:
-            problem = f"is not valid JSON: {error.msg} at column {error.colno}"
-            yield Record(f"{name} line {number}", problem=problem)
+            yield Record(f"{name} line {number}", _parsed(line))
+        except (ValueError, RecursionError) as error:
+            reason = str(error)
+            if isinstance(error, json.JSONDecodeError):
+                reason = f"{error.msg} at column {error.colno}"
+            yield Record(f"{name} line {number}", problem=f"is not valid JSON: {reason}")
+
+
+def _parsed(text: str) -> Any:
+    return json.loads(text, object_pairs_hook=_object)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) == len(pairs):
+        return values
+    repeated = RepeatedKeys(values)
+    counts = Counter(name for name, _ in pairs)
+    repeated.repeated = [name for name, count in counts.items() if count > 1]
+    return repeated
 
 
 def _csv_records(text: str, name: str) -> Iterator[Record]:
@@ -173,6 +221,11 @@ def _csv_records(text: str, name: str) -> Iterator[Record]:
     line = 1
     try:
         header = [cell.strip() for cell in next(reader, [])]
+        if twice := [c for c, count in Counter(header).items() if c and count > 1]:
+            raise DataFileError(
+                f"{name} line 1 has the column {article_list([repr(c) for c in twice])} twice; "
+                "keep one of them"
+            )
         while True:
             line = reader.line_num + 1
             if (cells := next(reader, None)) is None:
@@ -198,6 +251,11 @@ def _text(value: Any, place: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise InvalidRequestError(
             f"field '{place}' must be text that is not empty, got {_show(value)}"
+        )
+    if not is_unicode(value):
+        raise InvalidRequestError(
+            f"field '{place}' is not UTF-8 text, got {_show(value)}; save the file as UTF-8, or "
+            "take out halves of surrogate pairs"
         )
     return value
 

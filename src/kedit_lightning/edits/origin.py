@@ -56,5 +56,5 @@ class EditOrigin:
             EditFileError: A field is absent, unknown, or of another type.
         """
         check_value("its origin", values, cls)
-        requests = tuple(EditRequest(**request) for request in values["requests"])
+        requests = tuple(EditRequest.recorded(**request) for request in values["requests"])
         return cls(**{**values, "requests": requests})

@@ -12,9 +12,10 @@ from sys import float_info
 from typing import Annotated, Any, Literal, Self, TypeAlias, get_args, get_type_hints
 
 from kedit_lightning.base_models import BaseModel
+from kedit_lightning.contradictions import contradictions, describe
 from kedit_lightning.errors import MissingNeedsError, UnsupportedUseError, article_list
 from kedit_lightning.registry import entries
-from kedit_lightning.requests import EditExample, EditRequest, Probe, ProbeKind
+from kedit_lightning.requests import EditExample, EditRequest, Probe, ProbeKind, trimmed_texts
 
 #: What a method may need of every request, or of the examples it is fitted on.
 Need: TypeAlias = Literal["subject", "target_old", "task", "rephrases", "locality"]
@@ -173,6 +174,20 @@ def check_needs(
             f"{name} needs more than the data gives: {article_list(missing)}; add it to the "
             "records, or choose a method that does without"
         )
+
+
+def warn_of_changes(given: Sequence[EditRequest], written: Sequence[EditRequest]) -> None:
+    """Say which requests are not written since later ones contradict them, and which texts changed.
+
+    Args:
+        given: The requests as they were given.
+        written: Those of them that are written.
+    """
+    if len(written) < len(given):
+        clause = describe(given, contradictions(given))
+        warnings.warn(f"{clause}; the last one is written", stacklevel=3)
+    if texts := trimmed_texts(written):
+        warnings.warn(texts, stacklevel=3)
 
 
 def warn_of_other_base(fitted_on: Mapping[str, str], base: BaseModel) -> None:

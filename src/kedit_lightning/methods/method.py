@@ -18,6 +18,7 @@ from kedit_lightning.base_models import BaseModel, BaseModelSpec
 from kedit_lightning.benchmark import ProtocolRunner, RunContext
 from kedit_lightning.benchmark.quality import judged
 from kedit_lightning.benchmark.run_context import PromptBatch, ignore
+from kedit_lightning.contradictions import OnConflict, settle
 from kedit_lightning.data.datamodule import EditDataModule, Split
 from kedit_lightning.edits import CompositeEdit, Edit, EditOrigin
 from kedit_lightning.errors import InvalidRequestError, NothingToFitError, UnsupportedUseError
@@ -29,6 +30,7 @@ from kedit_lightning.methods.capabilities import (
     plain,
     public_path,
     refuse_images,
+    warn_of_changes,
     warn_of_other_base,
 )
 from kedit_lightning.metrics import SummaryRow
@@ -116,17 +118,24 @@ class EditMethod(pl.LightningModule):
 
     # ---- editing
 
-    def edit(self, requests: Sequence[EditRequest]) -> Edit:
+    def edit(self, requests: Sequence[EditRequest], on_conflict: OnConflict = "last") -> Edit:
         """Compute an edit on top of those applied now; the model does not change until ``apply``.
 
         A method that writes one fact at a time writes several one after another.
 
+        Args:
+            requests: The facts to write.
+            on_conflict: What is done where requests give one fact different answers: the ``last``
+                one is written, with a warning, or all are refused.
+
         Raises:
-            InvalidRequestError: There is no request.
+            InvalidRequestError: There is no request, or some contradict each other and shall not.
             MissingNeedsError: A request lacks something the method needs.
             NonFiniteError: The computation gave NaN or infinity.
         """
-        requests = list(requests)
+        given, requests = list(requests), settle(requests, on_conflict)
+        if "runner" not in vars(self):  # in a run, the data has said it
+            warn_of_changes(given, requests)
         with self.computing(requests):
             if self.can.batch or len(requests) == 1:
                 return self.compute_edit(requests)
@@ -218,6 +227,7 @@ class EditMethod(pl.LightningModule):
 
         Raises:
             NothingToFitError: ``fit`` was called on a method that learns nothing.
+            InvalidRequestError: Requests contradict each other, and the protocol refuses that.
             MissingNeedsError: An example lacks something the method needs.
             UnsupportedUseError: A setting is out of bounds, or a request or a probe has an image.
         """
@@ -226,17 +236,19 @@ class EditMethod(pl.LightningModule):
             self.check_learns()
         if self.run.on_edit is ignore:  # the trainer attaches no context
             self.run = RunContext.under(self.trainer)
-        data = self.run.data
+        data, protocol = self.run.data, self.run.protocol
         if not isinstance(data, EditDataModule):
             return
-        data.chunk_size = self.run.protocol.chunk_size
-        data.deals_out_chunks = self.run.protocol.mode != "sequential"
+        data.chunk_size = protocol.chunk_size
+        data.deals_out_chunks = protocol.mode != "sequential"
         if stage == "fit":
             examples = self.examples_to_fit(data.examples("train"))
         else:
             examples = data.examples("validation" if stage == "validate" else "test")
         refuse_images(type(self).__name__, [r for e in examples for r in e.requests + e.probes])
         self.check_examples(examples, fitting=stage == "fit")
+        for requests in () if stage == "fit" else protocol.written_together(examples):
+            settle(requests, protocol.on_conflict)
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         """Learn from a batch; only methods that learn something define it."""

@@ -14,6 +14,7 @@ from typing import Any, TypedDict
 
 from kedit_lightning.base_models import BaseModel
 from kedit_lightning.benchmark import RunContext
+from kedit_lightning.contradictions import consistent
 from kedit_lightning.edits import Edit
 from kedit_lightning.edits.edit_file import read_edit, write_atomically
 from kedit_lightning.edits.state_schema import check_value
@@ -168,7 +169,7 @@ class OutputFolder:
         path = self.edit_path(name)
         try:
             edit = Edit.load(path, base)
-            if edit.origin.requests != tuple(requests):
+            if edit.origin.requests != tuple(consistent(requests)):
                 raise EditFileError(f"{path} does not write the requests of '{name}' in this run")
         except EditFileError as error:
             way_out = "delete that file to have the edit computed again"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kedit_lightning.benchmark.run_context import PromptBatch
+from kedit_lightning.character_forms import is_unicode
 from kedit_lightning.data.dataloader import BatchLoader, chunks
 from kedit_lightning.errors import DataFileError, DataFileNotFoundError, UnsupportedUseError
 
@@ -32,7 +33,11 @@ def read_prompts(
         raise DataFileNotFoundError(
             f"there is no file of prompts at {path}; correct --prompts, or give one with --prompt"
         )
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataFileError(f"{path} is not UTF-8 text (byte {error.start})") from error
+    lines = [line for line in text.splitlines() if line.strip()]
     try:
         if path.suffix == ".json":
             entries = json.loads("\n".join(lines))
@@ -50,6 +55,8 @@ def read_prompts(
                 f"{path}: entry {place} is no prompt; the file must be a JSON list (or lines) of "
                 "texts, or of objects with a text in the field 'prompt'"
             )
+        if not is_unicode(text):
+            raise DataFileError(f"{path}: entry {place} holds what is no character: {text!r}")
     return prompts
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from support import FAMILIES, REQUESTS, tiny_base, tiny_model, tiny_tokenizer
@@ -607,3 +609,31 @@ def test_half_precision_models_are_edited_in_float32():
     edit = MEMIT(base, **LAYERS).edit(REQUESTS)
     assert {t.dtype for t in edit.state()[0].values()} == {torch.float32}
     assert RROME(base, **QUICK).edit(REQUESTS[:1]).nbytes > 0
+
+
+def test_the_last_of_contradictory_requests_is_written_together_or_alone():
+    base = tiny_base("gpt2")
+    method = MEMIT(base, **LAYERS)
+    groups = [[replace(REQUESTS[0], target_new="Oslo"), REQUESTS[0]], [REQUESTS[1]]]
+    with pytest.warns(UserWarning, match="1 prompt with contradictory targets"):
+        alone = method.edit(groups[0])
+    assert close(alone, method.edit(REQUESTS[:1]))
+    together = list(method.edit_each(groups))
+    assert [edit.origin.requests for edit in together] == [(REQUESTS[0],), (REQUESTS[1],)]
+    assert close(together[0], alone, 1e-8)
+
+
+@pytest.mark.slow
+def test_wordings_of_one_fact_change_the_model_no_more_than_one():
+    """EMMET's change of ``nano`` was nine times as large with the second wording."""
+    base = BaseModel.load("nano")
+    prompts = ["The capital of France is", "The capital city of France is"]
+    prompts += ["The capital of France is the city of", "The capital of France, as you know, is"]
+    requests = [EditRequest(prompt, "Lyon", "France") for prompt in prompts]
+    method, sizes = EMMET(base), []
+    for count in (1, 2, 4):
+        edit = method.edit(requests[:count])
+        sizes.append(sum(float(delta.norm()) for delta in edit.deltas().values()))
+        with edit:
+            assert all("Lyon" in text for text in base.generate(prompts[:count], 4))
+    assert max(sizes) < 1.2 * sizes[0]

@@ -11,9 +11,12 @@ from kedit_lightning.methods import MEMIT, PMET
 from kedit_lightning.methods.locate.shared import weight_constraints as constraints
 from kedit_lightning.methods.locate.shared.covariance_factors import CovarianceFactors
 from kedit_lightning.methods.locate.shared.least_squares import (
+    NEAR,
     covariance_prior,
     null_space_prior,
+    relative_ridge,
     ridge_update,
+    size_prior,
     with_history,
 )
 from kedit_lightning.statistics import main_directions
@@ -117,11 +120,36 @@ def test_eps_goes_from_equality_to_memit_and_scales_the_weight(system):
     factor = torch.linalg.cholesky(moment)
     scaled = covariance_prior(factor, 0.1 * WEIGHT)
     close(delta(keys, residuals, prior, 0.1), delta(keys, residuals, scaled, 1.0))
-    mean = float((keys * prior(keys)).sum(0).mean())
+    apart = torch.eye(D_IN)[:, :N] * torch.tensor([1.0, 2, 3, 4, 5])
     close(
-        delta(keys, residuals, prior, 0.3, relative=True),
-        delta(keys, residuals, prior, 0.3 * mean),
+        delta(apart, residuals, size_prior(), 0.3, relative=True),
+        delta(apart, residuals, size_prior(), 0.3 * 11),
     )
+
+
+def test_a_relative_weight_grows_only_for_keys_that_nearly_equal_others():
+    cosine = torch.tensor(0.5)
+    keys = torch.eye(4)
+    keys[:, 1] = torch.stack([cosine, (1 - cosine**2).sqrt(), *torch.zeros(2)])
+    keys[:, 3] = -keys[:, 2]
+    found = relative_ridge(2 * keys.T @ keys, 0.1)
+    expected = 0.2 * (1 + NEAR * torch.tensor([0.5, 0.5, 0, 0]) ** 8)
+    torch.testing.assert_close(found, expected)
+    assert not relative_ridge(keys.T @ keys, 0.0).any()
+    torch.testing.assert_close(relative_ridge(torch.eye(1), 0.1), torch.tensor([0.1]))
+
+
+@pytest.mark.parametrize("wordings", [2, 4])
+def test_wordings_of_one_fact_cost_no_more_than_one(system, wordings):
+    keys, residuals, _, prior = system
+    alike = keys[:, :1] + 0.01 * torch.randn(D_IN, wordings)
+    values = residuals[:, :1] + 0.1 * torch.randn(D_OUT, wordings)
+    one = delta(alike[:, :1], values[:, :1], prior, 1e-3, relative=True)
+    several = delta(alike, values, prior, 1e-3, relative=True)
+    exact = delta(alike, values, prior, 0.0)
+    assert exact.norm() > 3 * one.norm()
+    assert several.norm() < 1.2 * one.norm()
+    assert (several @ alike - values).norm() < 0.15 * values.norm()
 
 
 def test_keys_that_are_combinations_of_each_other_need_eps(system):

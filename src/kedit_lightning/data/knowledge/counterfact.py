@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from kedit_lightning.character_forms import trimmed
 from kedit_lightning.data.datamodule import EditDataModule
 from kedit_lightning.data.knowledge.zsre import portability_probes
 from kedit_lightning.data.records import Fields
@@ -38,13 +39,14 @@ class CounterFact(EditDataModule):
         return self._nested(fields, id) if "requested_rewrite" in fields else self._flat(fields, id)
 
     def _flat(self, fields: Fields, id: str) -> EditExample:
-        new, old = fields.text("target_new").strip(), fields.optional_text("ground_truth")
+        new, old = fields.text("target_new"), fields.optional_text("ground_truth")
         request = EditRequest(
             fields.text("prompt"), new, fields.optional_text("subject"), _differing(old, new), id
         )
+        new = request.target_new
         probes = _rephrases(request, fields.texts("rephrase_prompt"))
         if "locality_prompt" in fields:
-            answer = fields.text("locality_ground_truth").strip()
+            answer = fields.text("locality_ground_truth")
             probes += _neighbours([fields.text("locality_prompt")], answer, new)
         return EditExample.from_request(request, id, [*probes, *portability_probes(fields)])
 
@@ -56,20 +58,21 @@ class CounterFact(EditDataModule):
                 f"field '{rewrite.place('prompt')}' must hold '{{}}' once, where the subject "
                 f"stands, got {template!r}"
             )
-        new = rewrite.fields("target_new").text("str").strip()
-        old = rewrite.fields("target_true").text("str").strip()
+        new = rewrite.fields("target_new").text("str")
+        old = rewrite.fields("target_true").text("str")
         # Not str.format: other braces of a template are ordinary text.
         task = rewrite.optional_text("relation_id")
         request = EditRequest(
             template.replace("{}", subject), new, subject, _differing(old, new), id, task
         )
+        new, old = request.target_new, trimmed(old)
         probes = _rephrases(request, fields.texts("paraphrase_prompts"))
         probes += _neighbours(fields.texts("neighborhood_prompts"), old, new)
         distracting = fields.texts("distracting_neighborhood_prompts")
         probes += _neighbours(distracting, old, new, "distracting_neighborhood")
         if "unrelated_relation" in fields:
             other = fields.fields("unrelated_relation")
-            answer = (other.text("object").strip(),)
+            answer = (other.text("object"),)
             probes.append(Probe("locality", other.text("question"), answer, "unrelated_relation"))
         probes += portability_probes(fields)
         if "alternative_subject" in fields:
@@ -80,7 +83,7 @@ class CounterFact(EditDataModule):
 
 def _differing(old: str | None, new: str) -> str | None:
     """The old answer, unless it is the new one: a contrast with itself would mean nothing."""
-    return None if old is None or old.strip() == new else old.strip()
+    return None if old is None or trimmed(old) == trimmed(new) else old
 
 
 def _rephrases(request: EditRequest, prompts: list[str]) -> list[Probe]:

@@ -42,10 +42,10 @@ class NanoFacts(CounterFact):
         example = super().parse(fields, id)
         probes = list(example.probes)
         for item in fields.objects("other_relation"):
-            answer = (item.text("answer").strip(),)
+            answer = (item.text("answer"),)
             probes.append(Probe("locality", item.text("prompt"), answer, "other_relation"))
         for item in fields.objects("one_hop"):
-            answers = tuple(text.strip() for text in item.required_texts("answers"))
+            answers = tuple(item.required_texts("answers"))
             probes.append(Probe("portability", item.text("prompt"), answers, "one_hop"))
         return EditExample(example.requests, tuple(probes), id)
 

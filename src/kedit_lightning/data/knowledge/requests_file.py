@@ -16,13 +16,15 @@ from kedit_lightning.requests import EditExample, EditRequest, Probe
 class Requests(EditDataModule):
     """Your own facts: a JSON, JSON Lines or CSV file, or one fact given as ``prompt``.
 
-    A record has the fields ``prompt`` and ``target_new``, and may have ``subject``,
-    ``target_old``, ``id``, ``task``, ``rephrases`` (list of texts), ``locality`` and
-    ``portability`` (objects that map a group name to a list of objects with ``prompt`` and
-    ``answers``; locality needs no answers). In a CSV file ``rephrases`` are separated by ``|``, and
-    there is no ``locality`` or ``portability``.
+    Files in other formats of the field are recognised, and the dataset that reads them is named.
 
     Args:
+        path: File with facts. A record has the fields prompt and target_new, and may have subject,
+            target_old, id, task, rephrases (a list of texts), locality and portability. The last
+            two map the name of a group to a list of probes, each with prompt and answers (a text
+            or a list of texts; locality needs none), as in
+            {"near": [{"prompt": "The capital of Italy is", "answers": ["Rome"]}]}. In a CSV file
+            rephrases are separated by |, and there is no locality or portability.
         prompt: Text of a single fact, ending where the answer begins; instead of ``path``.
         subject: The part of ``prompt`` that the single fact is about.
         target_new: The answer that the single fact shall have.
@@ -71,9 +73,11 @@ class Requests(EditDataModule):
         answer, old = (request.target_new,), request.target_old
         probes = [Probe("rephrase", text, answer, contrast=old) for text in self._rephrases(fields)]
         for group, item in fields.groups("locality"):
+            item.refuse_others("prompt", "answers")
             answers = tuple(item.texts("answers"))
             probes.append(Probe("locality", item.text("prompt"), answers, group))
         for group, item in fields.groups("portability"):
+            item.refuse_others("prompt", "answers")
             answers = tuple(item.required_texts("answers"))
             probes.append(Probe("portability", item.text("prompt"), answers, group))
         return EditExample.from_request(request, id, probes)

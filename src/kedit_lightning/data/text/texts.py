@@ -11,10 +11,16 @@ from typing import Any
 
 from lightning.pytorch import LightningDataModule
 
+from kedit_lightning.character_forms import is_unicode
 from kedit_lightning.data import text as hub
 from kedit_lightning.data.dataloader import BatchLoader, NoLoaders, process_rank
-from kedit_lightning.data.records import json_lines
-from kedit_lightning.errors import DataFileError, DataFileNotFoundError, UnsupportedUseError
+from kedit_lightning.data.records import Fields, json_lines
+from kedit_lightning.errors import (
+    DataFileError,
+    DataFileNotFoundError,
+    InvalidRequestError,
+    UnsupportedUseError,
+)
 
 
 @dataclass
@@ -198,6 +204,15 @@ class Texts(LightningDataModule):
                 raise DataFileError(
                     f"{record.where}: field '{self.text_column}' must be text; name the "
                     "right field with text_column"
+                )
+            try:
+                Fields(values)
+            except InvalidRequestError as error:
+                raise DataFileError(f"{record.where}: {error}") from error
+            if not is_unicode(text):
+                raise DataFileError(
+                    f"{record.where}: field '{self.text_column}' holds halves of surrogate pairs, "
+                    "which are no characters; take them out"
                 )
             if text.strip():
                 yield text[: self.max_chars]

@@ -79,7 +79,8 @@ class EMMET(ClosedForm):
         base_model: The model to edit: an object, a specification, or a name.
         layer: Block whose MLP is edited.
         eps: How far facts may be missed to keep other keys, relative to the mean of their
-            ``kᵀ G⁻¹ k``; 0 demands equality, which facts about one subject cannot meet.
+            ``kᵀ G⁻¹ k``; more where keys are nearly equal, as those of two wordings of a fact. 0
+            demands equality, which facts about one subject cannot meet.
         legacy_absolute_eps: Take ``eps`` as it stands, as the published code does with 0.1; with 1
             it is MEMIT.
         **settings: Those of all closed-form methods.

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kedit_lightning.base_models import BaseModel, BaseModelSpec
+from kedit_lightning.contradictions import consistent
 from kedit_lightning.edits import Edit, LowRankDelta, memories
 from kedit_lightning.edits.projections import compute_dtype
 from kedit_lightning.methods.locate.shared import least_squares
@@ -219,7 +220,7 @@ class ClosedForm(EditMethod):
 
     def edit_each(self, requests_of_examples: Sequence[Sequence[EditRequest]]) -> Iterable[Edit]:
         """Edits of several examples, apart from each other; their values are found together."""
-        groups, settings = list(requests_of_examples), self.settings
+        groups, settings = [consistent(group) for group in requests_of_examples], self.settings
         # Values that depend on those found with them, and dense changes, of which few fit.
         apart = settings.aligned or settings.norm_anchor or settings.keep_share is not None
         apart = apart or not VALUE_TARGETS[settings.targets].independent or len(groups) < 2

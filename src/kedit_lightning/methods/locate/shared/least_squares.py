@@ -19,6 +19,11 @@ from kedit_lightning.errors import NonFiniteError
 #: Below this cosine between a key and its whitened counterpart an update would blow up.
 MIN_ALIGNMENT = 1e-3
 
+#: How many times the weight of a key grows when another key is equal to it. With EMMET's weight of
+#: 1e-3 the change of two or four wordings of a fact stays as large as that of one; the eighth power
+#: leaves keys of different facts (cosines below 0.5) alone.
+NEAR = 100.0
+
 #: ``G⁻¹ K`` from ``K``; both of shape ``[d_in, n]``, float64.
 Prior: TypeAlias = Callable[[Tensor], Tensor]
 
@@ -78,6 +83,26 @@ def symmetric(matrix: Tensor) -> Tensor:
     return (matrix + matrix.T) / 2
 
 
+def relative_ridge(gram: Tensor, eps: float) -> Tensor:
+    """Weights ``εᵢ`` in units of the mean ``kᵀ G⁻¹ k``, larger for keys that nearly equal others.
+
+    Two wordings of a fact have nearly the same key, and values that differ by what their
+    optimisation left open.  A change that meets both exactly grows with the difference over the
+    distance of the keys; missing both a little is what they have in common.
+
+    Args:
+        gram: ``Kᵀ G⁻¹ K``. Shape ``[n, n]``.
+        eps: ``ε`` of a key that is like no other.
+
+    Returns:
+        ``ε (1 + NEAR cosᵢ⁸) · mean``, with the largest cosine to another key. Shape ``[n]``.
+    """
+    norms = gram.diagonal().sqrt()
+    cosines = gram / (norms[:, None] * norms)
+    nearest = cosines.fill_diagonal_(0).amax(1).clamp(0, 1)
+    return eps * gram.diagonal().mean() * (1 + NEAR * nearest**8)
+
+
 def ridge_update(
     keys: Tensor, residuals: Tensor, prior: Prior, eps: float, relative: bool = False
 ) -> LowRankDelta:
@@ -91,7 +116,7 @@ def ridge_update(
         residuals: ``R``, wanted minus present output. Shape ``[d_out, n]``.
         prior: Gives ``G⁻¹ K``.
         eps: Weight of keeping other keys against meeting the residuals.
-        relative: Whether ``eps`` is in units of the mean of ``kᵀ G⁻¹ k``.
+        relative: Whether the weight of each key is that of :func:`relative_ridge`.
 
     Returns:
         ``Δ`` of rank ``n``, float64.
@@ -102,9 +127,8 @@ def ridge_update(
     keys, residuals = keys.double(), residuals.double()
     whitened = prior(keys)
     gram = symmetric(keys.T @ whitened)
-    if relative:
-        eps = eps * float(gram.diagonal().mean())
-    gram = gram + eps * torch.eye(len(gram)).to(gram)
+    weights = relative_ridge(gram, eps) if relative else gram.new_full((len(gram),), eps)
+    gram = gram + weights.diag()
     factor, failed = torch.linalg.cholesky_ex(gram)
     if bool(failed) or not bool(torch.isfinite(factor).all()):
         raise NonFiniteError(

@@ -1,0 +1,146 @@
+"""Formats of the field's published files, recognised by the fields of their records."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from kedit_lightning.data.field_names import ours
+from kedit_lightning.errors import article_list
+
+#: Records by which a file is recognised.
+_READ = 50
+
+
+@dataclass(frozen=True)
+class FileFormat:
+    """How the records of a published format look.
+
+    Args:
+        name: What its authors call it.
+        fields: Fields that its records have and those of formats below it lack; the parts of a
+            path are joined by dots, and of a list the first item counts.
+        dataset: The dataset that reads it, where there is one.
+        renamed: Whether records of ``Requests`` come of giving fields other names.
+        note: What else there is to know for who makes such records of it.
+    """
+
+    name: str
+    fields: tuple[str, ...]
+    dataset: str | None = None
+    renamed: bool = True
+    note: str = ""
+
+
+def _read(dataset: str, name: str, *fields: str) -> FileFormat:
+    return FileFormat(name, fields, dataset)
+
+
+def _renamed(name: str, *fields: str, note: str = "") -> FileFormat:
+    return FileFormat(name, fields, note=note)
+
+
+def _foreign(name: str, *fields: str, note: str = "it states no facts to write") -> FileFormat:
+    return FileFormat(name, fields, None, False, note)
+
+
+_NESTED = (
+    "its facts are the items of requested_rewrite, whose subject stands in the braces of the prompt"
+)
+_ITEMS = "in the items of locality and portability, {} is answers (one flat list)"
+
+#: The most telling first.
+FORMATS = (
+    _read("NanoFacts", "NanoFacts", "requested_rewrite", "other_relation"),
+    _read("NanoFacts", "NanoFacts", "requested_rewrite", "one_hop"),
+    _foreign("MQuAKE", "requested_rewrite", "questions", "new_answer", note=_NESTED),
+    _foreign("AKEW", "requested_rewrite.fact_new_uns", note=_NESTED),
+    _read("CounterFact", "CounterFact", "requested_rewrite.subject"),
+    _read("CounterFact", "CounterFact", "prompt", "target_new", "locality_prompt"),
+    _read("CounterFact", "CounterFact", "prompt", "target_new", "rephrase_prompt", "case_id"),
+    _foreign("a multimodal benchmark (E-VQA, E-IC)", "m_loc", note="its facts are about pictures"),
+    _foreign("ComprehendEdit", "multimodal_locality_prompt", note="its facts are about pictures"),
+    _renamed("LEME", "coupled_prompts_and_properties"),
+    _read("ZsRE", "zsRE", "src", "alt"),
+    *(
+        _renamed("KnowEdit", group, note=_ITEMS.format("ground_truth"))
+        for group in (
+            *("locality.Relation_Specificity", "locality.Forgetfulness", "portability.Reasoning"),
+            *("portability.Subject_Aliasing", "portability.Logical_Generalization"),
+        )
+    ),
+    _renamed("KnowEdit (WikiBio)", "text", "labels", "concept"),
+    _foreign("KnowEdit (ConvSent)", "ent", "pos", "neg"),
+    _foreign("KnowEdit (Sanitation)", "K_F", note="its facts are the items of K_F"),
+    _foreign("KnowEdit (Sanitation)", "success", note="its facts are the items of success"),
+    _foreign("PersonalityEdit", "ent", "extraversion"),
+    _renamed("QAEdit", "prompt", "target", "rephrase",
+             note="in the items of locality, loc is prompt and loc_ans is answers"),
+    _renamed("CKnowEdit", "prompt", "target_new", "target_old", "rephrase",
+             note=_ITEMS.format("answer")),
+    _renamed("WikiBigEdit", "update", "ans"),
+    _renamed("HalluEditBench", "relation", "object", "question"),
+    _renamed("InstructEdit", "type", "prompt", "target_new"),
+    _renamed("SafeEdit", "adversarial prompt"),
+    _renamed("ConceptEdit", "target_new_desc"),
+    _renamed("UnKE", "question", "para_question", "answer"),
+    _renamed("known_1000 (causal tracing)", "attribute", "template", "prediction"),
+    _foreign("relations (LRE)", "prompt_templates", "samples",
+             note="its facts are the items of samples, put into a template"),
+    _renamed("ParaRel", "sub_label", "obj_label", note="its prompts are in files of patterns"),
+    _foreign("ParaRel (patterns)", "pattern", "lemma"),
+    _foreign("PIQA", "goal", "sol1", "sol2"),
+    _renamed("Alpaca", "instruction", "output"),
+    _renamed("NQ-open", "question", "answer"),
+)  # fmt: skip
+
+
+_READERS = {"Requests", *(one.dataset for one in FORMATS)}
+
+
+def recognised(records: Iterable[Any]) -> FileFormat | None:
+    """The format that most of the first records have, if any."""
+    found: Counter[str] = Counter()
+    formats: dict[str, FileFormat] = {}
+    for _, values in zip(range(_READ), records, strict=False):
+        one = next((f for f in FORMATS if all(_has(values, path) for path in f.fields)), None)
+        if one is not None:
+            found[one.name] += 1
+            formats.setdefault(one.name, one)
+    return formats[found.most_common(1)[0][0]] if found else None
+
+
+def advice(records: list[Any], reader: str) -> str:
+    """What to do about a file that is in the format of another dataset than its reader, if it is.
+
+    Args:
+        records: Its records, as JSON parses them.
+        reader: Class name of the dataset that was to read it.
+    """
+    known = recognised(records)
+    if known is None or known.dataset == reader or reader not in _READERS:
+        return ""  # a dataset of another package knows its format best
+    if known.dataset is not None:
+        return (
+            f"it is in the format of {known.name}, which the dataset {known.dataset} reads: "
+            f"--data {known.dataset} in place of {reader}"
+        )
+    text = f"it is in the format of {known.name}, which no dataset here reads"
+    rows = [values for values in records[:_READ] if isinstance(values, Mapping)]
+    names = dict.fromkeys(str(name) for row in rows for name in row) if known.renamed else {}
+    pairs = [f"{name} is {field}" for name in names if (field := ours(name)) not in (None, name)]
+    if pairs:
+        text += f"; in records for Requests, its {article_list(pairs)}"
+    return f"{text}; {known.note}" if known.note else text
+
+
+def _has(values: Any, path: str) -> bool:
+    for name in path.split("."):
+        if isinstance(values, list):
+            values = values[0] if values else None
+        if not isinstance(values, Mapping) or values.get(name) is None:
+            return False
+        values = values[name]
+    return True
