@@ -5,9 +5,9 @@ from __future__ import annotations
 import difflib
 import os
 from abc import ABC, abstractmethod
-from collections import Counter, defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeAlias
 
@@ -22,6 +22,7 @@ from kedit_lightning.data.dataloader import (
     training_chunks,
 )
 from kedit_lightning.data.records import Fields, Record, read_records
+from kedit_lightning.data.splits import LoadedSplit, contradictions, listed
 from kedit_lightning.errors import (
     DataFileError,
     DataFileNotFoundError,
@@ -34,34 +35,10 @@ from kedit_lightning.requests import EditBatch, EditExample
 Split: TypeAlias = Literal["train", "validation", "test"]
 
 _OPTION: dict[Split, str] = {"train": "train_path", "validation": "val_path", "test": "path"}
-# Number of bad or skipped records that a message lists; results files list all of them.
-_SHOWN = 20
 
 
 class SkipRecord(Exception):  # noqa: N818 - not an error: the format allows such records
     """Raised by ``EditDataModule.parse`` for a record that states no edit in its format."""
-
-
-@dataclass
-class LoadedSplit:
-    """The examples of a split, with the facts about them that go into results files."""
-
-    examples: list[EditExample]
-    path: str | None
-    sha256: str
-    skipped: list[str] = field(default_factory=list)
-    contradictions: int = 0
-
-    def source(self) -> dict[str, Any]:
-        """Plain values for results files."""
-        return {
-            "path": self.path,
-            "sha256": self.sha256,
-            "records": len(self.examples),
-            "skipped": len(self.skipped),
-            "skipped_records": list(self.skipped),
-            "contradictory_prompts": self.contradictions,
-        }
 
 
 class EditDataModule(LightningDataModule, ABC):
@@ -228,29 +205,60 @@ class EditDataModule(LightningDataModule, ABC):
             records, sha256 = read_records(path)
         except DataFileNotFoundError as error:
             raise DataFileNotFoundError(f"{error}; correct {way_out}") from error
-        examples, bad, skipped = self._parse_all(records)
+        examples, bad, skipped, places = self._parse_all(records)
+        left_out = self._left_out(path.name, len(records), len(examples), bad, skipped)
+        self._warn_about_unread_fields(records, path.name)
+        kept = self.select(examples)
+        at_odds = contradictions(kept, path.name)
+        return LoadedSplit(kept, str(path), sha256, left_out, at_odds, places)
+
+    def leave_out(self, split: Split, reasons: Mapping[str, str]) -> None:
+        """Treat examples as bad records, which ``on_bad_record`` is about.
+
+        Args:
+            split: The split they are of.
+            reasons: A clause for each of them, by its id.
+
+        Raises:
+            DataFileError: There are any and ``on_bad_record`` is ``error``, or none is left.
+        """
+        loaded = self._load(split)
+        if not reasons:
+            return
+        bad = [f"{loaded.places.get(id, id)}: {reason}" for id, reason in reasons.items()]
+        kept = [example for example in loaded.examples if example.id not in reasons]
+        name = Path(loaded.path or type(self).__name__).name
+        left_out = self._left_out(name, len(loaded.examples), len(kept), bad)
+        skipped = [*loaded.skipped, *left_out]
+        self._loaded[split] = replace(loaded, examples=kept, skipped=skipped)
+
+    def _left_out(
+        self, name: str, count: int, usable: int, bad: list[str], skipped: Sequence[str] = ()
+    ) -> list[str]:
+        """Clauses of the records left out of ``count``, of which a warning tells."""
         if bad and self.on_bad_record == "error":
             raise DataFileError(
-                f"{path.name} has {len(bad)} bad record{'s' * (len(bad) > 1)} of {len(records)}: "
-                f"{_clauses(bad)}; correct them, or leave them out with on_bad_record: skip "
+                f"{name} has {len(bad)} bad record{'s' * (len(bad) > 1)} of {count}: "
+                f"{listed(bad)}; correct them, or leave them out with on_bad_record: skip "
                 "(--data.on_bad_record skip)"
             )
         left_out = [*bad, *skipped]
-        if not examples:
-            raise DataFileError(f"{path.name} holds no usable record: {_clauses(left_out)}")
+        if not usable:
+            raise DataFileError(f"{name} holds no usable record: {listed(left_out)}")
         if left_out:
-            count = f"{len(left_out)} of {len(records)} records of {path.name}"
-            rank_zero_warn(f"{count} are left out: {_clauses(left_out)}")
-        self._warn_about_unread_fields(records, path.name)
-        kept = self.select(examples)
-        return LoadedSplit(kept, str(path), sha256, left_out, _contradictions(kept, path.name))
+            rank_zero_warn(
+                f"{len(left_out)} of {count} records of {name} are left out: {listed(left_out)}"
+            )
+        return left_out
 
-    def _parse_all(self, records: list[Record]) -> tuple[list[EditExample], list[str], list[str]]:
-        """Examples of the records, a clause for each bad record, and one for each skipped one."""
+    def _parse_all(
+        self, records: list[Record]
+    ) -> tuple[list[EditExample], list[str], list[str], dict[str, str]]:
+        """Examples, clauses of bad and of skipped records, and where each example stands."""
         examples, bad, skipped = [], [], []
         own_ids = [self._own_id(record) for record in records]
         taken = set(own_ids)
-        first_place: dict[str, str] = {}
+        places: dict[str, str] = {}
         for index, (record, own) in enumerate(zip(records, own_ids, strict=True)):
             if record.problem is not None:
                 bad.append(f"{record.where}: {record.problem}")
@@ -262,9 +270,9 @@ class EditDataModule(LightningDataModule, ABC):
                 fields = Fields(record.values)
                 self._refuse_misspelt(fields)
                 example = self.parse(fields, id)
-                if id in first_place:
+                if id in places:
                     raise InvalidRequestError(
-                        f"field '{self.id_field}' is the same as in {first_place[id]}; "
+                        f"field '{self.id_field}' is the same as in {places[id]}; "
                         "records need different names"
                     )
             except InvalidRequestError as error:
@@ -273,9 +281,9 @@ class EditDataModule(LightningDataModule, ABC):
             except SkipRecord as reason:
                 skipped.append(f"{place}: {reason}")
             else:
-                first_place[id] = record.where
+                places[id] = place
                 examples.append(example)
-        return examples, bad, skipped
+        return examples, bad, skipped, places
 
     def _own_id(self, record: Record) -> str | None:
         values = record.values
@@ -301,25 +309,3 @@ class EditDataModule(LightningDataModule, ABC):
                 f"{name} has fields that {type(self).__name__} does not read: "
                 f"{article_list(found)}; it reads {', '.join(sorted(self.known_fields))}"
             )
-
-
-def _clauses(clauses: Sequence[str]) -> str:
-    more = f"; and {len(clauses) - _SHOWN} more" if len(clauses) > _SHOWN else ""
-    return "; ".join(clauses[:_SHOWN]) + more
-
-
-def _contradictions(examples: list[EditExample], name: str) -> int:
-    """Count prompts that come with different targets, and warn: no model can satisfy them all."""
-    targets: dict[str, dict[str, str]] = defaultdict(dict)
-    for example in examples:
-        for request in example.requests:
-            targets[request.prompt].setdefault(request.target_new.strip(), example.id)
-    if found := {prompt: ids for prompt, ids in targets.items() if len(ids) > 1}:
-        prompt, ids = next(iter(found.items()))
-        shown = " and ".join(f"{target!r} (record {id!r})" for target, id in list(ids.items())[:2])
-        rank_zero_warn(
-            f"{name}: {len(found)} prompt{'s' * (len(found) > 1)} with contradictory targets, such "
-            f"as {prompt!r} with {shown}; edits that stay (sequential or batch mode) cannot "
-            "satisfy both"
-        )
-    return len(found)
