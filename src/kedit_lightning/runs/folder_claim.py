@@ -74,9 +74,15 @@ def _write_owner(path: Path) -> None:
 def _owner(path: Path) -> str:
     try:
         owner = json.loads((path / _OWNER).read_text(encoding="utf-8"))
+        command = " ".join(owner["command"].split())
         return (
-            f"process {owner['pid']} on {owner['host']}, started at {owner['started']}: "
-            f"{owner['command']}"
+            f"process {owner['pid']} on {owner['host']}, started at {owner['started']}: {command}"
         )
-    except (OSError, ValueError, LookupError, TypeError):  # it is just beginning or ending
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+    ):  # it is just beginning or ending
         return "its process is not known"
