@@ -68,8 +68,9 @@ def probe_rows(probe: Probe, before: str = "") -> list[RowText]:
 
     A question without an answer is asked freely.
     """
-    answers = [*probe.answers, *([probe.contrast] if probe.contrast else [])] or [None]
-    return [RowText(f"its {probe.kind} probe", before + probe.prompt, a) for a in answers]
+    answers = [*probe.answers, *([probe.contrast] if probe.contrast else [])]
+    rows = [RowText(f"its {probe.kind} probe", before + probe.prompt, a) for a in answers]
+    return rows or [RowText(f"its {probe.kind} probe", before + probe.prompt)]
 
 
 def free_rows(example: EditExample) -> list[RowText]:
@@ -86,7 +87,9 @@ def token_counts(window: Window, rows: Iterable[RowText]) -> dict[RowText, int]:
     encoder, counts = window.encoder, dict[RowText, int]()
     around = len(encoder.encode("a").prompt) + _MARGIN
     for part in chunks(list(dict.fromkeys(rows)), _TEXTS):
-        texts = [row.prompt if row.answer is None else join_text(*row[1:]) for row in part]
+        texts = [
+            row.prompt if row.answer is None else join_text(row.prompt, row.answer) for row in part
+        ]
         ids = encoder.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         for row, tokens in zip(part, ids, strict=True):
             counts[row] = len(tokens)
