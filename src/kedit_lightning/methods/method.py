@@ -31,7 +31,7 @@ from kedit_lightning.methods.capabilities import (
     refuse_images,
     warn_of_other_base,
 )
-from kedit_lightning.methods.row_lengths import RowText, Window, example_rows, too_long
+from kedit_lightning.methods.shared.row_lengths import RowText, Window, example_rows, too_long
 from kedit_lightning.metrics import SummaryRow
 from kedit_lightning.requests import EditBatch, EditExample, EditRequest
 

@@ -16,7 +16,7 @@ from kedit_lightning.benchmark import Protocol
 from kedit_lightning.data import Requests
 from kedit_lightning.errors import DataFileError, InvalidRequestError
 from kedit_lightning.methods import IKE
-from kedit_lightning.methods.row_lengths import RowText, Window, token_counts
+from kedit_lightning.methods.shared.row_lengths import RowText, Window, token_counts
 
 #: Texts for a window of 128 tokens: too long, and most of it.
 LONG, HALF = "Rome is in Italy. " * 40, "Rome is the capital of Italy. " * 8

@@ -28,7 +28,7 @@ from kedit_lightning.methods.in_context.shared.demonstrations import (
     statement,
 )
 from kedit_lightning.methods.method import Capabilities, EditMethod, MethodSettings
-from kedit_lightning.methods.row_lengths import (
+from kedit_lightning.methods.shared.row_lengths import (
     RowText,
     Window,
     probe_rows,

@@ -26,7 +26,7 @@ from kedit_lightning.methods.memory.serac.scope_losses import (
     statement_ids,
 )
 from kedit_lightning.methods.method import Capabilities, MethodSettings, Need
-from kedit_lightning.methods.row_lengths import (
+from kedit_lightning.methods.shared.row_lengths import (
     RowText,
     Window,
     example_rows,
