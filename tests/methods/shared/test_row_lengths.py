@@ -140,17 +140,10 @@ def test_facts_in_force_together_may_meet_any_question(mode, tmp_path):
     assert len(run(IKE(tiny_base("gpt2"), demonstrations=0), data(tmp_path, FITS, near, more))) == 3
 
 
-def test_ike_and_serac_refuse_a_long_target_at_once(tmp_path):
-    other = tiny_base("llama", max_position_embeddings=64)
-    other.model.save_pretrained(tmp_path)
-    other.tokenizer.save_pretrained(tmp_path)
+def test_ike_refuses_a_long_target_at_once():
     long = EditRequest("Amber Falls lies in", HALF, "Amber Falls")
-    for method in (
-        IKE(tiny_base("gpt2"), demonstrations=0),
-        serac(tiny_base("llama"), counterfactual=str(tmp_path)),
-    ):
-        with pytest.raises(InvalidRequestError, match=r"request 'Amber Falls lies in' is too long"):
-            method.edit([long])
+    with pytest.raises(InvalidRequestError, match=r"request 'Amber Falls lies in' is too long"):
+        IKE(tiny_base("gpt2"), demonstrations=0).edit([long])
 
 
 @pytest.mark.parametrize("tokens", ["its own", "the same"])

@@ -31,7 +31,6 @@ from kedit_lightning.methods.shared.row_lengths import (
     Window,
     example_rows,
     free_rows,
-    refuse_long,
     too_long_together,
 )
 from kedit_lightning.methods.training.trained_method import TrainedMethod, TrainedSettings
@@ -234,7 +233,6 @@ class SERAC(TrainedMethod):
 
     def compute_edit(self, requests: Sequence[EditRequest]) -> ScopeEdit:
         """Entries of the edit memory, one for each request. Nothing is trained."""
-        refuse_long(requests, self.too_long)
         origin = self.prepare_edit(requests)
         networks = self._frozen_networks()
         encoder, threshold = counterfactual_encoder(self.base, networks), self.settings.threshold
