@@ -7,6 +7,7 @@ from dataclasses import asdict
 from lightning.pytorch import LightningModule, Trainer
 
 from kedit_lightning.benchmark import EditCallback
+from kedit_lightning.data import EditDataModule
 from kedit_lightning.edits import Edit
 from kedit_lightning.methods.method import as_edit_method
 from kedit_lightning.metrics import ExampleRecord
@@ -27,7 +28,9 @@ class ResultsWriter(EditCallback):
         method = as_edit_method(pl_module)
         folder = output_of(method.run)
         if folder is not None and trainer.is_global_zero:
-            folder.start(run_settings(method, method.base, method.run))
+            data = method.run.data
+            examples = data.examples() if isinstance(data, EditDataModule) else ()
+            folder.start(run_settings(method, method.base, method.run), examples)
 
     def on_example_result(
         self, trainer: Trainer, method: LightningModule, record: ExampleRecord, edit: Edit | None

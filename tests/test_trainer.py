@@ -70,6 +70,7 @@ def test_output_folder(tmp_path: Path) -> None:
     (scores,) = trainer().test(Toy(base_model=base), data, output=out, verbose=False)
     ids = [record["id"] for record in records(out)]
     assert files(out) == {
+        ".lock",  # released, and left in place
         *("results.jsonl", "results.json", "results.csv", "run.json", "stack.json"),
         *(f"edits/{id}.safetensors" for id in ids),
     }

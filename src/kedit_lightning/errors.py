@@ -5,6 +5,8 @@ Each is a :class:`KEditError` and a built-in type too, so that both ``except KEd
 where (record, field, layer), and the ways out.
 """
 
+from __future__ import annotations
+
 
 class KEditError(Exception):
     """Something the user can put right; the command line turns it into one sentence."""
@@ -68,6 +70,18 @@ class NothingToFitError(KEditError, RuntimeError):
 
 class ResumeError(KEditError, ValueError):
     """An output folder cannot be continued with the present settings."""
+
+
+class OutputFolderError(KEditError, OSError):
+    """An output folder is in use, or cannot be written to."""
+
+    @classmethod
+    def of(cls, path: object, error: OSError) -> OutputFolderError:
+        """The error of a file or folder that could not be written."""
+        return cls(
+            f"{path} could not be written ({error.strerror or error}); make room or change its "
+            "rights"
+        )
 
 
 class TemporaryFileError(KEditError, OSError):

@@ -19,12 +19,14 @@ from kedit_lightning import runs
 from kedit_lightning.benchmark import EditCallback, Protocol, RunContext
 from kedit_lightning.benchmark.edit_callback import check_callbacks
 from kedit_lightning.edits import Edit
-from kedit_lightning.errors import KEditError, UnsupportedUseError
+from kedit_lightning.errors import UnsupportedUseError
 from kedit_lightning.methods.method import EditMethod, as_edit_method
+from kedit_lightning.methods.training.checkpoint import load_checkpoint
 from kedit_lightning.metrics import ExampleRecord
-from kedit_lightning.runs.output_folder import OutputFolder, apply_saved, load_stack, open_output
+from kedit_lightning.runs.output_folder import OutputFolder, opened
 from kedit_lightning.runs.prompts import prompt_loader, read_prompts
 from kedit_lightning.runs.results import predictions_table, summary_table
+from kedit_lightning.runs.saved_stack import apply_saved, load_stack
 
 
 class EditTrainer(Trainer):
@@ -122,7 +124,7 @@ class EditTrainer(Trainer):
         """
         as_edit_method(model).check_learns()
         train_dataloaders, datamodule = _data("fit", train_dataloaders, datamodule)
-        with self._running("fit", model, datamodule):
+        with self._running("fit", model, datamodule, ckpt_path):
             super().fit(
                 model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only
             )
@@ -150,7 +152,7 @@ class EditTrainer(Trainer):
             A dictionary of scores.
         """
         dataloaders, datamodule = _data("validate", dataloaders, datamodule)
-        with self._running("validate", model, datamodule, verbose=verbose):
+        with self._running("validate", model, datamodule, ckpt_path, verbose=verbose):
             return super().validate(model, dataloaders, ckpt_path, False, datamodule, weights_only)
 
     def test(
@@ -180,7 +182,7 @@ class EditTrainer(Trainer):
             A dictionary of scores.
         """
         dataloaders, datamodule = _data("test", dataloaders, datamodule)
-        with self._running("test", model, datamodule, output, resume, verbose):
+        with self._running("test", model, datamodule, ckpt_path, output, resume, verbose):
             return super().test(model, dataloaders, ckpt_path, False, datamodule, weights_only)
 
     def edit(
@@ -211,7 +213,7 @@ class EditTrainer(Trainer):
             can = as_edit_method(model).can
             runs.check_export(export, can.weights, can.adapter, output or resume)
         self._edits = []
-        with self._running("edit", model, datamodule, output, resume) as method:
+        with self._running("edit", model, datamodule, ckpt_path, output, resume) as method:
             folder = self.output_folder
             super().test(model, None, ckpt_path, False, datamodule)
         if folder is None or not self.is_global_zero:
@@ -261,7 +263,7 @@ class EditTrainer(Trainer):
                 "predict was given no prompt; add --prompt TEXT, --prompts FILE, or --data DATASET"
             )
         dataloaders, datamodule = _data("predict", dataloaders, datamodule)
-        running = self._running("predict", model, datamodule)
+        running = self._running("predict", model, datamodule, ckpt_path)
         with running as method, method.base.edits.restored():
             apply_saved([] if edits is None else load_stack(edits, method.base))
             applied = len(method.base.edits)
@@ -277,6 +279,7 @@ class EditTrainer(Trainer):
         command: str,
         model: LightningModule | None,
         data: LightningDataModule | None,
+        ckpt_path: str | Path | None,
         output: str | Path | None = None,
         resume: str | Path | None = None,
         verbose: bool = False,
@@ -289,32 +292,39 @@ class EditTrainer(Trainer):
                 f"{type(method).__name__} cannot keep earlier edits in force while it writes new "
                 "ones; use --trainer.protocol.mode single or batch"
             )
-        self.output_folder = open_output(output, resume, self.is_global_zero)
-        editing, folder = command == "edit", self.output_folder
-        self._keeps_edits = editing and (folder is None or not self.is_global_zero)
-        method.run = RunContext(
-            self.protocol,
-            data=data,
-            output=folder,
-            editing=editing,
-            on_edit=self._take_edit,
-            on_record=self._take_record,
-        )
-        try:
-            with warnings.catch_warnings():
-                if evaluates:  # the state of a fit's callbacks is of no use here
-                    warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`, call")
-                yield method
-            if verbose and method.summary and self.is_global_zero:
-                title = f"{type(method).__name__}, {self.protocol.mode} edits ({command})"
-                Console().print(summary_table(method.summary, title))
-        except KEditError as error:
-            if folder is not None and folder.results.exists():
-                error.add_note(f"finished examples are kept, continue with --resume {folder.path}")
-            raise
-        finally:
-            method.close_evaluation()
-            method.run, self.output_folder = RunContext(), None
+        if ckpt_path is not None and Path(ckpt_path).is_file():  # and no word such as "best"
+            load_checkpoint(Path(ckpt_path))
+        with opened(output, resume, self.is_global_zero) as folder:
+            self.output_folder, editing = folder, command == "edit"
+            self._keeps_edits = editing and (folder is None or not self.is_global_zero)
+            method.run = RunContext(
+                self.protocol,
+                data=data,
+                output=folder,
+                editing=editing,
+                on_edit=self._take_edit,
+                on_record=self._take_record,
+            )
+            try:
+                with warnings.catch_warnings():
+                    if evaluates:  # the state of a fit's callbacks is of no use here
+                        message = "Be aware that when using `ckpt_path`, call"
+                        warnings.filterwarnings("ignore", message)
+                    yield method
+                if verbose and method.summary and self.is_global_zero:
+                    title = f"{type(method).__name__}, {self.protocol.mode} edits ({command})"
+                    Console().print(summary_table(method.summary, title))
+            except (KeyboardInterrupt, SystemExit) as end:
+                # Lightning makes a SystemExit of Ctrl-C.
+                if not any(isinstance(e, KeyboardInterrupt) for e in (end, end.__context__)):
+                    raise
+                if self.is_global_zero:
+                    kept = "nothing is kept, as no output folder was named"
+                    sys.stderr.write(f"interrupted: {folder.state if folder else kept}\n")
+                raise SystemExit(130) from end
+            finally:
+                method.close_evaluation()
+                method.run, self.output_folder = RunContext(), None
 
 
 def _data(

@@ -16,7 +16,7 @@ from kedit_lightning import Edit, EditTrainer
 from kedit_lightning.benchmark import Protocol
 from kedit_lightning.data import CounterFact
 from kedit_lightning.errors import EditFileError
-from kedit_lightning.runs.output_folder import load_stack
+from kedit_lightning.runs.saved_stack import load_stack
 
 
 def run(folder: Path, resume: bool = False, mode: Any = "single") -> None:

@@ -243,6 +243,7 @@ class Reader:
         room = base.max_tokens - len(ids) - 2
         prompt = base.edits.render(probe.prompt, lambda text: base.encoder.count(text) <= room)
         row = plain if prompt == probe.prompt else base.encoder.encode(prompt)
+        ids = ids[: max(1, base.max_tokens - len(row.prompt))]
         return ForcedRow(edit, replace(row, answer=ids), replace(plain, answer=ids))
 
     def _batches(self, rows: Iterable[ForcedRow]) -> Iterator[list[ForcedRow]]:

@@ -31,8 +31,9 @@ def config_file(name: str) -> str:
     if Path(name).is_file():
         try:
             yaml.safe_load(Path(name).read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise DataFileError(f"config file '{name}' is no YAML: {error}") from error
+        except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
+            reason = " ".join(str(error).split())
+            raise DataFileError(f"config file '{name}' is no YAML: {reason}") from error
         return name
     plain = name.removeprefix("configs/").removesuffix(".yaml").removesuffix(".yml")
     known = packaged_configs()
@@ -108,7 +109,7 @@ def with_saved_config(args: list[str]) -> list[str]:
             "folder that --output gave to `kedit test` or `kedit edit`"
         )
     # The saved config holds the folder's name at that time.
-    return [args[0], f"--config={saved}", "--output=null", *args[1:]]
+    return [args[0], f"--config={config_file(str(saved))}", "--output=null", *args[1:]]
 
 
 def with_saved_method(args: list[str]) -> list[str]:
@@ -116,7 +117,8 @@ def with_saved_method(args: list[str]) -> list[str]:
     saved = _saved_config("--edits", args) if args[:1] == ["predict"] else None
     if saved is None or not saved.is_file():
         return args
-    model = (yaml.safe_load(saved.read_text(encoding="utf-8")) or {}).get("model")
+    config = yaml.safe_load(Path(config_file(str(saved))).read_text(encoding="utf-8"))
+    model = config.get("model") if isinstance(config, dict) else None
     return [args[0], f"--model={json.dumps(model)}", *args[1:]] if model else args
 
 

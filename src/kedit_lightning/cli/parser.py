@@ -38,6 +38,7 @@ from kedit_lightning.cli.messages import (
 )
 from kedit_lightning.errors import DataFileNotFoundError
 from kedit_lightning.methods import EditMethod
+from kedit_lightning.methods.training.checkpoint import load_checkpoint
 from kedit_lightning.registry import Kind, entries, load_plugins
 from kedit_lightning.trainer import EditTrainer
 
@@ -144,6 +145,7 @@ class KEditCLI(LightningCLI):
             raise DataFileNotFoundError(f"there is no checkpoint at {path}; correct --ckpt_path")
         if not is_zipfile(Path(path).expanduser()):
             raise UsageError(f"{path} is no checkpoint that `kedit fit` wrote; correct --ckpt_path")
+        load_checkpoint(Path(path).expanduser())
 
     def before_instantiate_classes(self) -> None:
         """Warn about settings that a checkpoint overrules."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeAlias
 
@@ -30,13 +30,14 @@ from kedit_lightning.data.dataloader import (
 from kedit_lightning.data.field_names import misspelt
 from kedit_lightning.data.file_formats import advice
 from kedit_lightning.data.records import Fields, Record, read_records
+from kedit_lightning.data.splits import LoadedSplit
 from kedit_lightning.errors import (
     DataFileError,
     DataFileNotFoundError,
     InvalidRequestError,
     UnsupportedUseError,
 )
-from kedit_lightning.requests import EditBatch, EditExample, EditRequest, Probe, trimmed_texts
+from kedit_lightning.requests import EditBatch, EditExample, trimmed_texts
 
 Split: TypeAlias = Literal["train", "validation", "test"]
 
@@ -45,34 +46,6 @@ _OPTION: dict[Split, str] = {"train": "train_path", "validation": "val_path", "t
 
 class SkipRecord(Exception):  # noqa: N818 - not an error: the format allows such records
     """Raised by ``EditDataModule.parse`` for a record that states no edit in its format."""
-
-
-@dataclass
-class LoadedSplit:
-    """The examples of a split, with the facts about them that go into results files."""
-
-    examples: list[EditExample]
-    path: str | None
-    sha256: str
-    skipped: list[str] = field(default_factory=list)
-    contradictions: int = 0
-
-    def items(self) -> Iterator[EditRequest | Probe]:
-        """All requests and probes."""
-        for example in self.examples:
-            yield from example.requests
-            yield from example.probes
-
-    def source(self) -> dict[str, Any]:
-        """Plain values for results files."""
-        return {
-            "path": self.path,
-            "sha256": self.sha256,
-            "records": len(self.examples),
-            "skipped": len(self.skipped),
-            "skipped_records": list(self.skipped),
-            "contradictory_prompts": self.contradictions,
-        }
 
 
 class EditDataModule(LightningDataModule, ABC):
@@ -242,23 +215,12 @@ class EditDataModule(LightningDataModule, ABC):
             records, sha256 = read_records(path)
         except DataFileNotFoundError as error:
             raise DataFileNotFoundError(f"{error}; correct {way_out}") from error
-        examples, bad, skipped = self._parse_all(records)
+        examples, bad, skipped, places = self._parse_all(records)
         known = advice([record.values for record in records], type(self).__name__)
         hint, most = (f" ({known})", SHOWN_OF_FOREIGN) if known else ("", SHOWN)
-        if bad and self.on_bad_record == "error":
-            raise DataFileError(
-                f"{path.name} has {len(bad)} bad record{'s' * (len(bad) > 1)} of {len(records)}"
-                f"{hint}: {listed(bad, path.name, most)}; correct them, or leave them out with "
-                "on_bad_record: skip (--data.on_bad_record skip)"
-            )
-        left_out = [*bad, *skipped]
-        if not examples:
-            raise DataFileError(
-                f"{path.name} holds no usable record{hint}: {listed(left_out, path.name, most)}"
-            )
-        if left_out:
-            count = f"{len(left_out)} of {len(records)} records of {path.name}"
-            rank_zero_warn(f"{count} are left out{hint}: {listed(left_out, path.name, most)}")
+        left_out = self._left_out(
+            path.name, len(records), len(examples), bad, skipped, hint=hint, most=most
+        )
         if self.known_fields and (names := unread_fields(records, self.known_fields)):
             reader = type(self).__name__
             rank_zero_warn(f"{path.name} has fields that {reader} does not read{hint}: {names}")
@@ -266,16 +228,63 @@ class EditDataModule(LightningDataModule, ABC):
         conflicts, sentence = contradictory(kept)
         if sentence:
             rank_zero_warn(f"{path.name}: {sentence}")
-        return LoadedSplit(kept, str(path), sha256, [*map(str, left_out)], conflicts)
+        return LoadedSplit(kept, str(path), sha256, left_out, conflicts, places)
+
+    def leave_out(self, split: Split, reasons: Mapping[str, str]) -> None:
+        """Treat examples as bad records, which ``on_bad_record`` is about.
+
+        Args:
+            split: The split they are of.
+            reasons: A clause for each of them, by its id.
+
+        Raises:
+            DataFileError: There are any and ``on_bad_record`` is ``error``, or none is left.
+        """
+        loaded = self._load(split)
+        if not reasons:
+            return
+        bad = [Complaint(loaded.places.get(id, id), reason) for id, reason in reasons.items()]
+        kept = [example for example in loaded.examples if example.id not in reasons]
+        name = Path(loaded.path or type(self).__name__).name
+        left_out = self._left_out(name, len(loaded.examples), len(kept), bad)
+        skipped = [*loaded.skipped, *left_out]
+        self._loaded[split] = replace(loaded, examples=kept, skipped=skipped)
+
+    def _left_out(
+        self,
+        name: str,
+        count: int,
+        usable: int,
+        bad: list[Complaint],
+        skipped: Sequence[Complaint] = (),
+        hint: str = "",
+        most: int = SHOWN,
+    ) -> list[str]:
+        """Clauses of the records left out of ``count``, of which a warning tells."""
+        if bad and self.on_bad_record == "error":
+            raise DataFileError(
+                f"{name} has {len(bad)} bad record{'s' * (len(bad) > 1)} of {count}{hint}: "
+                f"{listed(bad, name, most)}; correct them, or leave them out with on_bad_record: "
+                "skip (--data.on_bad_record skip)"
+            )
+        left_out = [*bad, *skipped]
+        clauses = listed(left_out, name, most)
+        if not usable:
+            raise DataFileError(f"{name} holds no usable record{hint}: {clauses}")
+        if left_out:
+            rank_zero_warn(
+                f"{len(left_out)} of {count} records of {name} are left out{hint}: {clauses}"
+            )
+        return [*map(str, left_out)]
 
     def _parse_all(
         self, records: list[Record]
-    ) -> tuple[list[EditExample], list[Complaint], list[Complaint]]:
-        """Examples of the records, and what is said of each bad record and each skipped one."""
+    ) -> tuple[list[EditExample], list[Complaint], list[Complaint], dict[str, str]]:
+        """Examples, complaints about bad and skipped records, and where each example stands."""
         examples, bad, skipped = [], [], []
         own_ids = [self._own_id(record) for record in records]
         taken = set(own_ids)
-        first_place: dict[str, str] = {}
+        places: dict[str, str] = {}
         for index, (record, own) in enumerate(zip(records, own_ids, strict=True)):
             if record.problem is not None:
                 bad.append(Complaint(record.where, record.problem))
@@ -288,9 +297,9 @@ class EditDataModule(LightningDataModule, ABC):
                 self._check_id(fields)
                 self._refuse_misspelt(fields)
                 example = self.parse(fields, id)
-                if id in first_place:
+                if id in places:
                     raise InvalidRequestError(
-                        f"field '{self.id_field}' is the same as in {first_place[id]}; "
+                        f"field '{self.id_field}' is the same as in {places[id]}; "
                         "records need different names"
                     )
             except InvalidRequestError as error:
@@ -299,9 +308,9 @@ class EditDataModule(LightningDataModule, ABC):
             except SkipRecord as reason:
                 skipped.append(Complaint(place, str(reason)))
             else:
-                first_place[id] = record.where
+                places[id] = place
                 examples.append(example)
-        return examples, bad, skipped
+        return examples, bad, skipped, places
 
     def _own_id(self, record: Record) -> str | None:
         values = record.values

@@ -72,6 +72,8 @@ def check_value(what: str, value: object, schema: Any) -> None:
     if is_dataclass(schema) or is_typeddict(schema):
         hints = get_type_hints(schema)
         given = fields(schema) if is_dataclass(schema) else ()
+        if is_dataclass(schema):  # less its class variables
+            hints = {field.name: hints[field.name] for field in given}
         optional = {f.name for f in given if (f.default, f.default_factory) != (MISSING, MISSING)}
         check_value(what, value, dict)
         assert isinstance(value, dict)

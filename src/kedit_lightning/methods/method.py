@@ -33,6 +33,7 @@ from kedit_lightning.methods.capabilities import (
     warn_of_changes,
     warn_of_other_base,
 )
+from kedit_lightning.methods.shared.row_lengths import RowText, Window, example_rows, too_long
 from kedit_lightning.metrics import SummaryRow
 from kedit_lightning.requests import EditBatch, EditExample, EditRequest
 
@@ -218,18 +219,27 @@ class EditMethod(pl.LightningModule):
         else:
             self.check_requests([r for example in examples for r in example.requests])
 
+    def rows_of(self, example: EditExample) -> list[RowText]:
+        """The rows that the base model reads of an example, as :meth:`too_long` measures them."""
+        return example_rows(example)
+
+    def too_long(self, examples: Sequence[EditExample]) -> dict[str, str]:
+        """The examples that do not fit into the base model's window: why, by id."""
+        return too_long(Window.of(self.base), examples, list(map(self.rows_of, examples)))
+
     def examples_to_fit(self, examples: Sequence[EditExample]) -> list[EditExample]:
         """The examples that ``fit`` learns from: all, unless a method leaves some out."""
         return list(examples)
 
     def setup(self, stage: str) -> None:
-        """Check needs before the base model is loaded.
+        """Check needs before the base model is loaded, and then lengths.
 
         Raises:
             NothingToFitError: ``fit`` was called on a method that learns nothing.
             InvalidRequestError: Requests contradict each other, and the protocol refuses that.
             MissingNeedsError: An example lacks something the method needs.
             UnsupportedUseError: A setting is out of bounds, or a request or a probe has an image.
+            DataFileError: Examples are too long, and ``on_bad_record`` is ``error``.
         """
         self.given.check_bounds(type(self).__name__)
         if stage == "fit":
@@ -241,14 +251,18 @@ class EditMethod(pl.LightningModule):
             return
         data.chunk_size = protocol.chunk_size
         data.deals_out_chunks = protocol.mode != "sequential"
+        splits: dict[str, Split] = {"fit": "train", "validate": "validation"}
+        examples = data.examples(split := splits.get(stage, "test"))
         if stage == "fit":
-            examples = self.examples_to_fit(data.examples("train"))
-        else:
-            examples = data.examples("validation" if stage == "validate" else "test")
+            examples = self.examples_to_fit(examples)
         refuse_images(type(self).__name__, [r for e in examples for r in e.requests + e.probes])
         self.check_examples(examples, fitting=stage == "fit")
         for requests in () if stage == "fit" else protocol.written_together(examples):
             settle(requests, protocol.on_conflict)
+        if stage != "predict":
+            data.leave_out(split, self.too_long(examples))
+        if stage == "fit" and "validation" in data.source:
+            data.leave_out("validation", self.too_long(data.examples("validation")))
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         """Learn from a batch; only methods that learn something define it."""

@@ -3,36 +3,39 @@
 from __future__ import annotations
 
 import csv
+import errno
 import hashlib
 import io
 import json
 import os
-import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 from kedit_lightning.base_models import BaseModel
 from kedit_lightning.benchmark import RunContext
 from kedit_lightning.contradictions import consistent
 from kedit_lightning.edits import Edit
 from kedit_lightning.edits.edit_file import read_edit, write_atomically
-from kedit_lightning.edits.state_schema import check_value
-from kedit_lightning.errors import EditFileError, EditOrderError, ResumeError, article_list
+from kedit_lightning.errors import (
+    EditFileError,
+    KEditError,
+    OutputFolderError,
+    ResumeError,
+    article_list,
+)
 from kedit_lightning.metrics import ExampleRecord
-from kedit_lightning.requests import EditRequest
+from kedit_lightning.requests import EditExample, EditRequest
+from kedit_lightning.runs.folder_claim import claimed
+from kedit_lightning.runs.record_lines import line_of, read_lines
+from kedit_lightning.runs.resumption import read_settings, scored_changes, setting_changes
+from kedit_lightning.runs.saved_stack import StackEntry, labels
 
 _CSV_READINGS = ("tf_tok", "tf_all", "log_prob", "contrast_log_prob", "text", "kl")
 _CSV_COLUMNS = ("id", "stage", "subject", "kind", "group", "prompt", "answers", "contrast")
-
-
-class StackEntry(TypedDict):
-    """An edit in ``stack.json``."""
-
-    file: str
-    id: str
-    sha256: str
-    requests: list[str]
+#: What a disk answers that is full, broken, or not to be written to.
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM)
 
 
 class OutputFolder:
@@ -57,6 +60,8 @@ class OutputFolder:
         self._records: dict[tuple[str, str], ExampleRecord] = {}
         #: Ids of the edits that records of an interrupted run are scores of, by name.
         self._scored: dict[str, str] = {}
+        #: The settings of the run that is continued.
+        self._asked: dict[str, Any] = {}
         started = (self.path / "run.json").is_file()
         if resume:
             if not started:
@@ -64,6 +69,7 @@ class OutputFolder:
                     f"{self.path} holds no run to continue (no run.json in it); start one with "
                     f"--output {self.path}"
                 )
+            self._asked = read_settings(self.path / "run.json")
             self._read_records(first)
         elif first and (started or self.results.exists()):
             raise ResumeError(
@@ -76,28 +82,54 @@ class OutputFolder:
         """The file with one record per line."""
         return self.path / "results.jsonl"
 
+    @property
+    def state(self) -> str:
+        """What of a run that ended early is kept here, and how it goes on."""
+        if not (self.path / "run.json").is_file():
+            return f"nothing had been written to {self.path}; start the run again as before"
+        lines = self.results.read_bytes().count(b"\n") if self.results.exists() else 0
+        return f"finished examples are kept, {lines} of them, continue with --resume {self.path}"
+
+    def add_way_out(self, error: BaseException) -> None:
+        """Tell how a run can be continued that an error has ended, if it can."""
+        if self.results.exists():
+            error.add_note(self.state)
+
     # ---- settings
 
-    def start(self, settings: Mapping[str, Any]) -> None:
+    def start(self, settings: Mapping[str, Any], examples: Sequence[EditExample] = ()) -> None:
         """Keep the settings of a new run; compare them with those of the run to be continued.
 
+        Args:
+            settings: The settings.
+            examples: Those of the data, which may have become more or fewer.
+
         Raises:
-            ResumeError: The run to be continued had other settings; the message names them.
+            ResumeError: The run to be continued had other settings, or has scored records that are
+                others now; the message names them.
         """
         now = json.loads(json.dumps(dict(settings), default=str))
-        if not self.resumed:
-            self.write_json("run.json", now)
-            return
-        then = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
-        protocol = then.get("protocol", {})
-        if "max_new_tokens" in protocol:
-            protocol.setdefault("answers", "squad")  # the rule of runs that name none
-        changed = list(_differences(then, now))
-        if changed:
-            raise ResumeError(
-                f"{self.path} was started with other settings: {article_list(changed)}; restore "
-                "them, or start a new run in another folder with --output"
-            )
+        if self.resumed:
+            then = self._asked
+            protocol = then["protocol"]
+            if "max_new_tokens" in protocol:
+                protocol.setdefault("answers", "squad")  # the rule of runs that name none
+            changed = setting_changes(then, now, data_may_differ=bool(examples))
+            if changed:
+                raise ResumeError(
+                    f"{self.path} was started with other settings: {article_list(changed)}; "
+                    "restore them, or start a new run in another folder with --output"
+                )
+            if then == now:
+                return
+            records, edits = self._records.values(), self.path / "edits"
+            if changed := list(scored_changes(records, examples, now["protocol"], edits)):
+                raise ResumeError(
+                    f"{self.path} has scores of other records than the data has now: "
+                    f"{article_list(changed)}; restore them, or start a new run in another folder "
+                    "with --output"
+                )
+        self.write_json("run.json", now)
 
     # ---- records
 
@@ -107,19 +139,13 @@ class OutputFolder:
             return
         content = self.results.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
-        for number, line in enumerate(whole.decode("utf-8").split("\n")[:-1], start=1):
-            try:
-                record = json.loads(line)
-                self._records[record["id"], record["stage"]] = record
-                if "edit_name" in record:
-                    self._scored[record["edit_name"]] = record["edit_id"]
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise ResumeError(
-                    f"line {number} of {self.results} is no record, so the run cannot be "
-                    "continued; remove that line, or start a new run in another folder"
-                ) from error
+        for record in read_lines(self.results, whole):
+            values: Mapping[str, Any] = record
+            self._records[record["id"], record["stage"]] = record
+            if "edit_name" in values:
+                self._scored[values["edit_name"]] = values["edit_id"]
         if first and len(whole) != len(content):
-            with self.results.open("r+b") as file:
+            with _writing(self.results), self.results.open("r+b") as file:
                 file.truncate(len(whole))
                 os.fsync(file.fileno())
 
@@ -129,19 +155,23 @@ class OutputFolder:
 
     def records(self) -> Iterator[ExampleRecord]:
         """All records, in the order they were written."""
-        if self.results.is_file():
-            with self.results.open(encoding="utf-8") as file:
-                for line in file:
-                    yield json.loads(line)
+        content = self.results.read_bytes() if self.results.is_file() else b""
+        return read_lines(self.results, content)
 
     def append(self, record: ExampleRecord) -> None:
-        """Write a record; it is on disk when this returns."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        line = json.dumps(record, ensure_ascii=False) + "\n"
-        # One write, so that several processes may append to one file.
-        with self.results.open("ab", buffering=0) as file:
-            file.write(line.encode("utf-8"))
-            os.fsync(file.fileno())
+        """Write a record; it is on disk when this returns.
+
+        Raises:
+            OutputFolderError: It cannot be written.
+        """
+        line = line_of(record)
+        with _writing(self.results):
+            self.path.mkdir(parents=True, exist_ok=True)
+            # One write, so that several processes may append to one file.
+            with self.results.open("ab", buffering=0) as file:
+                while line:  # a disk that is nearly full takes a part
+                    line = line[file.write(line) or 0 :]
+                os.fsync(file.fileno())
 
     # ---- edits
 
@@ -151,7 +181,8 @@ class OutputFolder:
 
     def save_edit(self, name: str, edit: Edit) -> None:
         """Write an edit; the file is whole or not there."""
-        edit.save(self.edit_path(name))
+        with _writing(self.edit_path(name)):
+            edit.save(self.edit_path(name))
         self._edits[name] = self._described(name)
 
     def has_edit(self, name: str) -> bool:
@@ -179,7 +210,13 @@ class OutputFolder:
 
     def _described(self, name: str, scored: str | None = None) -> StackEntry:
         path = self.edit_path(name)
-        header, _ = read_edit(path)
+        try:
+            header, _ = read_edit(path)
+        except EditFileError as error:
+            raise EditFileError(
+                f"{error}; put it back, or delete the file, and the lines with its name in "
+                f"{self.results}, to have edit and scores computed again"
+            ) from error
         if scored not in (None, header["id"]):
             raise EditFileError(
                 f"{path} is edit {header['id']}, and {self.results} has the scores of edit "
@@ -189,7 +226,7 @@ class OutputFolder:
             "file": f"edits/{path.name}",
             "id": header["id"],
             "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-            "requests": _labels(header["origin"]),
+            "requests": labels(header["origin"]),
         }
 
     def write_stack(self, facts: Mapping[str, Any]) -> None:
@@ -208,7 +245,8 @@ class OutputFolder:
     def write_json(self, name: str, content: Any) -> None:
         """Write a JSON file; it is whole or not there."""
         text = json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n"
-        write_atomically(self.path / name, text.encode("utf-8"))
+        with _writing(self.path / name):
+            write_atomically(self.path / name, text.encode("utf-8"))
 
     def write_csv(self) -> None:
         """Write ``results.csv``: a line per probe, with readings before and after."""
@@ -224,25 +262,48 @@ class OutputFolder:
                 row = [values.get(name) for name in _CSV_COLUMNS]
                 row += [values[state].get(name) for state in states for name in _CSV_READINGS]
                 writer.writerow(row)
-        write_atomically(self.path / "results.csv", text.getvalue().encode("utf-8"))
+        path = self.path / "results.csv"
+        with _writing(path):
+            write_atomically(path, text.getvalue().encode("utf-8"))
 
 
-def open_output(
+@contextmanager
+def opened(
     output: str | Path | None, resume: str | Path | None, first: bool = True
-) -> OutputFolder | None:
-    """The folder of a new or resumed run, if one was named.
+) -> Iterator[OutputFolder | None]:
+    """The folder of a new or resumed run, if one was named; inside, no other run may use it.
 
     Raises:
         ResumeError: Both were named and differ, or the folder does not fit.
+        OutputFolderError: It is in use, or cannot be written to.
     """
-    if resume is None:
-        return None if output is None else OutputFolder(output, first=first)
-    if output is not None and Path(output).resolve() != Path(resume).resolve():
+    if (
+        output is not None
+        and resume is not None
+        and Path(output).resolve() != Path(resume).resolve()
+    ):
         raise ResumeError(
             f"--resume {resume} continues a run where it is, and --output {output} names another "
             "folder; leave out --output"
         )
-    return OutputFolder(resume, resume=True, first=first)
+    named = output if resume is None else resume
+    if named is None:
+        yield None
+        return
+    with claimed(Path(named), create=resume is None) if first else nullcontext():
+        folder = OutputFolder(named, resume is not None, first)
+        try:
+            yield folder
+        except OSError as error:
+            if isinstance(error, KEditError) or error.errno not in _DISK:
+                folder.add_way_out(error)
+                raise
+            failure = OutputFolderError.of(error.filename or folder.path, error)
+            folder.add_way_out(failure)
+            raise failure from error
+        except KEditError as error:
+            folder.add_way_out(error)
+            raise
 
 
 def output_of(run: RunContext) -> OutputFolder | None:
@@ -250,89 +311,16 @@ def output_of(run: RunContext) -> OutputFolder | None:
     return run.output if isinstance(run.output, OutputFolder) else None
 
 
-def load_stack(path: str | Path, base: BaseModel) -> list[Edit]:
-    """The saved edits of an output folder in their order, or the edit of a single file.
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Inside, a file is written.
 
     Raises:
-        EditFileError: There are no edits, or a file is absent or damaged.
-        BaseModelMismatchError: They were made for another base model.
+        OutputFolderError: It cannot be.
     """
-    path = Path(path)
-    if path.is_file() and path.suffix == ".safetensors":
-        return [Edit.load(path, base)]
-    if not path.exists():
-        raise EditFileError(f"there is nothing at {path}; correct the path of the edits (--edits)")
-    order = path / "stack.json"
-    if not order.is_file():
-        hint = (
-            f"; its run did not end, finish it with --resume {path}"
-            if (path / "run.json").is_file()
-            else "; give the --output folder of `kedit edit` or `kedit test`, or one saved edit"
-        )
-        raise EditFileError(f"{path} holds no saved edits (no stack.json in it){hint}")
-    edits = []
-    for entry in _stack_entries(order):
-        file = path / entry["file"]
-        if not file.is_file():
-            raise EditFileError(f"{order} names {entry['file']}, which is absent")
-        if hashlib.sha256(file.read_bytes()).hexdigest() != entry["sha256"]:
-            raise EditFileError(
-                f"{file} is not the edit that {order.name} names: its content has changed"
-            )
-        edit = Edit.load(file, base)
-        if (edit.id, _labels(edit.origin.to_json())) != (entry["id"], entry["requests"]):
-            raise EditFileError(f"{file} is not the edit that {order.name} names: id or requests")
-        edits.append(edit)
-    return edits
-
-
-def _labels(origin: Mapping[str, Any]) -> list[str]:
-    """How ``stack.json`` names the requests of an edit."""
-    return [request.get("id") or request["prompt"] for request in origin["requests"]]
-
-
-def _stack_entries(order: Path) -> list[StackEntry]:
     try:
-        entries: list[StackEntry] = json.loads(order.read_text(encoding="utf-8"))["edits"]
-        check_value("its list of edits", entries, list[StackEntry])
-    except (ValueError, LookupError, TypeError, RecursionError) as error:
-        raise EditFileError(
-            f"{order} is damaged ({str(error) or repr(error)}); finish or repeat its run, or name "
-            "one of the saved edits beside it"
-        ) from error
-    return entries
-
-
-def apply_saved(edits: Iterable[Edit]) -> None:
-    """Apply edits in order, with one warning if they were computed independently of each other.
-
-    Raises:
-        EditOrderError: An edit only makes sense on the stack it was computed on.
-    """
-    apart = 0
-    for edit in edits:
-        apart += bool(edit.origin.method) and edit.origin.stack != edit.base.edits.ids
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=r"edit \S+ by .* was computed on top of")
-            try:
-                edit.apply()
-            except EditOrderError as error:
-                raise EditOrderError(
-                    f"{error}; `kedit edit --trainer.protocol.mode sequential` computes edits that "
-                    "stand on each other"
-                ) from error
-    if apart:
-        warnings.warn(
-            "the saved edits were computed apart from each other, as single mode does; applied "
-            "together they may act otherwise than they were scored",
-            stacklevel=2,
-        )
-
-
-def _differences(then: Any, now: Any, name: str = "") -> Iterator[str]:
-    """Clauses that name what differs between two nested settings."""
-    if isinstance(then, dict) and isinstance(now, dict):
-        for key in sorted({*then, *now}):
-            yield from _differences(then.get(key), now.get(key), f"{name}.{key}" if name else key)
-    elif then != now:
-        yield f"{name}: {then!r} -> {now!r}"
+        yield
+    except OSError as error:
+        if isinstance(error, KEditError):
+            raise
+        raise OutputFolderError.of(path, error) from error

@@ -7,8 +7,9 @@ import json
 from pathlib import Path
 from typing import Literal
 
-from kedit_lightning.data.datamodule import EditDataModule, LoadedSplit, Split
+from kedit_lightning.data.datamodule import EditDataModule, Split
 from kedit_lightning.data.records import Fields
+from kedit_lightning.data.splits import LoadedSplit
 from kedit_lightning.errors import UnsupportedUseError
 from kedit_lightning.requests import EditExample, EditRequest, Probe
 

@@ -28,7 +28,14 @@ from kedit_lightning.methods.in_context.shared.demonstrations import (
     statement,
 )
 from kedit_lightning.methods.method import Capabilities, EditMethod, MethodSettings
-from kedit_lightning.requests import EditExample, EditRequest
+from kedit_lightning.methods.shared.row_lengths import (
+    RowText,
+    Window,
+    probe_rows,
+    refuse_long,
+    too_long_together,
+)
+from kedit_lightning.requests import EditExample, EditRequest, Probe
 
 #: Demonstrations in the IKE paper, and the context length of its model (GPT-J) in tokens.
 PUBLISHED_COUNT, PUBLISHED_CONTEXT = 32, 2048
@@ -108,7 +115,12 @@ class IKE(EditMethod):
         return NanoFacts() if self.base.name in PACKAGED else None
 
     def compute_edit(self, requests: Sequence[EditRequest]) -> PromptEdit:
-        """Choose the demonstrations of each fact; they go before every question."""
+        """Choose the demonstrations of each fact; they go before every question.
+
+        Raises:
+            InvalidRequestError: A fact and its own question do not fit into the window.
+        """
+        refuse_long(requests, self.too_long)
         chosen = [self.choose(request) for request in requests]
         entries = [
             PromptEntry(request.prompt, statement(request), _texts(request, demonstrations))
@@ -121,12 +133,38 @@ class IKE(EditMethod):
         )
         return PromptEdit(self.base, entries, origin)
 
+    # ---- lengths
+
+    def rows_of(self, example: EditExample) -> list[RowText]:
+        """Each question behind the statement of a fact of its example; no demonstration is kept."""
+        statements = map(statement, example.requests)
+        return [row for text in statements for row in _asked(example, text)]
+
+    def too_long(self, examples: Sequence[EditExample]) -> dict[str, str]:
+        """Also those that do not fit together with an example before them.
+
+        Of facts that are in force together, any may be stated before a question.
+        """
+        clauses = super().too_long(examples)
+        if self.run.protocol.mode != "single":
+            left = [example for example in examples if example.id not in clauses]
+            stated = [[RowText("", statement(r)) for r in example.requests] for example in left]
+            asked = [_asked(example) for example in left]
+            clauses |= too_long_together(Window.of(self.base), left, stated, asked)
+        return clauses
+
     def choose(self, request: EditRequest) -> list[Demonstration]:
         """The demonstrations for one fact, whatever other facts are written with it."""
         count = self.settings.demonstrations
         assert count is not None  # resolved by build()
         nearest = self.pool.nearest(request, count) if self.pool else []
         return demonstrations_for(request, nearest, self.generator([request], "forms"))
+
+
+def _asked(example: EditExample, before: str = "") -> list[RowText]:
+    """Rows of the questions about an example, of which its facts are some, behind a text."""
+    facts = [Probe("rewrite", r.prompt, (r.target_new,)) for r in example.requests]
+    return [row for probe in (*facts, *example.probes) for row in probe_rows(probe, before)]
 
 
 def _texts(request: EditRequest, demonstrations: Sequence[Demonstration]) -> tuple[str, ...]:

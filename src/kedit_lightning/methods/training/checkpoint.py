@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import pickle
+import reprlib
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from kedit_lightning.base_models import BaseModel
 from kedit_lightning.base_models.spec import PACKAGED
 from kedit_lightning.errors import BaseModelMismatchError, CheckpointError
 
+_FINGERPRINTS = ("fingerprint", "tokenizer_fingerprint")
 #: Entries of a checkpoint that editing needs; the rest resumes the training.
 _NEEDED_TO_EDIT = (
     "state_dict",
@@ -39,17 +41,56 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             f"checkpoint '{path}' does not exist (looked in {Path.cwd()}); name a file that "
             "`kedit fit` wrote, or leave the setting out"
         )
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"'{path}' is no checkpoint that can be read: {reason}") from error
-    if not isinstance(checkpoint, dict) or "plan" not in checkpoint:
+    checkpoint = load_checkpoint(path)
+    if "plan" not in checkpoint:
         raise CheckpointError(
             f"checkpoint '{path}' holds no learned network; name one that `kedit fit` wrote with a "
             "method of this kind"
         )
     return checkpoint
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Load a checkpoint of a fit onto the CPU, once it has been found to be whole.
+
+    Raises:
+        CheckpointError: The file is damaged, or no checkpoint that ``fit`` wrote.
+    """
+    way_out = "take it from a copy, or name another file that `kedit fit` wrote"
+    try:
+        with ZipFile(path) as archive:
+            # torch itself does not compare the sums that it writes.
+            if (damaged := archive.testzip()) is not None:
+                raise CheckpointError(f"'{path}' is damaged (in its part {damaged}); {way_out}")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
+    except Exception as error:  # zip files and pickles are damaged in many ways
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise CheckpointError(
+            f"'{path}' is no checkpoint that can be read: {reason}; {way_out}"
+        ) from error
+    problem = _problem(checkpoint)
+    if problem:
+        raise CheckpointError(f"'{path}' is no checkpoint of a method: {problem}; {way_out}")
+    whole: dict[str, Any] = checkpoint
+    return whole
+
+
+def _problem(checkpoint: object) -> str:
+    """What keeps a loaded object from being a checkpoint of a method; empty if nothing does."""
+    if not isinstance(checkpoint, dict):
+        return f"it holds a {type(checkpoint).__name__}"
+    for name in ("state_dict", "hyper_parameters", "base_model", "plan"):
+        if not isinstance(checkpoint.get(name, {} if name == "plan" else None), dict):
+            return f"its '{name}' is {reprlib.repr(checkpoint.get(name, 'absent'))}"
+    if not isinstance(checkpoint["hyper_parameters"].get("_class_path"), str):
+        return "its 'hyper_parameters' name no method"
+    named = [checkpoint["base_model"].get(n) for n in ("name", *_FINGERPRINTS)]
+    if not all(isinstance(value, str) for value in named):
+        return "its 'base_model' lacks name or fingerprint"
+    strange = [n for n, t in checkpoint["state_dict"].items() if not isinstance(t, Tensor)]
+    return f"'{strange[0]}' is no tensor" if strange else ""
 
 
 def packaged_checkpoint(name: str, base: BaseModel) -> dict[str, Any] | None:

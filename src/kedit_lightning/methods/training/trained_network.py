@@ -9,6 +9,9 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor, nn
 
+from kedit_lightning.edits.state_schema import check_value
+from kedit_lightning.errors import CheckpointError, EditFileError
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -23,7 +26,18 @@ class Plan:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
-        """Rebuild from :meth:`to_json`."""
+        """Rebuild from :meth:`to_json`.
+
+        Raises:
+            CheckpointError: An entry is absent, unknown, or of another type.
+        """
+        try:
+            check_value("its plan", dict(values), cls)
+        except EditFileError as error:
+            raise CheckpointError(
+                f"the checkpoint of {cls.__name__.removesuffix('Plan')} is damaged: {error}; take "
+                "it from a copy, or fit again"
+            ) from error
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 

@@ -99,9 +99,14 @@ class LanguageModel(nn.Module):
         logits: Tensor = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         return logits
 
+    @property
+    def longest(self) -> int | None:
+        """Longest row it takes, in its own tokens; ``None`` where there is no bound."""
+        return getattr(self.model.config, "max_position_embeddings", None)
+
     def _check_length(self, width: int) -> int:
         """How many tokens an answer to ``width`` tokens can have."""
-        most = getattr(self.model.config, "max_position_embeddings", None)
+        most = self.longest
         room = _LONGEST if most is None else most - width
         if room < 0:
             raise UnsupportedUseError(

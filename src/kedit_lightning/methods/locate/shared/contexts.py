@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
 
 from kedit_lightning.base_models import BaseModel
+from kedit_lightning.requests import EditRequest
 
 #: Words that start the texts.
 STARTERS = ("The", "Therefore", "Because", "I", "You")
+#: Tokens of a row beside those of its texts: special ones, and what a chat template adds.
+_AROUND = 64
 
 
 def sample_contexts(
@@ -31,3 +35,26 @@ def sample_contexts(
                 continued = base.generate(starters, length, do_sample=True, top_k=5)
                 texts += [a + b for a, b in zip(starters, continued, strict=True)]
     return tuple(" ".join(text.split()).rstrip(" .") + ". " for text in texts)
+
+
+def contexts_of(base: BaseModel, request: EditRequest, contexts: Sequence[str]) -> list[str]:
+    """The contexts of one request, whose number is that of all; the first is none.
+
+    In place of a context that leaves no room for the prompt and its answer stands none too.
+    """
+    text = request.prompt + request.target_new
+    longest = max((len(context.encode()) for context in contexts), default=0)
+    if not contexts or len(text.encode()) + longest + _AROUND <= base.max_tokens:
+        return ["", *contexts]  # a token has at least one byte
+    chosen = [""]
+    for context in contexts:
+        row = base.encoder.encode(context + request.prompt, request.target_new)
+        fits = len(row.prompt) + len(row.answer) <= base.max_tokens
+        chosen.append(context if fits else "")
+    if "" in chosen[1:]:
+        warnings.warn(
+            f"texts put before prompts are left out where they do not fit into the "
+            f"{base.max_tokens} tokens of base model '{base.name}'",
+            stacklevel=2,
+        )
+    return chosen

@@ -15,6 +15,7 @@ from kedit_lightning.base_models import BaseModel, EncodedRow, TokenRows
 from kedit_lightning.base_models.taps import Visit, add_at, capture, stop_after, visiting
 from kedit_lightning.edits import Edit
 from kedit_lightning.edits.projections import compute_dtype
+from kedit_lightning.methods.locate.shared.contexts import contexts_of
 from kedit_lightning.requests import EditRequest
 
 #: Rows of a forward pass; they are short, and nothing is kept but states at the subject.
@@ -69,9 +70,10 @@ def subject_states(
             each request. Shape ``[n, d_out]``.
         tokens: Subject tokens whose inputs are read; a mean is at least float32.
     """
-    prefixes = ("", *contexts)
-    rows = [up_to_subject(base, p + r.prompt, r.subject) for r in requests for p in prefixes]
-    edits = None if carried is None else [edit for edit in carried for _ in prefixes]
+    count = 1 + len(contexts)
+    prefixed = [(r, p + r.prompt) for r in requests for p in contexts_of(base, r, contexts)]
+    rows = [up_to_subject(base, prompt, request.subject) for request, prompt in prefixed]
+    edits = None if carried is None else [edit for edit in carried for _ in range(count)]
     inputs: dict[str, list[Tensor]] = {name: [] for name in modules}
     outputs: dict[str, list[Tensor]] = {name: [] for name in modules}
     for start in range(0, len(rows), ROWS_PER_PASS):
@@ -80,7 +82,7 @@ def subject_states(
         batch = base.pad(rows[part])
         visits: dict[str, Visit] = {}
         if added is not None:
-            vectors = added[1].repeat_interleave(len(prefixes), dim=0)[part]
+            vectors = added[1].repeat_interleave(count, dim=0)[part]
             visits[added[0]] = partial(_add, batch.subject_end, vectors)
         with (
             in_force,
@@ -92,7 +94,7 @@ def subject_states(
         for name in modules:
             inputs[name].append(_at_subject(seen.inputs[name], batch, tokens))
             outputs[name].append(_at_subject(seen.outputs[name], batch, "last"))
-    shape = (len(requests), len(prefixes), -1)
+    shape = (len(requests), count, -1)
     return SubjectStates(
         {name: torch.cat(parts).reshape(shape) for name, parts in inputs.items()},
         {name: torch.cat(parts).reshape(shape) for name, parts in outputs.items()},

@@ -18,6 +18,7 @@ from kedit_lightning.edits.edit import check_finite
 from kedit_lightning.edits.projections import compute_dtype, projection_shape
 from kedit_lightning.methods.locate.shared.alignment import ALIGNED_TOGETHER, Alignment
 from kedit_lightning.methods.locate.shared.closed_form_settings import LocateSettings
+from kedit_lightning.methods.locate.shared.contexts import contexts_of
 from kedit_lightning.methods.locate.shared.subject_states import up_to_subject
 from kedit_lightning.requests import EditRequest
 
@@ -307,5 +308,6 @@ class ValueOptimizer:
     def _encode(self, request: EditRequest) -> list[EncodedRow]:
         """Rows of a request: its contexts with the answer, then "{subject} is a"."""
         base, subject, answer = self.base, request.subject, request.target_new
-        rows = [base.encode(p + request.prompt, answer, subject) for p in ("", *self.contexts)]
+        prompts = [p + request.prompt for p in contexts_of(base, request, self.contexts)]
+        rows = [base.encode(prompt, answer, subject) for prompt in prompts]
         return [*rows, up_to_subject(base, f"{subject} is a", subject)]

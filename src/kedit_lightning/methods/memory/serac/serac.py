@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kedit_lightning.base_models import BaseModel, BaseModelSpec
 from kedit_lightning.base_models.layout import Layout
+from kedit_lightning.base_models.rows import join_text
 from kedit_lightning.edits import ScopeEdit, ScopeEntry
 from kedit_lightning.edits.kinds.scope.counterfactual import LanguageModel, describe
 from kedit_lightning.edits.kinds.scope.scope_networks import ScopeNetworks, ScopePlan
@@ -25,6 +26,13 @@ from kedit_lightning.methods.memory.serac.scope_losses import (
     statement_ids,
 )
 from kedit_lightning.methods.method import Capabilities, MethodSettings, Need
+from kedit_lightning.methods.shared.row_lengths import (
+    RowText,
+    Window,
+    example_rows,
+    free_rows,
+    too_long_together,
+)
 from kedit_lightning.methods.training.trained_method import TrainedMethod, TrainedSettings
 from kedit_lightning.methods.training.trained_network import Plan, TrainedNetwork
 from kedit_lightning.requests import EditBatch, EditExample, EditRequest
@@ -264,6 +272,28 @@ class SERAC(TrainedMethod):
                 "several, whose rephrases cannot be told apart; split it into one for each request"
             )
         super().check_examples(examples, fitting)
+
+    def too_long(self, examples: Sequence[EditExample]) -> dict[str, str]:
+        """Also those that the counterfactual model cannot read together with a fact."""
+        clauses = super().too_long(examples)
+        self.configure_model()
+        model, plan = self.network.scope.decoder, self.network.scope.plan
+        if not isinstance(model, LanguageModel) or model.longest is None:
+            return clauses
+        protocol, encoder = self.run.protocol, counterfactual_encoder(self.base, self.network.scope)
+        # With a tokenizer of its own it answers freely as far as there is room.
+        free = protocol.max_new_tokens if protocol.generates and not plan.own_tokens else 0
+        room = model.longest - 2 - len(self.base.encoder.suffix)  # two ends of a sequence
+        left = [example for example in examples if example.id not in clauses]
+        for taken, asked in ((0, example_rows), (free, free_rows)):
+            window = Window(f"counterfactual model '{plan.counterfactual}'", encoder, room - taken)
+            for part in [[example] for example in left] if protocol.mode == "single" else [left]:
+                facts = [
+                    [RowText("", join_text(r.prompt, r.target_new)) for r in e.requests]
+                    for e in part
+                ]
+                clauses |= too_long_together(window, part, facts, list(map(asked, part)))
+        return clauses
 
     def batch_gradients(self, batch: EditBatch) -> Iterator[ScopeGradient]:
         """Loss and gradient of a batch, over the examples of all ranks."""

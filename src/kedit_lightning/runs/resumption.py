@@ -1,0 +1,114 @@
+"""Whether a run may be continued: its settings, and the records that it has scored."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from kedit_lightning.data.dataloader import chunks
+from kedit_lightning.edits.edit_file import read_edit
+from kedit_lightning.edits.origin import EditOrigin
+from kedit_lightning.errors import ResumeError
+from kedit_lightning.metrics import ExampleRecord
+from kedit_lightning.requests import EditExample
+
+#: What a file of data may have more or less of while its scored records are the same.
+_OF_DATA = ("dataset.sha256", "dataset.records")
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings that a run was started with.
+
+    Raises:
+        ResumeError: The file is damaged.
+    """
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        json.dumps(settings["protocol"]["mode"] + settings["dataset"]["name"])
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise ResumeError(
+            f"{path} is damaged ({str(error) or repr(error)}), so it cannot be told which run it "
+            "is of; put back a copy of it, or start a new run in another folder"
+        ) from error
+    found: dict[str, Any] = settings
+    return found
+
+
+def differences(then: Any, now: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """What differs between two nested settings: its name, and a clause."""
+    if isinstance(then, dict) and isinstance(now, dict):
+        for key in sorted({*then, *now}):
+            inner = f"{name}.{key}" if name else key
+            yield from differences(then.get(key), now.get(key), inner)
+    elif then != now:
+        yield name, f"{name}: {then!r} -> {now!r}"
+
+
+def setting_changes(
+    then: Mapping[str, Any], now: Mapping[str, Any], data_may_differ: bool
+) -> list[str]:
+    """Clauses about settings that differ, other than the number of records where it may."""
+    found = differences(dict(then), dict(now))
+    return [clause for name, clause in found if not (data_may_differ and name in _OF_DATA)]
+
+
+def scored_changes(
+    records: Iterable[ExampleRecord],
+    examples: Sequence[EditExample],
+    protocol: Mapping[str, Any],
+    edits: Path,
+) -> Iterator[str]:
+    """Clauses about scored records that are not those of the data any more.
+
+    Args:
+        records: The records that a run has scored.
+        examples: The examples of the data now.
+        protocol: Its facts.
+        edits: The folder of the saved edits.
+    """
+    by_id = {example.id: example for example in examples}
+    checked, final = set[str](), set[str]()
+    for record in records:
+        id, name = record["id"], str(record.get("edit_name", ""))
+        example = by_id.get(id)
+        final |= {id} if record["stage"] == "final" else set()
+        if example is None:
+            yield f"record {id!r} is not in the data any more"
+        elif _asked(example) != [_plain(probe) for probe in record["probes"]]:
+            yield f"record {id!r} has changed"
+        elif name:
+            group = _edited_together(example, name, examples, protocol)
+            if example not in group:
+                yield f"record {id!r} was edited in {name} and would be in another chunk now"
+            elif name not in checked and not _writes(edits / f"{name}.safetensors", group):
+                yield f"what edit {name} writes has changed"
+            checked.add(name)
+    if final and final != by_id.keys():
+        yield "the run was scored after its last edit, and has other records now"
+
+
+def _edited_together(
+    example: EditExample, name: str, examples: Sequence[EditExample], protocol: Mapping[str, Any]
+) -> Sequence[EditExample]:
+    """The examples that an edit is of now: one alone, or a chunk, whose number its name has."""
+    if protocol["mode"] == "single":
+        return [example]
+    number = name.rpartition("-")[2]
+    parts = chunks(examples, protocol["chunk_size"])
+    return parts[int(number)] if number.isdecimal() and int(number) < len(parts) else ()
+
+
+def _writes(path: Path, examples: Sequence[EditExample]) -> bool:
+    """Whether a saved edit writes the requests of some examples."""
+    requests = tuple(request for example in examples for request in example.requests)
+    return EditOrigin.from_json(read_edit(path)[0]["origin"]).requests == requests
+
+
+def _asked(example: EditExample) -> list[tuple[Any, ...]]:
+    return [(p.kind, p.group, p.prompt, list(p.answers), p.contrast) for p in example.probes]
+
+
+def _plain(probe: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(probe.get(name) for name in ("kind", "group", "prompt", "answers", "contrast"))
