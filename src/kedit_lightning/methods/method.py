@@ -31,6 +31,7 @@ from kedit_lightning.methods.capabilities import (
     refuse_images,
     warn_of_other_base,
 )
+from kedit_lightning.methods.shared.target_probability import note_probabilities, warn_of_unwritten
 from kedit_lightning.metrics import SummaryRow
 from kedit_lightning.requests import EditBatch, EditExample, EditRequest
 
@@ -119,22 +120,33 @@ class EditMethod(pl.LightningModule):
     def edit(self, requests: Sequence[EditRequest]) -> Edit:
         """Compute an edit on top of those applied now; the model does not change until ``apply``.
 
-        A method that writes one fact at a time writes several one after another.
+        A method that writes one fact at a time writes several one after another.  The probability
+        of each target under the edit stands in its ``origin.notes["target_probabilities"]``; where
+        some are below one half, one warning counts them.
 
         Raises:
             InvalidRequestError: There is no request.
             MissingNeedsError: A request lacks something the method needs.
             NonFiniteError: The computation gave NaN or infinity.
         """
+        edit = self.noted_edit(requests)
+        warn_of_unwritten(edit, self.settings)
+        return edit
+
+    def noted_edit(self, requests: Sequence[EditRequest]) -> Edit:
+        """The edit of :meth:`edit`, without its warning: a run says at its end what holds."""
         requests = list(requests)
         with self.computing(requests):
             if self.can.batch or len(requests) == 1:
-                return self.compute_edit(requests)
-            origin = self.origin(requests)
-            with self.base.edits.restored():
-                # Each is applied before the next is computed.
-                members = [self.compute_edit([request]).apply() for request in requests]
-            return CompositeEdit(self.base, members, origin)
+                edit = self.compute_edit(requests)
+            else:
+                origin = self.origin(requests)
+                with self.base.edits.restored():
+                    # Each is applied before the next is computed.
+                    members = [self.compute_edit([request]).apply() for request in requests]
+                edit = CompositeEdit(self.base, members, origin)
+            note_probabilities(edit, requests)
+            return edit
 
     @contextmanager
     def computing(self, requests: Sequence[EditRequest]) -> Iterator[None]:
@@ -158,7 +170,7 @@ class EditMethod(pl.LightningModule):
         a list; it then draws random numbers from :meth:`generator` alone, since global ones would
         depend on which edits are computed together.
         """
-        return map(self.edit, requests_of_examples)
+        return map(self.noted_edit, requests_of_examples)
 
     def origin(self, requests: Sequence[EditRequest], **notes: Any) -> EditOrigin:
         """What an edit records about where it comes from."""
@@ -229,12 +241,16 @@ class EditMethod(pl.LightningModule):
         data = self.run.data
         if not isinstance(data, EditDataModule):
             return
-        data.chunk_size = self.run.protocol.chunk_size
-        data.deals_out_chunks = self.run.protocol.mode != "sequential"
         if stage == "fit":
             examples = self.examples_to_fit(data.examples("train"))
         else:
             examples = data.examples("validation" if stage == "validate" else "test")
+        if self.run.editing:
+            can, protocol = self.can, self.run.protocol
+            protocol = protocol.for_editing(can.batch, can.sequential, len(examples))
+            self.run = replace(self.run, protocol=protocol)
+        data.chunk_size = self.run.protocol.chunk_size
+        data.deals_out_chunks = self.run.protocol.grouping != "sequential"
         refuse_images(type(self).__name__, [r for e in examples for r in e.requests + e.probes])
         self.check_examples(examples, fitting=stage == "fit")
 
@@ -256,7 +272,7 @@ class EditMethod(pl.LightningModule):
             run = replace(run, protocol=replace(run.protocol, generate=False))
         split: Split = "test" if trainer.testing else "validation"
         ranks = trainer.global_rank, trainer.world_size
-        self.runner = ProtocolRunner(self.base, self.edit, run, split, self.edit_each, ranks)
+        self.runner = ProtocolRunner(self.base, self.noted_edit, run, split, self.edit_each, ranks)
         self.runner.metrics.to(self.device)
         chunks = trainer.num_test_batches if trainer.testing else trainer.num_val_batches
         self.runner.chunks = sum(chunks)
