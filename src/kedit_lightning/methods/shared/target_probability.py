@@ -57,11 +57,10 @@ def warn_of_unwritten(edit: Edit, settings: object) -> None:
     pairs = list(zip(edit.origin.requests, edit.origin.notes[TARGET_PROBABILITIES], strict=True))
     weak = [f"{r.prompt!r} -> {r.target_new.strip()!r} ({p:.2g})" for r, p in pairs if p < LEAST]
     if weak:
-        verb = "was" if len(weak) == 1 else "were"
         warnings.warn(
-            f"{len(weak)} of {len(pairs)} facts {verb} not written by {edit.origin.method}: under "
-            f"the edit the probability of the target is below one half for "
-            f"{article_list(weak, 5)}; {ways_out(settings)}",
+            f"{edit.origin.method} did not write {len(weak)} of {len(pairs)} facts: under the edit "
+            f"the target's probability is below one half for {article_list(weak, 5)}; "
+            f"{ways_out(settings)}",
             FactsNotWrittenWarning,
             stacklevel=3,
         )
