@@ -130,7 +130,7 @@ class EditMethod(pl.LightningModule):
             NonFiniteError: The computation gave NaN or infinity.
         """
         edit = self.noted_edit(requests)
-        warn_of_unwritten(edit, self.settings)
+        warn_of_unwritten(type(self).__name__, edit, requests, self.settings)
         return edit
 
     def noted_edit(self, requests: Sequence[EditRequest]) -> Edit:
@@ -143,7 +143,7 @@ class EditMethod(pl.LightningModule):
                 origin = self.origin(requests)
                 with self.base.edits.restored():
                     # Each is applied before the next is computed.
-                    members = [self.compute_edit([request]).apply() for request in requests]
+                    members = [self.noted_edit([request]).apply() for request in requests]
                 edit = CompositeEdit(self.base, members, origin)
             note_probabilities(edit, requests)
             return edit

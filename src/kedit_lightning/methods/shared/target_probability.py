@@ -47,18 +47,22 @@ def note_probabilities(edit: Edit, requests: Sequence[EditRequest]) -> None:
     edit.note(**{TARGET_PROBABILITIES: found})
 
 
-def warn_of_unwritten(edit: Edit, settings: object) -> None:
+def warn_of_unwritten(
+    name: str, edit: Edit, requests: Sequence[EditRequest], settings: object
+) -> None:
     """Warn once if targets of an edit have a probability below one half, and count them.
 
     Args:
+        name: The method that computed it.
         edit: An edit with the note.
-        settings: Settings of the method that computed it.
+        requests: What it is to write.
+        settings: Settings of the method.
     """
-    pairs = list(zip(edit.origin.requests, edit.origin.notes[TARGET_PROBABILITIES], strict=True))
+    pairs = list(zip(requests, edit.origin.notes[TARGET_PROBABILITIES], strict=True))
     weak = [f"{r.prompt!r} -> {r.target_new.strip()!r} ({p:.2g})" for r, p in pairs if p < LEAST]
     if weak:
         warnings.warn(
-            f"{edit.origin.method} did not write {len(weak)} of {len(pairs)} facts: under the edit "
+            f"{name} did not write {len(weak)} of {len(pairs)} facts: under the edit "
             f"the target's probability is below one half for {article_list(weak, 5)}; "
             f"{ways_out(settings)}",
             FactsNotWrittenWarning,
