@@ -137,7 +137,7 @@ def score(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer.test(method, datamodule, verbose=False)
-    stage = "final/" if protocol.mode == "sequential" else ""
+    stage = "final/" if protocol.grouping == "sequential" else ""
     rows = {row.key.removeprefix(stage): row for row in method.summary}
     scores = {
         column: (rows[key].mean, rows[key].low, rows[key].high)

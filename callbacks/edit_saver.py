@@ -32,6 +32,6 @@ class EditSaver(EditCallback):
                     "base_model": method.base.name,
                     "fingerprint": method.base.fingerprint,
                     "method": type(method).__name__,
-                    "mode": method.run.protocol.mode,
+                    "mode": method.run.protocol.grouping,
                 }
             )

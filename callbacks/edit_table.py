@@ -13,6 +13,7 @@ from kedit_lightning.edits import Edit
 from kedit_lightning.methods.method import as_edit_method
 from kedit_lightning.metrics import ExampleRecord, ProbeReading, ProbeRecord
 from kedit_lightning.metrics.functional import answer_text
+from kedit_lightning.runs.output_folder import output_of
 
 #: Characters of an answer that are shown.
 _SHOWN = 60
@@ -20,6 +21,9 @@ _SHOWN = 60
 
 class EditTable(EditCallback):
     """Shows each edited fact: prompt, answer before, answer wanted, answer after.
+
+    The answer after is that right after the edit; of ``kedit edit``, where all facts are scored
+    together in the end, that under all edits.
 
     Args:
         only_edit: Show it for ``kedit edit`` alone, not for ``kedit test``.
@@ -35,24 +39,37 @@ class EditTable(EditCallback):
         self.console = console or Console()
         self._rows: list[tuple[Text, ...]] = []
         self._count = 0
+        self._stage, self._editing = "", False
         self._live: Live | None = None
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start an empty table."""
+        run = as_edit_method(pl_module).run
         self._rows, self._count = [], 0
-        editing = as_edit_method(pl_module).run.editing
-        if trainer.is_global_zero and (editing or not self.only_edit):
+        self._stage, self._editing = "immediate", run.editing
+        if trainer.is_global_zero and (self._editing or not self.only_edit):
             self._live = Live(
                 console=self.console, auto_refresh=False, transient=self.console.is_terminal
             )
             if self.console.is_terminal:
                 self._live.start()
+            folder = output_of(run)
+            if self._editing and folder is not None and folder.resumed:
+                for record in folder.records():
+                    self._add(record)
 
     def on_example_result(
         self, trainer: Trainer, method: LightningModule, record: ExampleRecord, edit: Edit | None
     ) -> None:
         """Add the facts of an example."""
-        if self._live is None or record["stage"] != "immediate":
+        self._add(record)
+
+    def _add(self, record: ExampleRecord) -> None:
+        if self._live is None:
+            return
+        if self._editing and record["stage"] == "final" != self._stage:
+            self._rows, self._count, self._stage = [], 0, "final"
+        if record["stage"] != self._stage:
             return
         for probe in record["probes"]:
             if probe["kind"] == "rewrite":

@@ -219,10 +219,11 @@ def test_nan_weights_are_named(tmp_path: Path) -> None:
 def test_edit_returns_edits_that_are_rolled_back(tmp_path: Path) -> None:
     base = tiny_base("llama")
     method = Toy(base_model=base)
-    edits = trainer().edit(method, facts())
+    alone = trainer(protocol={"mode": "single"})
+    edits = alone.edit(method, facts())
     assert [edit.origin.requests[0].id for edit in edits] == ["0", "1", "2"]
     assert len(base.edits) == 0
-    saved = trainer().edit(method, facts(), output=tmp_path / "run")
+    saved = alone.edit(method, facts(), output=tmp_path / "run")
     assert [edit.id for edit in saved] == [edit.id for edit in edits]
 
 
@@ -255,7 +256,7 @@ def test_export_of_a_model_and_of_an_adapter(tmp_path: Path) -> None:
 
 def test_export_of_edits_that_were_computed_apart_warns(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="3 exported edits were computed apart"):
-        trainer().edit(
+        trainer(protocol={"mode": "single"}).edit(
             Toy(base_model=tiny_base("llama")), facts(), output=tmp_path / "a", export="adapter"
         )
 

@@ -11,6 +11,9 @@ from __future__ import annotations
 class KEditError(Exception):
     """Something the user can put right; the command line turns it into one sentence."""
 
+    #: With what the command line ends.
+    exit_code: int = 2
+
 
 class InvalidRequestError(KEditError, ValueError):
     """A request, probe or record holds a value that cannot be used."""
@@ -58,6 +61,16 @@ class EditFileError(KEditError, ValueError):
 
 class EditOrderError(KEditError, RuntimeError):
     """An edit cannot be applied or rolled back where the stack stands now."""
+
+
+class FactsNotWrittenError(KEditError, RuntimeError):
+    """Facts do not hold under the edits that were to write them."""
+
+    exit_code = 3
+
+
+class FactsNotWrittenWarning(UserWarning):
+    """The same where it is no error."""
 
 
 class CheckpointError(KEditError, ValueError):

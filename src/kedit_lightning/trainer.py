@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
@@ -21,8 +22,10 @@ from kedit_lightning.benchmark.edit_callback import check_callbacks
 from kedit_lightning.edits import Edit
 from kedit_lightning.errors import UnsupportedUseError
 from kedit_lightning.methods.method import EditMethod, as_edit_method
+from kedit_lightning.methods.shared.target_probability import ways_out
 from kedit_lightning.methods.training.checkpoint import load_checkpoint
 from kedit_lightning.metrics import ExampleRecord
+from kedit_lightning.runs.held_facts import HeldFacts
 from kedit_lightning.runs.output_folder import OutputFolder, opened
 from kedit_lightning.runs.prompts import prompt_loader, read_prompts
 from kedit_lightning.runs.results import predictions_table, summary_table
@@ -89,7 +92,7 @@ class EditTrainer(Trainer):
         check_callbacks(self.callbacks)  # type: ignore[attr-defined]
         self.protocol = protocol
         self.output_folder: OutputFolder | None = None
-        self._edits: list[Edit] = []
+        self._edits, self._records = list[Edit](), list[ExampleRecord]()
 
     def _take_edit(self, name: str, edit: Edit) -> None:
         if self._keeps_edits:
@@ -99,6 +102,8 @@ class EditTrainer(Trainer):
                 callback.on_edit(self, self.lightning_module, name, edit)
 
     def _take_record(self, record: ExampleRecord, edit: Edit | None) -> None:
+        if self._keeps_edits:
+            self._records.append(record)
         for callback in self.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, EditCallback):
                 callback.on_example_result(self, self.lightning_module, record, edit)
@@ -193,8 +198,12 @@ class EditTrainer(Trainer):
         output: str | Path | None = None,
         resume: str | Path | None = None,
         export: Literal["model", "adapter"] | None = None,
+        strict: bool = False,
     ) -> list[Edit]:
-        """Compute edits for requests, show answers before and after, and save the edits.
+        """Write requests so that they hold together, show what they do, and save the edits.
+
+        A method writes them in one batch if it can, or else in sequence; in protocol mode
+        ``single`` each on its own.  All are scored on the final stack, as ``predict`` answers.
 
         Args:
             model: The editing method.
@@ -204,6 +213,7 @@ class EditTrainer(Trainer):
             resume: Output folder of an interrupted run to continue, with the same settings.
             export: Also write the edited model: ``model`` for all its weights in Hugging Face
                 format, ``adapter`` for a LoRA adapter in the format of peft.
+            strict: Facts that do not hold are an error (exit code 3) once the edits are saved.
 
         Returns:
             The edits, rolled back, in the order they were computed.
@@ -212,18 +222,20 @@ class EditTrainer(Trainer):
         if export is not None:
             can = as_edit_method(model).can
             runs.check_export(export, can.weights, can.adapter, output or resume)
-        self._edits = []
+        self._edits, self._records = [], []
         with self._running("edit", model, datamodule, ckpt_path, output, resume) as method:
             folder = self.output_folder
             super().test(model, None, ckpt_path, False, datamodule)
-        if folder is None or not self.is_global_zero:
+        if not self.is_global_zero:
             return self._edits
-        edits = load_stack(folder.path, method.base)
-        plural = "s" * (len(edits) != 1)
-        Console().print(f"{len(edits)} edit{plural} saved in {folder.path}", highlight=False)
-        if export is not None:
-            target = runs.export_edits(method.base, edits, folder.path, export)
-            Console().print(f"exported to {target}", highlight=False)
+        edits, facts = self._edits, HeldFacts.of(folder.records() if folder else self._records)
+        say = partial(Console().print, highlight=False, markup=False, soft_wrap=True)
+        if folder is not None:
+            edits = load_stack(folder.path, method.base)
+            say(f"{len(edits)} edit{'s' * (len(edits) != 1)} saved in {folder.path}")
+            if export is not None:
+                say(f"exported to {runs.export_edits(method.base, edits, folder.path, export)}")
+        say(facts.concluded(ways_out(method.settings), strict))
         return edits
 
     def predict(
@@ -287,7 +299,7 @@ class EditTrainer(Trainer):
         """Open the output, attach the run to its method, and leave the stack as it was."""
         method = as_edit_method(model or self.lightning_module)
         evaluates = command not in ("fit", "predict")
-        if evaluates and self.protocol.mode == "sequential" and not method.can.sequential:
+        if evaluates and self.protocol.grouping == "sequential" and not method.can.sequential:
             raise UnsupportedUseError(
                 f"{type(method).__name__} cannot keep earlier edits in force while it writes new "
                 "ones; use --trainer.protocol.mode single or batch"
@@ -312,7 +324,7 @@ class EditTrainer(Trainer):
                         warnings.filterwarnings("ignore", message)
                     yield method
                 if verbose and method.summary and self.is_global_zero:
-                    title = f"{type(method).__name__}, {self.protocol.mode} edits ({command})"
+                    title = f"{type(method).__name__}, {self.protocol.grouping} edits ({command})"
                     Console().print(summary_table(method.summary, title))
             except (KeyboardInterrupt, SystemExit) as end:
                 # Lightning makes a SystemExit of Ctrl-C.

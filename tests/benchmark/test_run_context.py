@@ -24,7 +24,7 @@ from kedit_lightning.methods import ROME
 from kedit_lightning.methods.method import MethodSettings
 
 FACTS = SAMPLES / "facts.json"
-SHORT = Protocol(chunk_size=2, generate=False)
+SHORT = Protocol("single", chunk_size=2, evaluate="immediate", generate=False)
 
 
 def trainer(**settings: Any) -> EditTrainer:

@@ -183,8 +183,8 @@ def test_few_calls_lie_between_a_reading_and_its_forward_pass(monkeypatch, carry
         between.append(names)
         return original(self, rows)
 
-    monkeypatch.setattr(BaseModel, "answer_logits", answer_logits)
     edit = Toy(base_model=base).edit(REQUESTS[:1])
+    monkeypatch.setattr(BaseModel, "answer_logits", answer_logits)
     if carry:
         reader.readings(PROBES, before, [edit] * len(PROBES))
     else:

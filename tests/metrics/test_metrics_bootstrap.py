@@ -9,8 +9,10 @@ import torch
 from kedit_lightning.metrics.functional import (
     bootstrap,
     bootstrap_interval,
+    loss_interval,
     paired_difference,
     share_interval,
+    square_and_add_interval,
     wilson_interval,
 )
 
@@ -156,3 +158,27 @@ def test_values_that_are_not_numbers_stay_visible():
 def test_wrong_input_is_named(call, named):
     with pytest.raises(ValueError, match=named):
         call()
+
+
+@pytest.mark.parametrize("cases", [1, 2, 5, 100])
+@pytest.mark.parametrize("share", [-1.0, -0.5, 0.0, 0.25, 1.0])
+def test_differences_that_agree_have_a_width(share, cases):
+    low, high = loss_interval([share] * cases)
+    assert -1.0 <= low <= share <= high <= 1.0
+    assert high - low > 1.0 / (cases + 4)
+    assert loss_interval([-share] * cases) == pytest.approx((-high, -low), abs=1e-12)
+    a, b = ([share] * cases, [0.0] * cases) if share >= 0 else ([0.0] * cases, [-share] * cases)
+    assert paired_difference(a, b) == (share, low, high)
+
+
+def test_differences_of_shares_that_agree_by_hand():
+    # Without gains and losses the bound of either is z²/(n + z²).
+    z = 1.959963984540054**2
+    assert loss_interval([0.0] * 10) == pytest.approx((-z / (10 + z), z / (10 + z)))
+    assert loss_interval([0.5] * 6, [0, 0, 1, 1, 2, 2]) == square_and_add_interval(0.5, 3)
+    assert loss_interval([1.0, 0.0, 0.0]) == bootstrap_interval([1.0, 0.0, 0.0])
+    assert all(math.isnan(bound) for bound in loss_interval([math.nan]))
+
+
+def test_differences_of_other_numbers_keep_the_bootstrap():
+    assert paired_difference([3.0, 3.0], [1.0, 1.0]) == (2.0, 2.0, 2.0)

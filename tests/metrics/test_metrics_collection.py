@@ -14,6 +14,7 @@ from kedit_lightning.metrics import ANSWER_SCORES, LOCALITY_SCORES, EditMetrics,
 from kedit_lightning.metrics.functional import (
     bootstrap_interval,
     share_interval,
+    square_and_add_interval,
 )
 
 
@@ -176,6 +177,18 @@ def test_forgetting_is_the_paired_loss_between_the_stages():
     assert "forget/rewrite/inflation" not in computed
     (row,) = [row for row in metrics.summary() if row.key == "forget/rewrite/tf_tok"]
     assert (row.n, row.low, row.high) == (2, 0.5, 0.75)
+
+
+def test_a_loss_that_all_cases_share_is_not_certain():
+    metrics = EditMetrics()
+    for stage in ("immediate", "final"):
+        for name in ("1", "2"):
+            metrics.update(example(name, [probe("rewrite", after={"tf_tok": 1.0})], stage))
+    (row,) = [row for row in metrics.summary() if row.key == "forget/rewrite/tf_tok"]
+    assert row.mean == 0.0
+    assert (row.low, row.high) == square_and_add_interval(0.0, 2)
+    metric, _ = metrics.gathered()["forget/rewrite/tf_tok"]
+    assert metric.is_share
 
 
 def test_nothing_is_forgotten_where_stages_share_no_case():

@@ -67,7 +67,7 @@ def measure(method: EditMethod, run: RunContext, split: Split) -> dict[str, Any]
     parts = chunks(run.data.examples(split), run.protocol.chunk_size)
     # Without output and sinks: edits of the sweep are no edits of the run.
     inner = RunContext(run.protocol, run.seed, run.data)
-    runner = ProtocolRunner(method.base, method.edit, inner, split, method.edit_each)
+    runner = ProtocolRunner(method.base, method.noted_edit, inner, split, method.edit_each)
     runner.chunks = len(parts)
     records: list[ExampleRecord] = []
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, TypeAlias, get_args
 
 from kedit_lightning.contradictions import OnConflict
@@ -28,7 +28,8 @@ class Protocol:
     Args:
         mode: ``single`` scores each example under an edit of its own; ``batch`` edits
             ``chunk_size`` examples at once, scores them and rolls back; ``sequential`` keeps all
-            edits in force.
+            edits in force.  Not given, it is ``single``; ``kedit edit`` then writes all facts so
+            that they hold together, in one batch where the method can and else in a sequence.
         chunk_size: Examples read together.  In ``batch`` and ``sequential`` one edit writes them
             all; in ``single`` each has its own, which its rows carry in passes they share, and the
             size changes no score.
@@ -46,7 +47,7 @@ class Protocol:
             ``last`` writes the last one, ``refuse`` ends the run before anything is computed.
     """
 
-    mode: Mode = "single"
+    mode: Mode | None = None
     chunk_size: int = 1
     evaluate: list[Moment] | str = "immediate,final"
     every: int | None = None
@@ -58,8 +59,9 @@ class Protocol:
     on_conflict: OnConflict = "last"
 
     def __post_init__(self) -> None:
-        choices = {"mode": Mode, "scoring": Scoring, "answers": AnswerRule}
-        for field, kind in {**choices, "on_conflict": OnConflict}.items():
+        kinds: dict[str, Any] = {"scoring": Scoring, "answers": AnswerRule}
+        kinds |= {"on_conflict": OnConflict} | ({} if self.mode is None else {"mode": Mode})
+        for field, kind in kinds.items():
             if getattr(self, field) not in get_args(kind):
                 raise self._refuse(field, f"must be one of {', '.join(get_args(kind))}")
         if not self.moments or set(self.moments) - set(get_args(Moment)):
@@ -78,6 +80,27 @@ class Protocol:
         )
 
     @property
+    def grouping(self) -> Mode:
+        """The mode, ``single`` where none is given."""
+        return self.mode or "single"
+
+    def for_editing(self, batch: bool, sequential: bool, examples: int) -> Protocol:
+        """The same where edits are wanted for use: facts hold together, and are scored at the end.
+
+        Args:
+            batch: Whether the method writes several facts in one computation.
+            sequential: Whether it keeps earlier edits in force while it writes new ones.
+            examples: How many are edited.
+        """
+        if self.mode == "single" or (self.mode is None and examples < 2):
+            return replace(self, mode="single")
+        mode = self.mode or ("batch" if batch or not sequential else "sequential")
+        if mode == "batch" and sequential and 1 < self.chunk_size < examples:
+            mode = "sequential"  # a batch that is rolled back does not hold beside the next one
+        size = self.chunk_size if mode == "sequential" else max(1, examples)
+        return replace(self, mode=mode, chunk_size=size, evaluate="final")
+
+    @property
     def moments(self) -> tuple[str, ...]:
         """When edits are scored, as names."""
         given = self.evaluate.split(",") if isinstance(self.evaluate, str) else self.evaluate
@@ -85,7 +108,7 @@ class Protocol:
 
     def written_together(self, examples: Sequence[EditExample]) -> Iterator[list[EditRequest]]:
         """The requests of examples, in groups of those that hold together."""
-        size = {"single": 1, "batch": self.chunk_size, "sequential": len(examples)}[self.mode]
+        size = {"single": 1, "batch": self.chunk_size, "sequential": len(examples)}[self.grouping]
         for start in range(0, len(examples), size or 1):
             chunk = examples[start : start + size]
             yield [request for example in chunk for request in example.requests]
@@ -98,13 +121,13 @@ class Protocol:
     def facts(self) -> dict[str, Any]:
         """What the scores depend on, as plain values."""
         facts = asdict(self) | {"evaluate": sorted(self.moments), "version": READING_VERSION}
-        facts["generate"] = self.generates
+        facts |= {"generate": self.generates, "mode": self.grouping}
         # Neither the rows of a forward pass nor how many examples are read together change a score,
         # and a run that refuses conflicts has none.
         del facts["score_batch_size"], facts["on_conflict"]
-        if self.mode == "single":
+        if self.grouping == "single":
             del facts["chunk_size"]
-        if self.mode != "sequential":
+        if self.grouping != "sequential":
             del facts["evaluate"], facts["every"]
         if not self.generates:
             del facts["max_new_tokens"], facts["answers"]

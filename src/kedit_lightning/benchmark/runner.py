@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import re
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
@@ -12,13 +11,15 @@ from typing import Any, TypeAlias, cast
 
 from kedit_lightning.base_models import BaseModel
 from kedit_lightning.benchmark.costs import Clock, fixed_randomness, peak_bytes, reset_peak
+from kedit_lightning.benchmark.example_records import file_name, probes_of, records_of
 from kedit_lightning.benchmark.reader import Reader
 from kedit_lightning.benchmark.run_context import RunContext, new_metrics
 from kedit_lightning.data.datamodule import Split
 from kedit_lightning.edits import Edit
-from kedit_lightning.errors import KEditError
-from kedit_lightning.metrics import ExampleRecord, ProbeReading, ProbeRecord
-from kedit_lightning.requests import EditExample, EditRequest, Probe
+from kedit_lightning.edits.origin import TARGET_PROBABILITIES
+from kedit_lightning.errors import EditOrderError, KEditError
+from kedit_lightning.metrics import ExampleRecord
+from kedit_lightning.requests import EditExample, EditRequest
 
 EditFunction: TypeAlias = Callable[[Sequence[EditRequest]], Edit]
 EditEachFunction: TypeAlias = Callable[[Sequence[Sequence[EditRequest]]], Iterable[Edit]]
@@ -68,23 +69,26 @@ class ProtocolRunner:
         self.chunks: float | None = None
         self._rank, self._world_size = ranks
         self._initial_edits = list(base.edits)
-        self._edited: list[Sequence[EditExample]] = []
+        #: What is scored at the end, chunk by chunk, with costs that no record has yet.
+        self._edited: list[tuple[Sequence[EditExample], list[dict[str, Any]]]] = []
+        #: Edits of `single` mode that are also scored together, by name.
+        self._kept: dict[str, Edit] = {}
 
     # ---- what a loop calls
 
     def chunk(self, examples: Sequence[EditExample], index: int) -> Iterator[ExampleRecord]:
         """Edit and score chunk ``index`` of this process; yields each record once it is whole."""
-        if self.protocol.mode == "single":
+        if self.protocol.grouping == "single":
             return self._single(examples)
-        if self.protocol.mode == "batch":
+        if self.protocol.grouping == "batch":
             return self._together(examples, index * self._world_size + self._rank)
         # Every process is given the whole stream; the first one edits and scores it.
         return iter(()) if self._rank else self._together(examples, index)
 
     def finish(self) -> Iterator[ExampleRecord]:
-        """Score what is scored at the end of a sequential run, and roll everything back."""
+        """Score what is scored at the end of a run, and roll everything back."""
         try:
-            if "final" in self.protocol.moments:
+            if "final" in self.protocol.moments and self._stand_together():
                 yield from self._score_edited("final")
         finally:
             self.close()
@@ -94,7 +98,7 @@ class ProtocolRunner:
         for edit in reversed(list(self.base.edits)):
             if not any(edit is other for other in self._initial_edits):
                 edit.rollback()
-        self._edited = []
+        self._edited, self._kept = [], {}
 
     # ---- modes
 
@@ -103,7 +107,7 @@ class ProtocolRunner:
         saved = deque(self._saved_record(example, "immediate") for example in examples)
         missing = [e for e, record in zip(examples, saved, strict=True) if record is None]
         if missing:
-            clock, probes, start = Clock(self.base), _probes(missing), 0
+            clock, probes, start = Clock(self.base), probes_of(missing), 0
             base = self.reader.base_readings(probes)
             before = self.reader.readings(probes, base)
             seconds = clock.lap() / len(missing)
@@ -121,29 +125,63 @@ class ProtocolRunner:
                     del carried  # edits may be large, and the next group is computed soon
                 own_seconds = seconds + clock.lap() / len(group)
                 scored = [example for example, _ in group]
-                records = _records(scored, "immediate", base[span], before[span], after)
+                records = records_of(scored, "immediate", base[span], before[span], after)
                 for record, (example, timed) in zip(records, group, strict=True):
                     while (earlier := saved.popleft()) is not None:
                         yield earlier
-                    costs = self._costs(_name(example.id), timed, own_seconds)
+                    name = file_name(example.id)
+                    (costs,) = self._costs(name, timed, own_seconds, [example])
+                    if self._stacks_single:
+                        self._kept[name] = timed[0]
                     yield self._new(record, timed[0], costs)
                 del timed
         yield from (record for record in saved if record is not None)
+        if self._stacks_single:
+            self._edited.append((examples, []))
+
+    @property
+    def _stacks_single(self) -> bool:
+        """Whether edits of `single` mode are applied together in the end, as they will be used."""
+        return self._run.editing and self._world_size == 1
+
+    def _stand_together(self) -> bool:
+        """Apply the edits of `single` mode in order; false where they refuse each other."""
+        if self.protocol.grouping != "single":
+            return True
+        examples = [example for chunk, _ in self._edited for example in chunk]
+        if len(examples) < 2:
+            return False
+        named = [(file_name(example.id), example.requests) for example in examples]
+        edits = [self._kept.get(name) or self._edit(name, own)[0] for name, own in named]
+        try:
+            with warnings.catch_warnings():  # that they were computed apart is what is measured
+                warnings.filterwarnings("ignore", message=r"edit \S+ by .* was computed on top of")
+                for edit in edits:
+                    edit.apply()
+        except EditOrderError:
+            return False
+        return True
 
     def _together(self, examples: Sequence[EditExample], index: int) -> Iterator[ExampleRecord]:
         """One edit for the whole chunk; in a sequential run it stays on the stack."""
-        stays = self.protocol.mode == "sequential"
+        stays = self.protocol.grouping == "sequential"
         name = f"chunk-{index:05d}"
         requests = [request for example in examples for request in example.requests]
         scored = not stays or "immediate" in self.protocol.moments
         saved = [self._saved_record(e, "immediate") for e in examples] if scored else []
+        costs: list[dict[str, Any]] = []
         with nullcontext() if stays else self.base.edits.restored():
-            if all(saved):
+            if not scored:
+                reset_peak(self.base)
+                edit = self._edit(name, requests)
+                edit[0].apply()
+                costs = self._costs(name, edit, 0.0, examples)
+            elif all(saved):
                 if stays:
                     self._edit(name, requests)[0].apply()
                 yield from (record for record in saved if record)
             else:
-                clock, probes = Clock(self.base), _probes(examples)
+                clock, probes = Clock(self.base), probes_of(examples)
                 base = self.reader.base_readings(probes)
                 before = self.reader.readings(probes, base)
                 seconds = clock.lap()
@@ -153,32 +191,36 @@ class ProtocolRunner:
                 clock.lap()
                 after = self.reader.readings(probes, base)
                 seconds = (seconds + clock.lap()) / len(examples)
-                costs = self._costs(name, edit, seconds, len(examples))
-                records = _records(examples, "immediate", base, before, after)
-                for record, earlier in zip(records, saved, strict=True):
-                    yield earlier or self._new(record, edit[0], costs)
+                own_costs = self._costs(name, edit, seconds, examples)
+                records = records_of(examples, "immediate", base, before, after)
+                for record, earlier, own in zip(records, saved, own_costs, strict=True):
+                    yield earlier or self._new(record, edit[0], own)
         if not stays:
             return
-        self._edited.append(list(examples))
-        every, count = self.protocol.every, sum(map(len, self._edited))
+        self._edited.append((list(examples), costs))
+        every, count = self.protocol.every, sum(len(chunk) for chunk, _ in self._edited)
         final_follows = index + 1 == self.chunks and "final" in self.protocol.moments
         if every and (count - len(examples)) // every < count // every and not final_follows:
             yield from self._score_edited(f"after_{count}")
 
     def _score_edited(self, stage: str) -> Iterator[ExampleRecord]:
-        """Score all examples of a sequential run so far, in the chunks they were edited in."""
-        for examples in self._edited:
+        """Score all examples so far on the stack as it stands, in the chunks of their edits."""
+        for examples, costs in self._edited:
             saved = [self._saved_record(example, stage) for example in examples]
             if all(saved):
                 yield from (record for record in saved if record)
                 continue
-            probes = _probes(examples)
+            clock, probes = Clock(self.base), probes_of(examples)
             base = self.reader.base_readings(probes)
             after = self.reader.readings(probes, base)
+            seconds = clock.lap() / len(examples)
+            for own in costs:
+                own["timing"]["eval_seconds"] = seconds
             # The state before an edit is long gone here: the base model stands in for it.
-            records = _records(examples, stage, base, base, after)
-            for record, earlier in zip(records, saved, strict=True):
-                yield earlier or self._new(record, None, {})
+            records = records_of(examples, stage, base, base, after)
+            known = costs or [{}] * len(examples)
+            for record, earlier, own in zip(records, saved, known, strict=True):
+                yield earlier or self._new(record, None, own)
 
     # ---- edits
 
@@ -203,7 +245,7 @@ class ProtocolRunner:
 
         A method that does not compute them together computes each when it is asked for.
         """
-        names = [_name(example.id) for example in examples]
+        names = [file_name(example.id) for example in examples]
         missing = [n for n in names if self._saved is None or not self._saved.has_edit(n)]
         clock, shared = Clock(self.base), 0.0
         computed: Iterator[Edit] = iter(())
@@ -261,62 +303,34 @@ class ProtocolRunner:
         return record
 
     def _costs(
-        self, name: str, timed: TimedEdit, seconds: float, examples: int = 1
-    ) -> dict[str, Any]:
+        self, name: str, timed: TimedEdit, seconds: float, examples: Sequence[EditExample]
+    ) -> list[dict[str, Any]]:
         """Costs of an edit, shared out evenly among the examples it was computed for.
 
+        ``target_probability`` is the mean over those of the example's requests that are written.
         ``eval_seconds`` is the example's share of the forward passes that scored it.
         ``peak_bytes`` is the peak since the first edit of the chunk was begun.
         """
-        edit, edit_seconds = timed
-        return {
-            "edit_name": name,
-            "edit_id": edit.id,
-            "edit": {"bytes": edit.nbytes / examples},
-            "timing": {
-                "edit_seconds": None if edit_seconds is None else edit_seconds / examples,
+        (edit, edit_seconds), count = timed, len(examples)
+        noted = dict(
+            zip(edit.origin.requests, edit.origin.notes.get(TARGET_PROBABILITIES, ()), strict=False)
+        )
+        id, size, peak = edit.id, edit.nbytes / count, peak_bytes(self.base)
+        costs: list[dict[str, Any]] = []
+        for example in examples:
+            own = [noted[request] for request in example.requests if request in noted]
+            probability = {"target_probability": sum(own) / len(own)} if own else {}
+            timing = {
+                "edit_seconds": None if edit_seconds is None else edit_seconds / count,
                 "eval_seconds": seconds,
-            },
-            "memory": {"peak_bytes": peak_bytes(self.base)},
-        }
-
-
-def _records(
-    examples: Sequence[EditExample],
-    stage: str,
-    base: Sequence[ProbeReading],
-    before: Sequence[ProbeReading],
-    after: Sequence[ProbeReading],
-) -> Iterator[ExampleRecord]:
-    """A record for each example, from the readings of all their probes in order."""
-    readings = zip(base, before, after, strict=True)
-    for example in examples:
-        probes = [
-            ProbeRecord(
-                kind=probe.kind,
-                group=probe.group,
-                prompt=probe.prompt,
-                answers=list(probe.answers),
-                contrast=probe.contrast,
-                base=of_base,
-                before=of_before,
-                after=of_after,
+            }
+            costs.append(
+                {
+                    "edit_name": name,
+                    "edit_id": id,
+                    "edit": {"bytes": size, **probability},
+                    "timing": timing,
+                    "memory": {"peak_bytes": peak},
+                }
             )
-            for probe, (of_base, of_before, of_after) in zip(example.probes, readings, strict=False)
-        ]
-        subject = example.requests[0].subject
-        yield ExampleRecord(id=example.id, stage=stage, subject=subject, probes=probes)
-
-
-def _probes(examples: Sequence[EditExample]) -> list[Probe]:
-    return [probe for example in examples for probe in example.probes]
-
-
-def _name(id: str) -> str:
-    """A file name for an example: its id, with a hash where the id cannot be a file name.
-
-    >>> _name("12"), _name("a/b")
-    ('12', 'a-b-c14cddc0')
-    """
-    safe = re.sub(r"[^A-Za-z0-9_.-]", "-", id).lstrip(".")[:80]
-    return id if safe == id else f"{safe}-{hashlib.sha256(id.encode()).hexdigest()[:8]}"
+        return costs

@@ -122,6 +122,19 @@ def with_saved_method(args: list[str]) -> list[str]:
     return [args[0], f"--model={json.dumps(model)}", *args[1:]] if model else args
 
 
+def with_flags(args: list[str]) -> list[str]:
+    """``--strict`` alone as ``--strict=true``: the parser wants a value of each option.
+
+    >>> with_flags(["edit", "--strict", "--output", "run"])
+    ['edit', '--strict=true', '--output', 'run']
+    """
+    pairs = zip(args, [*args[1:], ""], strict=True)
+    return [
+        f"{arg}=true" if arg == "--strict" and value not in ("true", "false") else arg
+        for arg, value in pairs
+    ]
+
+
 def _saved_config(option: str, args: list[str]) -> Path | None:
     """The config in the folder that an option names; ``None`` if another config is given."""
     names = [arg.split("=")[0] for arg in args]

@@ -101,7 +101,7 @@ def main(args: Any = None, run: bool = True) -> Any:
             raise
         sentence = "; ".join([str(cause), *getattr(cause, "__notes__", ())])
         sys.stderr.write(f"error: {' '.join(sentence.split())}\n")
-        raise SystemExit(2) from error
+        raise SystemExit(cause.exit_code) from error
     return None if args is None else command_line
 
 

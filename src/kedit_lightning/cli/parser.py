@@ -24,6 +24,7 @@ from kedit_lightning import __version__
 from kedit_lightning.cli.config_arguments import (
     with_all_prompts,
     with_config_files,
+    with_flags,
     with_named_model,
     with_saved_config,
     with_saved_method,
@@ -122,7 +123,7 @@ class KEditCLI(LightningCLI):
             args = sys.argv[1:]
             sys.argv[1:] = []  # Lightning warns when both are given
         if isinstance(args, list):
-            args = with_saved_config(with_config_files([str(arg) for arg in args]))
+            args = with_saved_config(with_config_files(with_flags([str(arg) for arg in args])))
             args = with_all_prompts(with_named_model(with_saved_method(args)))
         super().parse_arguments(parser, args)
         self._given_config: Namespace = self.config.clone()

@@ -8,6 +8,7 @@ import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeAlias
@@ -164,6 +165,11 @@ class Edit(ABC):
             tensors, values = self.state()
             self._id = content_id(self.kind, values, self.origin.to_json(), tensors)
         return self._id
+
+    def note(self, **facts: Any) -> None:
+        """Add facts to the notes of where it comes from; its id changes, so before it is used."""
+        self.origin = replace(self.origin, notes={**self.origin.notes, **facts})
+        self._id = None
 
     @property
     def nbytes(self) -> int:

@@ -10,6 +10,9 @@ from typing import Any
 from kedit_lightning.edits.state_schema import check_value
 from kedit_lightning.requests import EditRequest
 
+#: The note that holds the probability of each request's target under the edit.
+TARGET_PROBABILITIES = "target_probabilities"
+
 
 @dataclass(frozen=True)
 class EditOrigin:
@@ -19,7 +22,8 @@ class EditOrigin:
         method: Class name of the editing method.
         settings: The method's settings as plain values.
         stack: Ids of the edits it was computed on top of, in order.
-        notes: Further facts, such as which statistics were used.
+        notes: Further facts, such as which statistics were used; ``target_probabilities`` has one
+            number a request.
     """
 
     method: str = ""

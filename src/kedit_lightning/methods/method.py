@@ -34,6 +34,7 @@ from kedit_lightning.methods.capabilities import (
     warn_of_other_base,
 )
 from kedit_lightning.methods.shared.row_lengths import RowText, Window, example_rows, too_long
+from kedit_lightning.methods.shared.target_probability import note_probabilities, warn_of_unwritten
 from kedit_lightning.metrics import SummaryRow
 from kedit_lightning.requests import EditBatch, EditExample, EditRequest
 
@@ -122,7 +123,9 @@ class EditMethod(pl.LightningModule):
     def edit(self, requests: Sequence[EditRequest], on_conflict: OnConflict = "last") -> Edit:
         """Compute an edit on top of those applied now; the model does not change until ``apply``.
 
-        A method that writes one fact at a time writes several one after another.
+        A method that writes one fact at a time writes several one after another.  The probability
+        of each target under the edit stands in its ``origin.notes["target_probabilities"]``; where
+        some are below one half, one warning counts them.
 
         Args:
             requests: The facts to write.
@@ -135,16 +138,25 @@ class EditMethod(pl.LightningModule):
             NonFiniteError: The computation gave NaN or infinity.
         """
         given, requests = list(requests), settle(requests, on_conflict)
-        if "runner" not in vars(self):  # in a run, the data has said it
-            warn_of_changes(given, requests)
+        warn_of_changes(given, requests)
+        edit = self.noted_edit(requests)
+        warn_of_unwritten(type(self).__name__, edit, requests, self.settings)
+        return edit
+
+    def noted_edit(self, requests: Sequence[EditRequest]) -> Edit:
+        """The edit of :meth:`edit`, without its warnings: a run says itself what is written."""
+        requests = settle(requests, "last")
         with self.computing(requests):
             if self.can.batch or len(requests) == 1:
-                return self.compute_edit(requests)
-            origin = self.origin(requests)
-            with self.base.edits.restored():
-                # Each is applied before the next is computed.
-                members = [self.compute_edit([request]).apply() for request in requests]
-            return CompositeEdit(self.base, members, origin)
+                edit = self.compute_edit(requests)
+            else:
+                origin = self.origin(requests)
+                with self.base.edits.restored():
+                    # Each is applied before the next is computed.
+                    members = [self.noted_edit([request]).apply() for request in requests]
+                edit = CompositeEdit(self.base, members, origin)
+            note_probabilities(edit, requests)
+            return edit
 
     @contextmanager
     def computing(self, requests: Sequence[EditRequest]) -> Iterator[None]:
@@ -168,7 +180,7 @@ class EditMethod(pl.LightningModule):
         a list; it then draws random numbers from :meth:`generator` alone, since global ones would
         depend on which edits are computed together.
         """
-        return map(self.edit, requests_of_examples)
+        return map(self.noted_edit, requests_of_examples)
 
     def origin(self, requests: Sequence[EditRequest], **notes: Any) -> EditOrigin:
         """What an edit records about where it comes from."""
@@ -249,12 +261,15 @@ class EditMethod(pl.LightningModule):
         data, protocol = self.run.data, self.run.protocol
         if not isinstance(data, EditDataModule):
             return
-        data.chunk_size = protocol.chunk_size
-        data.deals_out_chunks = protocol.mode != "sequential"
         splits: dict[str, Split] = {"fit": "train", "validate": "validation"}
         examples = data.examples(split := splits.get(stage, "test"))
         if stage == "fit":
             examples = self.examples_to_fit(examples)
+        if self.run.editing:
+            protocol = protocol.for_editing(self.can.batch, self.can.sequential, len(examples))
+            self.run = replace(self.run, protocol=protocol)
+        data.chunk_size = protocol.chunk_size
+        data.deals_out_chunks = protocol.grouping != "sequential"
         refuse_images(type(self).__name__, [r for e in examples for r in e.requests + e.probes])
         self.check_examples(examples, fitting=stage == "fit")
         for requests in () if stage == "fit" else protocol.written_together(examples):
@@ -282,7 +297,7 @@ class EditMethod(pl.LightningModule):
             run = replace(run, protocol=replace(run.protocol, generate=False))
         split: Split = "test" if trainer.testing else "validation"
         ranks = trainer.global_rank, trainer.world_size
-        self.runner = ProtocolRunner(self.base, self.edit, run, split, self.edit_each, ranks)
+        self.runner = ProtocolRunner(self.base, self.noted_edit, run, split, self.edit_each, ranks)
         self.runner.metrics.to(self.device)
         chunks = trainer.num_test_batches if trainer.testing else trainer.num_val_batches
         self.runner.chunks = sum(chunks)

@@ -10,7 +10,7 @@ import torch
 from kedit_lightning.metrics.example_record import ExampleRecord
 from kedit_lightning.metrics.keyed_metrics import KeyedMetrics
 from kedit_lightning.metrics.scores.answers import SQUAD_SCORES
-from kedit_lightning.metrics.scores.case_mean import CaseMean, Cases, ProbeMean
+from kedit_lightning.metrics.scores.case_mean import CaseMean, Cases, ProbeMean, ShareLoss
 from kedit_lightning.metrics.scores.edit_cost import CostMean
 from kedit_lightning.registry import entries
 from kedit_lightning.requests import ProbeKind
@@ -73,7 +73,6 @@ class EditMetrics(KeyedMetrics):
     def gathered(self) -> dict[str, tuple[CaseMean, Cases]]:
         """Metrics with their cases from all processes, and the losses to the final stage."""
         gathered = super().gathered()
-        difference = CaseMean(self.level, self.resamples, self.seed, sync_on_compute=False)
         losses: dict[str, tuple[CaseMean, Cases]] = {}
         for key, (metric, later) in gathered.items():
             first = gathered.get(key.removeprefix(_FINAL))
@@ -85,6 +84,9 @@ class EditMetrics(KeyedMetrics):
             loss = earlier.values[pairs[0]] - later.values[pairs[1]]
             if len(loss):
                 cases = Cases(loss, earlier.clusters[pairs[0]], earlier.ids[pairs[0]])
+                difference = (ShareLoss if metric.is_share else CaseMean)(
+                    self.level, self.resamples, self.seed, sync_on_compute=False
+                )
                 losses[_FORGET + key.removeprefix(_FINAL)] = difference, cases
         return gathered | losses
 

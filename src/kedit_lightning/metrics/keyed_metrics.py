@@ -12,10 +12,8 @@ from torch import Tensor, nn
 from kedit_lightning.errors import InvalidRequestError, UnsupportedUseError
 from kedit_lightning.metrics.example_record import ExampleRecord, ProbeRecord, stage_prefix
 from kedit_lightning.metrics.functional.bootstrap import (
-    needs_wilson,
     percentile_interval,
     resampled_means,
-    wilson_interval,
 )
 from kedit_lightning.metrics.measurement import RECORDED, Measurement, built_in
 from kedit_lightning.metrics.scores.case_mean import CaseMean, Cases, ProbeMean, name_id
@@ -212,8 +210,8 @@ class KeyedMetrics(nn.Module):
         bounds: dict[str, tuple[float, float]] = {}
         together: dict[tuple[int, ...], list[str]] = {}
         for key, (metric, cases) in gathered.items():
-            if metric.is_share and (votes := needs_wilson(cases.values, cases.clusters)):
-                bounds[key] = wilson_interval(cases.values.mean().item(), votes, self.level)
+            if agreed := metric.agreed_interval(cases):
+                bounds[key] = agreed
             else:
                 together.setdefault(tuple(cases.clusters.tolist()), []).append(key)
         for keys in together.values():

@@ -94,7 +94,8 @@ def metric_protocol(protocol: Protocol) -> dict[str, Any]:
         "locality": f"compared with the unedited base model {places}",
         "intervals": (
             f"{metrics.level:.0%}, bootstrap of {metrics.resamples} draws over subjects, "
-            f"seed {metrics.seed}; Wilson's for shares where all subjects agree"
+            f"seed {metrics.seed}; Wilson's for shares where all subjects agree, "
+            "Newcombe's for losses of shares"
         ),
     }
 

@@ -20,6 +20,7 @@ from kedit_lightning.data import NanoFacts
 from kedit_lightning.errors import (
     BaseModelMismatchError,
     CheckpointError,
+    FactsNotWrittenWarning,
     MissingNeedsError,
     NonFiniteError,
     UnsupportedUseError,
@@ -432,6 +433,7 @@ def test_editing_with_untrained_networks_warns_and_says_how_to_fit():
         MEND(base, rank=4).edit(REQUESTS)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.simplefilter("ignore", FactsNotWrittenWarning)
         MEND(base, rank=4, checkpoint="none").edit(REQUESTS)
 
 
@@ -443,7 +445,7 @@ def test_the_packaged_checkpoint_is_used_where_it_fits_and_settings_agree():
     assert edit.origin.notes["learned_from"] == "the checkpoint packaged with the base model"
     with pytest.warns(UserWarning, match="has not been fitted"):
         other = MEND(base, rank=7, layers=[0]).edit(REQUESTS[:1])
-    assert other.origin.notes == {"learned_from": "nothing", "updates": 0}
+    assert other.origin.notes.items() >= {"learned_from": "nothing", "updates": 0}.items()
     untrained = MEND(base, checkpoint="none")
     untrained.configure_model()
     assert untrained.network.updates == 0

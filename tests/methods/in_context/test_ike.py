@@ -18,6 +18,7 @@ from kedit_lightning.data import NanoFacts, Requests
 from kedit_lightning.errors import (
     BaseModelNotFoundError,
     DataFileNotFoundError,
+    FactsNotWrittenWarning,
     InvalidRequestError,
     MissingExtraError,
     UnsupportedUseError,
@@ -277,6 +278,7 @@ def test_pool_is_the_training_split_of_the_dataset_that_is_run(tmp_path):
         ike.run = RunContext(data=data)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
+            warnings.simplefilter("ignore", FactsNotWrittenWarning)
             edit = ike.edit([REQUEST])
         assert len(edit.entries[0].demonstrations) == expected * 2
         assert bool(caught) == (not expected)

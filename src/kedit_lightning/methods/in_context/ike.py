@@ -146,7 +146,7 @@ class IKE(EditMethod):
         Of facts that are in force together, any may be stated before a question.
         """
         clauses = super().too_long(examples)
-        if self.run.protocol.mode != "single":
+        if self.run.protocol.grouping != "single":
             left = [example for example in examples if example.id not in clauses]
             stated = [[RowText("", statement(r)) for r in example.requests] for example in left]
             asked = [_asked(example) for example in left]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kedit_lightning.base_models import BaseModel
 from kedit_lightning.edits import LowRankDelta, LowRankEdit, memories
+from kedit_lightning.edits.origin import TARGET_PROBABILITIES
 from kedit_lightning.errors import EditOrderError, UnsupportedUseError
 from kedit_lightning.methods.locate.shared import least_squares
 from kedit_lightning.methods.locate.shared.subject_states import subject_states
@@ -95,5 +96,6 @@ def simie(
         deltas[name] = LowRankDelta(delta.a.to(a), delta.b.to(b))
         memory[name + _KEYS] = present.contiguous()
     notes = {**edit.origin.notes, "host": edit.origin.method, "lam": lam}
+    notes.pop(TARGET_PROBABILITIES, None)  # measured under the host's edit
     origin = replace(edit.origin, method="SimIE", notes=notes)
     return LowRankEdit(edit.base, deltas, origin, memory)

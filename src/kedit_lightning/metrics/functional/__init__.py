@@ -2,8 +2,10 @@
 
 from kedit_lightning.metrics.functional.bootstrap import (
     bootstrap_interval,
+    loss_interval,
     paired_difference,
     share_interval,
+    square_and_add_interval,
     wilson_interval,
 )
 from kedit_lightning.metrics.functional.divergence import (
@@ -36,6 +38,7 @@ __all__ = [
     "generation_contains",
     "generation_exact",
     "kl_divergence",
+    "loss_interval",
     "mean_log_prob",
     "mean_ngram_entropy",
     "ngram_entropy",
@@ -44,6 +47,7 @@ __all__ = [
     "prefers",
     "repetition_rate",
     "share_interval",
+    "square_and_add_interval",
     "token_match",
     "total_log_prob",
     "unchanged_text",

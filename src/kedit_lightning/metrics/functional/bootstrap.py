@@ -132,17 +132,22 @@ def paired_difference(
     """Mean of ``a - b`` over the same cases, and the bounds of its bootstrap interval.
 
     ``a`` and ``b`` hold the values of two methods on the same cases in the same order, ``[cases]``;
-    the other arguments are those of :func:`bootstrap_interval`.
+    the other arguments are those of :func:`bootstrap_interval`. Where all values are shares in
+    ``[0, 1]`` the interval is that of :func:`loss_interval`.
 
     >>> paired_difference([1.0, 1.0, 0.0, 1.0], [0.5, 0.5, 0.0, 0.5])
     (0.375, 0.125, 0.5)
+    >>> [round(number, 3) for number in paired_difference([1.0, 1.0], [1.0, 1.0])]
+    [0.0, -0.658, 0.658]
     """
     first, second = _as_double(a, "a"), _as_double(b, "b")
     if first.shape != second.shape:
         raise ValueError(
             f"`a` and `b` must hold the same cases, got {len(first)} and {len(second)}"
         )
-    bounds = bootstrap_interval(first - second, clusters, level, resamples, seed)
+    shares = all(bool(((side >= 0) & (side <= 1)).all()) for side in (first, second))
+    interval = loss_interval if shares else bootstrap_interval
+    bounds = interval(first - second, clusters, level, resamples, seed)
     return (first - second).mean().item(), *bounds
 
 
@@ -167,14 +172,36 @@ def wilson_interval(share: float, cases: int, level: float = 0.95) -> tuple[floa
     return low, high
 
 
-def needs_wilson(values: Tensor, clusters: Tensor | Sequence[int] | None = None) -> int:
-    """Number of clusters for a Wilson interval, or 0 where the bootstrap has a width.
+def square_and_add_interval(share: float, cases: int, level: float = 0.95) -> tuple[float, float]:
+    """Interval of a share gained, in ``[-1, 1]``, lost where negative; NaN gives NaN bounds.
 
-    It has none where all clusters have the same mean: whatever is drawn, the mean stays.
+    It is the share of gains less that of losses, here one of them and 0. With the
+    Wilson bounds ``l`` and ``u`` of each, the distance of the lower bound from it is
+    ``√((gains - l_gains)² + (u_losses - losses)²)``, and the upper one the other way round.
 
-    >>> needs_wilson(torch.ones(8)), needs_wilson(torch.tensor([1.0, 0.0]))
+    >>> [round(bound, 3) for bound in square_and_add_interval(0.0, 100)]
+    [-0.037, 0.037]
+
+    Source: Newcombe 1998, Interval estimation for the difference between independent proportions.
+    """
+    if math.isnan(share):
+        return math.nan, math.nan
+    gains, losses = max(share, 0.0), max(-share, 0.0)
+    gains_low, gains_high = wilson_interval(gains, cases, level)
+    losses_low, losses_high = wilson_interval(losses, cases, level)
+    low = share - math.hypot(gains - gains_low, losses_high - losses)
+    high = share + math.hypot(gains_high - gains, losses - losses_low)
+    return max(-1.0, low), min(1.0, high)
+
+
+def agreeing(values: Tensor, clusters: Tensor | Sequence[int] | None = None) -> int:
+    """Number of clusters if all have the same mean, and 0 where they differ.
+
+    Where they agree the bootstrap has no width: whatever is drawn, the mean stays.
+
+    >>> agreeing(torch.ones(8)), agreeing(torch.tensor([1.0, 0.0]))
     (8, 0)
-    >>> needs_wilson(torch.tensor([0.5, 0.5]))
+    >>> agreeing(torch.tensor([0.5, 0.5]))
     2
     """
     index, count = _cluster_index(clusters, len(values))
@@ -207,6 +234,26 @@ def share_interval(
     Source: Wilson 1927, Probable inference, the law of succession, and statistical inference.
     """
     tensor = _as_double(values, "values")
-    if votes := needs_wilson(tensor, clusters):
+    if votes := agreeing(tensor, clusters):
         return wilson_interval(tensor.mean().item(), votes, level)
+    return bootstrap_interval(tensor, clusters, level, resamples, seed)
+
+
+def loss_interval(
+    values: Tensor | Sequence[float],
+    clusters: Tensor | Sequence[int] | None = None,
+    level: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """The same for a mean of differences in ``[-1, 1]`` between two shares of each case.
+
+    Where all clusters agree it is :func:`square_and_add_interval` with one vote a cluster.
+
+    >>> [round(bound, 3) for bound in loss_interval([0.5, 0.5])]
+    [-0.273, 0.905]
+    """
+    tensor = _as_double(values, "values")
+    if votes := agreeing(tensor, clusters):
+        return square_and_add_interval(tensor.mean().item(), votes, level)
     return bootstrap_interval(tensor, clusters, level, resamples, seed)

@@ -17,7 +17,12 @@ from torchmetrics.utilities import dim_zero_cat
 
 from kedit_lightning.errors import InvalidRequestError
 from kedit_lightning.metrics.example_record import ProbeRecord
-from kedit_lightning.metrics.functional.bootstrap import bootstrap_interval, share_interval
+from kedit_lightning.metrics.functional.bootstrap import (
+    agreeing,
+    bootstrap_interval,
+    square_and_add_interval,
+    wilson_interval,
+)
 from kedit_lightning.metrics.measurement import Measurement
 from kedit_lightning.requests import ProbeKind
 
@@ -64,6 +69,8 @@ class CaseMean(Metric):
     full_state_update = False
     # Whether values are shares in [0, 1], whose interval is that of `share_interval`.
     is_share: ClassVar[bool] = False
+    # The interval of a share by its value and number of cases, where all of them agree.
+    bounds = staticmethod(wilson_interval)
 
     # Rows of value bits, cluster, case. Integers, because a precision plugin that casts a module
     # to bfloat16 casts the floating states of its metrics too.
@@ -139,15 +146,34 @@ class CaseMean(Metric):
 
     def interval(self) -> tuple[float, float]:
         """Bounds of the mean's confidence interval, NaN without cases."""
-        values, clusters, _ = self.cases()
+        values, clusters, ids = self.cases()
         if len(values) == 0:
             return float("nan"), float("nan")
-        bounds = share_interval if self.is_share else bootstrap_interval
-        return bounds(values, clusters, self.level, self.resamples, self.seed)
+        bounds = self.agreed_interval(Cases(values, clusters, ids))
+        return bounds or bootstrap_interval(values, clusters, self.level, self.resamples, self.seed)
+
+    def agreed_interval(self, cases: Cases) -> tuple[float, float] | None:
+        """Bounds for shares of which all clusters have the same mean; ``None`` elsewhere."""
+        votes = agreeing(cases.values, cases.clusters) if self.is_share else 0
+        return self.bounds(cases.values.mean().item(), votes, self.level) if votes else None
 
     def extras(self, values: Tensor) -> dict[str, float]:
         """Further statistics of the values ``[cases]`` of all cases, by name."""
         return {}
+
+
+class ShareLoss(CaseMean):
+    """Mean over cases of what each has lost of a share, between -1 and 1.
+
+    >>> loss = ShareLoss()
+    >>> loss.update([0.0, 0.0])
+    >>> [round(bound, 3) for bound in loss.interval()]
+    [-0.658, 0.658]
+    """
+
+    higher_is_better = False
+    is_share = True
+    bounds = staticmethod(square_and_add_interval)
 
 
 class ProbeMean(CaseMean):

@@ -230,7 +230,7 @@ class ClosedForm(EditMethod):
             solved = self.solve(groups)
         try:  # a subclass may do more in compute_edit
             self._solved = dict(zip(map(tuple, groups), solved, strict=True))
-            return [self.edit(group) for group in groups]
+            return [self.noted_edit(group) for group in groups]
         finally:
             self._solved = {}
 

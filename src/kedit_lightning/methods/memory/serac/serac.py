@@ -287,7 +287,9 @@ class SERAC(TrainedMethod):
         left = [example for example in examples if example.id not in clauses]
         for taken, asked in ((0, example_rows), (free, free_rows)):
             window = Window(f"counterfactual model '{plan.counterfactual}'", encoder, room - taken)
-            for part in [[example] for example in left] if protocol.mode == "single" else [left]:
+            for part in (
+                [[example] for example in left] if protocol.grouping == "single" else [left]
+            ):
                 facts = [
                     [RowText("", join_text(r.prompt, r.target_new)) for r in e.requests]
                     for e in part

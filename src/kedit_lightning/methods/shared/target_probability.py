@@ -1,0 +1,85 @@
+"""Whether an edit has written its facts: the probability of each target under it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+import torch
+
+from kedit_lightning.base_models import BaseModel
+from kedit_lightning.data.dataloader import chunks
+from kedit_lightning.edits import Edit
+from kedit_lightning.edits.origin import TARGET_PROBABILITIES
+from kedit_lightning.errors import FactsNotWrittenWarning, article_list
+from kedit_lightning.metrics.functional import total_log_prob
+from kedit_lightning.requests import EditRequest
+
+#: A target that is less likely than this was not written.
+LEAST = 0.5
+#: Rows of a forward pass; fixed, since an edit's notes count into its id.
+_ROWS = 32
+_DIGITS = 4
+
+
+@torch.no_grad()
+def target_probabilities(base: BaseModel, requests: Sequence[EditRequest]) -> list[float]:
+    """Probability of each request's whole target behind its prompt, of the model as it stands.
+
+    They are rounded to four digits, so that equal edits have equal notes where kernels differ in
+    the last bits; a probability that is NaN is 0.
+    """
+    found: list[float] = []
+    for part in chunks(requests, _ROWS):
+        rows = base.pad([base.encode(request.prompt, request.target_new) for request in part])
+        total = total_log_prob(base.answer_log_probs(rows), rows.answer_mask)
+        found += total.exp().nan_to_num(0.0).tolist()
+    return [round(probability, _DIGITS) for probability in found]
+
+
+def note_probabilities(edit: Edit, requests: Sequence[EditRequest]) -> None:
+    """Note in an edit the probability of each of its targets, in the order of its requests."""
+    base: Any = edit.base
+    with edit:
+        found = target_probabilities(base, requests)
+    edit.note(**{TARGET_PROBABILITIES: found})
+
+
+def warn_of_unwritten(
+    name: str, edit: Edit, requests: Sequence[EditRequest], settings: object
+) -> None:
+    """Warn once if targets of an edit have a probability below one half, and count them.
+
+    Args:
+        name: The method that computed it.
+        edit: An edit with the note.
+        requests: What it is to write.
+        settings: Settings of the method.
+    """
+    pairs = list(zip(requests, edit.origin.notes[TARGET_PROBABILITIES], strict=True))
+    weak = [f"{r.prompt!r} -> {r.target_new.strip()!r} ({p:.2g})" for r, p in pairs if p < LEAST]
+    if weak:
+        warnings.warn(
+            f"{name} did not write {len(weak)} of {len(pairs)} facts: under the edit "
+            f"the target's probability is below one half for {article_list(weak, 5)}; "
+            f"{ways_out(settings)}",
+            FactsNotWrittenWarning,
+            stacklevel=3,
+        )
+
+
+def ways_out(settings: object) -> str:
+    """What to try where facts do not hold, by the settings of the method.
+
+    Args:
+        settings: A dataclass.
+    """
+    names = {field.name for field in fields(settings)}  # type: ignore[arg-type]
+    ways: list[str] = []
+    if layer := names & {"layer", "layers"}:
+        ways = [f"another layer (--model.{layer.pop()}; the callback LayerSweep measures each)"]
+    if "steps" in names:
+        ways.append("more steps (--model.steps)")
+    return f"try {', '.join(ways)}{', or ' * bool(ways)}another method"
