@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
+from kedit_lightning.chat_turns import passage_with, prompt_text, question_in
 from kedit_lightning.errors import InvalidRequestError
 
 ProbeKind: TypeAlias = Literal["rewrite", "rephrase", "locality", "portability"]
@@ -22,12 +23,20 @@ def _refuse(record: str, field: str, reason: str) -> InvalidRequestError:
     return InvalidRequestError(f"{record}: field '{field}' {reason}")
 
 
+def _settle_prompt(of: EditRequest | Probe) -> None:
+    """Give messages their one spelling; what is no prompt at all is refused by its owner."""
+    given: object = of.prompt
+    if isinstance(given, (str, list, tuple)):
+        object.__setattr__(of, "prompt", prompt_text(given))
+
+
 @dataclass(frozen=True)
 class EditRequest:
     """One fact to write into a base model.
 
     Args:
-        prompt: Text that ends where the answer begins.
+        prompt: Text that ends where the answer begins; or messages, a list of ``role`` and
+            ``content``, which become their JSON here and are put into the chat template later.
         target_new: The answer to write.
         subject: The span of ``prompt`` that the fact is about; some methods need it.
         target_old: The answer the fact had before, where known.
@@ -48,19 +57,21 @@ class EditRequest:
     image: str | None = None
 
     def __post_init__(self) -> None:
+        _settle_prompt(self)
         for field, value in vars(self).items():
             needed = field in ("prompt", "target_new")
             if (needed or value is not None) and not _is_text(value):
                 rule = "must be text that is not empty" + (", or absent" if not needed else "")
                 raise _refuse(self.label, field, f"{rule}, got {value!r}")
-        if self.subject is not None and self.subject not in self.prompt:
-            reason = f"({self.subject!r}) does not occur in the prompt {self.prompt!r}"
+        subject = self.subject
+        if subject is not None and subject not in (asked := passage_with(self.prompt, subject)):
+            reason = f"({subject!r}) does not occur in the prompt {asked!r}"
             raise _refuse(self.label, "subject", f"{reason}; write it exactly as the prompt does")
 
     @property
     def label(self) -> str:
         """How messages name this request."""
-        return f"request {self.id!r}" if self.id is not None else f"request {self.prompt!r}"
+        return f"request {question_in(self.prompt) if self.id is None else self.id!r}"
 
 
 @dataclass(frozen=True)
@@ -69,7 +80,7 @@ class Probe:
 
     Args:
         kind: What the answer tells: ``rewrite``, ``rephrase``, ``locality`` or ``portability``.
-        prompt: Text that ends where the answer begins.
+        prompt: Text that ends where the answer begins, or messages as in :class:`EditRequest`.
         answers: Answers that count as right, the preferred one first. May be empty for locality,
             which asks whether the base model's own answer has changed.
         group: Name under which scores are collected, such as ``neighborhood``; the kind if empty.
@@ -88,6 +99,7 @@ class Probe:
     image: str | None = None
 
     def __post_init__(self) -> None:
+        _settle_prompt(self)
         name = self.label
         if self.kind not in get_args(ProbeKind):
             raise _refuse(name, "kind", f"must be one of {', '.join(get_args(ProbeKind))}")
@@ -111,7 +123,7 @@ class Probe:
     @property
     def label(self) -> str:
         """How messages name this probe."""
-        return f"{self.kind} probe {self.prompt!r}"
+        return f"{self.kind} probe {question_in(self.prompt)!r}"
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property, partial
+from operator import itemgetter
 from os import PathLike, fspath
 from typing import Any
 
@@ -13,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from kedit_lightning.base_models.fingerprint import model_fingerprint, tokenizer_fingerprint
-from kedit_lightning.base_models.generation import generate_texts
+from kedit_lightning.base_models.generation import generate_texts, generation_config, parts_of
 from kedit_lightning.base_models.layout import Layout
+from kedit_lightning.base_models.mask_probe import embedded_tokens, masks_padding, rows_decode_apart
 from kedit_lightning.base_models.rows import (
     EncodedRow,
     ImageEncoder,
@@ -24,10 +26,13 @@ from kedit_lightning.base_models.rows import (
     pad_encoder_decoder_rows,
     pad_rows,
 )
-from kedit_lightning.base_models.spec import BaseModelSpec, load_pretrained
+from kedit_lightning.base_models.spec import BaseModelSpec, check_weights, load_pretrained
+from kedit_lightning.base_models.taps import gathering
+from kedit_lightning.chat_turns import prompt_text
+from kedit_lightning.decoding_settings import Generation, neutral_options
 from kedit_lightning.edits import EditStack
-from kedit_lightning.edits.projections import compute_dtype, first_tensor
-from kedit_lightning.errors import InvalidRequestError, NonFiniteError
+from kedit_lightning.edits.projections import compute_dtype
+from kedit_lightning.errors import InvalidRequestError
 
 
 class BaseModel:
@@ -124,9 +129,27 @@ class BaseModel:
 
     @property
     def pad_id(self) -> int:
-        """Id put where there is no token; masked, so any valid id serves."""
-        pad_id = self.tokenizer.pad_token_id
-        return int(self.tokenizer.eos_token_id or 0) if pad_id is None else int(pad_id)
+        """Id put where there is no token; masked, so any id serves that has an embedding."""
+        ids = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
+        entries = embedded_tokens(self.model)
+        return next(int(id) for id in ids if id is not None and id < entries)
+
+    @cached_property
+    def reads_mask(self) -> bool:
+        """Whether padding before a row changes nothing; some decoders ignore attention masks."""
+
+        def last_logits(encoded: Sequence[EncodedRow], pad_id: int) -> Tensor:
+            rows = pad_rows(encoded, pad_id, "left", self.takes_positions, self.device)
+            return self.logits_at(rows, rows.prompt_end[:, None])[:, 0]
+
+        with self.edits.suspended():
+            return masks_padding(last_logits, embedded_tokens(self.model), self.dtype)
+
+    @cached_property
+    def decodes_together(self) -> bool:
+        """Whether rows of one length are continued together as they are alone; RWKV's are not."""
+        with self.edits.suspended():
+            return rows_decode_apart(self.model, self.pad_id)
 
     @property
     def max_tokens(self) -> int:
@@ -148,13 +171,7 @@ class BaseModel:
         Raises:
             NonFiniteError: A weight is NaN or infinite; the message names the tensor.
         """
-        for name, tensor in self.model.named_parameters():
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                raise NonFiniteError(
-                    f"the weights of base model '{self.name}' hold NaN or infinite values in "
-                    f"'{name}', so nothing computed from them would mean anything; load the model "
-                    "again, in bfloat16 or float32 if it was converted to float16"
-                )
+        check_weights(self.model, self.name)
 
     # ---- rows
 
@@ -191,6 +208,8 @@ class BaseModel:
             rows = pad_encoder_decoder_rows(encoded, pad_id, start, suffix, self.device)
         else:
             side = padding_side or self.padding_side
+            if side == "left" and len({len(r.prompt) + len(r.answer) for r in encoded}) > 1:
+                side = "left" if self.reads_mask else "right"  # behind tokens it does no harm
             rows = pad_rows(encoded, pad_id, side, self.takes_positions, self.device)
         images = self.encoder.images
         if images is None or not any(row.images for row in encoded):
@@ -213,10 +232,13 @@ class BaseModel:
         """
         images = () if image is None else (image,)
         reserve = 32 if answer is None else self.encoder.count(answer) + 2
+        prompt = prompt_text(prompt)
         rendered = self.edits.render(
-            prompt, lambda text: self.encoder.count(text, images) + reserve <= self.max_tokens
+            prompt,
+            lambda text: self.encoder.count_prompt(text, images) + reserve <= self.max_tokens,
         )
         row = self.encoder.encode(rendered, answer, subject, images)
+        self.encoder.check_ids(row, embedded_tokens(self.model), self.name)
         length = len(row.prompt) + len(row.answer)
         if length > self.max_tokens:
             raise InvalidRequestError(
@@ -252,22 +274,9 @@ class BaseModel:
         """
         head = self.model.get_output_embeddings()
         if head is None:
-            logits: Tensor = self.forward(rows, **options).logits[places]
-            return logits
-
-        def gather(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            handle.remove()  # an edit that changes logits may call the head once more
-            hidden = first_tensor(args)
-            at = tuple(index.to(hidden.device) for index in places)
-            return (hidden[at][None], *args[1:])
-
-        handle = head.register_forward_pre_hook(gather)
-        try:
-            with self.edits.logits_stand_at(places):
-                logits = self.forward(rows, **options).logits
-        finally:
-            handle.remove()
-        return logits[0]
+            return self.forward(rows, **options).logits[places]  # type: ignore[no-any-return]
+        with self.edits.logits_stand_at(places), gathering(head, places):
+            return self.forward(rows, **options).logits[0]  # type: ignore[no-any-return]
 
     def answer_log_probs(self, rows: TokenRows) -> Tensor:
         """Log-probability of each answer token, in at least float32. Shape ``[batch, width]``.
@@ -286,9 +295,13 @@ class BaseModel:
         batch_size: int = 32,
         stop_at_sentence: bool = False,
         images: Sequence[str | None] | None = None,
+        generation: Generation = "greedy",
         **options: Any,
     ) -> list[str]:
         """Continue prompts, greedily unless ``options`` say otherwise; prompts are not repeated.
+
+        What the generation config of the model adds (penalties, beams, bans, forced tokens) is set
+        aside; its end-of-sequence tokens are kept.
 
         Args:
             prompts: The prompts.
@@ -296,23 +309,32 @@ class BaseModel:
             batch_size: Prompts answered together; it never changes an answer.
             stop_at_sentence: End once every row has ended a line or a sentence.
             images: Path or URL of the picture that each prompt is about.
+            generation: ``model`` lets the generation config act, except for sampling.
             **options: Passed to ``transformers``' ``generate``.
         """
         _refuse_one_text(prompts)
-        texts: list[str] = []
-        for start in range(0, len(prompts), batch_size):
-            part = slice(start, start + batch_size)
-            rows = self.rows(prompts[part], padding_side="left", images=images and images[part])
-            settings = {"pad_token_id": self.pad_id, "max_new_tokens": max_new_tokens, **options}
+        pictures = images or [None] * len(prompts)
+        encoded = [self.encode(p, image=i) for p, i in zip(prompts, pictures, strict=True)]
+        config = generation_config(self.model)
+        settings = {"pad_token_id": self.pad_id, **neutral_options(config, generation)}
+        settings |= {"max_new_tokens": max_new_tokens, **options}
+        texts: list[tuple[int, str]] = []
+        lengths = [len(row.prompt) for row in encoded]
+        alike = not self.is_encoder_decoder and len(lengths) > 1 and not self.reads_mask
+        together = batch_size if not alike or self.decodes_together else 1
+        for part in parts_of(lengths, together, alike):
+            rows = self.pad([encoded[i] for i in part], "left")
             if not self.is_encoder_decoder:
                 room = self.max_tokens - rows.inputs["input_ids"].shape[1]
                 settings["max_new_tokens"] = max(1, min(max_new_tokens, room))
             # Told once: without a key-value cache every step looks like the first one.
-            with self.edits.prompts_end_at(rows.prompt_end):
-                texts += generate_texts(
+            with self.edits.carried_by(part), self.edits.prompts_end_at(rows.prompt_end):
+                answers = generate_texts(
                     self.model, self.tokenizer, rows, stop_at_sentence, settings
                 )
-        return texts
+            several = len(answers) // len(part)  # answers to each prompt, as options may ask
+            texts += zip([i for i in part for _ in range(several)], answers, strict=True)
+        return [text for _, text in sorted(texts, key=itemgetter(0))]
 
     def __repr__(self) -> str:
         return f"BaseModel({self.name!r}, {self.model.config.model_type}, {len(self.edits)} edits)"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -36,7 +37,11 @@ def sentence_ended(text: str) -> bool:
 def generate_texts(
     model: Any, tokenizer: Any, rows: TokenRows, stop_at_sentence: bool, options: dict[str, Any]
 ) -> list[str]:
-    """Continue left-padded rows; see :meth:`BaseModel.generate`."""
+    """Continue left-padded rows; see :meth:`BaseModel.generate`.
+
+    ``options`` go to ``generate`` of transformers, where they have precedence over the generation
+    config of the model, which is not changed.
+    """
     prompt = 1 if "decoder_input_ids" in rows.inputs else rows.inputs["input_ids"].shape[1]
 
     def decode(ids: Tensor) -> str:
@@ -47,7 +52,10 @@ def generate_texts(
         done = [sentence_ended(decode(row[prompt:])) for row in ids]
         return torch.tensor(done, device=ids.device)
 
-    settings = {"do_sample": False, **options}
+    settings = dict(options)
+    config = generation_config(model)
+    if settings.get("stop_strings", config.get("stop_strings")):
+        settings.setdefault("tokenizer", tokenizer)
     criteria = [*settings.pop("stopping_criteria", []), *([ended] if stop_at_sentence else [])]
     ids: Tensor = model.generate(
         **{name: value for name, value in rows.inputs.items() if name not in _MADE},
@@ -55,9 +63,42 @@ def generate_texts(
         logits_processor=LogitsProcessorList(settings.pop("logits_processor", [])),
         **settings,
     )
+    last = settings.get("eos_token_id", config.get("eos_token_id"))
+    answers = [_until_last(row[prompt:], last) for row in ids]
     if not stop_at_sentence:
-        return [decode(row[prompt:]) for row in ids]
-    return [_until_ended(row[prompt:], decode) for row in ids]
+        return [decode(row) for row in answers]
+    return [_until_ended(row, decode) for row in answers]
+
+
+def generation_config(model: Any) -> dict[str, Any]:
+    """The generation config that a checkpoint came with, as plain values of JSON."""
+    config = getattr(model, "generation_config", None)
+    values: dict[str, Any] = {} if config is None else json.loads(config.to_json_string())
+    return values
+
+
+def parts_of(lengths: Sequence[int], size: int, alike: bool) -> list[list[int]]:
+    """Numbers of the rows that are continued together, ``size`` at most; ``alike``: of one length.
+
+    >>> parts_of([3, 4, 3], 2, alike=False), parts_of([3, 4, 3], 2, alike=True)
+    ([[0, 1], [2]], [[0, 2], [1]])
+    """
+    groups: dict[int, list[int]] = {}
+    for i, length in enumerate(lengths):
+        groups.setdefault(length if alike else 0, []).append(i)
+    return [
+        rows[start : start + size]
+        for rows in groups.values()
+        for start in range(0, len(rows), size)
+    ]
+
+
+def _until_last(ids: Tensor, last: int | Sequence[int] | None) -> Tensor:
+    """Ids up to a token that ends an answer; behind it is padding, which may be any token."""
+    if last is None:
+        return ids
+    ends = torch.isin(ids, torch.tensor(last, device=ids.device)).nonzero()
+    return ids[: int(ends[0]) + 1] if len(ends) else ids
 
 
 def _until_ended(ids: Tensor, decode: Callable[[Tensor], str]) -> str:

@@ -7,6 +7,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
+from kedit_lightning.decoding_settings import Generation
 from kedit_lightning.errors import UnsupportedUseError
 from kedit_lightning.metrics.functional.text_match import AnswerRule
 
@@ -15,7 +16,7 @@ Moment: TypeAlias = Literal["immediate", "final"]
 Scoring: TypeAlias = Literal["default", "legacy_easyedit"]
 
 #: Part of every protocol id; raised when the same settings would give other numbers.
-READING_VERSION = 1
+READING_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,9 @@ class Protocol:
         answers: When a free answer is the wanted one: ``words`` lets marks count where they tell
             numbers or names apart (3.5 is not 35, C# is not C++), ``squad`` drops all punctuation
             as SQuAD's script does.
+        generation: Free answers are ``greedy``: penalties, beams, bans and forced tokens that the
+            base model's generation config brings are set aside, and named in the results. With
+            ``model`` they act; answers are sampled under neither.
     """
 
     mode: Mode = "single"
@@ -50,9 +54,11 @@ class Protocol:
     generate: bool = True
     max_new_tokens: int = 64
     answers: AnswerRule = "words"
+    generation: Generation = "greedy"
 
     def __post_init__(self) -> None:
-        for field, kind in (("mode", Mode), ("scoring", Scoring), ("answers", AnswerRule)):
+        names = {"mode": Mode, "scoring": Scoring, "answers": AnswerRule, "generation": Generation}
+        for field, kind in names.items():
             if getattr(self, field) not in get_args(kind):
                 raise self._refuse(field, f"must be one of {', '.join(get_args(kind))}")
         if not self.moments or set(self.moments) - set(get_args(Moment)):
@@ -92,7 +98,7 @@ class Protocol:
         if self.mode != "sequential":
             del facts["evaluate"], facts["every"]
         if not self.generates:
-            del facts["max_new_tokens"], facts["answers"]
+            del facts["max_new_tokens"], facts["answers"], facts["generation"]
         return facts
 
     @property

@@ -11,9 +11,11 @@ from typing import Any, NamedTuple, TypeAlias, cast
 import torch
 
 from kedit_lightning.base_models import BaseModel, EncodedRow
+from kedit_lightning.base_models.generation import generation_config
 from kedit_lightning.benchmark.answer_cache import AnswersCache, key_of
 from kedit_lightning.benchmark.protocol import READING_VERSION, Protocol
 from kedit_lightning.data.dataloader import chunks
+from kedit_lightning.decoding_settings import in_force
 from kedit_lightning.edits import Edit
 from kedit_lightning.metrics import SCORINGS, ForwardPass, ProbeReading
 from kedit_lightning.metrics.functional import widened
@@ -71,6 +73,7 @@ class Reader:
                 "attention": getattr(base.model.config, "_attn_implementation", None),
                 "scoring": protocol.scoring,
                 "max_new_tokens": protocol.max_new_tokens if protocol.generates else 0,
+                "decoding": in_force(generation_config(base.model), protocol.generation),
                 "dataset": dataset,
             }
         )
@@ -187,14 +190,16 @@ class Reader:
             return {}
         unique = sorted(
             dict.fromkeys((edit, probe.prompt) for edit, probe in asked),
-            key=lambda key: (self.base.encoder.count(key[1]), key[1]),
+            key=lambda key: (self.base.encoder.count_prompt(key[1]), key[1]),
         )
         size, length = self.protocol.score_batch_size, self.protocol.max_new_tokens
         texts: dict[tuple[Carried, str], str] = {}
         for batch in chunks(unique, size):
             prompts = [prompt for _, prompt in batch]
             with self._carrying([edit for edit, _ in batch]):
-                answers = self.base.generate(prompts, length, size, stop_at_sentence=True)
+                answers = self.base.generate(
+                    prompts, length, size, True, generation=self.protocol.generation
+                )
             texts |= zip(batch, answers, strict=True)
         return texts
 
@@ -241,7 +246,9 @@ class Reader:
         if not compare:
             return ForcedRow(edit, replace(plain, answer=ids))
         room = base.max_tokens - len(ids) - 2
-        prompt = base.edits.render(probe.prompt, lambda text: base.encoder.count(text) <= room)
+        prompt = base.edits.render(
+            probe.prompt, lambda text: base.encoder.count_prompt(text) <= room
+        )
         row = plain if prompt == probe.prompt else base.encoder.encode(prompt)
         return ForcedRow(edit, replace(row, answer=ids), replace(plain, answer=ids))
 

@@ -188,6 +188,19 @@ class EditStack:
             self._change(self._edits, before)
 
     @contextmanager
+    def carried_by(self, rows: Sequence[int]) -> Iterator[None]:
+        """Inside, a forward pass has only these of the rows that carry edits of their own."""
+        before = self._carried
+        if not before or list(rows) == list(range(len(before))):
+            yield
+            return
+        self._change(self._edits, [before[row] for row in rows])
+        try:
+            yield
+        finally:
+            self._change(self._edits, before)
+
+    @contextmanager
     def prompts_end_at(self, columns: Tensor) -> Iterator[None]:
         """Inside, forward passes have prompts that end at these columns. Shape ``[batch]``."""
         before, self._tracker.prompt_ends = self._tracker.prompt_ends, columns

@@ -16,7 +16,8 @@ from kedit_lightning.requests import EditExample, EditRequest, Probe
 class Requests(EditDataModule):
     """Your own facts: a JSON, JSON Lines or CSV file, or one fact given as ``prompt``.
 
-    A record has the fields ``prompt`` and ``target_new``, and may have ``subject``,
+    A record has the fields ``prompt`` (or ``messages``, a list of objects with ``role`` and
+    ``content``, which go into the chat template) and ``target_new``, and may have ``subject``,
     ``target_old``, ``id``, ``task``, ``rephrases`` (list of texts), ``locality`` and
     ``portability`` (objects that map a group name to a list of objects with ``prompt`` and
     ``answers``; locality needs no answers). In a CSV file ``rephrases`` are separated by ``|``, and
@@ -32,7 +33,7 @@ class Requests(EditDataModule):
 
     id_field = "id"
     known_fields = frozenset(
-        {"prompt", "target_new", "subject", "target_old", "id", "task"}
+        {"prompt", "messages", "target_new", "subject", "target_old", "id", "task"}
         | {"rephrases", "locality", "portability"}
     )
     where_to_get_it = ", or give one fact with prompt, subject and target_new"
@@ -61,7 +62,7 @@ class Requests(EditDataModule):
     def parse(self, fields: Fields, id: str) -> EditExample:
         """Make an example of one record; see the class for its fields."""
         request = EditRequest(
-            prompt=fields.text("prompt"),
+            prompt=fields.prompt(),
             target_new=fields.text("target_new"),
             subject=fields.optional_text("subject"),
             target_old=fields.optional_text("target_old"),
@@ -72,10 +73,10 @@ class Requests(EditDataModule):
         probes = [Probe("rephrase", text, answer, contrast=old) for text in self._rephrases(fields)]
         for group, item in fields.groups("locality"):
             answers = tuple(item.texts("answers"))
-            probes.append(Probe("locality", item.text("prompt"), answers, group))
+            probes.append(Probe("locality", item.prompt(), answers, group))
         for group, item in fields.groups("portability"):
             answers = tuple(item.required_texts("answers"))
-            probes.append(Probe("portability", item.text("prompt"), answers, group))
+            probes.append(Probe("portability", item.prompt(), answers, group))
         return EditExample.from_request(request, id, probes)
 
     @staticmethod

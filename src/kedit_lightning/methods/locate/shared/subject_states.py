@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kedit_lightning.base_models import BaseModel, EncodedRow, TokenRows
 from kedit_lightning.base_models.taps import Visit, add_at, capture, stop_after, visiting
+from kedit_lightning.chat_turns import put_before
 from kedit_lightning.edits import Edit
 from kedit_lightning.edits.projections import compute_dtype
 from kedit_lightning.requests import EditRequest
@@ -70,7 +71,9 @@ def subject_states(
         tokens: Subject tokens whose inputs are read; a mean is at least float32.
     """
     prefixes = ("", *contexts)
-    rows = [up_to_subject(base, p + r.prompt, r.subject) for r in requests for p in prefixes]
+    rows = [
+        up_to_subject(base, put_before(p, r.prompt), r.subject) for r in requests for p in prefixes
+    ]
     edits = None if carried is None else [edit for edit in carried for _ in prefixes]
     inputs: dict[str, list[Tensor]] = {name: [] for name in modules}
     outputs: dict[str, list[Tensor]] = {name: [] for name in modules}
