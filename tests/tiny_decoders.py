@@ -306,6 +306,6 @@ def survey(kind: str) -> Finding:
     verdict = "in part" if reason else "located"
     places = {re.sub(r"\.\d+\.", ".*.", block.down, count=1): path for block, path in found}
     layers = (len(found), total)
-    reads_mask = BaseModel(model, tiny_tokenizer(True)).reads_mask
+    reads_mask = BaseModel(model, tiny_tokenizer(True)).batching.reads_mask
     paths = tuple(places.values())
     return Finding(kind, verdict, reason, dense, (*places,), paths, layers, reads_mask)

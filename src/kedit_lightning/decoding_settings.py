@@ -6,6 +6,7 @@ transformers applies unasked. Answers that are scored are the model's own, so th
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -106,6 +107,13 @@ _IDLE = frozenset(
 NEUTRAL = {**_CHOICE, **_NEVER}
 #: Settings of which the model, not the user, decides what is neutral.
 KNOWN = KEPT | NEUTRAL.keys() | _IDLE
+
+
+def generation_config(model: Any) -> dict[str, Any]:
+    """The generation config that a checkpoint came with, as plain values of JSON."""
+    config = getattr(model, "generation_config", None)
+    values: dict[str, Any] = {} if config is None else json.loads(config.to_json_string())
+    return values
 
 
 def set_aside(config: Mapping[str, Any], generation: Generation = "greedy") -> dict[str, Any]:

@@ -14,11 +14,18 @@ import transformers
 from support import tiny_base, tiny_model, tiny_tokenizer
 
 from kedit_lightning import BaseModel, EditTrainer, Probe
-from kedit_lightning.base_models.generation import generation_config, parts_of
+from kedit_lightning.base_models.batching import parts_of
 from kedit_lightning.benchmark import Protocol, RunContext
 from kedit_lightning.benchmark.reader import Reader
 from kedit_lightning.data import NanoFacts
-from kedit_lightning.decoding_settings import KEPT, KNOWN, NEUTRAL, in_force, set_aside
+from kedit_lightning.decoding_settings import (
+    KEPT,
+    KNOWN,
+    NEUTRAL,
+    generation_config,
+    in_force,
+    set_aside,
+)
 from kedit_lightning.errors import UnsupportedUseError
 from kedit_lightning.methods import FTM
 from kedit_lightning.runs.results import run_facts

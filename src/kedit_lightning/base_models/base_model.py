@@ -6,17 +6,16 @@ import inspect
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property, partial
-from operator import itemgetter
 from os import PathLike, fspath
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from kedit_lightning.base_models.batching import Batching, embedded_tokens
 from kedit_lightning.base_models.fingerprint import model_fingerprint, tokenizer_fingerprint
-from kedit_lightning.base_models.generation import generate_texts, generation_config, parts_of
+from kedit_lightning.base_models.generation import continuations
 from kedit_lightning.base_models.layout import Layout
-from kedit_lightning.base_models.mask_probe import embedded_tokens, masks_padding, rows_decode_apart
 from kedit_lightning.base_models.rows import (
     EncodedRow,
     ImageEncoder,
@@ -26,13 +25,13 @@ from kedit_lightning.base_models.rows import (
     pad_encoder_decoder_rows,
     pad_rows,
 )
-from kedit_lightning.base_models.spec import BaseModelSpec, check_weights, load_pretrained
+from kedit_lightning.base_models.spec import BaseModelSpec, load_pretrained
 from kedit_lightning.base_models.taps import gathering
 from kedit_lightning.chat_turns import prompt_text
-from kedit_lightning.decoding_settings import Generation, neutral_options
+from kedit_lightning.decoding_settings import Generation, generation_config, neutral_options
 from kedit_lightning.edits import EditStack
 from kedit_lightning.edits.projections import compute_dtype
-from kedit_lightning.errors import InvalidRequestError
+from kedit_lightning.errors import InvalidRequestError, NonFiniteError
 
 
 class BaseModel:
@@ -66,6 +65,8 @@ class BaseModel:
         images = None if processor is None else ImageEncoder(processor)
         self.encoder = RowEncoder(tokenizer, chat, images)
         self.layout = Layout(model)
+        #: Which rows it may read together.
+        self.batching = Batching(self)
         #: Whether its ``forward`` takes ``position_ids``.
         self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         #: Whether its passes can start in the middle; ``None`` until ``can_resume`` has tried.
@@ -134,23 +135,6 @@ class BaseModel:
         entries = embedded_tokens(self.model)
         return next(int(id) for id in ids if id is not None and id < entries)
 
-    @cached_property
-    def reads_mask(self) -> bool:
-        """Whether padding before a row changes nothing; some decoders ignore attention masks."""
-
-        def last_logits(encoded: Sequence[EncodedRow], pad_id: int) -> Tensor:
-            rows = pad_rows(encoded, pad_id, "left", self.takes_positions, self.device)
-            return self.logits_at(rows, rows.prompt_end[:, None])[:, 0]
-
-        with self.edits.suspended():
-            return masks_padding(last_logits, embedded_tokens(self.model), self.dtype)
-
-    @cached_property
-    def decodes_together(self) -> bool:
-        """Whether rows of one length are continued together as they are alone; RWKV's are not."""
-        with self.edits.suspended():
-            return rows_decode_apart(self.model, self.pad_id)
-
     @property
     def max_tokens(self) -> int:
         """Longest row it can take."""
@@ -171,7 +155,13 @@ class BaseModel:
         Raises:
             NonFiniteError: A weight is NaN or infinite; the message names the tensor.
         """
-        check_weights(self.model, self.name)
+        for name, tensor in self.model.named_parameters():
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise NonFiniteError(
+                    f"the weights of base model '{self.name}' hold NaN or infinite values in "
+                    f"'{name}', so nothing computed from them would mean anything; load the model "
+                    "again, in bfloat16 or float32 if it was converted to float16"
+                )
 
     # ---- rows
 
@@ -202,14 +192,17 @@ class BaseModel:
         self, encoded: Sequence[EncodedRow], padding_side: PaddingSide | None = None
     ) -> TokenRows:
         """Align and pad rows that are tokens already, and add the pixels of their pictures."""
-        pad_id = self.pad_id
+        pad_id, entries = self.pad_id, embedded_tokens(self.model)
+        for row in encoded:
+            self.encoder.check_ids(row, entries, self.name)
         if self.is_encoder_decoder:
             start, suffix = self.model.config.decoder_start_token_id, self.encoder.suffix
             rows = pad_encoder_decoder_rows(encoded, pad_id, start, suffix, self.device)
         else:
             side = padding_side or self.padding_side
             if side == "left" and len({len(r.prompt) + len(r.answer) for r in encoded}) > 1:
-                side = "left" if self.reads_mask else "right"  # behind tokens it does no harm
+                # Behind the tokens, padding does no harm to a decoder.
+                side = "left" if self.batching.reads_mask else "right"
             rows = pad_rows(encoded, pad_id, side, self.takes_positions, self.device)
         images = self.encoder.images
         if images is None or not any(row.images for row in encoded):
@@ -315,26 +308,9 @@ class BaseModel:
         _refuse_one_text(prompts)
         pictures = images or [None] * len(prompts)
         encoded = [self.encode(p, image=i) for p, i in zip(prompts, pictures, strict=True)]
-        config = generation_config(self.model)
-        settings = {"pad_token_id": self.pad_id, **neutral_options(config, generation)}
+        settings = neutral_options(generation_config(self.model), generation)
         settings |= {"max_new_tokens": max_new_tokens, **options}
-        texts: list[tuple[int, str]] = []
-        lengths = [len(row.prompt) for row in encoded]
-        alike = not self.is_encoder_decoder and len(lengths) > 1 and not self.reads_mask
-        together = batch_size if not alike or self.decodes_together else 1
-        for part in parts_of(lengths, together, alike):
-            rows = self.pad([encoded[i] for i in part], "left")
-            if not self.is_encoder_decoder:
-                room = self.max_tokens - rows.inputs["input_ids"].shape[1]
-                settings["max_new_tokens"] = max(1, min(max_new_tokens, room))
-            # Told once: without a key-value cache every step looks like the first one.
-            with self.edits.carried_by(part), self.edits.prompts_end_at(rows.prompt_end):
-                answers = generate_texts(
-                    self.model, self.tokenizer, rows, stop_at_sentence, settings
-                )
-            several = len(answers) // len(part)  # answers to each prompt, as options may ask
-            texts += zip([i for i in part for _ in range(several)], answers, strict=True)
-        return [text for _, text in sorted(texts, key=itemgetter(0))]
+        return continuations(self, encoded, batch_size, stop_at_sentence, settings)
 
     def __repr__(self) -> str:
         return f"BaseModel({self.name!r}, {self.model.config.model_type}, {len(self.edits)} edits)"

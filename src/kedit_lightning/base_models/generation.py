@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import re
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from typing import Any
+from operator import itemgetter
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
-from kedit_lightning.base_models.rows import TokenRows
+from kedit_lightning.base_models.batching import Batching, Decoder
+from kedit_lightning.base_models.rows import EncodedRow, PaddingSide, TokenRows
+from kedit_lightning.decoding_settings import generation_config
 from kedit_lightning.sentence import answer_text
 
 #: Inputs that ``generate`` makes itself.
@@ -33,11 +35,50 @@ def sentence_ended(text: str) -> bool:
     return answer_text(text) != text.rstrip()
 
 
+class Generator(Decoder, Protocol):
+    """What free generation needs of a base model, beside batching."""
+
+    tokenizer: Any
+    batching: Batching
+
+    @property
+    def max_tokens(self) -> int:
+        """Longest row it can take."""
+
+    def pad(
+        self, encoded: Sequence[EncodedRow], padding_side: PaddingSide | None = None
+    ) -> TokenRows:
+        """Align and pad rows."""
+
+
+def continuations(
+    base: Generator,
+    encoded: Sequence[EncodedRow],
+    size: int,
+    stop_at_sentence: bool,
+    options: dict[str, Any],
+) -> list[str]:
+    """Continue prompts, ``size`` together at most; see :meth:`BaseModel.generate`."""
+    texts: list[tuple[int, str]] = []
+    for part in base.batching.parts([len(row.prompt) for row in encoded], size):
+        rows = base.pad([encoded[i] for i in part], "left")
+        settings = {"pad_token_id": base.pad_id, **options}
+        if not base.is_encoder_decoder:
+            room = base.max_tokens - rows.inputs["input_ids"].shape[1]
+            settings["max_new_tokens"] = max(1, min(settings["max_new_tokens"], room))
+        # Told once: without a key-value cache every step looks like the first one.
+        with base.edits.carried_by(part, len(encoded)), base.edits.prompts_end_at(rows.prompt_end):
+            answers = generate_texts(base.model, base.tokenizer, rows, stop_at_sentence, settings)
+        several = len(answers) // len(part)  # answers to each prompt, as options may ask
+        texts += zip([i for i in part for _ in range(several)], answers, strict=True)
+    return [text for _, text in sorted(texts, key=itemgetter(0))]
+
+
 @torch.no_grad()
 def generate_texts(
     model: Any, tokenizer: Any, rows: TokenRows, stop_at_sentence: bool, options: dict[str, Any]
 ) -> list[str]:
-    """Continue left-padded rows; see :meth:`BaseModel.generate`.
+    """Continue left-padded rows; see :func:`continuations`.
 
     ``options`` go to ``generate`` of transformers, where they have precedence over the generation
     config of the model, which is not changed.
@@ -68,29 +109,6 @@ def generate_texts(
     if not stop_at_sentence:
         return [decode(row) for row in answers]
     return [_until_ended(row, decode) for row in answers]
-
-
-def generation_config(model: Any) -> dict[str, Any]:
-    """The generation config that a checkpoint came with, as plain values of JSON."""
-    config = getattr(model, "generation_config", None)
-    values: dict[str, Any] = {} if config is None else json.loads(config.to_json_string())
-    return values
-
-
-def parts_of(lengths: Sequence[int], size: int, alike: bool) -> list[list[int]]:
-    """Numbers of the rows that are continued together, ``size`` at most; ``alike``: of one length.
-
-    >>> parts_of([3, 4, 3], 2, alike=False), parts_of([3, 4, 3], 2, alike=True)
-    ([[0, 1], [2]], [[0, 2], [1]])
-    """
-    groups: dict[int, list[int]] = {}
-    for i, length in enumerate(lengths):
-        groups.setdefault(length if alike else 0, []).append(i)
-    return [
-        rows[start : start + size]
-        for rows in groups.values()
-        for start in range(0, len(rows), size)
-    ]
 
 
 def _until_last(ids: Tensor, last: int | Sequence[int] | None) -> Tensor:

@@ -9,9 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
-import torch
 from safetensors import SafetensorError
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,12 +19,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from kedit_lightning.errors import (
-    BaseModelNotFoundError,
-    MissingExtraError,
-    NonFiniteError,
-    UnsupportedUseError,
-)
+from kedit_lightning.errors import BaseModelNotFoundError, MissingExtraError, UnsupportedUseError
 
 #: Base models that come with the package.
 PACKAGED = ("nano",)
@@ -139,18 +132,3 @@ def load_pretrained(spec: BaseModelSpec) -> tuple[Any, Any]:
             f"cache, or one of the packaged models: {', '.join(PACKAGED)}"
         ) from error
     return model, tokenizer
-
-
-def check_weights(model: nn.Module, name: str) -> None:
-    """Check that all weights of a model are finite.
-
-    Raises:
-        NonFiniteError: A weight is NaN or infinite; the message names the tensor.
-    """
-    for place, tensor in model.named_parameters():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise NonFiniteError(
-                f"the weights of base model '{name}' hold NaN or infinite values in '{place}', so "
-                "nothing computed from them would mean anything; load the model again, in "
-                "bfloat16 or float32 if it was converted to float16"
-            )

@@ -11,11 +11,10 @@ from typing import Any, NamedTuple, TypeAlias, cast
 import torch
 
 from kedit_lightning.base_models import BaseModel, EncodedRow
-from kedit_lightning.base_models.generation import generation_config
 from kedit_lightning.benchmark.answer_cache import AnswersCache, key_of
 from kedit_lightning.benchmark.protocol import READING_VERSION, Protocol
 from kedit_lightning.data.dataloader import chunks
-from kedit_lightning.decoding_settings import in_force
+from kedit_lightning.decoding_settings import generation_config, in_force
 from kedit_lightning.edits import Edit
 from kedit_lightning.metrics import SCORINGS, ForwardPass, ProbeReading
 from kedit_lightning.metrics.functional import widened
@@ -242,7 +241,7 @@ class Reader:
             ids = tuple(base.tokenizer(text or "", add_special_tokens=False)["input_ids"])
             ids = ids[: min(self.protocol.max_new_tokens, base.max_tokens - len(plain.prompt))]
             # Without a text the position behind the prompt is read; the token there is not.
-            ids = ids or (base.tokenizer.eos_token_id or 0,)
+            ids = ids or (base.pad_id,)
         if not compare:
             return ForcedRow(edit, replace(plain, answer=ids))
         room = base.max_tokens - len(ids) - 2

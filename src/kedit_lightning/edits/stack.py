@@ -188,10 +188,11 @@ class EditStack:
             self._change(self._edits, before)
 
     @contextmanager
-    def carried_by(self, rows: Sequence[int]) -> Iterator[None]:
-        """Inside, a forward pass has only these of the rows that carry edits of their own."""
+    def carried_by(self, rows: Sequence[int], of: int) -> Iterator[None]:
+        """Inside, a forward pass has only these ``of`` so many rows that carry their own edits."""
         before = self._carried
-        if not before or list(rows) == list(range(len(before))):
+        # Where edits were given for another number of rows, the forward pass refuses them.
+        if len(before) != of or list(rows) == list(range(of)):
             yield
             return
         self._change(self._edits, [before[row] for row in rows])

@@ -15,10 +15,9 @@ from lightning.pytorch import LightningModule
 from rich.table import Table
 
 from kedit_lightning.base_models import BaseModel
-from kedit_lightning.base_models.generation import generation_config
 from kedit_lightning.benchmark import Protocol, RunContext
 from kedit_lightning.benchmark.run_context import new_metrics
-from kedit_lightning.decoding_settings import in_force, set_aside
+from kedit_lightning.decoding_settings import generation_config, in_force, set_aside
 from kedit_lightning.metrics import ExampleRecord, SummaryRow
 from kedit_lightning.metrics.functional import answer_text
 

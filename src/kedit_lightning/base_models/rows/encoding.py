@@ -205,7 +205,7 @@ class RowEncoder:
         Raises:
             InvalidRequestError: A token has none; on a GPU it would end the process.
         """
-        last = 0 if row.images else max((*row.prompt, *row.answer))
+        last = 0 if row.images else max((*row.prompt, *row.answer), default=0)
         if last >= entries:
             raise InvalidRequestError(
                 f"prompt {self.tokenizer.decode(row.prompt)[:60]!r}, with its answer, holds token "

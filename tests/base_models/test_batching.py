@@ -11,11 +11,12 @@ import torch
 from support import REQUESTS, tiny_base, tiny_model, tiny_tokenizer
 
 from kedit_lightning import BaseModel, Probe
-from kedit_lightning.base_models.mask_probe import embedded_tokens
+from kedit_lightning.base_models.batching import embedded_tokens
 from kedit_lightning.benchmark import Protocol
 from kedit_lightning.benchmark.reader import Reader
-from kedit_lightning.errors import InvalidRequestError
+from kedit_lightning.errors import InvalidRequestError, UnsupportedUseError
 from kedit_lightning.methods import FTM, ROME
+from kedit_lightning.statistics.key_collector import KeyCollector
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # recurrent models miss their fast kernels
 PROMPTS = [
@@ -50,8 +51,8 @@ def decoder(kind: str) -> BaseModel:
 
 def check_answers(base: BaseModel, reads_mask: bool) -> None:
     """Answers and logits of rows together are those of rows alone."""
-    assert base.reads_mask is reads_mask
-    assert base.decodes_together is (base.name != "rwkv")
+    assert base.batching.reads_mask is reads_mask
+    assert base.batching.decodes_together is (base.name != "rwkv")
     alone = [base.generate([prompt], max_new_tokens=6)[0] for prompt in PROMPTS]
     assert base.generate(PROMPTS, max_new_tokens=6) == alone
     assert base.generate(PROMPTS, max_new_tokens=6, batch_size=2) == alone
@@ -88,7 +89,7 @@ def test_the_verdict_does_not_depend_on_the_dtype(kind, dtype):
         base = BaseModel(tiny_decoders.tiny_decoder(kind, dtype), tiny_tokenizer(True))
     else:
         base = tiny_base(kind, dtype)
-    assert base.reads_mask is (kind != "rwkv")
+    assert base.batching.reads_mask is (kind != "rwkv")
 
 
 def test_it_is_tried_once_and_only_where_rows_are_padded(monkeypatch):
@@ -106,7 +107,7 @@ def test_it_is_tried_once_and_only_where_rows_are_padded(monkeypatch):
 def test_an_applied_edit_does_not_change_the_verdict():
     base = tiny_base("llama")
     with FTM(base, steps=1).edit(REQUESTS[:1]):
-        assert base.reads_mask
+        assert base.batching.reads_mask
         assert base.edits.active
 
 
@@ -121,6 +122,8 @@ def test_rows_keep_their_own_edits_where_they_are_answered_apart():
     with base.edits.carried(carried):
         assert base.generate(PROMPTS, max_new_tokens=5) == wanted
         assert base.generate(PROMPTS, max_new_tokens=5, batch_size=2) == wanted
+        with pytest.raises(UnsupportedUseError, match="give one edit, or None, for each row"):
+            base.generate(PROMPTS[:3], max_new_tokens=5)
     assert wanted != base.generate(PROMPTS, max_new_tokens=5)
 
 
@@ -171,8 +174,9 @@ def test_a_pad_id_is_found_where_no_special_token_has_an_embedding():
         lambda base: base.generate(["The <new> Tower is in"]),
         lambda base: base.rows(["Rome is in"], ["<new>"]),
         lambda base: base.encode("The <new> Tower is in", "Rome"),
+        lambda base: KeyCollector(base, ["model.layers.1.mlp.down_proj"]).read(["A <new> text"]),
     ],
-    ids=["generate", "rows", "encode"],
+    ids=["generate", "rows", "encode", "statistics"],
 )
 def test_any_other_such_token_is_named_with_the_size(ask):
     base = BaseModel(tiny_model("llama"), with_token("<new>"), name="tiny")
