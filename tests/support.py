@@ -79,6 +79,25 @@ def tiny_tokenizer(bos: bool) -> transformers.PreTrainedTokenizerFast:
     )
 
 
+#: A chat template with a beginning-of-sequence token.
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def chat_tokenizer(bos: bool) -> Any:
+    """A copy of the tiny tokenizer that has a chat template."""
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(tiny_tokenizer(bos).backend_tokenizer.to_str()),
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+    )
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
 def tiny_model(kind: str, dtype: torch.dtype = torch.float64, **settings: Any) -> Any:
     """A model of a family with random weights, the same at every call."""
     torch.manual_seed(0)

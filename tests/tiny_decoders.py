@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 import transformers
+from support import tiny_tokenizer
 
+from kedit_lightning import BaseModel
 from kedit_lightning.base_models import Layout, WritePath
 from kedit_lightning.edits.projections import first_tensor, projection_shape
 from kedit_lightning.errors import ModuleNotLocatedError
@@ -103,6 +105,7 @@ HYBRID = ["linear_attention", "linear_attention", "full_attention"]
 #: What single types need beyond that, most often since their defaults do not fit each other.
 EXTRA: dict[str, dict[str, Any]] = {
     "aria_text": {"moe_num_shared_experts": 1},
+    "bamba": {"attn_layer_indices": [1]},
     "beam": {"mlp_layer_types": ["dense", "sparse", "sparse"]},
     "blt": {"encoder_hash_byte_group_vocab": 64},
     "cohere_compass_text": {
@@ -121,6 +124,7 @@ EXTRA: dict[str, dict[str, Any]] = {
     },
     "gpt_neo": {"attention_types": [[["global"], LAYERS]]},
     "granite": {"residual_multiplier": 0.22},
+    "granitemoehybrid": {"layer_types": ["mamba", "mamba", "attention"]},
     "hunyuan_v1_dense": {"head_dim": 8},
     "hunyuan_v1_moe": {"head_dim": 8},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
@@ -132,6 +136,7 @@ EXTRA: dict[str, dict[str, Any]] = {
     "nemotron": {"num_key_value_heads": 2},
     "qwen3_5": {"text_config": {"layer_types": HYBRID}},
     "qwen3_5_text": {"layer_types": HYBRID},
+    "qwen3_next": {"layer_types": HYBRID},
     "reformer": {
         "attn_layers": ["local", "lsh", "local"],
         "axial_pos_embds_dim": [16, 16],
@@ -205,6 +210,7 @@ class Finding:
         places: Names of the down projections, a star for the number of the block.
         paths: How each of them writes to its block's output.
         layers: How many of the model's blocks they are in, and how many there are.
+        reads_mask: Whether padding before a row changes nothing.
     """
 
     kind: str
@@ -214,6 +220,7 @@ class Finding:
     places: tuple[str, ...] = ()
     paths: tuple[WritePath, ...] = ()
     layers: tuple[int, int] = (0, 0)
+    reads_mask: bool = True
 
 
 def _is_dense(model: Any) -> bool:
@@ -299,4 +306,6 @@ def survey(kind: str) -> Finding:
     verdict = "in part" if reason else "located"
     places = {re.sub(r"\.\d+\.", ".*.", block.down, count=1): path for block, path in found}
     layers = (len(found), total)
-    return Finding(kind, verdict, reason, dense, (*places,), (*places.values(),), layers)
+    reads_mask = BaseModel(model, tiny_tokenizer(True)).batching.reads_mask
+    paths = tuple(places.values())
+    return Finding(kind, verdict, reason, dense, (*places,), paths, layers, reads_mask)

@@ -43,6 +43,16 @@ Methods that edit weights refuse these with the reason; IKE, which edits none, w
 | reason | model types |
 |---|---|
 """
+UNPADDED = """
+## Without padding
+
+These ignore the attention mask, or count positions from the first column, so that padding before a
+row would change its answer: free answers are given to rows of one length together, or to each row
+alone. It costs time and changes nothing.
+
+| model types |
+|---|
+"""
 UNBUILT = """
 ## Not built
 
@@ -89,6 +99,8 @@ def page(findings: Sequence[Finding]) -> str:
     for finding in of["refused"]:
         reasons.setdefault(_reason(finding), []).append(finding.kind)
     text += REFUSED + "".join(f"| {why} | {', '.join(kinds)} |\n" for why, kinds in reasons.items())
+    unpadded = ", ".join(finding.kind for finding in findings if not finding.reads_mask)
+    text += UNPADDED + f"| {unpadded} |\n"
     return text + UNBUILT + "".join(f"| {f.kind} | {_cell(f.reason)} |\n" for f in of["not built"])
 
 

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
 from kedit_lightning.character_forms import differences, is_unicode, spans_of, trimmed
+from kedit_lightning.chat_turns import passage_with, prompt_text, question_in
 from kedit_lightning.errors import InvalidRequestError, article_list
 
 ProbeKind: TypeAlias = Literal["rewrite", "rephrase", "locality", "portability"]
@@ -53,6 +54,13 @@ def _keep(item: EditRequest | Probe, values: dict[str, Any]) -> None:
             object.__setattr__(item, name, value)
 
 
+def _settle_prompt(of: EditRequest | Probe) -> None:
+    """Give messages their one spelling; what is no prompt at all is refused by its owner."""
+    given: object = of.prompt
+    if isinstance(given, (str, list, tuple)):
+        object.__setattr__(of, "prompt", prompt_text(given))
+
+
 @dataclass(frozen=True)
 class EditRequest:
     """One fact to write into a base model.
@@ -62,7 +70,8 @@ class EditRequest:
     width, with other spaces) is taken as the prompt has it.
 
     Args:
-        prompt: Text that ends where the answer begins.
+        prompt: Text that ends where the answer begins; or messages, a list of ``role`` and
+            ``content``, which become their JSON here and are put into the chat template later.
         target_new: The answer to write.
         subject: The span of ``prompt`` that the fact is about; some methods need it.
         target_old: The answer the fact had before, where known.
@@ -83,6 +92,7 @@ class EditRequest:
     image: str | None = None
 
     def __post_init__(self) -> None:
+        _settle_prompt(self)
         for field, value in list(vars(self).items()):
             needed = field in ("prompt", "target_new")
             if (needed or value is not None) and not _is_text(value):
@@ -93,7 +103,8 @@ class EditRequest:
         texts = ("target_new", "target_old", "subject")
         _keep(self, {name: trimmed(text) for name in texts if (text := getattr(self, name))})
         if self.subject is not None:
-            subject = _own_span(self.label, self.subject, self.prompt)
+            asked = passage_with(self.prompt, self.subject)
+            subject = _own_span(self.label, self.subject, asked)
             object.__setattr__(self, "subject", subject)
 
     @classmethod
@@ -113,7 +124,7 @@ class EditRequest:
     @property
     def label(self) -> str:
         """How messages name this request."""
-        return f"request {self.id!r}" if self.id is not None else f"request {self.prompt!r}"
+        return f"request {question_in(self.prompt) if self.id is None else self.id!r}"
 
 
 @dataclass(frozen=True)
@@ -125,7 +136,7 @@ class Probe:
 
     Args:
         kind: What the answer tells: ``rewrite``, ``rephrase``, ``locality`` or ``portability``.
-        prompt: Text that ends where the answer begins.
+        prompt: Text that ends where the answer begins, or messages as in :class:`EditRequest`.
         answers: Answers that count as right, the preferred one first. May be empty for locality,
             which asks whether the base model's own answer has changed.
         group: Name under which scores are collected, such as ``neighborhood``; the kind if empty.
@@ -144,6 +155,7 @@ class Probe:
     image: str | None = None
 
     def __post_init__(self) -> None:
+        _settle_prompt(self)
         name = self.label
         if self.kind not in get_args(ProbeKind):
             raise _refuse(name, "kind", f"must be one of {', '.join(get_args(ProbeKind))}")
@@ -183,7 +195,7 @@ class Probe:
     @property
     def label(self) -> str:
         """How messages name this probe."""
-        return f"{self.kind} probe {self.prompt!r}"
+        return f"{self.kind} probe {question_in(self.prompt)!r}"
 
 
 @dataclass(frozen=True)

@@ -184,7 +184,7 @@ def test_values_may_be_sought_on_every_located_type():
         base = BaseModel(tiny_decoders.tiny_decoder(kind), tiny_tokenizer(bos=True), name=kind)
         # A tiny Reformer has fewer entries than the tokenizer.
         entries = base.model.get_input_embeddings().weight.shape[0]
-        encoded = [base.encode(r.prompt, r.target_new, r.subject) for r in REQUESTS]
+        encoded = [base.encoder.encode(r.prompt, r.target_new, r.subject) for r in REQUESTS]
         rows = [
             replace(
                 row,

@@ -8,7 +8,15 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from support import FAMILIES, REQUESTS, TEXT, tiny_base, tiny_model, tiny_tokenizer
+from support import (
+    FAMILIES,
+    REQUESTS,
+    TEXT,
+    chat_tokenizer,
+    tiny_base,
+    tiny_model,
+    tiny_tokenizer,
+)
 from tokenizers import (
     Tokenizer,
     decoders,
@@ -29,11 +37,6 @@ from kedit_lightning.base_models.rows import (
 )
 from kedit_lightning.edits import PromptEdit, PromptEntry
 from kedit_lightning.errors import InvalidRequestError
-
-TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
 
 
 def llama_like_tokenizer(
@@ -137,7 +140,7 @@ def _text(tokenizer: Any, ids: Any) -> str:
     [
         ("The capital is", "Rome", "The capital is Rome"),
         ("The capital is ", " Rome", "The capital is Rome"),
-        ("The capital is  \n", "\tRome ", "The capital is Rome "),
+        ("The capital is  ", "\tRome ", "The capital is Rome "),
         ("首都是", "罗马", "首都是罗马"),
         ("首都は", "ローマです", "首都はローマです"),
         ("答案\uff1a", "Rome", "答案\uff1aRome"),  # a full-width colon
@@ -146,6 +149,36 @@ def _text(tokenizer: Any, ids: Any) -> str:
         ("수도는", "로마", "수도는 로마"),
         ("Столица —", "Рим", "Столица — Рим"),
         ("العاصمة هي", "روما", "العاصمة هي روما"),
+        # Behind a line break or other white space, which stays.
+        ("Q: Which city?\nA:\n", "Rome", "Q: Which city?\nA:\nRome"),
+        ("assistant\n\n", " Rome", "assistant\n\nRome"),
+        ("assistant\n  ", "Rome", "assistant\nRome"),
+        ("city:\t", "Rome", "city:\tRome"),
+        ("ville\u00a0:\u00a0", "Rome", "ville\u00a0:\u00a0Rome"),
+        # Behind an opener.
+        ('He said "', "Rome", 'He said "Rome'),
+        ("He said '", "Rome", "He said 'Rome"),
+        ("He said “", "Rome", "He said “Rome"),
+        ("Er sagt „", "Rom", "Er sagt „Rom"),
+        ("Il dit «\u00a0", "Rome", "Il dit «\u00a0Rome"),
+        ("Il dit «", "Rome", "Il dit «Rome"),
+        ("Er sagt »", "Rom", "Er sagt »Rom"),
+        ("(", "A", "(A"),
+        ("the capital [", "Rome", "the capital [Rome"),
+        ('{"capital": "', "Rome", '{"capital": "Rome'),
+        ("{'capital':'", "Rome", "{'capital':'Rome"),
+        ('the city ("', "Rome", 'the city ("Rome'),
+        ("the city—“", "Rome", "the city—“Rome"),
+        ("¿", "Roma", "¿Roma"),
+        ("run `", "ls", "run `ls"),
+        # Not behind a closer.
+        ('the capital of "Italy"', "Rome", 'the capital of "Italy" Rome'),
+        ("“Italy”", "Rome", "“Italy” Rome"),
+        ("„Italien“", "Rom", "„Italien“ Rom"),
+        ("«Italie»", "Rome", "«Italie» Rome"),
+        ("the capital (Italy)", "Rome", "the capital (Italy) Rome"),
+        ("the parents'", "Rome", "the parents' Rome"),
+        ('She asked: "Where?"', "Rome", 'She asked: "Where?" Rome'),
     ],
 )
 def test_prompt_and_answer_are_joined_as_they_are_written(prompt, answer, joined):
@@ -179,9 +212,47 @@ def test_the_joined_ids_are_cut_where_the_answer_begins(tokenizer, prompt, answe
 def test_spaces_at_the_border_change_nothing(tokenizer):
     encoder = RowEncoder(tokenizer)
     plain = encoder.encode("The Eiffel Tower is in", "Rome", "Eiffel Tower")
-    for prompt in ("The Eiffel Tower is in ", "The Eiffel Tower is in\n"):
+    for prompt in ("The Eiffel Tower is in ", "The Eiffel Tower is in   "):
         for answer in ("Rome", " Rome", "  Rome"):
             assert encoder.encode(prompt, answer, "Eiffel Tower") == plain
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer"),
+    [
+        ("Q: Which city?\nA:\n", "Rome"),
+        ("Question:\n\n", "Lyon"),
+        ('He said "', "Lyon"),
+        ("In the city of (", "Rome"),
+        ("It is (“", "Rome"),
+    ],
+)
+def test_what_is_trained_is_the_text_that_was_given(tokenizer, prompt, answer):
+    encoder = RowEncoder(tokenizer)
+    row = encoder.encode(prompt, answer)
+    assert row.prompt == encoder.encode(prompt).prompt, "it is scored and generated from"
+    if "<unk>" not in tokenizer.convert_ids_to_tokens([*row.prompt, *row.answer]):
+        if "▁" not in str(tokenizer.convert_ids_to_tokens(list(row.prompt))):
+            assert _text(tokenizer, row.prompt) == prompt
+        assert prompt + answer in _text(tokenizer, (*row.prompt, *row.answer))
+
+
+def test_an_answer_behind_a_line_break_that_a_token_goes_across_has_no_space():
+    # As in GPT-2, two line breaks are one token at the end, and two before a word.
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(["A:\n\n", " Rome"] * 9, trainer)
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    assert fast.tokenize("A:\n\n")[-1] == "ĊĊ"
+    assert fast.tokenize("A:\n\nRome").count("Ċ") == 2
+    for one in (fast, SlowTokenizer(fast)):
+        row = RowEncoder(one).encode("A:\n\n", "Rome")
+        assert fast.decode(row.prompt) == "A:\n\n"
+        assert fast.decode(row.answer) == "Rome"
 
 
 def test_a_prompt_has_the_same_ids_with_and_without_an_answer(tokenizer):
@@ -239,6 +310,29 @@ def test_the_beginning_token_stands_once_and_the_end_token_nowhere():
         assert tokenizer.eos_token_id not in ids
         if has_bos:
             assert ids[0] == tokenizer.bos_token_id
+
+
+def test_a_rendered_prompt_begins_once(tokenizer):
+    encoder = RowEncoder(tokenizer)
+    plain = encoder.encode("The Eiffel Tower is in", "Rome", "Eiffel Tower")
+    if not encoder.prefix:
+        return
+    begun = encoder.encode("<s>The Eiffel Tower is in", "Rome", "Eiffel Tower")
+    assert begun.prompt.count(1) == 1
+    assert begun.prompt[0] == 1
+    assert begun.answer == plain.answer
+    assert encoder.count_prompt("<s>The Eiffel Tower is in") == len(begun.prompt)
+    assert encoder.text("<s>Rome\n").prompt == encoder.encode("<s>Rome").prompt
+
+
+def test_a_start_of_two_tokens_stands_once():
+    tokenizer = chat_tokenizer(True)  # as GLM-4, which begins with [gMASK]<sop>
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<pad> <s> $A", special_tokens=[("<pad>", 0), ("<s>", 1)]
+    )
+    encoder = RowEncoder(tokenizer)
+    assert encoder.prefix == (0, 1)
+    assert encoder.encode("<pad><s>Rome is in") == encoder.encode("Rome is in")
 
 
 @pytest.mark.parametrize("text", ["", "   ", "\n"])
@@ -500,20 +594,9 @@ def test_encoder_and_decoder_ids_stand_apart():
 # ---- chat
 
 
-def _chat_tokenizer(bos: bool) -> Any:
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(tiny_tokenizer(bos).backend_tokenizer.to_str()),
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-    )
-    tokenizer.chat_template = TEMPLATE
-    return tokenizer
-
-
 @pytest.mark.parametrize("bos", [True, False])
 def test_the_chat_template_is_a_switch(bos):
-    tokenizer = _chat_tokenizer(bos)
+    tokenizer = chat_tokenizer(bos)
     plain, chat = RowEncoder(tokenizer), RowEncoder(tokenizer, chat=True)
     assert plain.encode("Where is Rome") == RowEncoder(tiny_tokenizer(bos)).encode("Where is Rome")
     row = chat.encode("Where is Rome", " Italy", "Rome")
@@ -525,8 +608,20 @@ def test_the_chat_template_is_a_switch(bos):
     assert "<assistant>" not in upto
 
 
+@pytest.mark.parametrize("bos", [True, False])
+def test_a_template_decides_whether_there_is_a_beginning_token(bos):
+    """As ``apply_chat_template`` of transformers, which puts no special token of its own."""
+    tokenizer = chat_tokenizer(bos)
+    tokenizer.chat_template = tokenizer.chat_template.replace("{{ bos_token }}", "")
+    row = RowEncoder(tokenizer, chat=True).encode("Where is Rome")
+    turns = [{"role": "user", "content": "Where is Rome"}]
+    wanted = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+    assert list(row.prompt) == wanted
+    assert tokenizer.bos_token_id not in row.prompt
+
+
 def test_a_subject_is_looked_for_in_the_prompt_and_not_in_the_template():
-    tokenizer = _chat_tokenizer(True)
+    tokenizer = chat_tokenizer(True)
     row = RowEncoder(tokenizer, chat=True).encode("Does an assistant or a user ask", None, "user")
     assert tokenizer.decode(row.prompt[: row.subject_end + 1]).endswith(
         "Does an assistant or a user"
@@ -534,7 +629,7 @@ def test_a_subject_is_looked_for_in_the_prompt_and_not_in_the_template():
 
 
 def test_a_base_model_passes_the_switch_on():
-    base = BaseModel(tiny_model("llama"), _chat_tokenizer(True), chat=True)
+    base = BaseModel(tiny_model("llama"), chat_tokenizer(True), chat=True)
     assert base.tokenizer.decode(base.encode("Hi").prompt) == "<s><user>Hi</user><assistant>"
 
 

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kedit_lightning.base_models.batching import Batching, embedded_tokens
 from kedit_lightning.base_models.fingerprint import model_fingerprint, tokenizer_fingerprint
-from kedit_lightning.base_models.generation import generate_texts
+from kedit_lightning.base_models.generation import continuations
 from kedit_lightning.base_models.layout import Layout
 from kedit_lightning.base_models.rows import (
     EncodedRow,
@@ -25,8 +26,11 @@ from kedit_lightning.base_models.rows import (
     pad_rows,
 )
 from kedit_lightning.base_models.spec import BaseModelSpec, load_pretrained
+from kedit_lightning.base_models.taps import gathering
+from kedit_lightning.chat_turns import prompt_text
+from kedit_lightning.decoding_settings import Generation, generation_config, neutral_options
 from kedit_lightning.edits import EditStack
-from kedit_lightning.edits.projections import compute_dtype, first_tensor
+from kedit_lightning.edits.projections import compute_dtype
 from kedit_lightning.errors import InvalidRequestError, NonFiniteError
 
 
@@ -61,6 +65,8 @@ class BaseModel:
         images = None if processor is None else ImageEncoder(processor)
         self.encoder = RowEncoder(tokenizer, chat, images)
         self.layout = Layout(model)
+        #: Which rows it may read together.
+        self.batching = Batching(self)
         #: Whether its ``forward`` takes ``position_ids``.
         self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         #: Whether its passes can start in the middle; ``None`` until ``can_resume`` has tried.
@@ -124,9 +130,10 @@ class BaseModel:
 
     @property
     def pad_id(self) -> int:
-        """Id put where there is no token; masked, so any valid id serves."""
-        pad_id = self.tokenizer.pad_token_id
-        return int(self.tokenizer.eos_token_id or 0) if pad_id is None else int(pad_id)
+        """Id put where there is no token; masked, so any id serves that has an embedding."""
+        ids = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
+        entries = embedded_tokens(self.model)
+        return next(int(id) for id in ids if id is not None and id < entries)
 
     @property
     def max_tokens(self) -> int:
@@ -185,12 +192,17 @@ class BaseModel:
         self, encoded: Sequence[EncodedRow], padding_side: PaddingSide | None = None
     ) -> TokenRows:
         """Align and pad rows that are tokens already, and add the pixels of their pictures."""
-        pad_id = self.pad_id
+        pad_id, entries = self.pad_id, embedded_tokens(self.model)
+        for row in encoded:
+            self.encoder.check_ids(row, entries, self.name)
         if self.is_encoder_decoder:
             start, suffix = self.model.config.decoder_start_token_id, self.encoder.suffix
             rows = pad_encoder_decoder_rows(encoded, pad_id, start, suffix, self.device)
         else:
             side = padding_side or self.padding_side
+            if side == "left" and len({len(r.prompt) + len(r.answer) for r in encoded}) > 1:
+                # Behind the tokens, padding does no harm to a decoder.
+                side = "left" if self.batching.reads_mask else "right"
             rows = pad_rows(encoded, pad_id, side, self.takes_positions, self.device)
         images = self.encoder.images
         if images is None or not any(row.images for row in encoded):
@@ -213,10 +225,13 @@ class BaseModel:
         """
         images = () if image is None else (image,)
         reserve = 32 if answer is None else self.encoder.count(answer) + 2
+        prompt = prompt_text(prompt)
         rendered = self.edits.render(
-            prompt, lambda text: self.encoder.count(text, images) + reserve <= self.max_tokens
+            prompt,
+            lambda text: self.encoder.count_prompt(text, images) + reserve <= self.max_tokens,
         )
         row = self.encoder.encode(rendered, answer, subject, images)
+        self.encoder.check_ids(row, embedded_tokens(self.model), self.name)
         length = len(row.prompt) + len(row.answer)
         if length > self.max_tokens:
             raise InvalidRequestError(
@@ -252,22 +267,9 @@ class BaseModel:
         """
         head = self.model.get_output_embeddings()
         if head is None:
-            logits: Tensor = self.forward(rows, **options).logits[places]
-            return logits
-
-        def gather(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            handle.remove()  # an edit that changes logits may call the head once more
-            hidden = first_tensor(args)
-            at = tuple(index.to(hidden.device) for index in places)
-            return (hidden[at][None], *args[1:])
-
-        handle = head.register_forward_pre_hook(gather)
-        try:
-            with self.edits.logits_stand_at(places):
-                logits = self.forward(rows, **options).logits
-        finally:
-            handle.remove()
-        return logits[0]
+            return self.forward(rows, **options).logits[places]  # type: ignore[no-any-return]
+        with self.edits.logits_stand_at(places), gathering(head, places):
+            return self.forward(rows, **options).logits[0]  # type: ignore[no-any-return]
 
     def answer_log_probs(self, rows: TokenRows) -> Tensor:
         """Log-probability of each answer token, in at least float32. Shape ``[batch, width]``.
@@ -286,9 +288,13 @@ class BaseModel:
         batch_size: int = 32,
         stop_at_sentence: bool = False,
         images: Sequence[str | None] | None = None,
+        generation: Generation = "greedy",
         **options: Any,
     ) -> list[str]:
         """Continue prompts, greedily unless ``options`` say otherwise; prompts are not repeated.
+
+        What the generation config of the model adds (penalties, beams, bans, forced tokens) is set
+        aside; its end-of-sequence tokens are kept.
 
         Args:
             prompts: The prompts.
@@ -296,23 +302,15 @@ class BaseModel:
             batch_size: Prompts answered together; it never changes an answer.
             stop_at_sentence: End once every row has ended a line or a sentence.
             images: Path or URL of the picture that each prompt is about.
+            generation: ``model`` lets the generation config act, except for sampling.
             **options: Passed to ``transformers``' ``generate``.
         """
         _refuse_one_text(prompts)
-        texts: list[str] = []
-        for start in range(0, len(prompts), batch_size):
-            part = slice(start, start + batch_size)
-            rows = self.rows(prompts[part], padding_side="left", images=images and images[part])
-            settings = {"pad_token_id": self.pad_id, "max_new_tokens": max_new_tokens, **options}
-            if not self.is_encoder_decoder:
-                room = self.max_tokens - rows.inputs["input_ids"].shape[1]
-                settings["max_new_tokens"] = max(1, min(max_new_tokens, room))
-            # Told once: without a key-value cache every step looks like the first one.
-            with self.edits.prompts_end_at(rows.prompt_end):
-                texts += generate_texts(
-                    self.model, self.tokenizer, rows, stop_at_sentence, settings
-                )
-        return texts
+        pictures = images or [None] * len(prompts)
+        encoded = [self.encode(p, image=i) for p, i in zip(prompts, pictures, strict=True)]
+        settings = neutral_options(generation_config(self.model), generation)
+        settings |= {"max_new_tokens": max_new_tokens, **options}
+        return continuations(self, encoded, batch_size, stop_at_sentence, settings)
 
     def __repr__(self) -> str:
         return f"BaseModel({self.name!r}, {self.model.config.model_type}, {len(self.edits)} edits)"

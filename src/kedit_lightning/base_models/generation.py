@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from operator import itemgetter
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
-from kedit_lightning.base_models.rows import TokenRows
+from kedit_lightning.base_models.batching import Batching, Decoder
+from kedit_lightning.base_models.rows import EncodedRow, PaddingSide, TokenRows
+from kedit_lightning.decoding_settings import generation_config
 from kedit_lightning.sentence import answer_text
 
 #: Inputs that ``generate`` makes itself.
@@ -32,11 +35,54 @@ def sentence_ended(text: str) -> bool:
     return answer_text(text) != text.rstrip()
 
 
+class Generator(Decoder, Protocol):
+    """What free generation needs of a base model, beside batching."""
+
+    tokenizer: Any
+    batching: Batching
+
+    @property
+    def max_tokens(self) -> int:
+        """Longest row it can take."""
+
+    def pad(
+        self, encoded: Sequence[EncodedRow], padding_side: PaddingSide | None = None
+    ) -> TokenRows:
+        """Align and pad rows."""
+
+
+def continuations(
+    base: Generator,
+    encoded: Sequence[EncodedRow],
+    size: int,
+    stop_at_sentence: bool,
+    options: dict[str, Any],
+) -> list[str]:
+    """Continue prompts, ``size`` together at most; see :meth:`BaseModel.generate`."""
+    texts: list[tuple[int, str]] = []
+    for part in base.batching.parts([len(row.prompt) for row in encoded], size):
+        rows = base.pad([encoded[i] for i in part], "left")
+        settings = {"pad_token_id": base.pad_id, **options}
+        if not base.is_encoder_decoder:
+            room = base.max_tokens - rows.inputs["input_ids"].shape[1]
+            settings["max_new_tokens"] = max(1, min(settings["max_new_tokens"], room))
+        # Told once: without a key-value cache every step looks like the first one.
+        with base.edits.carried_by(part, len(encoded)), base.edits.prompts_end_at(rows.prompt_end):
+            answers = generate_texts(base.model, base.tokenizer, rows, stop_at_sentence, settings)
+        several = len(answers) // len(part)  # answers to each prompt, as options may ask
+        texts += zip([i for i in part for _ in range(several)], answers, strict=True)
+    return [text for _, text in sorted(texts, key=itemgetter(0))]
+
+
 @torch.no_grad()
 def generate_texts(
     model: Any, tokenizer: Any, rows: TokenRows, stop_at_sentence: bool, options: dict[str, Any]
 ) -> list[str]:
-    """Continue left-padded rows; see :meth:`BaseModel.generate`."""
+    """Continue left-padded rows; see :func:`continuations`.
+
+    ``options`` go to ``generate`` of transformers, where they have precedence over the generation
+    config of the model, which is not changed.
+    """
     prompt = 1 if "decoder_input_ids" in rows.inputs else rows.inputs["input_ids"].shape[1]
 
     def decode(ids: Tensor) -> str:
@@ -47,7 +93,10 @@ def generate_texts(
         done = [sentence_ended(decode(row[prompt:])) for row in ids]
         return torch.tensor(done, device=ids.device)
 
-    settings = {"do_sample": False, **options}
+    settings = dict(options)
+    config = generation_config(model)
+    if settings.get("stop_strings", config.get("stop_strings")):
+        settings.setdefault("tokenizer", tokenizer)
     criteria = [*settings.pop("stopping_criteria", []), *([ended] if stop_at_sentence else [])]
     ids: Tensor = model.generate(
         **{name: value for name, value in rows.inputs.items() if name not in _MADE},
@@ -55,9 +104,19 @@ def generate_texts(
         logits_processor=LogitsProcessorList(settings.pop("logits_processor", [])),
         **settings,
     )
+    last = settings.get("eos_token_id", config.get("eos_token_id"))
+    answers = [_until_last(row[prompt:], last) for row in ids]
     if not stop_at_sentence:
-        return [decode(row[prompt:]) for row in ids]
-    return [_until_ended(row[prompt:], decode) for row in ids]
+        return [decode(row) for row in answers]
+    return [_until_ended(row, decode) for row in answers]
+
+
+def _until_last(ids: Tensor, last: int | Sequence[int] | None) -> Tensor:
+    """Ids up to a token that ends an answer; behind it is padding, which may be any token."""
+    if last is None:
+        return ids
+    ends = torch.isin(ids, torch.tensor(last, device=ids.device)).nonzero()
+    return ids[: int(ends[0]) + 1] if len(ends) else ids
 
 
 def _until_ended(ids: Tensor, decode: Callable[[Tensor], str]) -> str:

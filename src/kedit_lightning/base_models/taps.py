@@ -119,6 +119,26 @@ def stop_after(model: nn.Module, name: str) -> Iterator[None]:
 
 
 @contextmanager
+def gathering(head: nn.Module, places: tuple[Tensor, Tensor]) -> Iterator[None]:
+    """Inside, the next call of a vocabulary projection reads these rows and columns, ``[n]`` each.
+
+    Its input ``[batch, tokens, width]`` becomes ``[1, n, width]``.
+    """
+
+    def gather(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        handle.remove()  # an edit that changes logits may call the head once more
+        hidden = first_tensor(args)
+        at = tuple(index.to(hidden.device) for index in places)
+        return (hidden[at][None], *args[1:])
+
+    handle = head.register_forward_pre_hook(gather)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
 def skipping(model: nn.Module, outputs: Mapping[str, Any]) -> Iterator[None]:
     """Replace forward passes of modules by stored outputs, in the module's own form."""
     modules = {name: model.get_submodule(name) for name in outputs}

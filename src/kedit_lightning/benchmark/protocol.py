@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, TypeAlias, get_args
 
 from kedit_lightning.contradictions import OnConflict
+from kedit_lightning.decoding_settings import Generation
 from kedit_lightning.errors import UnsupportedUseError
 from kedit_lightning.metrics.functional.text_match import AnswerRule
 from kedit_lightning.requests import EditExample, EditRequest
@@ -18,7 +19,7 @@ Moment: TypeAlias = Literal["immediate", "final"]
 Scoring: TypeAlias = Literal["default", "legacy_easyedit"]
 
 #: Part of every protocol id; raised when the same settings would give other numbers.
-READING_VERSION = 1
+READING_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,9 @@ class Protocol:
             as SQuAD's script does.
         on_conflict: What is done where requests that hold together give one fact different answers:
             ``last`` writes the last one, ``refuse`` ends the run before anything is computed.
+        generation: Free answers are ``greedy``: penalties, beams, bans and forced tokens that the
+            base model's generation config brings are set aside, and named in the results. With
+            ``model`` they act; answers are sampled under neither.
     """
 
     mode: Mode | None = None
@@ -57,10 +61,12 @@ class Protocol:
     max_new_tokens: int = 64
     answers: AnswerRule = "words"
     on_conflict: OnConflict = "last"
+    generation: Generation = "greedy"
 
     def __post_init__(self) -> None:
         kinds: dict[str, Any] = {"scoring": Scoring, "answers": AnswerRule}
-        kinds |= {"on_conflict": OnConflict} | ({} if self.mode is None else {"mode": Mode})
+        kinds |= {"on_conflict": OnConflict, "generation": Generation}
+        kinds |= {} if self.mode is None else {"mode": Mode}
         for field, kind in kinds.items():
             if getattr(self, field) not in get_args(kind):
                 raise self._refuse(field, f"must be one of {', '.join(get_args(kind))}")
@@ -130,7 +136,7 @@ class Protocol:
         if self.grouping != "sequential":
             del facts["evaluate"], facts["every"]
         if not self.generates:
-            del facts["max_new_tokens"], facts["answers"]
+            del facts["max_new_tokens"], facts["answers"], facts["generation"]
         return facts
 
     @property

@@ -14,6 +14,7 @@ from kedit_lightning.base_models import BaseModel, EncodedRow
 from kedit_lightning.benchmark.answer_cache import AnswersCache, key_of
 from kedit_lightning.benchmark.protocol import READING_VERSION, Protocol
 from kedit_lightning.data.dataloader import chunks
+from kedit_lightning.decoding_settings import generation_config, in_force
 from kedit_lightning.edits import Edit
 from kedit_lightning.metrics import SCORINGS, ForwardPass, ProbeReading
 from kedit_lightning.metrics.functional import widened
@@ -71,6 +72,7 @@ class Reader:
                 "attention": getattr(base.model.config, "_attn_implementation", None),
                 "scoring": protocol.scoring,
                 "max_new_tokens": protocol.max_new_tokens if protocol.generates else 0,
+                "decoding": in_force(generation_config(base.model), protocol.generation),
                 "dataset": dataset,
             }
         )
@@ -187,14 +189,16 @@ class Reader:
             return {}
         unique = sorted(
             dict.fromkeys((edit, probe.prompt) for edit, probe in asked),
-            key=lambda key: (self.base.encoder.count(key[1]), key[1]),
+            key=lambda key: (self.base.encoder.count_prompt(key[1]), key[1]),
         )
         size, length = self.protocol.score_batch_size, self.protocol.max_new_tokens
         texts: dict[tuple[Carried, str], str] = {}
         for batch in chunks(unique, size):
             prompts = [prompt for _, prompt in batch]
             with self._carrying([edit for edit, _ in batch]):
-                answers = self.base.generate(prompts, length, size, stop_at_sentence=True)
+                answers = self.base.generate(
+                    prompts, length, size, True, generation=self.protocol.generation
+                )
             texts |= zip(batch, answers, strict=True)
         return texts
 
@@ -237,11 +241,13 @@ class Reader:
             ids = tuple(base.tokenizer(text or "", add_special_tokens=False)["input_ids"])
             ids = ids[: min(self.protocol.max_new_tokens, base.max_tokens - len(plain.prompt))]
             # Without a text the position behind the prompt is read; the token there is not.
-            ids = ids or (base.tokenizer.eos_token_id or 0,)
+            ids = ids or (base.pad_id,)
         if not compare:
             return ForcedRow(edit, replace(plain, answer=ids))
         room = base.max_tokens - len(ids) - 2
-        prompt = base.edits.render(probe.prompt, lambda text: base.encoder.count(text) <= room)
+        prompt = base.edits.render(
+            probe.prompt, lambda text: base.encoder.count_prompt(text) <= room
+        )
         row = plain if prompt == probe.prompt else base.encoder.encode(prompt)
         ids = ids[: max(1, base.max_tokens - len(row.prompt))]
         return ForcedRow(edit, replace(row, answer=ids), replace(plain, answer=ids))

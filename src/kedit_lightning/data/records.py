@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from kedit_lightning.character_forms import is_unicode
+from kedit_lightning.chat_turns import messages_in, prompt_text
 from kedit_lightning.data.field_names import meant
 from kedit_lightning.errors import (
     DataFileError,
@@ -80,6 +81,27 @@ class Fields:
                 f"{meant(key, self.values)})"
             )
         return _text(self.values[key], self.place(key))
+
+    def prompt(self) -> str:
+        """The text of ``prompt``; or of ``messages``, a list of objects with role and content."""
+        if "messages" not in self and not isinstance(self.values.get("prompt"), list):
+            return self.text("prompt")
+        if "messages" in self and "prompt" in self:
+            raise InvalidRequestError(
+                f"fields '{self.place('prompt')}' and '{self.place('messages')}' are two forms of "
+                "one thing; leave out one of them"
+            )
+        key = "messages" if "messages" in self else "prompt"
+        try:
+            text = prompt_text(self.values[key])
+        except InvalidRequestError as error:
+            raise InvalidRequestError(f"field '{self.place(key)}': {error}") from error
+        if messages_in(text) is None:
+            raise InvalidRequestError(
+                f"field '{self.place(key)}' must be a list of objects with the texts 'role' and "
+                f"'content', got {_show(self.values[key])}"
+            )
+        return text
 
     def optional_text(self, key: str) -> str | None:
         """A text that may be absent or null, but not empty."""

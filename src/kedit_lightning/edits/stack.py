@@ -188,6 +188,20 @@ class EditStack:
             self._change(self._edits, before)
 
     @contextmanager
+    def carried_by(self, rows: Sequence[int], of: int) -> Iterator[None]:
+        """Inside, a forward pass has only these ``of`` so many rows that carry their own edits."""
+        before = self._carried
+        # Where edits were given for another number of rows, the forward pass refuses them.
+        if len(before) != of or list(rows) == list(range(of)):
+            yield
+            return
+        self._change(self._edits, [before[row] for row in rows])
+        try:
+            yield
+        finally:
+            self._change(self._edits, before)
+
+    @contextmanager
     def prompts_end_at(self, columns: Tensor) -> Iterator[None]:
         """Inside, forward passes have prompts that end at these columns. Shape ``[batch]``."""
         before, self._tracker.prompt_ends = self._tracker.prompt_ends, columns

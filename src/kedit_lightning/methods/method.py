@@ -334,7 +334,7 @@ class EditMethod(pl.LightningModule):
         """Answer each ``prompt`` without (``base``) and with the applied edits (``edited``)."""
         base, protocol, prompts = self.base, self.run.protocol, batch.prompts
         settings = protocol.max_new_tokens, protocol.score_batch_size
-        generate = partial(base.generate, prompts, *settings, stop_at_sentence=True)
+        generate = partial(base.generate, prompts, *settings, True, generation=protocol.generation)
         with base.edits.suspended():
             unedited = generate()
         edited = generate() if base.edits.active else unedited

@@ -17,6 +17,7 @@ from rich.table import Table
 from kedit_lightning.base_models import BaseModel
 from kedit_lightning.benchmark import Protocol, RunContext
 from kedit_lightning.benchmark.run_context import new_metrics
+from kedit_lightning.decoding_settings import generation_config, in_force, set_aside
 from kedit_lightning.metrics import ExampleRecord, SummaryRow
 from kedit_lightning.metrics.functional import answer_text
 
@@ -56,6 +57,7 @@ def run_settings(method: LightningModule, base: BaseModel, run: RunContext) -> d
             "fingerprint": base.fingerprint,
             "tokenizer_fingerprint": base.tokenizer_fingerprint,
             "chat": base.encoder.chat,
+            "decoding": in_force(generation_config(base.model), run.protocol.generation),
         },
         "dataset": {
             "name": type(run.data).__name__,
@@ -75,6 +77,9 @@ def run_facts(
     facts["base_model"] |= {"revision": base.revision, "dtype": str(base.dtype)}
     facts["dataset"] |= run.source("test")
     facts["protocol"]["id"] = run.protocol.id
+    if run.protocol.generates:
+        config = generation_config(base.model)
+        facts["protocol"]["set_aside"] = set_aside(config, run.protocol.generation)
     facts["metric_protocol"] = metric_protocol(run.protocol)
     facts["versions"] = versions()
     return facts
@@ -86,7 +91,9 @@ def metric_protocol(protocol: Protocol) -> dict[str, Any]:
     free_answers, tokens = "none", protocol.max_new_tokens
     if protocol.generates:
         places = "along its own greedy continuation"
-        free_answers = f"greedy, up to {tokens} tokens, ended by the model or by its first "
+        how = {"greedy": "greedy", "model": "by the model's generation config, never sampled"}
+        free_answers = f"{how[protocol.generation]}, up to {tokens} tokens, ended by the model or "
+        free_answers += "by its first "
         free_answers += f"line or sentence; compared by the rule {protocol.answers!r}"
     return {
         "scoring": protocol.scoring,

@@ -45,7 +45,7 @@ class KeyCollector:
         texts = [text for text in texts if text.strip()]
         if not texts:
             return
-        encoded = [self._encoder.encode(text) for text in texts]
+        encoded = [self._encoder.text(text) for text in texts]
         rows = [EncodedRow(row.prompt[: self.max_tokens], ()) for row in encoded]
         lengths = [len(row.prompt) for row in rows]
         batch = self.base.pad(rows)

@@ -7,28 +7,33 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from kedit_lightning.base_models.rows.image import ImageEncoder
 from kedit_lightning.base_models.rows.position import (
+    ends_open,
     is_unspaced,
     last_place,
     shared_length,
     token_span,
 )
+from kedit_lightning.chat_turns import messages_in, passage_with
 from kedit_lightning.errors import InvalidRequestError, UnsupportedUseError
 
 
 def join_text(prompt: str, answer: str) -> str:
-    """Put an answer behind a prompt with one space between, none in scripts without spaces.
+    r"""Put an answer behind a prompt with one space between.
 
-    >>> join_text("The capital is ", " Rome")
-    'The capital is Rome'
-    >>> join_text("首都是", "罗马")
-    '首都是罗马'
+    There is none in scripts without spaces, behind a line break, and behind an opening quotation
+    mark or bracket.
+
+    >>> join_text("The capital is ", " Rome"), join_text("Question:\n", "Rome")
+    ('The capital is Rome', 'Question:\nRome')
+    >>> join_text("首都是", "罗马"), join_text('They say "', "Rome")
+    ('首都是罗马', 'They say "Rome')
     """
-    prompt, answer = prompt.rstrip(), answer.lstrip()
-    glued = any(is_unspaced(c) for c in prompt[-1:] + answer[:1])
+    prompt, answer = prompt.rstrip(" "), answer.lstrip()
+    glued = ends_open(prompt) or any(is_unspaced(c) for c in prompt[-1:] + answer[:1])
     return prompt + ("" if glued else " ") + answer
 
 
@@ -51,12 +56,25 @@ class EncodedRow:
     images: tuple[str, ...] = ()
 
 
+class _Rendered(NamedTuple):
+    """What the model reads as a prompt.
+
+    ``in_template``: the chat template wrote it, and begins it as it should; ``ended``: the template
+    also wrote what stands before an answer, so that no space follows.
+    """
+
+    text: str
+    in_template: bool = False
+    ended: bool = False
+
+
 class RowEncoder:
     """Tokenises prompts and answers with one tokenizer.
 
     Args:
         tokenizer: The tokenizer of the base model.
-        chat: Put each prompt into the user turn of the tokenizer's chat template.
+        chat: Put each prompt into the user turn of the tokenizer's chat template; prompts that are
+            messages always go into it.
         images: Encoder of the pictures that prompts are about, where the base model sees.
     """
 
@@ -91,18 +109,55 @@ class RowEncoder:
         return list(encoded["input_ids"]), [tuple(pair) for pair in encoded["offset_mapping"]]
 
     def count(self, text: str, images: Sequence[str] = ()) -> int:
-        """Number of tokens of a prompt with its pictures."""
+        """Number of tokens of a text, begun as a prompt and outside the chat template."""
         pictures = self.images.count(images) if self.images else 0
         return len(self.prefix) + len(self._ids(text)) + pictures
 
-    def wrap(self, prompt: str) -> str:
-        """The prompt inside the chat template, or the prompt itself."""
-        if not self.chat:
-            return prompt
-        text: str = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-        )
-        return text
+    def count_prompt(self, prompt: str, images: Sequence[str] = ()) -> int:
+        """Number of tokens of a prompt with its pictures, inside the chat template where it is."""
+        pictures = self.images.count(images) if self.images else 0
+        rendered = self._render(prompt)
+        ids = self._ids(rendered.text)
+        return len(self._start(rendered, ids)) + len(ids) + pictures
+
+    def _render(self, prompt: str) -> _Rendered:
+        """The text that the model reads: the prompt itself, or its turns in the chat template."""
+        messages = messages_in(prompt)
+        if messages is None and not self.chat:
+            return _Rendered(prompt.rstrip(" "))
+        turns = [dict(m) for m in messages or ({"role": "user", "content": prompt},)]
+        # A turn of the assistant that comes last is the beginning of its answer.
+        begun = turns[-1]["role"] == "assistant"
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise UnsupportedUseError(
+                f"prompt {turns[-1]['content'][:60]!r} is a chat, and the tokenizer has no chat "
+                "template; set tokenizer.chat_template, or give prompts as plain text"
+            )
+        try:
+            text: str = self.tokenizer.apply_chat_template(
+                turns,
+                tokenize=False,
+                add_generation_prompt=not begun,
+                continue_final_message=begun,
+            )
+        except Exception as error:  # templates refuse turns with errors of many kinds
+            roles = ", ".join(turn["role"] for turn in turns)
+            raise InvalidRequestError(
+                f"the tokenizer's chat template refuses the turns of prompt "
+                f"{turns[-1]['content'][:60]!r} ({roles}): {error}"
+            ) from error
+        return _Rendered(text.rstrip(" ") if begun else text, in_template=True, ended=not begun)
+
+    def _start(self, rendered: _Rendered, ids: Sequence[int]) -> tuple[int, ...]:
+        """Ids to put before those of a prompt; none where template or text have begun it."""
+        begun = rendered.in_template or tuple(ids[: len(self.prefix)]) == self.prefix
+        return () if begun else self.prefix
+
+    def text(self, text: str) -> EncodedRow:
+        """Tokenise a text of a corpus: no turns, no template, no answer."""
+        rendered = _Rendered(text.rstrip())
+        ids = self._ids(rendered.text)
+        return EncodedRow((*self._start(rendered, ids), *ids), ())
 
     def encode(
         self,
@@ -125,24 +180,39 @@ class RowEncoder:
         """
         if images:
             return self._with_images(prompt, answer, subject, images)
-        text = self.wrap(prompt)
-        if not self.chat:
-            text = text.rstrip()
-        ids = self._ids(text)
-        first = text[: len(text) - len(text.lstrip())]
-        prefix = self.prefix
-        bos = getattr(self.tokenizer, "bos_token", None)
-        if self.chat and bos and text.startswith(bos, len(first)):
-            prefix = ()  # the template has put it already
-        if not (prefix or ids):
+        rendered = self._render(prompt)
+        ids = self._ids(rendered.text)
+        prefix = self._start(rendered, ids)
+        if not (prefix or rendered.text.strip()):
             raise InvalidRequestError("a prompt is empty; give at least one word")
         start = end = -1
         if subject is not None:
-            start, end = (len(prefix) + i for i in self._subject_span(prompt, text, subject))
-        answer_ids = () if answer is None else tuple(self._answer(text, ids, answer))
+            span = self._subject_span(passage_with(prompt, subject), rendered.text, subject)
+            start, end = (len(prefix) + i for i in span)
+        answer_ids = () if answer is None else tuple(self._answer(rendered, ids, answer))
         if answer is not None and not (answer.strip() and answer_ids):
             raise InvalidRequestError(f"the answer {answer!r} has no token; give at least one word")
         return EncodedRow((*prefix, *ids), answer_ids, end, start)
+
+    def check_ids(self, row: EncodedRow, entries: int, model: str) -> None:
+        """Check that a model has an embedding for each token; pictures have ids of their own.
+
+        Args:
+            row: The row.
+            entries: Number of tokens that have an embedding.
+            model: Name of the model.
+
+        Raises:
+            InvalidRequestError: A token has none; on a GPU it would end the process.
+        """
+        last = 0 if row.images else max((*row.prompt, *row.answer), default=0)
+        if last >= entries:
+            raise InvalidRequestError(
+                f"prompt {self.tokenizer.decode(row.prompt)[:60]!r}, with its answer, holds token "
+                f"{self.tokenizer.convert_ids_to_tokens(last)!r} with id {last}, and base model "
+                f"'{model}' has embeddings of {entries} tokens; leave it out, or call "
+                "resize_token_embeddings and train the new rows"
+            )
 
     def _with_images(
         self, prompt: str, answer: str | None, subject: str | None, images: Sequence[str]
@@ -159,8 +229,9 @@ class RowEncoder:
             row, prompt=tuple(ids), subject_start=start, subject_end=end, images=tuple(images)
         )
 
-    def _answer(self, text: str, ids: list[int], answer: str) -> list[int]:
-        joined = text + answer.lstrip() if self.chat else join_text(text, answer)
+    def _answer(self, rendered: _Rendered, ids: list[int], answer: str) -> list[int]:
+        text = rendered.text
+        joined = text + answer.lstrip() if rendered.ended else join_text(text, answer)
         encoded = self._offsets(joined)
         if encoded is None:
             all_ids, cut = self._ids(joined), len(ids)
@@ -169,12 +240,14 @@ class RowEncoder:
             cut = next((i for i, (_, end) in enumerate(offsets) if end > len(text)), len(offsets))
         if all_ids[:cut] == ids and all_ids[cut:]:
             return all_ids[cut:]
-        # The tokenizer merges across the border: take the answer's ids behind a neutral word.
-        anchor = "x"
-        joined = anchor + answer.lstrip() if self.chat else join_text(anchor, answer)
-        alone, behind = self._ids(anchor), self._ids(joined)
-        rest = behind[len(alone) :] if behind[: len(alone)] == alone else []
-        return rest or self._ids(answer)
+        # The tokenizer merges across the border: take the answer's ids behind a neutral word, or
+        # where no space is between, behind the prompt's last character.
+        follows = joined[len(text) :]
+        for anchor in ("x",) if follows[:1] == " " else (text[-1:], "x"):
+            alone, behind = self._ids(anchor), self._ids(anchor + follows)
+            if len(behind) > len(alone) and behind[: len(alone)] == alone:
+                return behind[len(alone) :]
+        return self._ids(answer)
 
     def _subject_span(self, prompt: str, text: str, subject: str) -> tuple[int, int]:
         """First and last token that hold a part of the subject, counted without the prefix."""

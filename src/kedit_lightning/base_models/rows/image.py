@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers.image_utils import load_image
 
+from kedit_lightning.chat_turns import put_before
 from kedit_lightning.errors import InvalidRequestError
 
 
@@ -57,7 +58,7 @@ class ImageEncoder:
                 f"prompt {text!r} holds {token!r} {text.count(token)} times, and has "
                 f"{len(images)} images"
             )
-        return f"{token}\n" * missing + text
+        return put_before(f"{token}\n" * missing, text)
 
     def count(self, images: Sequence[str]) -> int:
         """Number of tokens that pictures add to a row."""

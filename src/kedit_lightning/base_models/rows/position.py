@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -24,6 +25,25 @@ _UNSPACED = (
 def is_unspaced(character: str) -> bool:
     """Whether a character belongs to a script that puts no space between words."""
     return any(start <= character <= end for start, end in _UNSPACED)
+
+
+def ends_open(text: str) -> bool:
+    r"""Whether a text ends where a word follows without a space.
+
+    That is behind white space and behind an opener: a bracket, an inverted mark, or a quotation
+    mark in front of which a word would begin. ``“`` opens in English and closes in German.
+
+    >>> [ends_open(text) for text in ("A:\n", "He said (", 'He said "', 'He said "No"')]
+    [True, True, True, False]
+    """
+    if not text:
+        return False
+    last, before = text[-1], text[:-1]
+    if last.isspace() or last in "¿¡" or unicodedata.category(last) == "Ps":
+        return True
+    quotes = last in "\"'`" or unicodedata.category(last) in ("Pi", "Pf")
+    led_in = not before or before[-1] in ":=" or unicodedata.category(before[-1]) == "Pd"
+    return quotes and (led_in or ends_open(before))
 
 
 def last_place(text: str, part: str) -> int:

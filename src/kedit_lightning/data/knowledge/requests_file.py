@@ -24,8 +24,10 @@ class Requests(EditDataModule):
             target_old, id, task, rephrases (a list of texts), locality and portability. The last
             two map the name of a group to a list of probes, each with prompt and answers (a text
             or a list of texts; locality needs none), as in
-            {"near": [{"prompt": "The capital of Italy is", "answers": ["Rome"]}]}. In a CSV file
-            rephrases are separated by |, and there is no locality or portability.
+            {"near": [{"prompt": "The capital of Italy is", "answers": ["Rome"]}]}. In place of
+            prompt there may be messages, a list of objects with role and content, which go into
+            the chat template. In a CSV file rephrases are separated by |, and there is no locality
+            or portability.
         prompt: Text of a single fact, ending where the answer begins; instead of ``path``.
         subject: The part of ``prompt`` that the single fact is about.
         target_new: The answer that the single fact shall have.
@@ -35,7 +37,7 @@ class Requests(EditDataModule):
 
     id_field = "id"
     known_fields = frozenset(
-        {"prompt", "target_new", "subject", "target_old", "id", "task"}
+        {"prompt", "messages", "target_new", "subject", "target_old", "id", "task"}
         | {"rephrases", "locality", "portability"}
     )
     where_to_get_it = ", or give one fact with prompt, subject and target_new"
@@ -64,7 +66,7 @@ class Requests(EditDataModule):
     def parse(self, fields: Fields, id: str) -> EditExample:
         """Make an example of one record; see the class for its fields."""
         request = EditRequest(
-            prompt=fields.text("prompt"),
+            prompt=fields.prompt(),
             target_new=fields.text("target_new"),
             subject=fields.optional_text("subject"),
             target_old=fields.optional_text("target_old"),
@@ -74,13 +76,13 @@ class Requests(EditDataModule):
         answer, old = (request.target_new,), request.target_old
         probes = [Probe("rephrase", text, answer, contrast=old) for text in self._rephrases(fields)]
         for group, item in fields.groups("locality"):
-            item.refuse_others("prompt", "answers")
+            item.refuse_others("prompt", "messages", "answers")
             answers = tuple(item.texts("answers"))
-            probes.append(Probe("locality", item.text("prompt"), answers, group))
+            probes.append(Probe("locality", item.prompt(), answers, group))
         for group, item in fields.groups("portability"):
-            item.refuse_others("prompt", "answers")
+            item.refuse_others("prompt", "messages", "answers")
             answers = tuple(item.required_texts("answers"))
-            probes.append(Probe("portability", item.text("prompt"), answers, group))
+            probes.append(Probe("portability", item.prompt(), answers, group))
         return EditExample.from_request(request, id, probes)
 
     @staticmethod

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from kedit_lightning.base_models import BaseModel, BaseModelSpec
+from kedit_lightning.chat_turns import put_before
 from kedit_lightning.edits import Edit
 from kedit_lightning.errors import MissingNeedsError, UnsupportedUseError, article_list
 from kedit_lightning.methods.hypernetwork.shared.editor_network import edit_from_gradient
@@ -148,7 +149,7 @@ class InstructEdit(MENDMethod, HypernetworkMethod):
             # Not str.format: other braces of a prompt or a description are ordinary text.
             text = head.replace("{task}", task.replace("_", " "))
             text = text.replace("{description}", description)
-            with_instructions.append(replace(request, prompt=text + request.prompt))
+            with_instructions.append(replace(request, prompt=put_before(text, request.prompt)))
         return tuple(with_instructions)
 
     def _description(self, request: EditRequest, fitting: bool) -> str:

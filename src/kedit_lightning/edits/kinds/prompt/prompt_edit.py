@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import ClassVar, TypedDict
 
+from kedit_lightning.chat_turns import put_before, question_in
 from kedit_lightning.edits.edit import Edit, EditableModel, Tensors, Values
 from kedit_lightning.edits.effects import Effect, PromptFunction, RewritePrompt
 from kedit_lightning.edits.kinds.prompt.tfidf import LexicalIndex
@@ -70,15 +71,18 @@ def retrieval(contents: Sequence[Sequence[PromptEntry]]) -> PromptFunction:
     the fact and the question never are.
     """
     entries = [entry for content in contents for entry in content]
-    index = LexicalIndex([entry.key for entry in entries]) if len(entries) > 1 else None
+    index = (
+        LexicalIndex([question_in(entry.key) for entry in entries]) if len(entries) > 1 else None
+    )
 
     def rewrite(prompt: str, fits: Callable[[str], bool]) -> str:
         if not entries:
             return prompt
-        scores = index.scores(prompt) if index is not None else [0.0]
+        scores = index.scores(question_in(prompt)) if index is not None else [0.0]
         best = entries[max(range(len(entries)), key=lambda i: (scores[i], i))]
         for skipped in range(len(best.demonstrations) + 1):
-            text = "".join(best.demonstrations[skipped:]) + best.context + prompt
+            context = "".join(best.demonstrations[skipped:]) + best.context
+            text = put_before(context, prompt)
             if fits(text):
                 break
         return text

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    GenerationConfig,
     PreTrainedTokenizerFast,
 )
 
+from kedit_lightning.decoding_settings import neutral_options
 from kedit_lightning.edits.state_schema import check_names, check_value
 from kedit_lightning.errors import EditFileError, UnsupportedUseError, article_list
 
@@ -127,9 +127,9 @@ class LanguageModel(nn.Module):
         room = self._check_length(width + 1) + 1  # for one token at least
         ids = torch.tensor([[end or 0] * (width - len(p)) + list(p) for p in prompts])
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-        special: dict[str, Any] = {"eos_token_id": end, "pad_token_id": end or 0}
-        greedy = GenerationConfig(max_new_tokens=min(_LONGEST, room), do_sample=False, **special)
+        options = neutral_options(self.model.generation_config.to_dict())
+        options |= {"max_new_tokens": min(_LONGEST, room), "eos_token_id": end}
         inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
-        output = self.model.generate(**inputs, generation_config=greedy)
+        output = self.model.generate(**inputs, pad_token_id=end or 0, **options)
         texts = self.tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
         return [text.strip() for text in texts]

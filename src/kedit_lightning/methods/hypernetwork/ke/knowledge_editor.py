@@ -15,6 +15,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from kedit_lightning.base_models import BaseModel
+from kedit_lightning.chat_turns import question_in
 from kedit_lightning.methods.hypernetwork.ke.divergence_bound import DivergenceBound
 from kedit_lightning.methods.hypernetwork.ke.gates import Gates, gated_delta
 from kedit_lightning.methods.hypernetwork.shared.editor_network import (
@@ -57,7 +58,9 @@ def condition_texts(base: BaseModel, requests: Sequence[EditRequest]) -> list[st
     texts = []
     for request in requests:
         old = answer_text(next(answers)) if request.target_old is None else request.target_old
-        texts.append(f"{old.strip()} >> {request.target_new.strip()} || {request.prompt}")
+        texts.append(
+            f"{old.strip()} >> {request.target_new.strip()} || {question_in(request.prompt)}"
+        )
     return texts
 
 

@@ -13,6 +13,7 @@ from typing import Literal, TypeAlias
 import torch
 
 from kedit_lightning.base_models.rows import join_text
+from kedit_lightning.chat_turns import question_in
 from kedit_lightning.requests import EditExample, EditRequest
 
 Form: TypeAlias = Literal["copy", "update", "retain"]
@@ -36,12 +37,12 @@ def statement(request: EditRequest) -> str:
     >>> statement(EditRequest("The capital of France is", "Lyon"))
     'New Fact: The capital of France is Lyon\nPrompt: '
     """
-    return f"New Fact: {join_text(request.prompt, request.target_new)}\nPrompt: "
+    return f"New Fact: {join_text(question_in(request.prompt), request.target_new)}\nPrompt: "
 
 
 def answered_question(request: EditRequest, question: str, answer: str) -> str:
     """The statement of a fact, a question and its answer."""
-    return f"{statement(request)}{join_text(question, answer)}\n\n"
+    return f"{statement(request)}{join_text(question_in(question), answer)}\n\n"
 
 
 def form_counts(count: int) -> dict[Form, int]:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from kedit_lightning.base_models import BaseModel
+from kedit_lightning.chat_turns import put_before
 from kedit_lightning.requests import EditRequest
 
 #: Words that start the texts.
@@ -48,7 +49,7 @@ def contexts_of(base: BaseModel, request: EditRequest, contexts: Sequence[str]) 
         return ["", *contexts]  # a token has at least one byte
     chosen = [""]
     for context in contexts:
-        row = base.encoder.encode(context + request.prompt, request.target_new)
+        row = base.encoder.encode(put_before(context, request.prompt), request.target_new)
         fits = len(row.prompt) + len(row.answer) <= base.max_tokens
         chosen.append(context if fits else "")
     if "" in chosen[1:]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kedit_lightning.base_models import BaseModel, EncodedRow, TokenRows
 from kedit_lightning.base_models.taps import Visit, add_at, capture, stop_after, visiting
+from kedit_lightning.chat_turns import put_before
 from kedit_lightning.edits import Edit
 from kedit_lightning.edits.projections import compute_dtype
 from kedit_lightning.methods.locate.shared.contexts import contexts_of
@@ -71,7 +72,9 @@ def subject_states(
         tokens: Subject tokens whose inputs are read; a mean is at least float32.
     """
     count = 1 + len(contexts)
-    prefixed = [(r, p + r.prompt) for r in requests for p in contexts_of(base, r, contexts)]
+    prefixed = [
+        (r, put_before(p, r.prompt)) for r in requests for p in contexts_of(base, r, contexts)
+    ]
     rows = [up_to_subject(base, prompt, request.subject) for request, prompt in prefixed]
     edits = None if carried is None else [edit for edit in carried for _ in range(count)]
     inputs: dict[str, list[Tensor]] = {name: [] for name in modules}

@@ -14,6 +14,7 @@ from kedit_lightning.base_models.continuation import Continuation
 from kedit_lightning.base_models.layout import Layout
 from kedit_lightning.base_models.rows import EncodedRow
 from kedit_lightning.base_models.taps import add_at, capture, visiting
+from kedit_lightning.chat_turns import put_before
 from kedit_lightning.edits.edit import check_finite
 from kedit_lightning.edits.projections import compute_dtype, projection_shape
 from kedit_lightning.methods.locate.shared.alignment import ALIGNED_TOGETHER, Alignment
@@ -308,6 +309,7 @@ class ValueOptimizer:
     def _encode(self, request: EditRequest) -> list[EncodedRow]:
         """Rows of a request: its contexts with the answer, then "{subject} is a"."""
         base, subject, answer = self.base, request.subject, request.target_new
-        prompts = [p + request.prompt for p in contexts_of(base, request, self.contexts)]
+        contexts = contexts_of(base, request, self.contexts)
+        prompts = [put_before(context, request.prompt) for context in contexts]
         rows = [base.encode(prompt, answer, subject) for prompt in prompts]
         return [*rows, up_to_subject(base, f"{subject} is a", subject)]

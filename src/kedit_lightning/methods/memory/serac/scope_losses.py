@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 from kedit_lightning.base_models import BaseModel
 from kedit_lightning.base_models.rows import RowEncoder, join_text
 from kedit_lightning.base_models.taps import capture, stop_after
+from kedit_lightning.chat_turns import question_in
 from kedit_lightning.edits.kinds.scope.counterfactual import LanguageModel
 from kedit_lightning.edits.kinds.scope.scope_networks import ScopeNetworks
 from kedit_lightning.methods.training.episodes import probes_of
@@ -43,7 +44,7 @@ def statement_ids(encoder: RowEncoder, request: EditRequest) -> tuple[int, ...]:
 
     The statement is no turn of a chat, so it stays outside the chat template.
     """
-    statement = join_text(request.prompt, request.target_new)
+    statement = join_text(question_in(request.prompt), request.target_new)
     return (*encoder.encode(statement).prompt, *end_ids(encoder.tokenizer))
 
 

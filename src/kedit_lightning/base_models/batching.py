@@ -1,0 +1,157 @@
+"""Which rows a model may read together: some decoders take padding for tokens, as RWKV does."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from kedit_lightning.base_models.rows import EncodedRow, TokenRows, pad_rows
+from kedit_lightning.decoding_settings import generation_config, neutral_options
+from kedit_lightning.edits import EditStack
+
+#: Largest relative difference between a padded row and the same row alone, by bytes of the dtype.
+_SAME = {8: 1e-6, 4: 1e-4, 2: 5e-2}
+#: The same between two fillings of the padding, whose passes have one shape.
+_SAME_FILLED = {8: 1e-6, 4: 1e-5, 2: 1e-2}
+#: Errors of models whose logits have another form; rows of one length ask nothing of the mask.
+_OTHER_FORM = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+
+class Decoder(Protocol):
+    """What batching needs of a base model."""
+
+    model: Any
+    edits: EditStack
+    takes_positions: bool
+
+    @property
+    def pad_id(self) -> int:
+        """Id put where there is no token."""
+
+    @property
+    def device(self) -> torch.device:
+        """Device of its first weights."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of its weights."""
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        """Whether prompt and answer go to different stacks of blocks."""
+
+    def logits_at(self, rows: TokenRows, columns: Tensor) -> Tensor:
+        """Logits ``[batch, width, vocab]`` at columns ``[batch, width]``."""
+
+
+class Batching:
+    """Which rows a base model may read together; each question is tried once, when it arises."""
+
+    def __init__(self, base: Decoder) -> None:
+        self._base = base
+
+    @cached_property
+    def reads_mask(self) -> bool:
+        """Whether padding before a row changes nothing; some decoders ignore attention masks."""
+        base = self._base
+
+        def last_logits(encoded: Sequence[EncodedRow], pad_id: int) -> Tensor:
+            rows = pad_rows(encoded, pad_id, "left", base.takes_positions, base.device)
+            return base.logits_at(rows, rows.prompt_end[:, None])[:, 0]
+
+        with base.edits.suspended():
+            return masks_padding(last_logits, embedded_tokens(base.model), base.dtype)
+
+    @cached_property
+    def decodes_together(self) -> bool:
+        """Whether rows of one length are continued together as they are alone; RWKV's are not."""
+        with self._base.edits.suspended():
+            return rows_decode_apart(self._base.model, self._base.pad_id)
+
+    def parts(self, lengths: Sequence[int], size: int) -> list[list[int]]:
+        """Numbers of the rows, of these lengths, that are continued together: ``size`` at most."""
+        if self._base.is_encoder_decoder or len(lengths) < 2 or self.reads_mask:
+            return parts_of(lengths, size, alike=False)
+        return parts_of(lengths, size if self.decodes_together else 1, alike=True)
+
+
+def embedded_tokens(model: Any) -> int:
+    """Number of tokens that have an embedding; without bound where the model does not say."""
+    embedding = model.get_input_embeddings()
+    entries = getattr(embedding, "num_embeddings", None)
+    if entries is None:
+        weight = getattr(embedding, "weight", None)
+        entries = len(weight) if isinstance(weight, Tensor) and weight.dim() == 2 else 0
+    return int(entries) or sys.maxsize
+
+
+@torch.no_grad()
+def masks_padding(
+    last_logits: Callable[[Sequence[EncodedRow], int], Tensor], entries: int, dtype: torch.dtype
+) -> bool:
+    """Whether a left-padded row answers as it does alone, whatever the padding is.
+
+    Args:
+        last_logits: Logits ``[rows, vocab]`` behind each prompt, padded on the left with an id.
+        entries: Number of tokens that have an embedding.
+        dtype: Dtype of the forward pass.
+    """
+    ids = [(7 * i + 3) % min(entries, 1000) for i in range(16)]
+    short, long = EncodedRow(tuple(ids[:4]), ()), EncodedRow(tuple(ids[4:]), ())
+    try:
+        alone = last_logits([short], ids[0])[0]
+        first, second = (last_logits([short, long], id)[0] for id in (ids[9], ids[13]))
+    except _OTHER_FORM:
+        return False
+    return (
+        _difference(first, alone) <= _SAME[dtype.itemsize]
+        and _difference(first, second) <= _SAME_FILLED[dtype.itemsize]
+    )
+
+
+@torch.no_grad()
+def rows_decode_apart(model: Any, pad_id: int) -> bool:
+    """Whether two rows of one length are continued together as each is alone."""
+    options = {**neutral_options(generation_config(model)), "pad_token_id": pad_id}
+    entries = min(embedded_tokens(model), 1000)
+    ids = torch.tensor([(7 * i + 3) % entries for i in range(8)], device=model.device)
+
+    def continued(rows: Tensor) -> Tensor:
+        mask, length = torch.ones_like(rows), {"min_new_tokens": 4, "max_new_tokens": 4}
+        after: Tensor = model.generate(inputs=rows, attention_mask=mask, **length, **options)
+        return after
+
+    try:
+        together = continued(ids.reshape(2, 4))
+        return torch.equal(
+            together, torch.cat([continued(ids[None, :4]), continued(ids[None, 4:])])
+        )
+    except _OTHER_FORM:
+        return False
+
+
+def parts_of(lengths: Sequence[int], size: int, alike: bool) -> list[list[int]]:
+    """Numbers of the rows that are continued together, ``size`` at most; ``alike``: of one length.
+
+    >>> parts_of([3, 4, 3], 2, alike=False), parts_of([3, 4, 3], 2, alike=True)
+    ([[0, 1], [2]], [[0, 2], [1]])
+    """
+    groups: dict[int, list[int]] = {}
+    for i, length in enumerate(lengths):
+        groups.setdefault(length if alike else 0, []).append(i)
+    return [
+        rows[start : start + size]
+        for rows in groups.values()
+        for start in range(0, len(rows), size)
+    ]
+
+
+def _difference(one: Tensor, other: Tensor) -> float:
+    """Relative difference of two logits ``[vocab]``, up to what a softmax does not see."""
+    one, other = (logits.double() - logits.double().mean() for logits in (one, other))
+    return float((one - other).norm() / other.norm().clamp(min=1e-12))
