@@ -64,7 +64,7 @@ class Reader:
         self.cache = AnswersCache(
             {
                 "version": READING_VERSION,
-                "model": base.fingerprint,
+                "model": base.full_fingerprint,  # a sample of the weights may miss what changed
                 "tokenizer": base.tokenizer_fingerprint,
                 "chat": base.encoder.chat,
                 "device": base.device.type,
