@@ -55,12 +55,13 @@ class EditStack:
         Raises:
             UnsupportedUseError: A part of the model, or a model that it is a part of, is edited.
         """
-        stack = next(
-            (hook.stack for hook in stack_hooks(model) if hook.stack._model is model), None
-        )
-        if stack is None:
-            known = _STACKS.get(model)
-            stack = (known and known()) or cls(model)
+        hooked = (hook.stack for hook in stack_hooks(model))
+        stack = next((s for s in hooked if isinstance(s, cls) and s._model is model), None)
+        known = _STACKS.get(model)
+        if stack is None and known is not None:
+            stack = known()
+        if stack is None:  # one that is empty is false
+            stack = cls(model)
         stack.check_alone()
         _STACKS[model] = weakref.ref(stack)
         return stack
