@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 from kedit_lightning.base_models import BaseModel
+from kedit_lightning.base_models.fingerprint import checksum
 from kedit_lightning.benchmark import EditCallback
 from kedit_lightning.errors import article_list
 from kedit_lightning.methods.method import as_edit_method
-
-#: Elements summed at a time.
-_CHUNK = 1 << 24
 
 
 class RollbackGuard(EditCallback):
@@ -75,33 +72,3 @@ def state_of(base: BaseModel) -> dict[str, Any]:
             found[f"hooks of '{name}'"] = len(hooks)
     found["stack of edits"] = base.edits.ids
     return found
-
-
-@torch.no_grad()
-def checksum(tensor: Tensor) -> tuple[int, int]:
-    """Two sums over the bits of a tensor, computed where it is; equal for bit-equal tensors.
-
-    One changed bit always changes the first; the second depends on the places as well.
-
-    Args:
-        tensor: Any tensor.
-
-    >>> checksum(torch.tensor([1.0, 2.0])) == checksum(torch.tensor([2.0, 1.0]))
-    False
-    """
-    if hasattr(tensor, "to_local"):  # sharded over processes; each checks its own shard
-        tensor = tensor.to_local()
-    flat = tensor.detach().reshape(-1)
-    if flat.numel() == 0:
-        return 0, 0
-    size = flat.element_size()
-    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    bits = flat.view(kinds[size]) if size in kinds else flat.contiguous().view(torch.uint8)
-    plain = placed = 0
-    for start in range(0, bits.numel(), _CHUNK):
-        values = bits[start : start + _CHUNK].to(torch.int64)
-        # Integers wrap around, on every device alike.
-        weights = torch.arange(start, start + values.numel(), device=values.device) * 2 + 1
-        plain += int(values.sum())
-        placed += int((values * weights).sum())
-    return plain, placed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -227,6 +228,58 @@ def test_base_answers_are_those_of_the_unedited_model() -> None:
     with Toy(base_model=base).edit(REQUESTS[:1]):
         under_edit = Reader(base, SHORT).base_readings(PROBES)
     assert under_edit == Reader(base, SHORT, "other file").base_readings(PROBES)
+
+
+@pytest.mark.filterwarnings("ignore:the model of .* carries 1 edit")
+def test_base_answers_of_a_copied_or_shared_edited_model_are_the_clean_ones() -> None:
+    base = tiny_base("llama")
+    with Toy(base_model=base).edit(REQUESTS[:1]):
+        others = [
+            BaseModel(copy.deepcopy(base.model), base.tokenizer),
+            BaseModel(base.model, base.tokenizer),
+        ]
+        read = [Reader(o, SHORT, str(i)).base_readings(PROBES) for i, o in enumerate(others)]
+    others[0].edits.clear()
+    clean = Reader(base, SHORT, "clean").base_readings(PROBES)
+    assert read == [clean, clean]
+
+
+def test_base_answers_of_other_weights_are_not_read() -> None:
+    base = tiny_base("llama")
+    first = Reader(base, SHORT).cache.path
+    weight = base.model.model.layers[1].mlp.down_proj.weight
+    kept = weight.clone()
+    with torch.no_grad():
+        weight[3, 5] += 1  # which a sample of the weights misses
+    assert Reader(base, SHORT).cache.path != first
+    with torch.no_grad():
+        weight.copy_(kept)
+    assert Reader(base, SHORT).cache.path == first
+
+
+@pytest.mark.parametrize("how", ["hook", "forward"])
+def test_base_answers_under_hooks_of_others_are_not_kept(how: str) -> None:
+    base = tiny_base("llama")
+    before = Reader(base, SHORT).base_readings(PROBES)
+    block = base.model.model.layers[1].mlp
+
+    def negated(x: torch.Tensor) -> torch.Tensor:
+        return -type(block).forward(block, x)
+
+    handle = block.register_forward_hook(lambda module, args, output: -output)
+    if how == "forward":
+        handle.remove()
+        block.forward = negated
+    with pytest.warns(
+        UserWarning, match=r"hooks that kedit-lightning has not made.*layers\.1\.mlp"
+    ):
+        reader = Reader(base, SHORT)
+    under = reader.base_readings(PROBES)
+    assert under != before
+    assert reader.base_readings(PROBES) == under
+    handle.remove()
+    vars(block).pop("forward", None)
+    assert Reader(base, SHORT).base_readings(PROBES) == before
 
 
 def test_a_line_that_a_crash_cut_off_is_passed_over(tmp_path: Path) -> None:

@@ -6,17 +6,18 @@ import json
 import os
 import pickletools
 import zipfile
+from dataclasses import replace
 
 import edit_kinds
 import pytest
 import torch
 from edit_kinds import KINDS, answers, origin_of
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from support import REQUESTS, tiny_base
 
 from kedit_lightning import Edit, EditRequest
-from kedit_lightning.edits import EditOrigin, LowRankEdit
+from kedit_lightning.edits import EditOrigin, LowRankEdit, edit_file
 from kedit_lightning.edits.edit_file import content_id, read_edit, write_atomically
 from kedit_lightning.errors import BaseModelMismatchError, EditFileError
 
@@ -254,3 +255,28 @@ def test_saving_over_an_edit_replaces_it(tmp_path):
     second.save(str(path))
     assert Edit.load(str(path), base).id == second.id
     assert origin_of(base) == second.origin
+
+
+def test_requests_of_any_number_are_saved_and_read(tmp_path, monkeypatch):
+    base = tiny_base("llama")
+    requests = [replace(REQUESTS[0], id=str(number)) for number in range(50)]
+    edit = edit_kinds.low_rank(base, requests=requests)
+    short = edit.save(tmp_path / "short.safetensors")
+    monkeypatch.setattr(edit_file, "_LONGEST", 2000)
+    long = edit.save(tmp_path / "long.safetensors")
+    sizes = []
+    for path in (short, long):
+        again = Edit.load(path, base)
+        assert (again.id, again.origin) == (edit.id, edit.origin)
+        sizes.append(int.from_bytes(path.read_bytes()[:8], "little"))
+    assert sizes[0] > 5000 > 2000 > sizes[1], "the header of safetensors has a limit"
+    # A flipped bit of a request is seen there too.
+    content = bytearray(long.read_bytes())
+    content[content.index(b'"subject"') + 2] ^= 1
+    long.write_bytes(content)
+    with pytest.raises(EditFileError, match=r"long.safetensors is (damaged|no saved edit)"):
+        Edit.load(long, base)
+    tensors = load_file(short)
+    save_file(tensors, long, {"kedit": json.dumps({"format_version": 2, "beside": "kedit/header"})})
+    with pytest.raises(EditFileError, match=r"long.safetensors is no saved edit"):
+        Edit.load(long, base)

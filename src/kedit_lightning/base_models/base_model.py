@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import partial
 from os import PathLike, fspath
 from typing import Any
 
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from kedit_lightning.base_models.batching import Batching, embedded_tokens
-from kedit_lightning.base_models.fingerprint import model_fingerprint, tokenizer_fingerprint
+from kedit_lightning.base_models.fingerprint import ModelIdentity
+from kedit_lightning.base_models.finiteness import check_finite_weights
 from kedit_lightning.base_models.generation import continuations
 from kedit_lightning.base_models.layout import Layout
 from kedit_lightning.base_models.rows import (
@@ -29,21 +31,28 @@ from kedit_lightning.base_models.spec import BaseModelSpec, load_pretrained
 from kedit_lightning.base_models.taps import gathering
 from kedit_lightning.chat_turns import prompt_text
 from kedit_lightning.decoding_settings import Generation, generation_config, neutral_options
-from kedit_lightning.edits import EditStack
+from kedit_lightning.edits import EditStack, plain_model
 from kedit_lightning.edits.projections import compute_dtype
-from kedit_lightning.errors import InvalidRequestError, NonFiniteError
+from kedit_lightning.errors import InvalidRequestError
 
 
 class BaseModel:
     """A Hugging Face language model and its tokenizer, frozen, with a stack of edits.
 
+    A model has one stack: a second base model on it, or on a copy of an edited one, takes over the
+    edits that it carries.  One model serves one thread at a time; others wait for their turn.
+
     Args:
-        model: The model; it is put into evaluation mode and its weights are frozen.
+        model: The model; it is put into evaluation mode and its weights are frozen.  What
+            ``torch.compile(model)`` returned is unwrapped.
         tokenizer: Its tokenizer.
         name: Name in reports; taken from the model's configuration if not given.
         chat: Put prompts into the user turn of the tokenizer's chat template.
         padding_side: Side of padding when rows are scored; it never changes a result.
         processor: Processor of a vision-language model, as ``AutoProcessor`` loads it.
+
+    Raises:
+        UnsupportedUseError: A part of the model is edited as a base model of its own.
     """
 
     def __init__(
@@ -55,13 +64,15 @@ class BaseModel:
         padding_side: PaddingSide = "right",
         processor: Any = None,
     ) -> None:
+        model = plain_model(model)
         config = model.config
         self.model: Any = model.eval().requires_grad_(False)
         self.tokenizer: Any = tokenizer
         self.name: str = name or getattr(config, "_name_or_path", "") or config.model_type
         self.revision: str | None = getattr(config, "_commit_hash", None)
         self.padding_side: PaddingSide = padding_side
-        self.edits = EditStack(model)
+        self.edits = EditStack.of(model)
+        self._identity = ModelIdentity(model)
         images = None if processor is None else ImageEncoder(processor)
         self.encoder = RowEncoder(tokenizer, chat, images)
         self.layout = Layout(model)
@@ -71,6 +82,7 @@ class BaseModel:
         self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         #: Whether its passes can start in the middle; ``None`` until ``can_resume`` has tried.
         self.resumes: bool | None = None
+        self.edits.adopt(self)
 
     @classmethod
     def load(cls, source: str | PathLike[str] | BaseModelSpec, **options: Any) -> BaseModel:
@@ -118,15 +130,30 @@ class BaseModel:
             self.model.to(device)
         return self
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
-        """Short hash of configuration and weights."""
-        return model_fingerprint(self.model)
+        """Short hash of configuration and a sample of the weights, as they are now.
 
-    @cached_property
+        Raises:
+            UnsupportedUseError: The model carries edits that are not on the stack.
+        """
+        self.edits.check_alone()
+        return self._identity.fingerprint
+
+    @property
+    def full_fingerprint(self) -> str:
+        """Short hash of configuration and all weights; see :mod:`~.fingerprint` for its cost.
+
+        Raises:
+            UnsupportedUseError: The model carries edits that are not on the stack.
+        """
+        self.edits.check_alone()
+        return self._identity.full_fingerprint
+
+    @property
     def tokenizer_fingerprint(self) -> str:
         """Short hash of the tokenizer."""
-        return tokenizer_fingerprint(self.tokenizer)
+        return self._identity.of_tokenizer(self.tokenizer)
 
     @property
     def pad_id(self) -> int:
@@ -155,13 +182,7 @@ class BaseModel:
         Raises:
             NonFiniteError: A weight is NaN or infinite; the message names the tensor.
         """
-        for name, tensor in self.model.named_parameters():
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                raise NonFiniteError(
-                    f"the weights of base model '{self.name}' hold NaN or infinite values in "
-                    f"'{name}', so nothing computed from them would mean anything; load the model "
-                    "again, in bfloat16 or float32 if it was converted to float16"
-                )
+        check_finite_weights(self.model, self.name)
 
     # ---- rows
 
@@ -311,6 +332,12 @@ class BaseModel:
         settings = neutral_options(generation_config(self.model), generation)
         settings |= {"max_new_tokens": max_new_tokens, **options}
         return continuations(self, encoded, batch_size, stop_at_sentence, settings)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> BaseModel:
+        twin = memo[id(self)] = object.__new__(type(self))
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        twin.edits.adopt(twin, silently=True)
+        return twin
 
     def __repr__(self) -> str:
         return f"BaseModel({self.name!r}, {self.model.config.model_type}, {len(self.edits)} edits)"

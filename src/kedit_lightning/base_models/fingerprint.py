@@ -1,15 +1,23 @@
-"""Fingerprints: short hashes that identify base models and tokenizers."""
+"""Fingerprints: short hashes that identify base models and tokenizers.
+
+The fingerprint of a model reads a sample of its weights, in milliseconds.  It tells models and
+fine-tuned copies apart, but may miss a change of a few values.  The full fingerprint reads all of
+them, once through the memory that they take: about half a second a gigabyte on a core.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+#: Words of eight bytes summed at a time.
+_CHUNK = 1 << 17
+_WRAP = 1 << 64
 #: Number of values of each tensor in the hash: enough to tell fine-tuned models apart.
 _SAMPLE = 64
 #: Settings of a configuration that do not change what the model computes, or that saving it adds.
@@ -30,6 +38,19 @@ def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _configuration(model: nn.Module) -> bytes:
+    config: Any = model.config
+    return json.dumps(_settings(config.to_dict()), sort_keys=True, default=str).encode()
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[bytes, Tensor]]:
+    """Names with shapes and dtypes, and the whole tensors, one at a time."""
+    for name, tensor in sorted(model.state_dict().items()):
+        described = f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode()
+        # Sharded over processes; fetched one at a time.
+        yield described, tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
 @torch.no_grad()
 def model_fingerprint(model: nn.Module) -> str:
     """Hash of configuration, tensor names, shapes, dtypes and a strided sample of the values.
@@ -37,16 +58,113 @@ def model_fingerprint(model: nn.Module) -> str:
     A model that is sharded over processes has the hash of the whole model; all processes must call
     this together.
     """
-    config: Any = model.config
-    parts = [json.dumps(_settings(config.to_dict()), sort_keys=True, default=str).encode()]
-    for name, tensor in sorted(model.state_dict().items()):
-        parts.append(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        if hasattr(tensor, "full_tensor"):  # sharded over processes; fetched one at a time
-            tensor = tensor.full_tensor()
+    parts = [_configuration(model)]
+    for described, tensor in _tensors(model):
         flat = tensor.detach().reshape(-1)
         sample = flat[:: max(1, flat.numel() // _SAMPLE)][:_SAMPLE].cpu().contiguous()
-        parts.append(sample.view(torch.uint8).numpy().tobytes())
+        parts += [described, sample.view(torch.uint8).numpy().tobytes()]
     return _digest(*parts)
+
+
+def full_fingerprint(model: nn.Module) -> str:
+    """Hash of configuration, tensor names, shapes, dtypes and all values, equal on every device.
+
+    All processes of a sharded model must call this together.
+    """
+    parts = [_configuration(model)]
+    for described, tensor in _tensors(model):
+        parts += [described, str(checksum(tensor)).encode()]
+    return _digest(*parts)
+
+
+@torch.no_grad()
+def checksum(tensor: Tensor) -> tuple[int, int]:
+    """Two sums over the bits of a tensor, computed where it is; equal for bit-equal tensors.
+
+    One changed bit always changes the first; the second depends on the places as well.
+
+    Args:
+        tensor: Any tensor; of one that is sharded, the shard of this process is summed.
+
+    >>> checksum(torch.tensor([1.0, 2.0])) == checksum(torch.tensor([2.0, 1.0]))
+    False
+    """
+    if hasattr(tensor, "to_local"):
+        tensor = tensor.to_local()
+    data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    whole = len(data) // 8 * 8
+    words, rest = data[:whole], data[whole:].to(torch.int64)
+    # Words must not begin inside a word of the memory that a view shares with others.
+    words = (words if words.storage_offset() % 8 == 0 else words.clone()).view(torch.int64)
+    chunk = _CHUNK if words.device.type == "cpu" else 32 * _CHUNK
+    places = torch.arange(min(chunk, len(words)), device=words.device) * 2 + 1
+    plain, placed = int(rest.sum()), int((rest * (torch.arange(len(rest)) + 1).to(rest)).sum())
+    for start in range(0, len(words), chunk):
+        part = words[start : start + chunk]
+        total = int(part.sum())
+        plain += total
+        placed += int((part * places[: len(part)]).sum()) + 2 * start * total
+    # Integers wrap around on every device alike, and here.
+    return plain % _WRAP, placed % _WRAP
+
+
+class ModelIdentity:
+    """Who a model is now: hashes of its weights as they are, not as they were when it was loaded.
+
+    The fingerprint is read from the weights at each use.  The full one is remembered as long as
+    the fingerprint, the places in memory of all tensors and torch's counts of changes are the same.
+    They miss a change of a few values in place behind torch's back, as through ``.data``.
+
+    Args:
+        model: The model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._known: tuple[object, str] | None = None
+        self._full: tuple[object, str] | None = None
+        self._tokenizer: tuple[object, int, str] | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of configuration and a sample of the weights."""
+        state = self._model.state_dict()
+        if not any(hasattr(tensor, "full_tensor") for tensor in state.values()):
+            return model_fingerprint(self._model)
+        # Reading a sharded model takes all processes, and this one may ask by itself.
+        counts = _counts(state)
+        if self._known is None or self._known[0] != counts:
+            self._known = counts, model_fingerprint(self._model)
+        return self._known[1]
+
+    @property
+    def full_fingerprint(self) -> str:
+        """Hash of configuration and all weights."""
+        known = (self.fingerprint, _counts(self._model.state_dict()))
+        if self._full is None or self._full[0] != known:
+            self._full = known, full_fingerprint(self._model)
+        return self._full[1]
+
+    def of_tokenizer(self, tokenizer: Any) -> str:
+        """Hash of the tokenizer, remembered until tokens are added to it or it is another one."""
+        size = len(tokenizer)
+        if self._tokenizer is None or self._tokenizer[:2] != (tokenizer, size):
+            self._tokenizer = tokenizer, size, tokenizer_fingerprint(tokenizer)
+        return self._tokenizer[2]
+
+
+def _counts(state: Mapping[str, Tensor]) -> tuple[object, ...]:
+    """Where each tensor is, and how often torch has changed it since it was made."""
+    return tuple(
+        (name, _address(tensor), None if tensor.is_inference() else tensor._version)
+        for name, tensor in state.items()
+        if isinstance(tensor, Tensor)
+    )
+
+
+def _address(tensor: Tensor) -> int:
+    local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return local.data_ptr()
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:

@@ -24,10 +24,14 @@ class AnswersCache:
     """Readings of probes on an unedited base model, in one JSONL file for each set of settings.
 
     ``settings`` are the plain values that readings depend on beside the probe itself. A line holds
-    the readings that were measured together; one that a crash has cut off is skipped.
+    the readings that were measured together; one that a crash has cut off is skipped.  With
+    ``on_disk`` off, readings are neither read from the file nor written to it.
     """
 
-    def __init__(self, settings: Mapping[str, Any], folder: Path | None = None) -> None:
+    def __init__(
+        self, settings: Mapping[str, Any], folder: Path | None = None, on_disk: bool = True
+    ) -> None:
+        self._on_disk = on_disk
         self.path = (folder or cache_dir() / "answers") / f"{key_of(dict(settings))}.jsonl"
         self._known: dict[str, ProbeReading] | None = None
         self._warned = False
@@ -37,7 +41,8 @@ class AnswersCache:
         """Readings by key."""
         if self._known is None:
             self._known = {}
-            text = self.path.read_text(encoding="utf-8") if self.path.is_file() else ""
+            there = self._on_disk and self.path.is_file()
+            text = self.path.read_text(encoding="utf-8") if there else ""
             for line in filter(None, text.split("\n")):
                 with suppress(json.JSONDecodeError):  # cut off by a crash
                     self._known.update(json.loads(line))
@@ -50,6 +55,8 @@ class AnswersCache:
         # Through JSON, so that this run uses the same values as a later one that reads the file.
         line = json.dumps(readings)
         self.known.update(json.loads(line))
+        if not self._on_disk:
+            return
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # One write, as several processes may append at once; the first line break ends a line

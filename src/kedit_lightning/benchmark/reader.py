@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -11,11 +12,13 @@ from typing import Any, NamedTuple, TypeAlias, cast
 import torch
 
 from kedit_lightning.base_models import BaseModel, EncodedRow
+from kedit_lightning.base_models.foreign_hooks import foreign_hooks
 from kedit_lightning.benchmark.answer_cache import AnswersCache, key_of
 from kedit_lightning.benchmark.protocol import READING_VERSION, Protocol
 from kedit_lightning.data.dataloader import chunks
 from kedit_lightning.decoding_settings import generation_config, in_force
 from kedit_lightning.edits import Edit
+from kedit_lightning.errors import article_list
 from kedit_lightning.metrics import SCORINGS, ForwardPass, ProbeReading
 from kedit_lightning.metrics.functional import widened
 from kedit_lightning.metrics.measurement import RECORDED, Source, Value, built_in
@@ -65,7 +68,7 @@ class Reader:
         self.cache = AnswersCache(
             {
                 "version": READING_VERSION,
-                "model": base.fingerprint,
+                "model": base.full_fingerprint,  # a sample of the weights may miss what changed
                 "tokenizer": base.tokenizer_fingerprint,
                 "chat": base.encoder.chat,
                 "device": base.device.type,
@@ -74,8 +77,21 @@ class Reader:
                 "max_new_tokens": protocol.max_new_tokens if protocol.generates else 0,
                 "decoding": in_force(generation_config(base.model), protocol.generation),
                 "dataset": dataset,
-            }
+            },
+            on_disk=not self._warn_of_hooks(),
         )
+
+    def _warn_of_hooks(self) -> bool:
+        """Whether the model carries hooks of others, whose answers no later run may read."""
+        names = foreign_hooks(self.base.model)
+        if names:
+            warnings.warn(
+                f"'{self.base.name}' carries forward hooks that kedit-lightning has not made, on "
+                f"{article_list(names, 3)}; its answers are measured with them, and not kept for "
+                "later runs; remove them if they should not act",
+                stacklevel=2,
+            )
+        return bool(names)
 
     def base_readings(self, probes: Sequence[Probe]) -> list[ProbeReading]:
         """Readings of the base model without any edit, from the cache where it has them."""

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from kedit_lightning.edits.compilation import plain_model
 from kedit_lightning.edits.edit import LATE_KINDS, Edit, MemoryEdit, materialise
 from kedit_lightning.edits.kinds.codebook.codebook_edit import CodebookEdit
 from kedit_lightning.edits.kinds.composite import CompositeEdit
@@ -36,6 +37,7 @@ __all__ = [
     "load_adapter",
     "materialise",
     "memories",
+    "plain_model",
     "save_adapter",
 ]
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from kedit_lightning.edits.edit_file import content_id, read_edit, write_edit
 from kedit_lightning.edits.effects import AddToOutput, E, Effect, KeepMemory, of_type
-from kedit_lightning.edits.origin import EditOrigin
-from kedit_lightning.edits.projections import compute_dtype
+from kedit_lightning.edits.origin import EditOrigin, IdentifiedModel, check_same_base
+from kedit_lightning.edits.projections import compute_dtype, find_module
 from kedit_lightning.errors import (
     BaseModelMismatchError,
     EditFileError,
@@ -59,21 +59,12 @@ class AppliedEdits(Protocol):
         """Effects of one type, oldest first."""
 
 
-class EditableModel(Protocol):
+class EditableModel(IdentifiedModel, Protocol):
     """The part of a base model that edits use."""
 
     model: nn.Module
-    name: str
     tokenizer: Any
     encoder: Any
-
-    @property
-    def fingerprint(self) -> str:
-        """Short hash that tells base models apart."""
-
-    @property
-    def tokenizer_fingerprint(self) -> str:
-        """Short hash that tells tokenizers apart."""
 
     @property
     def edits(self) -> AppliedEdits:
@@ -137,7 +128,7 @@ class Edit(ABC):
         for part in self.parts():
             for effect in part.effects():
                 if isinstance(effect, AddToOutput):
-                    module = self.base.model.get_submodule(effect.module)
+                    module = find_module(self.base.model, effect.module)
                     for name, delta in effect.delta.of_parameters(module).items():
                         key = f"{effect.module}.{name}"
                         total[key] = total[key] + delta if key in total else delta
@@ -194,6 +185,11 @@ class Edit(ABC):
         """Take the edit off the stack; does nothing if it is not there."""
         if self.applied:
             self.base.edits.remove(self)
+
+    def rebuilt_on(self, base: EditableModel) -> Edit:
+        """The same edit for a base model on a copy of the model."""
+        tensors, values = self.state()
+        return self.from_state(base, self.origin, tensors, values)
 
     def __enter__(self) -> Edit:
         before = self.applied
@@ -276,6 +272,33 @@ def edit_class(kind: str) -> type[Edit]:
     return Edit._kinds[kind]
 
 
+def sum_of_deltas(edits: Iterable[Edit]) -> dict[str, Tensor]:
+    """Changes of parameters by edits, added up in at least float32.
+
+    Raises:
+        UnsupportedUseError: An edit changes no weights, or the weights are quantised.
+    """
+    totals: dict[str, Tensor] = {}
+    for edit in edits:
+        if getattr(edit.base.model, "is_quantized", False):
+            raise UnsupportedUseError(
+                f"the weights of '{edit.base.name}' are quantised and cannot hold an edit exactly; "
+                "keep it as a file and apply it, or load the model without quantization to export "
+                "it"
+            )
+        for name, delta in edit.deltas().items():
+            delta = delta.to(compute_dtype(delta.dtype))
+            totals[name] = totals[name] + delta if name in totals else delta
+    return totals
+
+
+@torch.no_grad()
+def with_delta(parameter: Tensor, delta: Tensor) -> Tensor:
+    """A parameter changed by a delta and rounded once, after all edits have been added up."""
+    total = parameter.to(compute_dtype(parameter.dtype)) + delta.to(parameter.device)
+    return total.to(parameter.dtype)
+
+
 @torch.no_grad()
 def materialise(base: EditableModel, edits: Iterable[Edit]) -> nn.Module:
     """A copy of the base model with the edits written into its weights.
@@ -283,41 +306,14 @@ def materialise(base: EditableModel, edits: Iterable[Edit]) -> nn.Module:
     Raises:
         UnsupportedUseError: An edit changes no weights, or the weights are quantised.
     """
-    if getattr(base.model, "is_quantized", False):
-        raise UnsupportedUseError(
-            f"the weights of '{base.name}' are quantised and cannot hold an edit exactly; keep it "
-            "as a file and apply it, or load the model without quantization to export it"
-        )
-    totals: dict[str, Tensor] = {}
-    for edit in edits:
-        for name, delta in edit.deltas().items():
-            delta = delta.to(compute_dtype(delta.dtype))
-            totals[name] = totals[name] + delta if name in totals else delta
+    totals = sum_of_deltas(edits)
     with base.edits.restored():
         base.edits.clear()
         clone = copy.deepcopy(base.model)
     for name, delta in totals.items():
         parameter = clone.get_parameter(name)
-        # Rounded once, after all edits have been added up.
-        total = parameter.to(compute_dtype(parameter.dtype)) + delta.to(parameter.device)
-        parameter.copy_(total.to(parameter.dtype))
+        parameter.copy_(with_delta(parameter, delta))
     return clone
-
-
-def check_same_base(what: str, origin: EditOrigin, base: EditableModel) -> None:
-    """Refuse an edit that was made for another base model or tokenizer.
-
-    Raises:
-        BaseModelMismatchError: The message names both models.
-    """
-    for field, part in (("fingerprint", "base model"), ("tokenizer_fingerprint", "tokenizer")):
-        made, here = getattr(origin, field), getattr(base, field)
-        if made and made != here:
-            raise BaseModelMismatchError(
-                f"{what} was made for the {part} of '{origin.base_model}' (fingerprint {made}), "
-                f"and this is '{base.name}' (fingerprint {here}); load that model, in the same "
-                "dtype, or pass force=True if you know that they agree"
-            )
 
 
 def check_finite(quantity: str, layer: str, tensor: Tensor) -> Tensor:

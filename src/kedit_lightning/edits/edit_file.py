@@ -19,14 +19,19 @@ from kedit_lightning.edits.origin import EditOrigin
 from kedit_lightning.edits.state_schema import check_value
 from kedit_lightning.errors import EditFileError
 
-FORMAT_VERSION = 1
+#: Versions: 1 has all of the header in the metadata; 2 has origin and values beside the tensors.
+FORMAT_VERSION = 2
 _HEADER = "kedit"
+#: Name of the tensor that holds the bytes of a header too long for the metadata.
+_BESIDE = "kedit/header"
+#: Longest header in the metadata, in bytes; safetensors reads and writes no more than 100 MB.
+_LONGEST = 1 << 20
 
 
 class Header(TypedDict):
     """The JSON header of a saved edit."""
 
-    format_version: Literal[1]
+    format_version: Literal[1, 2]
     kind: str
     id: str
     origin: dict[str, Any]
@@ -58,11 +63,18 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def write_edit(path: Path, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Path:
-    """Write ``kind``, ``id``, ``origin`` and ``values`` of an edit, and its tensors, to a file."""
-    header = {"format_version": FORMAT_VERSION, **header}
+    """Write ``kind``, ``id``, ``origin`` and ``values`` of an edit, and its tensors, to a file.
+
+    A long header, as that of many thousand requests, stands beside the tensors.
+    """
     # Cloned, since safetensors refuses tensors that share memory, as layers with equal keys do.
     flat = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    write_atomically(path, save(flat, metadata={_HEADER: json.dumps(header)}))
+    text = json.dumps({"format_version": 1, **header})
+    if len(text) > _LONGEST:  # JSON of ASCII letters
+        whole = json.dumps({"format_version": 2, **header}).encode()
+        flat[_BESIDE] = torch.frombuffer(bytearray(whole), dtype=torch.uint8)
+        text = json.dumps({"format_version": 2, "beside": _BESIDE})
+    write_atomically(path, save(flat, metadata={_HEADER: text}))
     return path
 
 
@@ -85,7 +97,11 @@ def read_edit(path: Path) -> tuple[Header, dict[str, Tensor]]:
         raise EditFileError(f"{path} is no saved edit: {reason}") from error
     if _HEADER not in metadata:
         raise EditFileError(f"{path} holds tensors but is no saved edit: it has no kedit header")
-    header = _header(path, metadata[_HEADER])
+    beside = tensors.pop(_BESIDE, None)
+    if beside is None:
+        header = _header(path, metadata[_HEADER])
+    else:
+        header = _header(path, beside.reshape(-1).view(torch.uint8).numpy().tobytes())
     if header["id"] != content_id(header["kind"], header["values"], header["origin"], tensors):
         raise EditFileError(
             f"{path} is damaged or was changed: its content is not that of the edit it names, "
@@ -94,7 +110,7 @@ def read_edit(path: Path) -> tuple[Header, dict[str, Tensor]]:
     return header, tensors
 
 
-def _header(path: Path, text: str) -> Header:
+def _header(path: Path, text: str | bytes) -> Header:
     try:
         header = json.loads(text)
         version = header.get("format_version", 0)

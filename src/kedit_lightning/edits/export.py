@@ -15,7 +15,7 @@ from kedit_lightning.edits.effects import AddToOutput, KeepMemory
 from kedit_lightning.edits.kinds.weights import AdapterEdit
 from kedit_lightning.edits.low_rank import LowRankDelta
 from kedit_lightning.edits.origin import EditOrigin
-from kedit_lightning.edits.projections import is_transposed
+from kedit_lightning.edits.projections import find_module, is_transposed
 from kedit_lightning.errors import EditFileError, UnsupportedUseError, article_list
 
 __all__ = ["load_adapter", "materialise", "save_adapter"]
@@ -49,7 +49,7 @@ def save_adapter(base: EditableModel, edits: Iterable[Edit], folder: str | Path)
     for name, total in totals.items():
         tensors[f"base_model.model.{name}.lora_A.weight"] = total.a.cpu().contiguous()
         tensors[f"base_model.model.{name}.lora_B.weight"] = total.b.cpu().contiguous()
-    modules = [base.model.get_submodule(name) for name in totals]
+    modules = [find_module(base.model, name) for name in totals]
     encoder_decoder = getattr(base.model.config, "is_encoder_decoder", False)
     config = LoraConfig(
         r=max(ranks.values()),

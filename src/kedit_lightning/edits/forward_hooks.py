@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -200,3 +201,52 @@ def _places(
     rows = torch.arange(batch, device=logits.device).repeat_interleave(kept)
     last = {name: h[:, h.shape[1] - kept :].flatten(0, 1) for name, h in hidden.items()}
     return rows, columns.repeat(batch), last
+
+
+class HookedStack(Protocol):
+    """The part of a stack that its hooks use."""
+
+    @property
+    def active(self) -> bool:
+        """Whether edits act now."""
+
+    @property
+    def context(self) -> RowContext | None:
+        """The row context of the call that runs now."""
+
+    @property
+    def described(self) -> str:
+        """How many edits there are, and their ids."""
+
+
+class StackHook:
+    """A registered forward hook, which acts while the stack that it leads to does.
+
+    A deep copy of the model has copies of its hooks, which lead to a copy of the stack.
+    """
+
+    def __init__(self, stack: HookedStack, hook: ForwardHook) -> None:
+        self.stack = stack
+        self._hook = hook
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Return the changed output of the module, or ``None`` to leave it."""
+        return self._hook(args, output, self.stack.context) if self.stack.active else None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StackHook:
+        return StackHook(copy.deepcopy(self.stack, memo), self._hook)
+
+    def __reduce__(self) -> Any:
+        raise UnsupportedUseError(
+            f"the model carries {self.stack.described}, which cannot be pickled with it; roll them "
+            "back first, save them with edit.save(path), or pickle edit.materialise(), a copy with "
+            "the edit in its weights"
+        )
+
+
+def stack_hooks(model: nn.Module) -> Iterator[StackHook]:
+    """All hooks of stacks of edits on a model and its parts."""
+    for module in model.modules():
+        for hook in module._forward_hooks.values():
+            if isinstance(hook, StackHook):
+                yield hook

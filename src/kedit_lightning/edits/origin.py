@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from kedit_lightning.edits.state_schema import check_value
+from kedit_lightning.errors import BaseModelMismatchError
 from kedit_lightning.requests import EditRequest
 
 #: The note that holds the probability of each request's target under the edit.
@@ -24,6 +25,7 @@ class EditOrigin:
         stack: Ids of the edits it was computed on top of, in order.
         notes: Further facts, such as which statistics were used; ``target_probabilities`` has one
             number a request.
+        full_fingerprint: Hash of all weights of the base model; earlier releases had none.
     """
 
     method: str = ""
@@ -34,6 +36,7 @@ class EditOrigin:
     tokenizer_fingerprint: str = ""
     stack: tuple[str, ...] = ()
     notes: Mapping[str, Any] = field(default_factory=dict)
+    full_fingerprint: str = ""
 
     def __post_init__(self) -> None:
         # In the form of a file, so that an edit and its saved copy are equal.
@@ -46,6 +49,8 @@ class EditOrigin:
     def to_json(self) -> dict[str, Any]:
         """Plain values for a file header."""
         values = asdict(self)
+        if not self.full_fingerprint:
+            del values["full_fingerprint"]
         for request in values["requests"]:
             for name in ("task", "image"):  # earlier releases had none; their edits keep their ids
                 if request.get(name) is None:
@@ -62,3 +67,42 @@ class EditOrigin:
         check_value("its origin", values, cls)
         requests = tuple(EditRequest.recorded(**request) for request in values["requests"])
         return cls(**{**values, "requests": requests})
+
+
+class IdentifiedModel(Protocol):
+    """The part of a base model that tells which one it is."""
+
+    name: str
+
+    @property
+    def fingerprint(self) -> str:
+        """Short hash of configuration and a sample of the weights."""
+
+    @property
+    def full_fingerprint(self) -> str:
+        """Short hash of configuration and all weights."""
+
+    @property
+    def tokenizer_fingerprint(self) -> str:
+        """Short hash that tells tokenizers apart."""
+
+
+def check_same_base(what: str, origin: EditOrigin, base: IdentifiedModel) -> None:
+    """Refuse an edit that was made for another base model, other weights, or another tokenizer.
+
+    Raises:
+        BaseModelMismatchError: The message names both models.
+    """
+    parts = {
+        "fingerprint": "base model",
+        "tokenizer_fingerprint": "tokenizer",
+        "full_fingerprint": "very weights",  # last, as it reads them all
+    }
+    for field_name, part in parts.items():
+        made = getattr(origin, field_name)
+        if made and made != (here := getattr(base, field_name)):
+            raise BaseModelMismatchError(
+                f"{what} was made for the {part} of '{origin.base_model}' (fingerprint {made}), "
+                f"and this is '{base.name}' (fingerprint {here}); load that model, in the same "
+                "dtype, or pass force=True if you know that they agree"
+            )

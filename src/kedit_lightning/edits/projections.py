@@ -69,14 +69,21 @@ def as_rows(tensor: Tensor, batch: int) -> Tensor:
     return tensor.reshape(batch, -1, tensor.shape[-1]) if tensor.dim() == 2 else tensor
 
 
+def base_layer(module: nn.Module) -> nn.Module:
+    """The module itself, or the one that peft has put an adapter around."""
+    while isinstance(inner := getattr(module, "base_layer", None), nn.Module):
+        module = inner
+    return module
+
+
 def find_module(model: nn.Module, name: str) -> nn.Module:
-    """The module called ``name``.
+    """The module called ``name``, without an adapter that peft has put around it.
 
     Raises:
         UnsupportedUseError: There is none.
     """
     try:
-        return model.get_submodule(name)
+        return base_layer(model.get_submodule(name))
     except AttributeError as error:
         raise UnsupportedUseError(
             f"the base model has no module {name!r}; base.model.named_modules() names them all"
@@ -97,7 +104,7 @@ def check_editable(model: nn.Module, name: str) -> nn.Module:
         )
     weight = module.weight
     for other_name, other in model.named_modules():
-        if other is not module and getattr(other, "weight", None) is weight:
+        if base_layer(other) is not module and getattr(other, "weight", None) is weight:
             raise UnsupportedUseError(
                 f"the weight of {name!r} is tied to {other_name!r}, so changing one would change "
                 "both; choose a projection inside a block"

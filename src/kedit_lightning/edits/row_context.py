@@ -179,6 +179,12 @@ class ContextTracker:
         self._decides = False
         self._in_encoder = False
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> ContextTracker:
+        twin = copy.copy(self)
+        twin._model, twin.current = memo.get(id(self._model), self._model), None
+        memo[id(self)] = twin
+        return twin
+
     def register(self, with_encoder: bool, decides: bool) -> list[RemovableHandle]:
         """Register the hooks.
 

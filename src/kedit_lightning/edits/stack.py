@@ -2,72 +2,40 @@
 
 from __future__ import annotations
 
+import copy
+import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from kedit_lightning.edits.edit import Edit
-from kedit_lightning.edits.effects import (
-    AddToOutput,
-    ChangeLogits,
-    E,
-    Effect,
-    PromptFunction,
-    ReadStates,
-    RewritePrompt,
-    RouteRows,
-    families,
-    of_type,
-)
-from kedit_lightning.edits.forward_hooks import ForwardHook, LogitsHook, ModuleHook, read_states
-from kedit_lightning.edits.row_context import ContextTracker
-from kedit_lightning.errors import EditOrderError, UnsupportedUseError
+from kedit_lightning.edits.compilation import forget_compiled_code
+from kedit_lightning.edits.edit import Edit, EditableModel
+from kedit_lightning.edits.effects import E, of_type
+from kedit_lightning.edits.forward_hooks import StackHook, stack_hooks
+from kedit_lightning.edits.hook_plan import HookPlan, effects_of
+from kedit_lightning.edits.projections import find_module
+from kedit_lightning.edits.row_context import ContextTracker, RowContext
+from kedit_lightning.edits.saved_weights import EditedSave
+from kedit_lightning.errors import EditOrderError, UnsupportedUseError, article_list
 
-#: Rows, and the effects of the edit that they carry.
-RowEffects: TypeAlias = tuple[list[int], Sequence[Effect]]
-
-
-def _effects(edits: Sequence[Edit]) -> list[Effect]:
-    return [effect for edit in edits for effect in edit.effects()]
-
-
-def _by_module(effects: Sequence[Effect]) -> dict[str, list[Effect]]:
-    """Effects on the output of modules, by module name."""
-    modules: dict[str, list[Effect]] = {}
-    for effect in effects:
-        if isinstance(effect, (AddToOutput, RouteRows)):
-            modules.setdefault(effect.module, []).append(effect)
-    return modules
-
-
-def _states_hooks(
-    effects: Sequence[Effect], apart: Sequence[RowEffects], rows: int
-) -> list[tuple[str, ForwardHook]]:
-    """Hooks that read outputs of modules into the row context."""
-    rows_of = {id(effect): at for at, carried in apart for effect in carried}
-    hooks: list[tuple[str, ForwardHook]] = []
-    for group in families(effects, ReadStates):
-        carriers = None
-        if any(id(effect) in rows_of for effect in group):
-            carriers = torch.zeros(rows, len(group), dtype=torch.bool)
-            for number, effect in enumerate(group):
-                carriers[rows_of.get(id(effect), slice(None)), number] = True
-        function = group[0].build([effect.content for effect in group], carriers)
-        hooks.append((group[0].module, partial(read_states, function)))
-    return hooks
+#: The stack of each model, as long as a base model or a hook holds it.
+_STACKS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[EditStack]] = weakref.WeakKeyDictionary()
 
 
 class EditStack:
-    """Ordered edits of one base model, oldest first.
+    """Ordered edits of one model, oldest first, which all base models on that model share.
 
     Hooks exist only while an edit is on the stack, and they are rebuilt from the edits alone at
-    every change: there is no other state.
+    every change: there is no other state.  Blocks and changes hold ``lock``, so that another thread
+    waits until a pass is over.
+
+    Args:
+        model: The model; :meth:`of` gives the stack that it has already.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -75,10 +43,78 @@ class EditStack:
         self._edits: list[Edit] = []
         self._carried: list[Edit | None] = []
         self._handles: list[RemovableHandle] = []
-        self._prompts: list[PromptFunction] = []
+        self._plan = HookPlan()
         self._active = True
-        self._reads_rows = False
         self._tracker = ContextTracker(model)
+        self.lock = threading.RLock()
+
+    @classmethod
+    def of(cls, model: nn.Module) -> EditStack:
+        """The stack of a model: the one that its hooks lead to, or that another base model has.
+
+        Raises:
+            UnsupportedUseError: A part of the model, or a model that it is a part of, is edited.
+        """
+        hooked = (hook.stack for hook in stack_hooks(model))
+        stack = next((s for s in hooked if isinstance(s, cls) and s._model is model), None)
+        known = _STACKS.get(model)
+        if stack is None and known is not None:
+            stack = known()
+        if stack is None:  # one that is empty is false
+            stack = cls(model)
+        stack.check_alone()
+        _STACKS[model] = weakref.ref(stack)
+        return stack
+
+    def adopt(self, base: EditableModel, silently: bool = False) -> None:
+        """Take over the edits that a model carried when a base model was made of it.
+
+        Those of a copied model are rebuilt, since they belong to the one it was copied from.
+        """
+        if self._edits and any(edit.base.edits is not self for edit in self._edits):
+            edits = [e if e.base.edits is self else e.rebuilt_on(base) for e in self._edits]
+            self._change(edits, [])
+        if self._edits and not silently:
+            warnings.warn(
+                f"the model of '{base.name}' carries {self.described}, applied through another "
+                "base model or before it was copied; they are on the stack of this one too: "
+                "base.edits lists them, base.edits.clear() rolls them back",
+                stacklevel=3,
+            )
+
+    def check_alone(self) -> None:
+        """Make sure that no other stack acts on the model or a part of it.
+
+        Raises:
+            UnsupportedUseError: The message names the module and the edits.
+        """
+        for hook in stack_hooks(self._model):
+            if hook.stack is not self:
+                raise UnsupportedUseError(
+                    f"a part of this model carries {hook.stack.described}, which are not on its "
+                    "stack, so that it would be taken for unedited; roll them back through the "
+                    "base model that they were applied to, and apply them here if you need them"
+                )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> EditStack:
+        model = memo.get(id(self._model))
+        if model is None:  # a part of the model is copied by itself, and keeps what acts on it
+            return self
+        twin = memo[id(self)] = copy.copy(self)
+        twin._model, twin._active, twin.lock = model, True, threading.RLock()
+        twin._tracker = copy.deepcopy(self._tracker, memo)
+        twin._handles = copy.deepcopy(self._handles, memo)
+        return twin
+
+    def __copy__(self) -> EditStack:
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        return twin
+
+    def __reduce__(self) -> Any:
+        if self._edits:
+            return StackHook(self, lambda *call: None).__reduce__()
+        return EditStack.of, (self._model,)
 
     def __iter__(self) -> Iterator[Edit]:
         return iter(tuple(self._edits))
@@ -98,6 +134,17 @@ class EditStack:
         return tuple(edit.id for edit in self._edits)
 
     @property
+    def described(self) -> str:
+        """How many edits there are, and their ids, for messages."""
+        applied = list(dict.fromkeys([*self._edits, *filter(None, self._carried)]))
+        return f"{len(applied)} edit(s) ({article_list([edit.id for edit in applied], 3)})"
+
+    @property
+    def context(self) -> RowContext | None:
+        """The row context of the call that runs now."""
+        return self._tracker.current
+
+    @property
     def active(self) -> bool:
         """Whether edits act now; inside :meth:`suspended` they do not."""
         return self._active and bool(self._edits or any(self._carried))
@@ -105,11 +152,11 @@ class EditStack:
     @property
     def reads_rows(self) -> bool:
         """Whether an active edit looks at rows, so that passes must start at the first token."""
-        return self._active and self._reads_rows
+        return self._active and self._plan.reads_rows
 
     def effects(self, kind: type[E]) -> list[E]:
         """Effects of one type that the applied edits have, oldest first."""
-        return of_type(_effects(self._edits), kind)
+        return of_type(effects_of(self._edits), kind)
 
     def push(self, edit: Edit) -> None:
         """Apply an edit on top.
@@ -147,21 +194,25 @@ class EditStack:
     @contextmanager
     def suspended(self) -> Iterator[None]:
         """Inside, the base model answers as if it had never been edited."""
-        before, self._active = self._active, False
-        try:
-            yield
-        finally:
-            self._active = before
+        with self.lock:
+            before, self._active = self._active, False
+            forget_compiled_code(self._model)
+            try:
+                yield
+            finally:
+                self._active = before
+                forget_compiled_code(self._model)
 
     @contextmanager
     def restored(self) -> Iterator[None]:
         """On leaving, the stack is as it was on entering, whatever happened inside."""
-        before = list(self._edits)
-        try:
-            yield
-        finally:
-            if self._edits != before:
-                self._change(before)
+        with self.lock:
+            before = list(self._edits)
+            try:
+                yield
+            finally:
+                if self._edits != before:
+                    self._change(before)
 
     @contextmanager
     def carried(self, edits: Sequence[Edit | None]) -> Iterator[None]:
@@ -180,12 +231,13 @@ class EditStack:
                         f"edit {part.id} of kind '{part.kind}' acts on prompts or on decoding, "
                         "where rows are not told apart; apply it by itself"
                     )
-        before, carried = self._carried, list(edits)
-        self._change(self._edits, carried)
-        try:
-            yield
-        finally:
-            self._change(self._edits, before)
+        with self.lock:
+            before, carried = self._carried, list(edits)
+            self._change(self._edits, carried)
+            try:
+                yield
+            finally:
+                self._change(self._edits, before)
 
     @contextmanager
     def carried_by(self, rows: Sequence[int], of: int) -> Iterator[None]:
@@ -204,73 +256,43 @@ class EditStack:
     @contextmanager
     def prompts_end_at(self, columns: Tensor) -> Iterator[None]:
         """Inside, forward passes have prompts that end at these columns. Shape ``[batch]``."""
-        before, self._tracker.prompt_ends = self._tracker.prompt_ends, columns
-        try:
-            yield
-        finally:
-            self._tracker.prompt_ends = before
+        with self.lock:
+            before, self._tracker.prompt_ends = self._tracker.prompt_ends, columns
+            try:
+                yield
+            finally:
+                self._tracker.prompt_ends = before
 
     @contextmanager
     def logits_stand_at(self, places: tuple[Tensor, Tensor]) -> Iterator[None]:
         """Inside, forward passes give logits of these rows and columns only. Shape ``[n]`` each."""
-        before, self._tracker.logit_places = self._tracker.logit_places, places
-        try:
-            yield
-        finally:
-            self._tracker.logit_places = before
+        with self.lock:
+            before, self._tracker.logit_places = self._tracker.logit_places, places
+            try:
+                yield
+            finally:
+                self._tracker.logit_places = before
 
     def render(self, prompt: str, fits: Callable[[str], bool]) -> str:
         """The prompt as prompt edits rewrite it; ``fits``: a text leaves room for an answer."""
-        for rewrite in self._prompts if self._active else ():
+        for rewrite in self._plan.prompts if self._active else ():
             prompt = rewrite(prompt, fits)
         return prompt
 
     def _change(self, edits: list[Edit], carried: list[Edit | None] | None = None) -> None:
         """Make ``edits`` the stack; on failure the old stack stays in force."""
         carried = self._carried if carried is None else carried
-        rows_of: dict[Edit, list[int]] = {}
-        for row, edit in enumerate(carried):
-            if edit is not None:
-                rows_of.setdefault(edit, []).append(row)
-        shared = _effects(edits)
-        apart = [(rows, edit.effects()) for edit, rows in rows_of.items()]
-        every = [*shared, *(effect for _, effects in apart for effect in effects)]
-        states = _states_hooks(every, apart, len(carried))
-        hooks = [*self._module_hooks(shared, apart, len(carried)), *states]
-        logits = of_type(every, ChangeLogits)
-        if logits:
-            hook = LogitsHook(logits)
-            hooks += [*hook.readers(), ("", hook)]
-        prompts = [
-            group[0].build([effect.content for effect in group])
-            for group in families(shared, RewritePrompt)
-        ]
-        for handle in self._handles:
-            handle.remove()
-        self._handles = [self._register(name, hook) for name, hook in hooks]
-        decides = bool(apart or states or of_type(every, RouteRows))
-        self._reads_rows = decides or bool(logits)
-        if self._reads_rows:
-            # After the other hooks, so that the context is still open when those of the model run.
-            self._handles += self._tracker.register(with_encoder=bool(states), decides=decides)
-        self._edits, self._carried, self._prompts = edits, carried, prompts
-
-    def _module_hooks(
-        self, shared: Sequence[Effect], apart: Sequence[RowEffects], rows: int
-    ) -> list[tuple[str, ForwardHook]]:
-        """Hooks that change outputs of modules."""
-        on_all = _by_module(shared)
-        on_some = [(at, _by_module(effects)) for at, effects in apart]
-        hooks: list[tuple[str, ForwardHook]] = []
-        for name in dict.fromkeys(name for on in (on_all, *(m for _, m in on_some)) for name in on):
-            carried = [(at, modules[name]) for at, modules in on_some if name in modules]
-            module = self._model.get_submodule(name)
-            hook = ModuleHook(module, on_all.get(name, []), carried, rows if carried else 0)
-            hooks.append((name, hook))
-        return hooks
-
-    def _register(self, name: str, hook: ForwardHook) -> RemovableHandle:
-        def call(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            return hook(args, output, self._tracker.current) if self._active else None
-
-        return self._model.get_submodule(name).register_forward_hook(call)
+        plan = HookPlan.of(self._model, edits, carried)
+        with self.lock:
+            for handle in self._handles:
+                handle.remove()
+            self._edits, self._carried, self._plan = edits, carried, plan
+            self._handles = [
+                find_module(self._model, name).register_forward_hook(StackHook(self, hook))
+                for name, hook in plan.hooks
+            ]
+            if plan.reads_rows:
+                # After the other hooks, so that the context is open when those of the model run.
+                self._handles += self._tracker.register(plan.reads_states, plan.decides)
+            EditedSave.attach(self._model, edits)
+            forget_compiled_code(self._model)

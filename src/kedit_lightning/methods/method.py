@@ -166,6 +166,7 @@ class EditMethod(pl.LightningModule):
         self.check_requests(requests)
         self.configure_model()
         with (
+            self.base.edits.lock,
             torch.inference_mode(False),
             torch.enable_grad(),
             torch.autocast(self.base.device.type, enabled=False),
@@ -195,6 +196,7 @@ class EditMethod(pl.LightningModule):
             tokenizer_fingerprint=self.base.tokenizer_fingerprint,
             stack=self.base.edits.ids,
             notes=plain(notes),
+            full_fingerprint=self.base.full_fingerprint,
         )
 
     def generator(self, requests: Sequence[EditRequest], purpose: str = "") -> torch.Generator:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from kedit_lightning.base_models import BaseModel
 from kedit_lightning.base_models.rows import RowEncoder, join_text
+from kedit_lightning.chat_turns import put_before
 from kedit_lightning.data.dataloader import chunks
 from kedit_lightning.errors import InvalidRequestError
 from kedit_lightning.requests import EditExample, EditRequest, Probe
@@ -69,8 +70,10 @@ def probe_rows(probe: Probe, before: str = "") -> list[RowText]:
     A question without an answer is asked freely.
     """
     answers = [*probe.answers, *([probe.contrast] if probe.contrast else [])]
-    rows = [RowText(f"its {probe.kind} probe", before + probe.prompt, a) for a in answers]
-    return rows or [RowText(f"its {probe.kind} probe", before + probe.prompt)]
+    rows = [
+        RowText(f"its {probe.kind} probe", put_before(before, probe.prompt), a) for a in answers
+    ]
+    return rows or [RowText(f"its {probe.kind} probe", put_before(before, probe.prompt))]
 
 
 def free_rows(example: EditExample) -> list[RowText]:

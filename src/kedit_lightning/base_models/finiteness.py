@@ -1,0 +1,23 @@
+"""Weights that are no numbers."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from kedit_lightning.errors import NonFiniteError
+
+
+def check_finite_weights(model: nn.Module, label: str) -> None:
+    """Check that all weights of a model, called ``label`` in messages, are finite.
+
+    Raises:
+        NonFiniteError: A weight is NaN or infinite; the message names the tensor.
+    """
+    for name, tensor in model.named_parameters():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise NonFiniteError(
+                f"the weights of base model '{label}' hold NaN or infinite values in "
+                f"'{name}', so nothing computed from them would mean anything; load the model "
+                "again, in bfloat16 or float32 if it was converted to float16"
+            )

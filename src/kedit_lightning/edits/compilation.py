@@ -1,0 +1,41 @@
+"""Models that ``torch.compile`` has compiled."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import warnings
+from types import CodeType
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def plain_model(model: Any) -> Any:
+    """The model itself, or the one inside what ``torch.compile(model)`` returned."""
+    inner = getattr(model, "_orig_mod", None)
+    if inner is None:
+        return model
+    warnings.warn(
+        "the base model is the plain model inside torch.compile(model), so that its modules keep "
+        "their names; call base.model.compile() to run it compiled",
+        stacklevel=3,
+    )
+    return inner
+
+
+def forget_compiled_code(model: nn.Module) -> None:
+    """Drop compiled code if there is any of the model: it would go on without new hooks."""
+    dynamo: Any = sys.modules.get("torch._dynamo")
+    if dynamo is not None and any(
+        map(dynamo.eval_frame._debug_get_cache_entry_list, _codes(model))
+    ):
+        torch.compiler.reset()
+
+
+def _codes(model: nn.Module) -> set[CodeType]:
+    """Code that runs when the model is called; ``torch.compile`` attaches to it what it makes."""
+    forwards = {type(module).forward for module in model.modules()}
+    functions = [nn.Module._call_impl, nn.Module._wrapped_call_impl, *forwards]
+    return {f.__code__ for g in functions for f in (g, inspect.unwrap(g)) if inspect.isfunction(f)}

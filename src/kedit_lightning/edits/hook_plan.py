@@ -1,0 +1,119 @@
+"""From edits to the hooks that apply them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeAlias
+
+import torch
+from torch import nn
+
+from kedit_lightning.edits.edit import Edit
+from kedit_lightning.edits.effects import (
+    AddToOutput,
+    ChangeLogits,
+    Effect,
+    PromptFunction,
+    ReadStates,
+    RewritePrompt,
+    RouteRows,
+    families,
+    of_type,
+)
+from kedit_lightning.edits.forward_hooks import ForwardHook, LogitsHook, ModuleHook, read_states
+from kedit_lightning.edits.projections import find_module
+
+#: Rows, and the effects of the edit that they carry.
+RowEffects: TypeAlias = tuple[list[int], Sequence[Effect]]
+
+
+def effects_of(edits: Iterable[Edit]) -> list[Effect]:
+    """Effects of edits, in the order they act."""
+    return [effect for edit in edits for effect in edit.effects()]
+
+
+def _by_module(effects: Sequence[Effect]) -> dict[str, list[Effect]]:
+    """Effects on the output of modules, by module name."""
+    modules: dict[str, list[Effect]] = {}
+    for effect in effects:
+        if isinstance(effect, (AddToOutput, RouteRows)):
+            modules.setdefault(effect.module, []).append(effect)
+    return modules
+
+
+def _states_hooks(
+    effects: Sequence[Effect], apart: Sequence[RowEffects], rows: int
+) -> list[tuple[str, ForwardHook]]:
+    """Hooks that read outputs of modules into the row context."""
+    rows_of = {id(effect): at for at, carried in apart for effect in carried}
+    hooks: list[tuple[str, ForwardHook]] = []
+    for group in families(effects, ReadStates):
+        carriers = None
+        if any(id(effect) in rows_of for effect in group):
+            carriers = torch.zeros(rows, len(group), dtype=torch.bool)
+            for number, effect in enumerate(group):
+                carriers[rows_of.get(id(effect), slice(None)), number] = True
+        function = group[0].build([effect.content for effect in group], carriers)
+        hooks.append((group[0].module, partial(read_states, function)))
+    return hooks
+
+
+def _module_hooks(
+    model: nn.Module, shared: Sequence[Effect], apart: Sequence[RowEffects], rows: int
+) -> list[tuple[str, ForwardHook]]:
+    """Hooks that change outputs of modules."""
+    on_all = _by_module(shared)
+    on_some = [(at, _by_module(effects)) for at, effects in apart]
+    hooks: list[tuple[str, ForwardHook]] = []
+    for name in dict.fromkeys(name for on in (on_all, *(m for _, m in on_some)) for name in on):
+        carried = [(at, modules[name]) for at, modules in on_some if name in modules]
+        module = find_module(model, name)
+        hook = ModuleHook(module, on_all.get(name, []), carried, rows if carried else 0)
+        hooks.append((name, hook))
+    return hooks
+
+
+@dataclass(frozen=True)
+class HookPlan:
+    """What a stack of edits does to a model.
+
+    Args:
+        hooks: Names of modules, and hooks on their outputs, in the order they act.
+        prompts: Functions that rewrite prompts.
+        reads_rows: Whether a hook looks at rows, so that passes must start at the first token.
+        reads_states: Whether a hook reads hidden states, perhaps in the encoder.
+        decides: Whether a hook decides at the end of the prompt, which one call must then read.
+    """
+
+    hooks: Sequence[tuple[str, ForwardHook]] = ()
+    prompts: Sequence[PromptFunction] = ()
+    reads_rows: bool = False
+    reads_states: bool = False
+    decides: bool = False
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, edits: Sequence[Edit], carried: Sequence[Edit | None]
+    ) -> HookPlan:
+        """The plan of edits on all rows, and of those that a row each carries."""
+        rows_of: dict[Edit, list[int]] = {}
+        for row, edit in enumerate(carried):
+            if edit is not None:
+                rows_of.setdefault(edit, []).append(row)
+        shared = effects_of(edits)
+        apart = [(rows, edit.effects()) for edit, rows in rows_of.items()]
+        every = [*shared, *(effect for _, effects in apart for effect in effects)]
+        states = _states_hooks(every, apart, len(carried))
+        hooks = [*_module_hooks(model, shared, apart, len(carried)), *states]
+        logits = of_type(every, ChangeLogits)
+        if logits:
+            hook = LogitsHook(logits)
+            hooks += [*hook.readers(), ("", hook)]
+        prompts = [
+            group[0].build([effect.content for effect in group])
+            for group in families(shared, RewritePrompt)
+        ]
+        decides = bool(apart or states or of_type(every, RouteRows))
+        return cls(hooks, prompts, decides or bool(logits), bool(states), decides)
