@@ -67,6 +67,10 @@ class EditableModel(Protocol):
     encoder: Any
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Number type of its hidden states."""
+
+    @property
     def fingerprint(self) -> str:
         """Short hash that tells base models apart."""
 
