@@ -29,4 +29,5 @@ def indistinct(distances: Tensor, states: Tensor, rounding: float) -> Tensor:
         states: Shape ``[n, d]``.
         rounding: Relative to their norms, from :func:`state_rounding`.
     """
-    return distances <= rounding * states.norm(dim=-1)
+    reach: Tensor = rounding * states.norm(dim=-1)
+    return distances <= reach

@@ -191,7 +191,12 @@ def test_several_facts_are_told_apart_by_the_question():
 
 
 def test_the_last_answer_to_a_prompt_holds_and_other_orders_of_its_words_are_other_prompts():
-    prompts = ["Ann met Bo, who is", "Bo met Ann, who is", "Ann met Bo, who is", "Is who? Bo met Ann"]
+    prompts = [
+        "Ann met Bo, who is",
+        "Bo met Ann, who is",
+        "Ann met Bo, who is",
+        "Is who? Bo met Ann",
+    ]
     entries = [PromptEntry(prompt, f"{i}: ") for i, prompt in enumerate(prompts)]
     rewrite = retrieval([entries[:2], entries[2:]])
     told = [rewrite(prompt, lambda text: True)[0] for prompt in [*prompts, "who is Ann, met Bo"]]

@@ -82,7 +82,6 @@ def test_rounding_does_not_bring_an_older_answer_back():
     assert memory(base, keys).route(questions).tolist() == [1, 1, 2, 1]
 
 
-
 # ---- answers
 
 

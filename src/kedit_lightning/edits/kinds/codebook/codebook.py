@@ -87,8 +87,8 @@ def write_entry(
     """
     radius = torch.tensor([entry.radius], dtype=entry.key.dtype, device=entry.key.device)
     if book is None:
-        labels = (entry.label,)
-        return Codebook(entry.key[None], entry.value[None], radius, labels, rounding), "new", 0
+        first = Codebook(entry.key[None], entry.value[None], radius, (entry.label,), rounding)
+        return first, "new", 0
     distance, index = (t[0] for t in book.nearest(entry.key[None]))
     nearest = int(index)
     radii = book.radii.clone()

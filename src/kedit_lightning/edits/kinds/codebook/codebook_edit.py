@@ -30,8 +30,8 @@ from kedit_lightning.edits.projections import (
     is_projection,
     projection_shape,
 )
-from kedit_lightning.edits.row_context import RowContext
 from kedit_lightning.edits.rounding import state_rounding
+from kedit_lightning.edits.row_context import RowContext
 from kedit_lightning.edits.state_schema import (
     FULL_PRECISION,
     check_names,
@@ -52,7 +52,8 @@ class CodebookEdit(MemoryEdit):
     """Entries of a codebook at one layer; all such edits of the stack form one codebook.
 
     It is built from the edits on the stack, in order, so rolling one back also gives its neighbours
-    their radii back, and an answer that it had replaced.  ``replacement`` tells which tokens of a recognised row get the value.
+    their radii back, and an answer that it had replaced.  ``replacement`` tells which tokens of a
+    recognised row get the value.
     """
 
     kind: ClassVar[str] = "codebook"
