@@ -115,8 +115,8 @@ def test_a_damaged_file_is_named_and_stops_nothing(damage: Callable[[Path], None
         pytest.raises(StatisticsNotFoundError, match="run `kedit fit`"),
     ):
         ROME(base(), statistics="required").covariances.cholesky(module)
+    rome = ROME(base())
     with pytest.warns(UserWarning, match=DAMAGED):
-        rome = ROME(base())
         rome.covariances.cholesky(module)
     assert rome.covariances.note.startswith("few-sample")
 

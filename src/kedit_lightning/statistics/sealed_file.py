@@ -43,10 +43,11 @@ def write_sealed(
         flat[name] = whole.clone() if whole.data_ptr() in seen else whole
         seen.add(whole.data_ptr())
     digests = {name: tensor_digest(tensor) for name, tensor in flat.items()}
-    header = json.dumps({**values, _DIGESTS: digests})
-    seal = hashlib.sha256(header.encode()).hexdigest()
+    header = {**values, _DIGESTS: digests}
+    # One entry, since safetensors writes several in any order.
+    text = json.dumps({**header, _SEAL: _seal(header)})
     try:
-        write_atomically(path, save(flat, metadata={kind: header, _SEAL: seal}))
+        write_atomically(path, save(flat, metadata={kind: text}))
     except OSError as error:
         raise CacheError(
             f"{path} cannot be written ({error.strerror or error}); make room, or name another "
@@ -74,19 +75,18 @@ class SealedFile:
                 metadata = file.metadata() or {}
                 #: Names of the tensors.
                 self.names = frozenset(file.keys())
-            values = json.loads(metadata[kind])
+            values = dict(json.loads(metadata[kind]))
+            seal = values.pop(_SEAL, None)
+            whole = seal is None or seal == _seal(values)
         except KeyError as error:
             raise DataFileError(f"{path} holds no {kind.replace('_', ' ')}") from error
         except Exception as error:  # the libraries raise many kinds
             raise damage(path, _reason(error)) from error
-        seal = metadata.get(_SEAL)
         #: Whether the file has hashes at all; those of earlier releases have none.
         self.sealed = seal is not None
-        whole = hashlib.sha256(metadata[kind].encode()).hexdigest() == seal
-        if not isinstance(values, dict) or (self.sealed and not whole):
+        if not whole:
             raise damage(path, "its header is not the one that was written")
-        digests = values.pop(_DIGESTS, {})
-        self._digests: dict[str, Any] = digests if self.sealed else {}
+        self._digests: dict[str, Any] = values.pop(_DIGESTS) if self.sealed else {}
         self.values: dict[str, Any] = values
 
     def tensor(self, name: str) -> Tensor:
@@ -107,6 +107,10 @@ class SealedFile:
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name; see :meth:`tensor`."""
         return {name: self.tensor(name) for name in sorted(self.names)}
+
+
+def _seal(header: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()
 
 
 def damage(path: Path, reason: str) -> DataFileError:
