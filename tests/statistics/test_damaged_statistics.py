@@ -289,10 +289,10 @@ def run_import(folder: Path, seed: int, count: int) -> int:
 
 
 def test_mutants_are_refused_in_one_sentence_or_are_what_was_kept(tmp_path: Path) -> None:
-    run_cache(0, 40, old=False)
-    run_cache(0, 40, old=True)
-    run_pass(0, 20)
-    run_import(tmp_path, 0, 40)
+    run_cache(0, 20, old=False)
+    run_cache(0, 20, old=True)
+    run_pass(0, 10)
+    run_import(tmp_path, 0, 20)
 
 
 @pytest.mark.slow
