@@ -55,6 +55,10 @@ class StatisticsNotFoundError(KEditError, FileNotFoundError):
     """Key statistics that a closed-form method needs are absent."""
 
 
+class CacheError(KEditError, OSError):
+    """A file of the cache cannot be written."""
+
+
 class EditFileError(KEditError, ValueError):
     """A saved edit cannot be read."""
 

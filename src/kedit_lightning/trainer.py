@@ -127,12 +127,27 @@ class EditTrainer(Trainer):
             ckpt_path: Checkpoint of an interrupted fit to continue.
             weights_only: Passed to ``torch.load``.
         """
-        as_edit_method(model).check_learns()
+        method = as_edit_method(model)
+        method.check_learns()
         train_dataloaders, datamodule = _data("fit", train_dataloaders, datamodule)
-        with self._running("fit", model, datamodule, ckpt_path):
+        with (
+            self._running("fit", model, datamodule, ckpt_path),
+            self._at_most(method.fit_epochs),
+        ):
             super().fit(
                 model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only
             )
+
+    @contextmanager
+    def _at_most(self, epochs: int | None) -> Iterator[None]:
+        """Limit a fit whose length the method knows, so that Lightning does not take 1000."""
+        asked = self.max_epochs
+        if epochs is not None and (asked is None or asked > epochs):
+            self.fit_loop.max_epochs = epochs
+        try:
+            yield
+        finally:
+            self.fit_loop.max_epochs = asked
 
     def validate(
         self,

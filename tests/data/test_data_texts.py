@@ -47,11 +47,16 @@ def test_nothing_of_a_plain_text_is_lost(tmp_path: Path) -> None:
     assert any("\n" in text.strip() for text in texts)  # short lines are joined
 
 
-def test_long_records_are_cut_and_limit_counts_texts(tmp_path: Path) -> None:
+def test_long_records_are_split_and_limit_counts_texts(tmp_path: Path) -> None:
     rows = [{"body": "abc" * i} for i in range(6)]
     (tmp_path / "c.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     settings = {"path": tmp_path / "c.jsonl", "text_column": "body", "max_chars": 7}
-    assert all_texts(**settings) == ["abc", "abcabc", *["abcabca"] * 3]
+    assert all_texts(**settings) == [
+        *("abc", "abcabc"),
+        *("abcabca", "bc"),
+        *("abcabca", "bcabc"),
+        *("abcabca", "bcabcab", "c"),
+    ]
     assert all_texts(**settings, limit=2) == ["abc", "abcabc"]
     data = Texts(**settings, limit=3, batch_size=2)  # type: ignore[arg-type]
     assert len(data.train_dataloader()) == 2
@@ -133,8 +138,9 @@ def test_a_dataset_of_the_hub_is_streamed(hub: Hub) -> None:
     assert hub.taken == 2
     assert hub.asked == ("some/corpus", "en", "dev")
     assert [len(text) for text in next(batches).texts] == [6, 8192]
+    assert [len(text) for text in next(batches).texts] == [9000 - 8192]
     assert next(batches, None) is None
-    assert data.source["records"] == 4
+    assert data.source["records"] == 5
     assert len(data.source["sha256"]) == 64
     first = data.source["sha256"]
     list(Texts(hub_name="other", limit=3).train_dataloader())

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from support import TEXT, tiny_base
+from support import REQUESTS, TEXT, tiny_base
 
 from kedit_lightning import BaseModel, EditTrainer
 from kedit_lightning.base_models.taps import capture
 from kedit_lightning.data import Texts
-from kedit_lightning.errors import NonFiniteError, UnsupportedUseError
+from kedit_lightning.errors import DataFileError, NonFiniteError, UnsupportedUseError
 from kedit_lightning.methods import ROME
 from kedit_lightning.statistics import (
     KeyCollector,
+    chosen_statistics,
     estimate_from_few_samples,
     factorise,
     find_statistics,
@@ -25,8 +27,10 @@ from kedit_lightning.statistics import (
 )
 from kedit_lightning.statistics import covariance_cache as store
 from kedit_lightning.statistics import key_sums as sums
-from kedit_lightning.statistics.covariance_cache import read_header
+from kedit_lightning.statistics.key_collector import split_tokens
 from kedit_lightning.statistics.key_sums import KeySums
+from kedit_lightning.statistics.moment_file import KIND
+from kedit_lightning.statistics.sealed_file import SealedFile, write_sealed
 
 
 def modules_of(base):
@@ -131,11 +135,66 @@ def test_one_pass_collects_every_layer_and_no_padding(family, side):
     assert collector.tokens == sum(base.encoder.count(text) for text in TEXT)
 
 
-def test_long_texts_are_cut():
+def header_of(path):
+    with safe_open(path, framework="pt") as file:
+        return json.loads(file.metadata()[KIND])
+
+
+@pytest.mark.parametrize(
+    ("length", "rows"),
+    [
+        (9, [[1, 5, 6, 7, 8, 9]]),
+        (6, [[1, 5, 6, 7, 8, 9]]),
+        (5, [[1, 5, 6, 7], [1, 8, 9]]),
+        (3, [[1, 5, 6], [1, 7, 8], [1, 9]]),
+        (2, [[1, i] for i in range(5, 10)]),
+        (1, [[i] for i in (1, 5, 6, 7, 8, 9)]),
+    ],
+)
+def test_rows_of_a_text_hold_all_of_its_tokens(length, rows):
+    found = split_tokens((1, 5, 6, 7, 8, 9), (1,), length)
+    assert [list(row) for row in found] == rows
+    assert split_tokens((1,), (1,), length) == [(1,)]
+    assert split_tokens((5, 6), (), 1) == [(5,), (6,)]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_every_token_of_a_long_text_is_used(family):
+    """The rows of a text count as one text in the error bar."""
+    base, length = tiny_base(family), 9
+    collector = collected(base, TEXT, length)
+    prefix = base.encoder.prefix
+    texts = [split_tokens(base.encode(text).prompt, prefix, length) for text in TEXT]
+    assert max(len(row) for rows in texts for row in rows) <= length
+    whole = sum(base.encoder.count(text) - len(prefix) for text in TEXT)
+    extra = len(prefix) * sum(map(len, texts))
+    assert collector.tokens == whole + extra > 4 * 2 * length
+    assert collector.texts == 4
+    for name in modules_of(base):
+        keys = []
+        for rows in texts:
+            with torch.no_grad(), capture(base.model, [name]) as seen:
+                parts = []
+                for row in rows:
+                    base.model(torch.tensor([row]))
+                    parts.append(seen.inputs[name][0])
+            keys.append(torch.cat(parts))
+        expected = moment_of(torch.cat(keys), [len(part) for part in keys])
+        found = collector.moments[name]
+        torch.testing.assert_close(found.mean, expected.mean)
+        assert found.error == pytest.approx(expected.error)
+
+
+def test_a_text_may_take_more_rows_than_a_pass():
     base = tiny_base("llama")
-    collector = KeyCollector(base, modules_of(base), max_tokens=5)
-    collector.read([TEXT[0]])
-    assert collector.tokens == 5
+    texts = [TEXT[0], " ".join(TEXT), TEXT[1]]
+    together, apart = collected(base, texts, 16), KeyCollector(base, modules_of(base), 16)
+    for text in reversed(texts):
+        apart.read([text])
+    assert together.tokens == apart.tokens > 128
+    for name, moment in together.moments.items():
+        torch.testing.assert_close(moment.mean, apart.moments[name].mean)
+        assert moment.error == pytest.approx(apart.moments[name].error)
 
 
 def collected(base, texts, max_tokens=512):
@@ -167,37 +226,52 @@ def test_what_files_depend_on_is_in_their_name_and_header():
     base = tiny_base("llama")
     paths = {
         save_to_cache(collected(base, texts, cut), "text")
-        for texts, cut in ((TEXT[:2], 512), (TEXT[:2], 5), (TEXT[2:], 512))
+        for texts, cut in ((TEXT[:2], 512), (TEXT[:2], 50), (TEXT[2:], 512))
     }
     assert len(paths) == 3
     assert save_to_cache(collected(base, TEXT[1::-1]), "again") in paths  # order does not matter
-    (path,) = {path for path in paths if "-cut-5-" in path.name}
-    header = read_header(path)
+    (path,) = {path for path in paths if "-split-50-" in path.name}
+    header = header_of(path)
     assert header["fingerprints"] == [base.fingerprint]
     assert header["tokenizer"] == base.tokenizer_fingerprint
-    assert header["max_tokens"] == 5
+    assert (header["max_tokens"], header["texts"], header["split"]) == (50, 2, True)
+    (tokens,) = set(header["counts"].values())
     assert header["dtype"] == "float64"
     assert path.name == (
         f"{base.fingerprint}-{base.tokenizer_fingerprint}-{header['corpus'][:16]}"
-        "-10-tokens-cut-5-float64.safetensors"
+        f"-{tokens}-tokens-split-50-float64.safetensors"
     )
 
 
-@pytest.mark.parametrize(
-    "change", [{"format_version": 0}, {"fingerprints": ["0"]}, {"tokenizer": "0"}]
-)
-def test_stale_and_foreign_files_are_not_taken(change):
+def rewritten(path, **change):
+    """The file with another header, sealed anew."""
+    file = SealedFile(path, KIND)
+    return write_sealed(path, KIND, {**file.values, **change}, file.tensors())
+
+
+@pytest.mark.parametrize("change", [{"fingerprints": ["0"]}, {"tokenizer": "0"}])
+def test_foreign_files_are_not_taken(change):
     """The header decides, whatever a file is called."""
     base = tiny_base("llama")
-    path = save_to_cache(collected(base, TEXT), "text")
-    assert find_statistics(base, modules_of(base)[0]) is not None
-    with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    header = json.dumps({**read_header(path), **change})
-    save_file(tensors, path, metadata={"kedit_statistics": header})
+    rewritten(save_to_cache(collected(base, TEXT), "text"), **change)
     assert find_statistics(base, modules_of(base)[0]) is None
-    path.write_bytes(b"no safetensors")
-    assert find_statistics(base, modules_of(base)[0]) is None
+
+
+def test_statistics_of_an_earlier_release_are_found():
+    """They have no hashes, and their longer texts were cut."""
+    base = tiny_base("llama")
+    collector = collected(base, TEXT)
+    path = save_to_cache(collector, "text")
+    file = SealedFile(path, KIND)
+    header = {n: v for n, v in file.values.items() if n not in ("texts", "split")}
+    metadata = {KIND: json.dumps({**header, "format_version": 1})}
+    save_file(file.tensors(), path, metadata=metadata)
+    for name, moment in collector.moments.items():
+        found = find_statistics(base, name)
+        assert found is not None
+        assert (found.moment.count, found.moment.error) == (moment.count, moment.error)
+        assert torch.equal(found.moment.mean, moment.mean.float().double())
+        assert not found.provenance.split
 
 
 def test_collected_statistics_go_before_an_estimate_with_more_tokens():
@@ -247,7 +321,7 @@ def test_few_sample_estimate_stops_when_it_is_good_enough(monkeypatch):
     counts = {}
     for error in (1e-9, 0.2, 0.4):
         monkeypatch.setattr(store, "ENOUGH_ERROR", error)
-        counts[error] = read_header(estimate_from_few_samples(base, batch_size=1))
+        counts[error] = header_of(estimate_from_few_samples(base, batch_size=1))
     tokens = {error: max(header["counts"].values()) for error, header in counts.items()}
     assert tokens[1e-9] == collected(base, store.few_sample_texts()).tokens  # all of the text
     assert tokens[0.4] <= tokens[0.2] < tokens[1e-9]
@@ -293,3 +367,58 @@ def test_fit_on_requests_says_what_is_needed(tmp_path):
     )
     with pytest.raises(UnsupportedUseError, match="plain text"):
         trainer.fit(rome, NanoFacts(limit=2))
+
+
+# ---- statistics by path
+
+
+def test_statistics_by_path():
+    base, module = tiny_base("llama"), modules_of(tiny_base("llama"))[1]
+    small = save_to_cache(collected(base, TEXT[:1]), "small")
+    save_to_cache(collected(base, TEXT), "large")
+    assert found_mean(base, module) is not None
+    for path, source in ((small, "small"), (small.parent, "large")):
+        method = ROME(base, contexts=0, steps=1, layer=1, statistics=str(path))
+        assert method.edit(REQUESTS[:1]).origin.notes["statistics"].startswith(source)
+    other = tiny_base("llama", torch.float32)
+    with pytest.warns(UserWarning, match="were collected with another base model"):
+        assert chosen_statistics(other, module, small).provenance.source == "small"
+
+
+def test_paths_of_statistics_that_are_refused(tmp_path):
+    base, module = tiny_base("llama"), modules_of(tiny_base("llama"))[1]
+    with pytest.raises(UnsupportedUseError, match="statistics is 'requierd', which is neither"):
+        ROME(base, statistics="requierd").edit(REQUESTS[:1])
+    path = save_to_cache(collected(base, TEXT), "text")
+    with pytest.raises(DataFileError, match=r"no key statistics of layer 'lm_head' \(it has model"):
+        chosen_statistics(base, "lm_head", path)
+    with pytest.raises(DataFileError, match="none at all"):
+        chosen_statistics(base, module, tmp_path)
+    wide = tiny_base("llama", intermediate_size=64)
+    with (
+        pytest.warns(UserWarning, match="another base model"),
+        pytest.raises(DataFileError, match="no second moment of keys of width 64"),
+    ):
+        chosen_statistics(wide, module, path)
+    (tmp_path / "a.npz").write_bytes(b"")
+    with pytest.raises(DataFileError, match="import it once with `python -m"):
+        chosen_statistics(base, module, tmp_path / "a.npz")
+
+
+def test_a_fit_is_one_pass_without_a_word_about_epochs(tmp_path):
+    (tmp_path / "a.txt").write_text("\n".join(TEXT))
+    trainer = EditTrainer(
+        enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path
+    )
+    epochs = []
+
+    class See(ROME):
+        def on_train_epoch_start(self):
+            epochs.append((self.trainer.current_epoch, self.trainer.max_epochs))
+
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        trainer.fit(See(tiny_base("llama")), Texts(tmp_path))
+    assert epochs == [(0, 1)]
+    assert not [w for w in told if "max_epochs" in str(w.message)]
+    assert trainer.max_epochs is None

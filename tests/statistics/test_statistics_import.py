@@ -68,7 +68,7 @@ def test_a_file_of_another_name_with_bare_fields_and_a_cap(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("name", "change", "words"),
     [
-        (NAME, {"width": 64}, r"shape \[64, 64\], and the keys of .* have width 128"),
+        (NAME, {"width": 64}, r"shape \[64, 64\] .*, and the keys of .* have width 128"),
         (NAME, {"mom2.mom2": None}, "format of the ROME code"),
         (NAME, {"mom2.count": 0}, "count 0"),
         (NAME, {"mom2.mom2": np.triu(np.ones((WIDTH, WIDTH)))}, "not symmetric"),

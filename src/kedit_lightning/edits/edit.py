@@ -67,6 +67,10 @@ class EditableModel(IdentifiedModel, Protocol):
     encoder: Any
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Number type of its hidden states."""
+
+    @property
     def edits(self) -> AppliedEdits:
         """The edits now applied to it."""
 

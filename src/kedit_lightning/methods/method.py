@@ -67,6 +67,8 @@ class EditMethod(pl.LightningModule):
     unsaved: ClassVar[tuple[str, ...]] = ("base_model",)
     #: Examples that ``fit`` takes at a time.
     fit_batch_size: int = 1
+    #: Passes over the data that ``fit`` makes at most; as many as the trainer says when ``None``.
+    fit_epochs: ClassVar[int | None] = None
     #: The run that is under way; a trainer attaches its own.
     run: RunContext
     #: Runs the present pass over a split.

@@ -3,24 +3,26 @@
 from kedit_lightning.statistics.covariance import SecondMoment, factorise, shrunk
 from kedit_lightning.statistics.covariance_cache import (
     KeyStatistics,
-    Provenance,
+    chosen_statistics,
     estimate_from_few_samples,
     find_statistics,
     packaged_statistics,
     save_to_cache,
-    write_statistics,
 )
 from kedit_lightning.statistics.covariance_import import import_second_moment
 from kedit_lightning.statistics.key_collector import KeyCollector
+from kedit_lightning.statistics.moment_file import MomentFile, Provenance, write_statistics
 from kedit_lightning.statistics.null_space import main_directions
 from kedit_lightning.statistics.text_pass import TextPass
 
 __all__ = [
     "KeyCollector",
     "KeyStatistics",
+    "MomentFile",
     "Provenance",
     "SecondMoment",
     "TextPass",
+    "chosen_statistics",
     "estimate_from_few_samples",
     "factorise",
     "find_statistics",

@@ -1,63 +1,32 @@
 """Cache of key covariances.
 
-A file is identified by base model, tokenizer, text, number of tokens, length at which texts were
-cut, and dtype.  They are in its name, and its header is checked when it is read.
+A file is identified by base model, tokenizer, text, number of tokens, length of its rows, and
+dtype.  They are in its name, and its header is checked when it is read.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
-import torch
 from rich.progress import track
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
 from kedit_lightning.base_models import BaseModel
 from kedit_lightning.base_models.spec import PACKAGED, resolve
 from kedit_lightning.cache_folder import cache_dir
-from kedit_lightning.edits.edit_file import write_atomically
-from kedit_lightning.errors import NonFiniteError
+from kedit_lightning.edits.projections import projection_shape
+from kedit_lightning.errors import DataFileError, DataFileNotFoundError, article_list
 from kedit_lightning.statistics.covariance import SecondMoment
 from kedit_lightning.statistics.key_collector import KeyCollector
+from kedit_lightning.statistics.moment_file import MomentFile, Provenance, write_statistics
 
-FORMAT_VERSION = 1
-_HEADER = "kedit_statistics"
 #: Source of an estimate from the text that comes with the package.
 FEW_SAMPLE = "few-sample"
 #: Relative standard error at which an estimate from few samples is good enough.
 ENOUGH_ERROR = 0.05
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """Origin of key covariances: model, tokenizer, text and dtype."""
-
-    #: The base model they were collected with, and others that are known to have the same keys.
-    fingerprints: tuple[str, ...]
-    tokenizer: str  # its fingerprint
-    corpus: str  # hash of the text
-    source: str  # description of the text
-    max_tokens: int | None  # after which texts were cut, where that is known
-    dtype: str  # in which the base model computed
-
-    @classmethod
-    def of(cls, base: BaseModel, corpus: str, source: str, max_tokens: int | None) -> Provenance:
-        """The provenance of covariances that are collected with a base model."""
-        dtype = str(base.dtype).removeprefix("torch.")
-        tokenizer = base.tokenizer_fingerprint
-        return cls((base.fingerprint,), tokenizer, corpus, source, max_tokens, dtype)
-
-    def file_name(self, tokens: int) -> str:
-        """Name of the file in the cache."""
-        model = f"{self.fingerprints[0]}-{self.tokenizer}"
-        text = f"{self.corpus[:16]}-{tokens}-tokens-cut-{self.max_tokens or 'unknown'}"
-        return f"{model}-{text}-{self.dtype}.safetensors"
 
 
 @dataclass(frozen=True)
@@ -81,55 +50,6 @@ class KeyStatistics:
         return f"{origin.source} {origin.corpus[:8]} ({moment.count} tokens{bar})"
 
 
-def write_statistics(
-    path: Path, moments: Mapping[str, SecondMoment], provenance: Provenance
-) -> Path:
-    """Write moments to a safetensors file, the means in float32.
-
-    Raises:
-        NonFiniteError: A moment holds NaN or infinity; nothing is written.
-    """
-    for name, moment in moments.items():
-        if not bool(torch.isfinite(moment.mean).all()):
-            raise NonFiniteError(
-                f"the keys of layer '{name}' are not finite, so their statistics were not kept; "
-                "load the base model in bfloat16 or float32"
-            )
-    tensors = {name: moment.mean.float().contiguous() for name, moment in moments.items()}
-    header = {
-        "format_version": FORMAT_VERSION,
-        **asdict(provenance),
-        "counts": {name: moment.count for name, moment in moments.items()},
-        "errors": {name: moment.error for name, moment in moments.items()},
-    }
-    write_atomically(path, save(tensors, metadata={_HEADER: json.dumps(header)}))
-    return path
-
-
-def read_header(path: Path) -> dict[str, Any]:
-    """The header of a file of statistics; empty for a file of another kind or version."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            header: dict[str, Any] = json.loads((file.metadata() or {}).get(_HEADER, "{}"))
-    except (SafetensorError, OSError, ValueError):
-        return {}
-    return header if header.get("format_version") == FORMAT_VERSION else {}
-
-
-def _matching(
-    path: Path, module: str, base: BaseModel
-) -> tuple[Provenance, int, float | None] | None:
-    """Provenance, number of keys and error of a layer in a file; ``None`` for another model."""
-    header = read_header(path)
-    if module not in header.get("counts", {}):
-        return None
-    fields = {name: header[name] for name in Provenance.__dataclass_fields__}
-    provenance = Provenance(**{**fields, "fingerprints": tuple(fields["fingerprints"])})
-    ours = base.fingerprint in provenance.fingerprints
-    ours = ours and base.tokenizer_fingerprint == provenance.tokenizer
-    return (provenance, int(header["counts"][module]), header["errors"][module]) if ours else None
-
-
 def packaged_statistics(name: str) -> Path:
     """File of the statistics of a packaged base model."""
     return Path(resolve(name)) / "statistics.safetensors"
@@ -143,30 +63,95 @@ def statistics_dir() -> Path:
 def find_statistics(base: BaseModel, module: str) -> KeyStatistics | None:
     """Covariance of a layer's keys, from the cache or the package: the one with most tokens.
 
-    An estimate from few samples is used only if there is no other.
+    An estimate from few samples is used only if there is no other.  A file that is damaged is left
+    out with a warning.
     """
-    places = [packaged_statistics(name) for name in PACKAGED]
     prefix = f"{base.fingerprint}-{base.tokenizer_fingerprint}-"
+    places = [packaged_statistics(name) for name in PACKAGED]
     places += sorted(statistics_dir().glob(f"{prefix}*.safetensors"))
-    found = [
-        (path, *match)
-        for path in places
-        if path.is_file() and (match := _matching(path, module, base)) is not None
-    ]
-    if not found:
-        return None
-    # Only the best is loaded: a matrix takes as much memory as the layer's weight or more.
-    path, provenance, count, error = max(
-        found, key=lambda match: (match[1].source != FEW_SAMPLE, match[2])
+    return _best((file for file in _readable(places) if file.fits(base)), base, module)
+
+
+def chosen_statistics(base: BaseModel, module: str, path: str | Path) -> KeyStatistics:
+    """Covariance of a layer's keys from a file, or from a folder of files: that with most tokens.
+
+    It may have been collected with another base model, which is said in a warning.
+
+    Raises:
+        DataFileNotFoundError: There is no such file or folder.
+        DataFileError: The file is damaged, or nothing there fits the layer.
+    """
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise DataFileNotFoundError(f"there are no key statistics at '{path}'")
+    if path.suffix == ".npz":
+        raise DataFileError(
+            f"'{path}' is a file of the ROME code; import it once with `python -m "
+            "kedit_lightning.statistics FILE.npz --base_model NAME`, and set statistics to auto or "
+            "to the file that it writes"
+        )
+    whole = list(_readable(sorted(path.glob("*.safetensors")))) if path.is_dir() else []
+    known = whole if path.is_dir() else [MomentFile(path)]
+    with_layer = [file for file in known if module in file.layers]
+    if not with_layer:
+        layers = sorted({layer for file in known for layer in file.layers})
+        raise DataFileError(
+            f"'{path}' holds no key statistics of layer '{module}' (it has "
+            f"{article_list(layers, 4) or 'none at all'}); name another file, or set statistics "
+            "to auto"
+        )
+    ours = [file for file in with_layer if file.fits(base)]
+    if not ours:
+        warnings.warn(
+            f"the key statistics in '{path}' were collected with another base model, tokenizer or "
+            f"number type than '{base.name}'; they are used since statistics names them",
+            stacklevel=2,
+        )
+    if path.is_file():
+        return _read(with_layer[0], base, module)
+    best = _best(ours or with_layer, base, module)
+    if best is None:
+        raise DataFileError(f"'{path}' holds only damaged key statistics of layer '{module}'")
+    return best
+
+
+def _readable(paths: Iterable[Path]) -> Iterator[MomentFile]:
+    for path in paths:
+        if path.is_file():
+            try:
+                yield MomentFile(path)
+            except DataFileError as error:
+                _leave_out(error)
+
+
+def _best(files: Iterable[MomentFile], base: BaseModel, module: str) -> KeyStatistics | None:
+    ranked = sorted(
+        (file for file in files if module in file.layers),
+        key=lambda file: (file.provenance.source != FEW_SAMPLE, file.count(module)),
+        reverse=True,
     )
-    with safe_open(path, framework="pt") as file:
-        mean = file.get_tensor(module).double()
-    return KeyStatistics(SecondMoment(mean, count, error), provenance, path)
+    # Only the best is loaded: a matrix takes as much memory as the layer's weight or more.
+    for file in ranked:
+        try:
+            return _read(file, base, module)
+        except DataFileError as error:
+            _leave_out(error)
+    return None
+
+
+def _read(file: MomentFile, base: BaseModel, module: str) -> KeyStatistics:
+    width = projection_shape(base.module(module))[0]
+    return KeyStatistics(file.moment(module, width), file.provenance, file.path)
+
+
+def _leave_out(error: DataFileError) -> None:
+    warnings.warn(f"{error}; it is left out here", stacklevel=4)
 
 
 def save_to_cache(collector: KeyCollector, source: str) -> Path:
     """Write the covariances of a pass over text to the cache; see :func:`write_statistics`."""
-    provenance = Provenance.of(collector.base, collector.corpus, source, collector.max_tokens)
+    read = {"max_tokens": collector.max_tokens, "texts": collector.texts, "split": True}
+    provenance = Provenance.of(collector.base, collector.corpus, source, **read)
     path = statistics_dir() / provenance.file_name(collector.tokens)
     return write_statistics(path, collector.moments, provenance)
 

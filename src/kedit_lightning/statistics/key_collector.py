@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,13 +19,15 @@ from kedit_lightning.statistics.key_sums import KeySums, hash_name, hash_texts, 
 #: Tokens per dimension of the keys that are enough for a covariance: 2 are for GPT models, and 10
 #: for all models tried in arXiv 2506.04226.
 TOKENS_PER_DIMENSION = 10
+Tokens: TypeAlias = tuple[int, ...]
 
 
 class KeyCollector:
-    """Accumulates second moments of the inputs of modules, in one forward pass per batch.
+    """Accumulates second moments of the inputs of modules, over every token of texts.
 
-    Edits of the base model are suspended. ``modules`` are names in the order in which they run;
-    texts are cut after ``max_tokens``.
+    A text of more than ``max_tokens`` is read in several rows. A forward pass takes as many rows as
+    there are texts in the batch. Edits of the base model are suspended. ``modules`` are names in
+    the order in which they run.
     """
 
     def __init__(self, base: BaseModel, modules: Sequence[str], max_tokens: int = 512) -> None:
@@ -45,18 +49,38 @@ class KeyCollector:
         texts = [text for text in texts if text.strip()]
         if not texts:
             return
-        encoded = [self._encoder.text(text) for text in texts]
-        rows = [EncodedRow(row.prompt[: self.max_tokens], ()) for row in encoded]
-        lengths = [len(row.prompt) for row in rows]
-        batch = self.base.pad(rows)
-        kept = None if len(set(lengths)) == 1 else batch.attention_mask.flatten().nonzero()[:, 0]
+        prefix = self._encoder.prefix
+        encoded = [self._encoder.text(text).prompt for text in texts]
+        rows = [
+            (number, row)
+            for number, tokens in enumerate(encoded)
+            for row in split_tokens(tokens, prefix, self.max_tokens)
+        ]
+        lengths = [0] * len(texts)
+        for start in range(0, len(rows), len(texts)):
+            part = rows[start : start + len(texts)]
+            tokens_of = Counter[int]()
+            for number, row in part:
+                tokens_of[number] += len(row)
+                lengths[number] += len(row)
+            goes_on = [number for number, _ in rows[start + len(texts) :][:1]] == [part[-1][0]]
+            self._pass([row for _, row in part], list(tokens_of.values()), goes_on)
+        squares = sum(length**2 for length in lengths)
+        self._counts += torch.tensor([sum(lengths), squares, len(lengths)])
+        self._hash += hash_texts(texts)
+
+    def _pass(self, rows: Sequence[Tokens], lengths: Sequence[int], goes_on: bool) -> None:
+        """Add the keys of rows; see :meth:`KeySums.add`."""
+        batch = self.base.pad([EncodedRow(row, ()) for row in rows])
+        full = len({len(row) for row in rows}) == 1
+        kept = None if full else batch.attention_mask.flatten().nonzero()[:, 0]
 
         def visit(name: str) -> Visit:
             def add(x: Tensor, y: Tensor) -> None:
                 keys = x.flatten(0, 1)
                 if kept is not None:
                     keys = keys[kept.to(keys.device)]
-                self._sums[name].add(keys, lengths)
+                self._sums[name].add(keys, lengths, goes_on)
 
             return add
 
@@ -66,9 +90,6 @@ class KeyCollector:
             stop_after(self.base.model, self.modules[-1]),
         ):
             self.base.forward(batch)
-        squares = sum(length**2 for length in lengths)
-        self._counts += torch.tensor([sum(lengths), squares, len(lengths)])
-        self._hash += hash_texts(texts)
 
     # ---- results
 
@@ -76,6 +97,11 @@ class KeyCollector:
     def tokens(self) -> int:
         """Tokens read so far."""
         return int(self._counts[0])
+
+    @property
+    def texts(self) -> int:
+        """Texts read so far."""
+        return int(self._counts[2])
 
     @property
     def corpus(self) -> str:
@@ -125,6 +151,21 @@ class KeyCollector:
         """Replace every sum by its ``total`` over processes, in the same order in all of them."""
         for tensor in self.state().values():
             tensor.copy_(total(tensor.clone()))
+
+
+def split_tokens(tokens: Tokens, prefix: Tokens, length: int) -> list[Tokens]:
+    """Split the tokens of a text into rows of about equal length; none is lost.
+
+    Args:
+        tokens: The text, with the tokens that begin a row.
+        prefix: Those tokens, which every row then begins with; the text may lack them.
+        length: Largest number of tokens of a row.
+    """
+    head = prefix if tokens[: len(prefix)] == prefix and len(prefix) < length else ()
+    body = tokens[len(head) :]
+    parts = max(1, -(-len(body) // (length - len(head))))
+    size = max(1, -(-len(body) // parts))
+    return [(*head, *body[i : i + size]) for i in range(0, len(body), size)] or [tokens]
 
 
 def _device_of_sums(device: torch.device, widths: Sequence[int]) -> torch.device:

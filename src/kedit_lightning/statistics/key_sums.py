@@ -64,19 +64,29 @@ class KeySums:
             "weighted": torch.zeros_like(self.probes),
             "squares": torch.zeros((), dtype=torch.float64, device=device),
         }
+        #: Keys and their ``Ω Σ k kᵀ`` of a text whose end has yet to come.
+        self._begun = 0, torch.zeros_like(self.probes)
 
-    def add(self, keys: Tensor, lengths: Sequence[int]) -> None:
-        """Add keys ``[n, d_in]``, text after text; ``lengths`` are the tokens of each text."""
+    def add(self, keys: Tensor, lengths: Sequence[int], goes_on: bool = False) -> None:
+        """Add keys ``[n, d_in]``, text after text; ``lengths`` are the tokens of each text.
+
+        Where the last one ``goes_on``, the keys of the next call begin with more of it.
+        """
         keys = keys.to(torch.promote_types(keys.dtype, torch.float32))
         sums = self.tensors
         with _full_precision():
             add_products(sums["products"], keys)
             along = keys @ self.probes.to(keys).T
-            for part, image in zip(keys.split(lengths), along.split(lengths), strict=True):
-                product = (image.T @ part).to(self.probes)
-                sums["probed"] += product
-                sums["weighted"] += len(part) * product
-                sums["squares"] += product.square().sum()
+            parts = zip(keys.split(lengths), along.split(lengths), strict=True)
+            tokens, product = self._begun
+            for left, (part, image) in zip(reversed(range(len(lengths))), parts, strict=True):
+                tokens, product = tokens + len(part), product + (image.T @ part).to(self.probes)
+                if left or not goes_on:  # the text ends here
+                    sums["probed"] += product
+                    sums["weighted"] += tokens * product
+                    sums["squares"] += product.square().sum()
+                    tokens, product = 0, torch.zeros_like(product)
+            self._begun = tokens, product
 
     def moment(self, counts: Tensor) -> SecondMoment:
         """The second moment, with its error bar if there are two texts.

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+from contextlib import suppress
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from kedit_lightning.cache_folder import cache_dir
-from kedit_lightning.edits.edit_file import write_atomically
+from kedit_lightning.errors import DataFileError
+from kedit_lightning.statistics.sealed_file import SealedFile, write_sealed
 
 #: Width from which decompositions are cached on disk; a narrower one takes less than a second.
 CACHED_WIDTH = 1024
+_KIND = "kedit_main_directions"
 
 
 def main_directions(
@@ -36,11 +37,16 @@ def main_directions(
     digest = hashlib.sha256(f"{energy} {threshold}".encode())
     digest.update(moment.contiguous().numpy().tobytes())
     path = cache_dir() / "directions" / f"{digest.hexdigest()[:32]}.safetensors"
-    if not path.is_file():
-        basis, values = _split(moment, energy, threshold)
-        write_atomically(path, save({"basis": basis, "values": values}))
-    with safe_open(path, framework="pt") as file:
-        return file.get_tensor("basis"), file.get_tensor("values")
+    if path.is_file():
+        # A damaged file is computed and written again.
+        with suppress(DataFileError, KeyError):
+            file = SealedFile(path, _KIND)
+            if file.sealed:
+                found = file.tensors()
+                return found["basis"], found["values"]
+    basis, values = _split(moment, energy, threshold)
+    write_sealed(path, _KIND, {}, {"basis": basis, "values": values})
+    return basis, values
 
 
 def _split(moment: Tensor, energy: float, threshold: float | None) -> tuple[Tensor, Tensor]:

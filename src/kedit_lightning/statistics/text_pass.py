@@ -13,16 +13,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
-from kedit_lightning.edits.edit_file import write_atomically
-from kedit_lightning.errors import ResumeError
-from kedit_lightning.statistics.covariance_cache import FORMAT_VERSION, statistics_dir
+from kedit_lightning.errors import DataFileError, ResumeError
+from kedit_lightning.statistics.covariance_cache import statistics_dir
 from kedit_lightning.statistics.key_collector import KeyCollector
 from kedit_lightning.statistics.key_sums import hash_texts, no_texts
+from kedit_lightning.statistics.moment_file import FORMAT_VERSION
+from kedit_lightning.statistics.sealed_file import SealedFile, write_sealed
 
-_HEADER = "kedit_partial_statistics"
+_KIND = "kedit_partial_statistics"
 
 
 def pause_after(took: float) -> float:
@@ -120,10 +119,8 @@ class TextPass:
         if not (self._whole and self.batches):
             return
         started = time.monotonic()
-        # Cloned, since safetensors refuses tensors that share memory.
-        tensors = {name: tensor.cpu().clone() for name, tensor in self.collector.state().items()}
-        header = json.dumps({"key": self._key, "batches": self.batches})
-        write_atomically(self.path, save(tensors, metadata={_HEADER: header}))
+        header = {"key": self._key, "batches": self.batches}
+        write_sealed(self.path, _KIND, header, self.collector.state())
         self._saved_at = time.monotonic()
         self._pause = pause_after(self._saved_at - started)
 
@@ -135,12 +132,11 @@ class TextPass:
         if not self.path.is_file():
             return
         try:
-            with safe_open(self.path, framework="pt") as file:
-                header = json.loads((file.metadata() or {})[_HEADER])
-                if header["key"] != self._key:
-                    return
-                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, KeyError, ValueError):
-            return  # an incomplete or foreign file: start over, and overwrite it
+            file = SealedFile(self.path, _KIND)
+            if not file.sealed or file.values.get("key") != self._key:
+                return
+            state = file.tensors()
+        except DataFileError:
+            return  # an incomplete, damaged or foreign file: start over, and overwrite it
         self.collector.load_state(state)
-        self.batches = int(header["batches"])
+        self.batches = int(file.values["batches"])

@@ -15,6 +15,7 @@ from support import REQUESTS, tiny_base
 from kedit_lightning import EditRequest, Probe
 from kedit_lightning.benchmark import RunContext
 from kedit_lightning.data import NanoFacts, Requests
+from kedit_lightning.edits.kinds.prompt.prompt_edit import PromptEntry, retrieval
 from kedit_lightning.errors import (
     BaseModelNotFoundError,
     DataFileNotFoundError,
@@ -188,6 +189,20 @@ def test_several_facts_are_told_apart_by_the_question():
         for request in REQUESTS:
             text = base.edits.render(f"{request.subject}, where is it?", lambda text: True)
             assert f"New Fact: {request.prompt} {request.target_new}\n" in text
+
+
+def test_the_last_answer_to_a_prompt_holds_and_other_orders_of_its_words_are_other_prompts():
+    prompts = [
+        "Ann met Bo, who is",
+        "Bo met Ann, who is",
+        "Ann met Bo, who is",
+        "Is who? Bo met Ann",
+    ]
+    entries = [PromptEntry(prompt, f"{i}: ") for i, prompt in enumerate(prompts)]
+    rewrite = retrieval([entries[:2], entries[2:]])
+    told = [rewrite(prompt, lambda text: True)[0] for prompt in [*prompts, "who is Ann, met Bo"]]
+    assert told == ["2", "1", "2", "3", "3"]
+    assert retrieval([entries[:2]])(prompts[0], lambda text: True)[0] == "0"
 
 
 def test_works_on_an_encoder_and_decoder():

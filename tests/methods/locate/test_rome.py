@@ -22,8 +22,9 @@ from kedit_lightning.methods.locate.shared.least_squares import (
 )
 from kedit_lightning.methods.locate.shared.subject_states import subject_states
 from kedit_lightning.methods.locate.shared.value_optimizer import Site, ValueOptimizer
+from kedit_lightning.statistics import Provenance, write_statistics
 from kedit_lightning.statistics.covariance import SecondMoment, shrunk
-from kedit_lightning.statistics.covariance_cache import Provenance, statistics_dir, write_statistics
+from kedit_lightning.statistics.covariance_cache import statistics_dir
 
 pytestmark = pytest.mark.filterwarnings("ignore:key statistics of .* are estimated")
 QUICK = {"contexts": 4, "steps": 6, "kl_factor": 0.1, "weight_decay": 0.01}
@@ -252,7 +253,7 @@ def test_statistics_of_fewer_keys_than_dimensions_are_shrunk():
     name = base.layout.block(1).down
     keys = torch.randn(3, 48, dtype=torch.float64)
     moment = SecondMoment(keys.T @ keys / 3, count=3)
-    provenance = Provenance.of(base, "0" * 64, "text", 512)
+    provenance = Provenance.of(base, "0" * 64, "text", max_tokens=512)
     write_statistics(statistics_dir() / provenance.file_name(3), {name: moment}, provenance)
     factor = ROME(base, **QUICK).covariances.cholesky(name)
     torch.testing.assert_close(factor @ factor.T, shrunk(moment), rtol=1e-5, atol=1e-6)

@@ -34,7 +34,7 @@ def entry(*place, label=(1,), radius=1.0, value=0.0):
 
 def codebook(base, edit):
     part = edit.parts()[0]
-    return stacked_codebook(base.edits, part.family, torch.device("cpu"))
+    return stacked_codebook(base, part.family, torch.device("cpu"))
 
 
 def same_codebook(one, other):
@@ -74,6 +74,34 @@ def test_the_border_belongs_to_the_ball():
         assert applied == rule
     queries = torch.tensor([[1.0, 0.0], [1 + 1e-9, 0.0]], dtype=torch.float64)
     assert build_codebook([entry(0, 0)]).lookup(queries).tolist() == [0, -1]
+
+
+@pytest.mark.parametrize("distance", [0.0, 1e-9, 1e-6])
+def test_a_new_answer_to_the_same_key_takes_the_place_of_the_old_one(distance):
+    book = build_codebook([entry(3, 4, value=1.0), entry(9, 9, label=(7,))], rounding=1e-6)
+    changed, rule, index = write_entry(book, entry(3, 4 + distance, label=(2,), value=2.0))
+    assert (rule, index, changed.labels) == ("replace", 0, ((2,), (7,)))
+    assert changed.values[0].tolist() == [2, 2]
+    assert changed.radii.tolist() == [1, 1]
+    assert changed.lookup(changed.keys).tolist() == [0, 1]
+    same, rule, _ = write_entry(changed, entry(3, 4, label=(2,), value=3.0))
+    assert (rule, len(same.labels)) == ("expand", 2)
+
+
+def test_an_answer_that_is_replaced_leaves_no_larger_ball():
+    wide = build_codebook([entry(0, 0), entry(1.8, 0)])  # expanded to 1.8
+    narrow = build_codebook([entry(0, 0), entry(0.4, 0, label=(3,))])  # split at 0.2
+    for book, radius in ((wide, 1.0), (narrow, 0.2 - SPLIT_GAP)):
+        changed, rule, index = write_entry(book, entry(0, 0, label=(2,)))
+        assert (rule, index) == ("replace", 0)
+        assert float(changed.radii[0]) == pytest.approx(radius, abs=1e-12)
+
+
+@pytest.mark.parametrize("radius", [0.0, -1e-5])
+def test_a_key_is_recognised_within_rounding_whatever_its_radius(radius):
+    book = build_codebook([entry(3, 4, radius=radius)], rounding=1e-3)
+    queries = torch.tensor([[3.0, 4.0], [3.0, 4.004], [3.0, 4.006]], dtype=torch.float64)
+    assert book.lookup(queries).tolist() == [0, 0, -1]
 
 
 def test_a_split_may_leave_another_pair_overlapping_and_lookup_still_gives_one():
@@ -347,6 +375,74 @@ def test_codebooks_of_different_layers_are_told_apart():
         assert edit.origin.notes["rule"] == "new"
         with edit:
             assert not torch.equal(base.answer_logits(rows), middle)
+
+
+# ---- corrections
+
+CORRECTED = ("Lyon", "Madrid", "Rome", "Lyon")
+
+
+def given(base, edit, prompt=REQUEST.prompt):
+    """What the layer returns at the end of a prompt, in a padded batch."""
+    rows = base.rows([*OTHERS, prompt])
+    with capture(base.model, [edit.module]) as seen:
+        base.forward(rows)
+    return seen.outputs[edit.module][-1, rows.prompt_end[-1]]
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str
+)
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_the_last_answer_to_a_prompt_holds_and_the_one_before_comes_back(kind, dtype):
+    base = tiny_base(kind, dtype)
+    grace = GRACE(base_model=base, radius=0.0, steps=3)
+    rows = base.rows([REQUEST.prompt, *OTHERS])
+    states = [base.forward(rows).logits]
+    edits = []
+    with base.edits.restored():
+        for target in CORRECTED:
+            edits.append(grace.edit([EditRequest(REQUEST.prompt, target)]).apply())
+            assert torch.equal(given(base, edits[-1]), edits[-1].entries[0].value.to(dtype))
+            states.append(base.forward(rows).logits)
+        assert [e.origin.notes["rule"] for e in edits] == ["new", *["replace"] * 3]
+        assert len(codebook(base, edits[0]).labels) == 1
+        edits[1].rollback()  # one that is not in force
+        assert torch.equal(base.forward(rows).logits, states[4])
+        for number, left in ((3, 3), (2, 1), (0, 0)):
+            edits[number].rollback()
+            assert torch.equal(base.forward(rows).logits, states[left])
+
+
+def test_two_answers_in_one_edit_and_a_codebook_from_a_file(tmp_path):
+    base = tiny_base("llama", torch.float32)
+    requests = [EditRequest(REQUEST.prompt, target) for target in CORRECTED[:3]]
+    requests.insert(1, REQUESTS[1])
+    edit = GRACE(base_model=base, radius=0.1, steps=3).edit(requests)
+    _, other, _, last = edit.parts()
+    with edit:
+        assert torch.equal(given(base, last), last.entries[0].value)
+        assert torch.equal(given(base, last, REQUESTS[1].prompt), other.entries[0].value)
+        saved = codebook(base, edit)
+    loaded = Edit.load(edit.save(tmp_path / "edit.safetensors"), base)
+    with loaded:
+        assert same_codebook(codebook(base, loaded), saved)
+        assert torch.equal(given(base, last), last.entries[0].value)
+
+
+def test_a_correction_leaves_other_facts_alone():
+    base = tiny_base("gpt2")
+    grace = GRACE(base_model=base, radius=1.0, steps=5)
+    facts = grace.edit(REQUESTS)
+    rows = base.rows([r.prompt for r in REQUESTS])
+    with facts:
+        before = base.forward(rows).logits
+        again = grace.edit([EditRequest(REQUEST.prompt, "Madrid")])
+        with again:
+            after = base.forward(rows).logits
+    assert again.origin.notes["rule"] == "replace"
+    assert torch.equal(after[1:], before[1:])
+    assert not torch.equal(after[0], before[0])
 
 
 # ---- places and bad input

@@ -74,6 +74,14 @@ def test_the_nearest_entry_answers_and_of_equal_ones_the_newest():
     assert memory(tiny_base("llama"), keys).route(questions).tolist() == [0, 2, -1]
 
 
+def test_rounding_does_not_bring_an_older_answer_back():
+    """As another batch size, or another machine, moves the key of a prompt by some last digits."""
+    keys = torch.tensor([[1.0, 2.0], [1.0, 2.0 + 4e-6], [1.2, 2.0]])
+    questions = torch.tensor([[1.0, 2.0], [0.9, 1.9], [1.2, 2.0], [1.0, 2.0 + 4e-6]])
+    base = tiny_base("llama", torch.float32)
+    assert memory(base, keys).route(questions).tolist() == [1, 1, 2, 1]
+
+
 # ---- answers
 
 

@@ -9,10 +9,8 @@ from datasets import load_dataset
 from kedit_lightning.errors import DataFileError
 
 
-def hub_texts(
-    name: str, config: str | None, split: str, column: str, max_chars: int
-) -> Iterator[str]:
-    """The texts of a dataset in order, cut after ``max_chars``; blank ones are left out.
+def hub_texts(name: str, config: str | None, split: str, column: str) -> Iterator[str]:
+    """The texts of a dataset in order.
 
     Raises:
         DataFileError: The dataset cannot be reached, or has no such column.
@@ -25,8 +23,7 @@ def hub_texts(
                     f"dataset '{name}' has no text in column '{column}' (columns: "
                     f"{', '.join(row)}); name the right one with text_column"
                 )
-            if text.strip():
-                yield text[:max_chars]
+            yield text
     except DataFileError:
         raise
     except Exception as error:  # the library and what it is built on raise many kinds

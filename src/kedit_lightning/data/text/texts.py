@@ -40,10 +40,10 @@ class TextBatch:
 class Texts(LightningDataModule):
     """Plain text from a file, a folder or the Hugging Face hub, read as a stream.
 
-    Of a ``.txt`` file, lines are joined to texts of at most ``max_chars`` characters, and nothing
-    is lost. A ``.jsonl`` file holds one text a line in ``text_column``; like texts of the hub, it
-    is cut after ``max_chars`` characters. A folder gives all its ``.txt`` and ``.jsonl`` files,
-    those in folders below included, in alphabetical order.
+    Of a ``.txt`` file, lines are joined to texts of at most ``max_chars`` characters. A ``.jsonl``
+    file holds one text a line in ``text_column``. Longer texts and lines are split into several
+    texts, and nothing is lost. A folder gives all its ``.txt`` and ``.jsonl`` files, those in
+    folders below included, in alphabetical order.
 
     Args:
         path: File or folder with text.
@@ -52,8 +52,8 @@ class Texts(LightningDataModule):
         split: Split of that dataset.
         text_column: Field or column that holds the text.
         batch_size: Texts in a batch.
-        max_chars: Characters after which a text is cut.
-        limit: Number of texts read, from the first one on; all when absent.
+        max_chars: Characters after which a text is split.
+        limit: Number of texts read, parts of longer ones included; all when absent.
     """
 
     def __init__(
@@ -112,9 +112,9 @@ class Texts(LightningDataModule):
         """All texts in order, up to ``limit``."""
         if self.path is not None:
             return islice(self._file_texts(), self.limit)
-        name, column = str(self.hub_name), self.text_column
-        source = hub.hub_texts(name, self.hub_config, self.split, column, self.max_chars)
-        return islice(source, self.limit)
+        source = hub.hub_texts(str(self.hub_name), self.hub_config, self.split, self.text_column)
+        parts = (part for text in source for part in _split(text, self.max_chars))
+        return islice(parts, self.limit)
 
     def train_dataloader(self) -> BatchLoader[TextBatch]:
         """Batches in the order of the source, dealt to the processes in turn.
@@ -214,12 +214,17 @@ class Texts(LightningDataModule):
                     f"{record.where}: field '{self.text_column}' holds halves of surrogate pairs, "
                     "which are no characters; take them out"
                 )
-            if text.strip():
-                yield text[: self.max_chars]
+            yield from _split(text, self.max_chars)
+
+
+def _split(text: str, max_chars: int) -> Iterator[str]:
+    """Parts of a text of at most ``max_chars``, all of it but parts that are blank."""
+    parts = (text[start : start + max_chars] for start in range(0, len(text), max_chars))
+    return filter(str.strip, parts)
 
 
 def _pack(lines: Iterator[str], max_chars: int) -> Iterator[str]:
-    """Join lines to texts of at most ``max_chars``; a longer line is cut into several."""
+    """Join lines to texts of at most ``max_chars``; a longer line is split into several."""
     text = ""
     for line in lines:
         if len(text) + len(line) > max_chars:

@@ -21,6 +21,7 @@ from kedit_lightning.edits.kinds.codebook.codebook import (
 )
 from kedit_lightning.edits.kinds.codebook.codebook_edit import stacked_codebook
 from kedit_lightning.edits.projections import check_editable, compute_dtype, projection_shape
+from kedit_lightning.edits.rounding import state_rounding
 from kedit_lightning.errors import UnsupportedUseError
 from kedit_lightning.methods.capabilities import CountOrZero, NotNegative, Positive
 from kedit_lightning.methods.method import Capabilities, EditMethod, MethodSettings
@@ -60,7 +61,8 @@ class GRACE(EditMethod):
     The key is the layer's input at the last prompt token, the value replaces the layer's output.
     A prompt gets the value of the nearest key if it lies within that key's radius; all other
     prompts pass bit for bit. Rephrased prompts are rarely within it: reliability and locality are
-    high and generalisation is low, as published. Only the value of the new fact is trained.
+    high and generalisation is low, as published. Only the value of the new fact is trained. A new
+    answer to a prompt that has one replaces it; the paper's rule leaves neither in reach.
     Paper: https://arxiv.org/abs/2211.11031.
 
     Args:
@@ -127,8 +129,9 @@ class GRACE(EditMethod):
         label = self.base.encode(request.prompt, request.target_new).answer
         entry = CodebookEntry(key, self._initial_value(request, output), label, settings.radius)
         family = CodebookEdit.family_of(self.module_name, settings.replacement)
-        codebook = stacked_codebook(self.base.edits, family, key.device)
-        grown, rule, index = write_entry(codebook, entry)
+        codebook = stacked_codebook(self.base, family, key.device)
+        rounding = state_rounding(self.base.dtype)
+        grown, rule, index = write_entry(codebook, entry, rounding)
         # An entry that is expanded is trained on from its present value.
         start = codebook.values[index] if codebook and rule == "expand" else entry.value
         value, losses = self._train_value(request, start)

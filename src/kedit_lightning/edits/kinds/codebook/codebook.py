@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
+
+from kedit_lightning.edits.rounding import indistinct
 
 Replacement: TypeAlias = Literal["last", "prompt", "all"]
 
@@ -38,12 +40,16 @@ class CodebookEntry:
 
 @dataclass(frozen=True)
 class Codebook:
-    """Keys ``[n, d_in]``, values ``[n, d_out]``, radii ``[n]``, and the labels of the entries."""
+    """Keys ``[n, d_in]``, values ``[n, d_out]``, radii ``[n]``, and the labels of the entries.
+
+    ``rounding`` is the distance, relative to its norm, within which a key is itself.
+    """
 
     keys: Tensor
     values: Tensor
     radii: Tensor
     labels: tuple[tuple[int, ...], ...]
+    rounding: float = 0.0
 
     def nearest(self, queries: Tensor) -> tuple[Tensor, Tensor]:
         """Distance to, and index of, the nearest key. Shapes ``[batch]`` from ``[batch, d_in]``."""
@@ -55,19 +61,34 @@ class Codebook:
     def lookup(self, queries: Tensor) -> Tensor:
         """Index of the entry that recognises each query, ``-1`` where none does. ``[batch]``."""
         distance, index = self.nearest(queries)
-        return torch.where(distance <= self.radii[index], index, -1)
+        found = distance <= self.radii[index]
+        # Whatever its radius: the prompt of an entry is recognised in a padded batch too.
+        found = found | indistinct(distance, self.keys[index], self.rounding)
+        return torch.where(found, index, -1)
 
 
-def write_entry(book: Codebook | None, entry: CodebookEntry) -> tuple[Codebook, str, int]:
-    """Add an entry by GRACE's rules (Hartvigsen et al. 2023, algorithm 1).
+def write_entry(
+    book: Codebook | None, entry: CodebookEntry, rounding: float = 0.0
+) -> tuple[Codebook, str, int]:
+    """Add an entry by GRACE's rules (Hartvigsen et al. 2023, algorithm 1), with one beside them.
+
+    The algorithm splits the balls of different answers, also where their keys are equal: neither
+    ball is left.  Here the new entry then takes the place of the old one, with a radius that is no
+    larger than that of either.
+
+    Args:
+        book: The codebook so far.
+        entry: The entry to add.
+        rounding: Relative distance within which keys are equal, for a codebook that begins.
 
     Returns:
-        The new codebook, which rule applied (``new``, ``split`` or ``expand``), and the index of
-        the entry that now answers for the key.
+        The new codebook, which rule applied (``new``, ``split``, ``expand`` or ``replace``), and
+        the index of the entry that now answers for the key.
     """
     radius = torch.tensor([entry.radius], dtype=entry.key.dtype, device=entry.key.device)
     if book is None:
-        return Codebook(entry.key[None], entry.value[None], radius, (entry.label,)), "new", 0
+        first = Codebook(entry.key[None], entry.value[None], radius, (entry.label,), rounding)
+        return first, "new", 0
     distance, index = (t[0] for t in book.nearest(entry.key[None]))
     nearest = int(index)
     radii = book.radii.clone()
@@ -75,7 +96,13 @@ def write_entry(book: Codebook | None, entry: CodebookEntry) -> tuple[Codebook, 
         radii[nearest] = torch.maximum(radii[nearest], distance)
         values = book.values.clone()
         values[nearest] = entry.value
-        return Codebook(book.keys, values, radii, book.labels), "expand", nearest
+        return replace(book, values=values, radii=radii), "expand", nearest
+    if bool(indistinct(distance, book.keys[nearest], book.rounding)):
+        radii[nearest] = torch.minimum(radii[nearest], radius[0])
+        keys, values = book.keys.clone(), book.values.clone()
+        keys[nearest], values[nearest] = entry.key, entry.value
+        labels = (*book.labels[:nearest], entry.label, *book.labels[nearest + 1 :])
+        return Codebook(keys, values, radii, labels, book.rounding), "replace", nearest
     rule = "new"
     if distance <= entry.radius + radii[nearest]:
         rule, radius = "split", (distance / 2)[None]
@@ -85,15 +112,16 @@ def write_entry(book: Codebook | None, entry: CodebookEntry) -> tuple[Codebook, 
         torch.cat([book.values, entry.value[None]]),
         torch.cat([radii, radius]),
         (*book.labels, entry.label),
+        book.rounding,
     )
     return grown, rule, len(grown.labels) - 1
 
 
-def build_codebook(entries: Sequence[CodebookEntry]) -> Codebook | None:
+def build_codebook(entries: Sequence[CodebookEntry], rounding: float = 0.0) -> Codebook | None:
     """The codebook that entries make when they are written one after another."""
     book: Codebook | None = None
     for entry in entries:
-        book, _, _ = write_entry(book, entry)
+        book, _, _ = write_entry(book, entry, rounding)
     return book
 
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from kedit_lightning.edits.edit import (
-    AppliedEdits,
     EditableModel,
     MemoryEdit,
     Tensors,
@@ -31,6 +30,7 @@ from kedit_lightning.edits.projections import (
     is_projection,
     projection_shape,
 )
+from kedit_lightning.edits.rounding import state_rounding
 from kedit_lightning.edits.row_context import RowContext
 from kedit_lightning.edits.state_schema import (
     FULL_PRECISION,
@@ -52,7 +52,8 @@ class CodebookEdit(MemoryEdit):
     """Entries of a codebook at one layer; all such edits of the stack form one codebook.
 
     It is built from the edits on the stack, in order, so rolling one back also gives its neighbours
-    their radii back.  ``replacement`` tells which tokens of a recognised row get the value.
+    their radii back, and an answer that it had replaced.  ``replacement`` tells which tokens of a
+    recognised row get the value.
     """
 
     kind: ClassVar[str] = "codebook"
@@ -98,7 +99,8 @@ class CodebookEdit(MemoryEdit):
 
     def _build(self, contents: Sequence[Sequence[CodebookEntry]]) -> RowFunction:
         parameter = next(self.base.model.get_submodule(self.module).parameters())
-        book = build_codebook([e.to(parameter.device) for content in contents for e in content])
+        entries = [entry.to(parameter.device) for content in contents for entry in content]
+        book = build_codebook(entries, state_rounding(self.base.dtype))
         assert book is not None
         family, where = self.family, self.replacement
         widths = book.keys.shape[1], book.values.shape[1]
@@ -148,8 +150,9 @@ class CodebookEdit(MemoryEdit):
 
 
 def stacked_codebook(
-    edits: AppliedEdits, family: tuple[str, str, str], device: torch.device
+    base: EditableModel, family: tuple[str, str, str], device: torch.device
 ) -> Codebook | None:
     """The codebook that the applied edits of a family form, ``None`` where there are none."""
-    routes = [effect for effect in edits.effects(RouteRows) if effect.family == family]
-    return build_codebook([entry.to(device) for route in routes for entry in route.content])
+    routes = [effect for effect in base.edits.effects(RouteRows) if effect.family == family]
+    entries = [entry.to(device) for route in routes for entry in route.content]
+    return build_codebook(entries, state_rounding(base.dtype))

@@ -67,6 +67,8 @@ class PromptEdit(Edit):
 def retrieval(contents: Sequence[Sequence[PromptEntry]]) -> PromptFunction:
     """A function that puts the fact most similar to a prompt before it; of equals the latest.
 
+    Nothing is more similar to a prompt than itself, not even its words in another order.
+
     Demonstrations are dropped, the least similar first, until the text leaves room for an answer;
     the fact and the question never are.
     """
@@ -79,7 +81,10 @@ def retrieval(contents: Sequence[Sequence[PromptEntry]]) -> PromptFunction:
         if not entries:
             return prompt
         scores = index.scores(question_in(prompt)) if index is not None else [0.0]
-        best = entries[max(range(len(entries)), key=lambda i: (scores[i], i))]
+        # Rounded, since the order of words moves the last digits of a score.
+        ranked = zip(entries, scores, strict=True)
+        ranks = [(entry.key == prompt, round(score, 9)) for entry, score in ranked]
+        best = entries[max(range(len(entries)), key=lambda i: (ranks[i], i))]
         for skipped in range(len(best.demonstrations) + 1):
             context = "".join(best.demonstrations[skipped:]) + best.context
             text = put_before(context, prompt)

@@ -16,6 +16,7 @@ from kedit_lightning.edits.effects import ChangeLogits, Effect, Places, ReadStat
 from kedit_lightning.edits.kinds.scope.counterfactual import LanguageModel
 from kedit_lightning.edits.kinds.scope.scope_networks import ScopeNetworks, ScopePlan
 from kedit_lightning.edits.origin import EditOrigin
+from kedit_lightning.edits.rounding import indistinct, state_rounding
 from kedit_lightning.edits.row_context import RowContext, copies_of_rows
 from kedit_lightning.edits.state_schema import (
     FULL_PRECISION,
@@ -152,6 +153,7 @@ class ScopeRouter:
         self._name = _decision_name(edits)
         device = edits[0].embedding.device
         self._networks = edits[0].networks.to(device)
+        self._rounding = state_rounding(edits[0].base.dtype)
         entries = [entry for edit in edits for entry in edit.entries]
         self.keys = torch.stack([entry.key.to(device) for entry in entries])
         self.thresholds = self.keys.new_tensor([entry.threshold for entry in entries])
@@ -179,10 +181,12 @@ class ScopeRouter:
             copies = copies_of_rows(len(questions), len(self._carriers))
             carriers = self._carriers.repeat_interleave(copies, dim=0)
             distances = distances.masked_fill(~carriers, torch.inf)
-        nearest = distances.min(dim=1).values
+        nearest, at = distances.min(dim=1)
         numbers = torch.arange(len(self.keys), device=distances.device)
-        # Of facts with equal prompts the newest answers.
-        index = torch.where(distances == nearest[:, None], numbers, -1).amax(dim=1)
+        # Of facts with equal prompts the newest answers; rounding may tell their keys apart.
+        between = self._networks.distances(self.keys[at], self.keys).sqrt()
+        equal = indistinct(between, self.keys, self._rounding) & distances.isfinite()
+        index = torch.where(equal, numbers, -1).amax(dim=1)
         return torch.where((-nearest).exp() > self.thresholds[index], index, -1)
 
 

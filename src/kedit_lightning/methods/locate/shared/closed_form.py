@@ -26,10 +26,7 @@ from kedit_lightning.methods.locate.shared.closed_form_settings import (
     default_weight,
 )
 from kedit_lightning.methods.locate.shared.contexts import sample_contexts
-from kedit_lightning.methods.locate.shared.covariance_factors import (
-    CovarianceFactors,
-    StatisticsMode,
-)
+from kedit_lightning.methods.locate.shared.covariance_factors import CovarianceFactors
 from kedit_lightning.methods.locate.shared.edit_groups import EditGroups
 from kedit_lightning.methods.locate.shared.statistics_fit import StatisticsFit
 from kedit_lightning.methods.locate.shared.subject_states import (
@@ -79,8 +76,9 @@ class ClosedForm(EditMethod):
             sequence it is each edit that is restrained, and not their sum.
         off_main: Take the change off the main directions of the weight, 1 for wholly (SPHERE).
         contexts: Number of texts put before each prompt while its value is optimised.
-        statistics: Where the statistics of keys come from: ``auto``, ``required`` or ``identity``.
-        fit_length: Tokens after which ``fit`` cuts a text.
+        statistics: Where the statistics of keys come from: ``auto``, ``required``, ``identity``, or
+            the path of a file of statistics, or of a folder of them.
+        fit_length: Tokens of a row in ``fit``; a longer text is read in several.
         fit_tokens: Tokens after which ``fit`` stops; it reads all text if not given.
         fit_error: Relative standard error of the statistics at which ``fit`` stops, once it has
             read 10 tokens a dimension; it reads all text if not given.
@@ -89,6 +87,7 @@ class ClosedForm(EditMethod):
 
     needs = frozenset({"subject"})
     can = Capabilities(adapter=True, weights=True)
+    fit_epochs = 1
     learns = "second moments of the keys of every layer, from plain text"
     settings: LocatedSettings
     #: Table of published settings.
@@ -127,7 +126,7 @@ class ClosedForm(EditMethod):
         restrain: bool = False,
         off_main: float = 0.0,
         contexts: int = 5,
-        statistics: StatisticsMode = "auto",
+        statistics: str = "auto",
         *,
         fit_length: int = 512,
         fit_tokens: int | None = None,

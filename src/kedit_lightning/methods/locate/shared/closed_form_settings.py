@@ -17,7 +17,7 @@ from kedit_lightning.methods.capabilities import (
     Share,
 )
 from kedit_lightning.methods.locate.shared.alignment import ALIGNED_CLAMP
-from kedit_lightning.methods.locate.shared.covariance_factors import StatisticsMode
+from kedit_lightning.methods.locate.shared.covariance_factors import check_mode
 from kedit_lightning.methods.method import MethodSettings
 
 #: Where values are optimised: at the ``last`` layer, for all layers (MEMIT); at each layer its
@@ -91,10 +91,15 @@ class ClosedFormSettings(MethodSettings):
     restrain: bool
     off_main: Share
     contexts: CountOrZero
-    statistics: StatisticsMode
+    statistics: str
     fit_length: Count
     fit_tokens: Count | None
     fit_error: Positive | None
+
+    def check_bounds(self, method: str) -> None:
+        """Check numbers, and where statistics come from; see the base class."""
+        super().check_bounds(method)
+        check_mode(self.statistics)
 
     def over(self, usual: LocateSettings) -> LocateSettings:
         """Settings that depend on the model, with those that the user chose in their place."""

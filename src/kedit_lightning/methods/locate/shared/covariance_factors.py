@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Hashable
-from typing import Literal, TypeAlias
+from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from kedit_lightning.base_models import BaseModel
 from kedit_lightning.edits.projections import projection_shape
 from kedit_lightning.errors import StatisticsNotFoundError, UnsupportedUseError
 from kedit_lightning.statistics import (
+    KeyStatistics,
+    chosen_statistics,
     estimate_from_few_samples,
     factorise,
     find_statistics,
@@ -22,7 +25,8 @@ from kedit_lightning.statistics import (
 
 #: Where the covariances of keys come from: ``auto`` takes collected ones and falls back to a small
 #: packaged text, ``required`` refuses to fall back, ``identity`` takes the identity matrix.
-StatisticsMode: TypeAlias = Literal["auto", "required", "identity"]
+#: Anything else is the path of a file of statistics, or of a folder of them.
+MODES = ("auto", "required", "identity")
 
 #: A matrix with the number that belongs to it.
 Factor: TypeAlias = tuple[Tensor, float]
@@ -30,10 +34,19 @@ Factor: TypeAlias = tuple[Tensor, float]
 _CACHE_BYTES = 32 << 20
 
 
+def check_mode(mode: str) -> None:
+    """Raise an ``UnsupportedUseError`` for what is neither a mode nor a path that exists."""
+    if mode not in MODES and not Path(mode).expanduser().exists():
+        raise UnsupportedUseError(
+            f"statistics is '{mode}', which is neither auto, required nor identity, nor a file or "
+            f"folder of key statistics (looked in {Path.cwd()})"
+        )
+
+
 class CovarianceFactors:
     """Second moments of the keys of a base model, decomposed once a layer."""
 
-    def __init__(self, base: BaseModel, mode: StatisticsMode, method: str) -> None:
+    def __init__(self, base: BaseModel, mode: str, method: str) -> None:
         self.base, self.mode, self.method = base, mode, method
         #: Which statistics were used last, for the record of an edit.
         self.note = ""
@@ -84,10 +97,30 @@ class CovarianceFactors:
 
         Raises:
             StatisticsNotFoundError: None were collected and the mode is ``required``.
+            DataFileError: The file that the mode names is damaged or of another layer.
         """
         if self.mode == "identity":
             self.note = "identity"
             return torch.eye(projection_shape(self.base.module(module))[0], dtype=torch.float64)
+        if self.mode in MODES:
+            statistics = self._found(module)
+        else:
+            statistics = chosen_statistics(self.base, module, self.mode)
+        self.note = statistics.note
+        if statistics.is_few_sample and self.mode in MODES:
+            warnings.warn(
+                f"key statistics of '{self.base.name}' are estimated from a small packaged text: "
+                f"{self.note}; collect better ones once with `kedit fit --model {self.method} "
+                "--data Texts --data.path FOLDER`",
+                stacklevel=4,
+            )
+        moment = statistics.moment
+        # Fewer keys than dimensions leave directions of which nothing is known.
+        few = statistics.is_few_sample or moment.count < len(moment.mean)
+        return shrunk(moment) if few else moment.mean
+
+    def _found(self, module: str) -> KeyStatistics:
+        """Statistics of the cache, estimated from few samples where there are none."""
         statistics = find_statistics(self.base, module)
         if statistics is None or (statistics.is_few_sample and self.mode == "required"):
             if self.mode == "required":
@@ -99,18 +132,7 @@ class CovarianceFactors:
             estimate_from_few_samples(self.base)
             statistics = find_statistics(self.base, module)
             assert statistics is not None
-        self.note = statistics.note
-        if statistics.is_few_sample:
-            warnings.warn(
-                f"key statistics of '{self.base.name}' are estimated from a small packaged text: "
-                f"{self.note}; collect better ones once with `kedit fit --model {self.method} "
-                "--data Texts --data.path FOLDER`",
-                stacklevel=4,
-            )
-        moment = statistics.moment
-        # Fewer keys than dimensions leave directions of which nothing is known.
-        few = statistics.is_few_sample or moment.count < len(moment.mean)
-        return shrunk(moment) if few else moment.mean
+        return statistics
 
     def cached(self, key: Hashable, compute: Callable[[], Factor]) -> Factor:
         """A factor, computed unless kept: those of all layers while small, else of one alone."""

@@ -78,8 +78,10 @@ class StatisticsFit:
             path = save_to_cache(self._collector, str(text))
             error = self._collector.error
             margin = "" if error is None else f" (± {100 * error:.2g} %)"
+            collector = self._collector
             self._method.print(
-                f"key statistics of {self._collector.tokens} tokens{margin} are in {path}"
+                f"key statistics of {collector.tokens} tokens{margin} are in {path}: all those of "
+                f"{collector.texts} texts, read in rows of at most {collector.max_tokens}"
             )
         strategy.barrier()
         self.text_pass.discard()
