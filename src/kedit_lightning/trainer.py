@@ -22,7 +22,9 @@ from kedit_lightning.edits import Edit
 from kedit_lightning.errors import KEditError, UnsupportedUseError
 from kedit_lightning.methods.method import EditMethod, as_edit_method
 from kedit_lightning.metrics import ExampleRecord
+from kedit_lightning.runs.fit_folder import FitFolder
 from kedit_lightning.runs.output_folder import OutputFolder, apply_saved, load_stack, open_output
+from kedit_lightning.runs.processes import check_processes, processes_here
 from kedit_lightning.runs.prompts import prompt_loader, read_prompts
 from kedit_lightning.runs.results import predictions_table, summary_table
 
@@ -38,7 +40,7 @@ class EditTrainer(Trainer):
         logger: Where scores and losses are logged; nowhere unless given.
         default_root_dir: Folder for checkpoints of ``fit`` and for logs; ``outputs`` if not given.
         inference_mode: Off, because edits are computed with gradients.
-        devices: Devices to compute on; one unless more are asked for.
+        devices: Devices to compute on; one if not given, or one for each process of torchrun.
         enable_progress_bar: Show progress; only on a terminal if not given.
         num_sanity_val_steps: Batches validated before a fit starts, when nothing is learned yet.
         **kwargs: Passed to Lightning's trainer.
@@ -53,7 +55,7 @@ class EditTrainer(Trainer):
         logger: Logger | Iterable[Logger] | bool | None = False,
         default_root_dir: str | Path | None = None,
         inference_mode: bool = False,
-        devices: list[int] | str | int = 1,
+        devices: list[int] | str | int | None = None,
         enable_progress_bar: bool | None = None,
         num_sanity_val_steps: int | None = 0,
         **kwargs: Any,
@@ -77,7 +79,7 @@ class EditTrainer(Trainer):
                 logger=logger,
                 default_root_dir="outputs" if default_root_dir is None else default_root_dir,
                 inference_mode=inference_mode,
-                devices=devices,
+                devices=processes_here() if devices is None else devices,
                 enable_progress_bar=bar,
                 num_sanity_val_steps=num_sanity_val_steps,
                 **kwargs,
@@ -85,8 +87,10 @@ class EditTrainer(Trainer):
         finally:
             log.setLevel(level)
         check_callbacks(self.callbacks)  # type: ignore[attr-defined]
+        check_processes(self.world_size)
         self.protocol = protocol
         self.output_folder: OutputFolder | None = None
+        self.fit_folder = FitFolder(self.default_root_dir, self.checkpoint_callbacks)
         self._edits: list[Edit] = []
 
     def _take_edit(self, name: str, edit: Edit) -> None:
@@ -109,6 +113,7 @@ class EditTrainer(Trainer):
         datamodule: LightningDataModule | None = None,
         ckpt_path: str | Path | None = None,
         weights_only: bool | None = None,
+        output: str | Path | None = None,
     ) -> None:
         """Learn once what later edits share: a hypernetwork, or statistics of keys.
 
@@ -119,13 +124,18 @@ class EditTrainer(Trainer):
             datamodule: Where batches come from.
             ckpt_path: Checkpoint of an interrupted fit to continue.
             weights_only: Passed to ``torch.load``.
+            output: Folder for checkpoints and the picture of the fit; ``default_root_dir`` if not
+                given.
         """
         as_edit_method(model).check_learns()
         train_dataloaders, datamodule = _data("fit", train_dataloaders, datamodule)
+        self.fit_folder.open(output, ckpt_path, self.is_global_zero)
         with self._running("fit", model, datamodule):
             super().fit(
                 model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only
             )
+        if self.is_global_zero and model.state_dict() and (note := self.fit_folder.note()):
+            Console().print(note, highlight=False, markup=False, soft_wrap=True)
 
     def validate(
         self,

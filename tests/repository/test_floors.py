@@ -11,7 +11,7 @@ from source_tree import OPTIONAL, Module, check, circles, graph, modules, plante
 # Parts of one floor do not import each other. `errors` lies under `requests`, which raises them.
 FLOORS = [
     ["errors"],
-    ["requests", "registry", "cache_folder", "sentence"],
+    ["requests", "registry", "cache_folder", "run_seed", "sentence"],
     ["edits", "data", "metrics"],
     ["base_models"],
     ["statistics", "benchmark"],

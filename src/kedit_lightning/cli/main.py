@@ -57,7 +57,13 @@ _NOISE = (
     "The dirpath has changed",
 )
 #: Loggers of other libraries of which only warnings are shown.
-_LOGGERS = ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed")
+_LOGGERS = (
+    "lightning.pytorch.utilities.rank_zero",
+    "lightning.fabric.utilities.seed",
+    "lightning.fabric.utilities.distributed",
+)
+#: What gloo and NCCL say when a process waits for another one that has ended.
+_LOST_PROCESS = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
 
 
 def main(args: Any = None, run: bool = True) -> Any:
@@ -89,6 +95,8 @@ def main(args: Any = None, run: bool = True) -> Any:
     if args is None and not sys.stderr.isatty():
         # A log would keep each line of the progress bars of loading weights.
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # Lightning 2.6 calls what jsonargparse has deprecated, which a user can do nothing about.
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     parser = import_module("kedit_lightning.cli.parser")
     if args is None:  # importing Lightning has set a format of its own
         warnings.formatwarning = _warning
@@ -97,6 +105,9 @@ def main(args: Any = None, run: bool = True) -> Any:
             command_line = parser.KEditCLI(**parser.cli_arguments(args, run))
     except Exception as error:
         cause: KEditError | None = parser.kedit_error(error)
+        if cause is None and any(words in str(error) for words in _LOST_PROCESS):
+            # It has said why it ended; the traceback of one that waited for it says nothing.
+            cause = KEditError("another process of this run has ended, so this one ends too")
         if cause is None:
             raise
         sentence = "; ".join([str(cause), *getattr(cause, "__notes__", ())])

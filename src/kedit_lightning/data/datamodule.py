@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import os
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -30,6 +29,7 @@ from kedit_lightning.errors import (
     article_list,
 )
 from kedit_lightning.requests import EditBatch, EditExample
+from kedit_lightning.run_seed import run_seed
 
 Split: TypeAlias = Literal["train", "validation", "test"]
 
@@ -120,6 +120,11 @@ class EditDataModule(LightningDataModule, ABC):
             SkipRecord: The record states no edit, and the dataset's format allows that.
         """
 
+    @property
+    def start(self) -> int:
+        """The seed, or else that of the run."""
+        return run_seed() if self.seed is None else self.seed
+
     # Examples ----------------------------------------------------------------------------------
 
     def examples(self, split: Split = "test") -> list[EditExample]:
@@ -161,7 +166,7 @@ class EditDataModule(LightningDataModule, ABC):
         choose = getattr(method, "examples_to_fit", list)
         examples: list[EditExample] = choose(loaded.examples)
         rank, world_size = process_rank()
-        seed = self.seed if self.seed is not None else int(os.environ.get("PL_GLOBAL_SEED") or 0)
+        seed = self.start
 
         def batches(epoch: int) -> list[EditBatch]:
             rows = training_chunks(examples, size, seed, epoch, rank, world_size)

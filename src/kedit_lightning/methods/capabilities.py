@@ -15,6 +15,7 @@ from kedit_lightning.base_models import BaseModel
 from kedit_lightning.errors import MissingNeedsError, UnsupportedUseError, article_list
 from kedit_lightning.registry import entries
 from kedit_lightning.requests import EditExample, EditRequest, Probe, ProbeKind
+from kedit_lightning.run_seed import run_seed
 
 #: What a method may need of every request, or of the examples it is fitted on.
 Need: TypeAlias = Literal["subject", "target_old", "task", "rephrases", "locality"]
@@ -109,10 +110,15 @@ class MethodSettings:
     Each method has its own such class.  ``build`` resolves what was left to the base model.
 
     Args:
-        seed: Seed of all random choices.
+        seed: Seed of all random choices; that of the run when absent.
     """
 
-    seed: int
+    seed: int | None
+
+    @property
+    def start(self) -> int:
+        """The seed, or else that of the run."""
+        return run_seed() if self.seed is None else self.seed
 
     @classmethod
     def read(cls, given: Mapping[str, Any]) -> Self:

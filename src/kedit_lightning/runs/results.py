@@ -75,14 +75,14 @@ def run_facts(
     facts["base_model"] |= {"revision": base.revision, "dtype": str(base.dtype)}
     facts["dataset"] |= run.source("test")
     facts["protocol"]["id"] = run.protocol.id
-    facts["metric_protocol"] = metric_protocol(run.protocol)
+    facts["metric_protocol"] = metric_protocol(run.protocol, run.seed)
     facts["versions"] = versions()
     return facts
 
 
-def metric_protocol(protocol: Protocol) -> dict[str, Any]:
+def metric_protocol(protocol: Protocol, seed: int) -> dict[str, Any]:
     """How answers are taken and numbers summed up."""
-    metrics, places = new_metrics(protocol), "at the positions of the probe's answer"
+    metrics, places = new_metrics(protocol, seed), "at the positions of the probe's answer"
     free_answers, tokens = "none", protocol.max_new_tokens
     if protocol.generates:
         places = "along its own greedy continuation"
@@ -108,9 +108,9 @@ def versions() -> dict[str, str]:
     return found
 
 
-def summary_of(records: Iterable[ExampleRecord], protocol: Protocol) -> dict[str, Any]:
+def summary_of(records: Iterable[ExampleRecord], protocol: Protocol, seed: int) -> dict[str, Any]:
     """Scores with intervals; costs that differ from run to run in blocks of their own."""
-    metrics = type(new_metrics(protocol)).from_records(records)
+    metrics = type(new_metrics(protocol)).from_records(records, seed=seed)
     entries: dict[str, dict[str, float]] = {
         row.key: {"mean": row.mean, "low": row.low, "high": row.high, "n": row.n}
         for row in metrics.summary()
