@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 from kedit_lightning import __version__
 from kedit_lightning.cli.help_pages import caching, help_page, saved_help
 from kedit_lightning.errors import KEditError
-from kedit_lightning.registry import lazy_exports
+from kedit_lightning.registry import lazy_exports, load_plugins
 
 HELP = """\
 usage: kedit <command> [options]
@@ -29,6 +29,11 @@ commands:
   test      run a benchmark under a protocol, and report scores with confidence intervals
   validate  the same on the validation split
   predict   answer prompts with and without saved edits
+
+also:
+  metrics   say what the names of scores mean, such as tf_all
+  completion bash|zsh|fish
+            print a script by which a shell completes options; it takes some seconds
 
 options:
   -h, --help      show this; `kedit <command> --help` shows what a command takes,
@@ -83,6 +88,9 @@ def main(args: Any = None, run: bool = True) -> Any:
         _leave(HELP, 0 if arguments else 2)
     if arguments == ["--version"]:
         _leave(f"kedit {__version__}\n", 0)
+    if run and arguments == ["metrics"]:
+        load_plugins()
+        _leave(import_module("kedit_lightning.cli.metric_glossary").metric_glossary(), 0)
     page = help_page(arguments) if args is None and run else None
     if page is not None:
         if text := saved_help(page):

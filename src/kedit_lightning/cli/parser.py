@@ -22,6 +22,7 @@ from lightning.pytorch.cli import (
 
 from kedit_lightning import __version__
 from kedit_lightning.cli.base_model_arguments import check_trust, with_one_base_model
+from kedit_lightning.cli.completion import completion_script
 from kedit_lightning.cli.config_arguments import (
     check_tree,
     with_all_prompts,
@@ -130,6 +131,9 @@ class KEditCLI(LightningCLI):
             args = sys.argv[1:]
         if isinstance(args, list):
             self._typed = [str(arg) for arg in args]
+            if self._typed[:1] == ["completion"]:
+                sys.stdout.write(completion_script(parser, self._typed[1:]))
+                raise SystemExit(0)
             args = with_saved_method(with_saved_config(with_config_files(self._typed)))
             args = with_all_prompts(with_one_base_model(args))
         with warnings.catch_warnings():

@@ -138,7 +138,7 @@ def _place(key: str) -> tuple[str, int, str]:
 
 def summary_table(rows: Sequence[SummaryRow], title: str) -> Table:
     """Scores with intervals, for the terminal, without those of single groups of probes."""
-    table = Table(title=title)
+    table = Table(title=title, caption="`kedit metrics` says what the names mean")
     table.add_column("score", no_wrap=True)
     for name in ("mean", "95% interval", "cases"):
         table.add_column(name, justify="right")
