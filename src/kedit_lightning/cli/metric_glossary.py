@@ -30,12 +30,12 @@ def metric_glossary() -> str:
     scores = [entry.load() for entry in entries("metric").values()]
     meanings = {s.name: (inspect.getdoc(s) or "").split("\n\n")[0] for s in scores}
     blocks = {
-        "A score is named KIND/METRIC, or KIND/GROUP/METRIC for a group of questions. Kinds:": _KINDS,
+        "A score is KIND/METRIC, or KIND/GROUP/METRIC for a group of questions. Kinds:": _KINDS,
         "Metrics, each the mean over cases (the interval resamples subjects):": meanings,
         "Stages of a sequence; scores right after an edit have none:": _STAGES,
         "Costs, once a case:": _COSTS,
     }
-    lines = []
+    lines: list[str] = []
     for title, rows in blocks.items():
         lines += [*([""] if lines else []), title]
         for name, meaning in rows.items():
