@@ -109,7 +109,6 @@ def _beside_checkpoints(trainer: Trainer) -> Path:
     """Folder of a fit; the first process alone can tell, so the logger's is not asked for."""
     found = getattr(trainer.checkpoint_callback, "dirpath", None)
     if found is None:
-        folder = getattr(trainer, "fit_folder", None)
-        return Path(trainer.default_root_dir) if folder is None else folder.path
+        return Path(trainer.default_root_dir)
     kept = Path(found)
     return kept.parent if kept.name == "checkpoints" else kept

@@ -130,6 +130,7 @@ class EditTrainer(Trainer):
         as_edit_method(model).check_learns()
         train_dataloaders, datamodule = _data("fit", train_dataloaders, datamodule)
         self.fit_folder.open(output, ckpt_path, self.is_global_zero)
+        self._default_root_dir = str(self.fit_folder.path)  # where callbacks of a fit write
         with self._running("fit", model, datamodule):
             super().fit(
                 model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only
