@@ -48,6 +48,6 @@ class ResultsWriter(EditCallback):
         trainer.strategy.barrier("results are written")
         if trainer.is_global_zero:
             facts = run_facts(method, method.base, run, asdict(method.settings))
-            summary = summary_of(folder.records(), run.protocol)
+            summary = summary_of(folder.records(), run.protocol, run.seed)
             folder.write_json("results.json", {**facts, **summary})
             folder.write_csv()

@@ -106,9 +106,9 @@ class TrainingReport(EditCallback):
 
 
 def _beside_checkpoints(trainer: Trainer) -> Path:
-    """Folder of a fit: that of the logger's run, or else the root of all output."""
+    """Folder of a fit; the first process alone can tell, so the logger's is not asked for."""
     found = getattr(trainer.checkpoint_callback, "dirpath", None)
     if found is None:
-        return Path(trainer.log_dir or trainer.default_root_dir)
+        return Path(trainer.default_root_dir)
     kept = Path(found)
     return kept.parent if kept.name == "checkpoints" else kept

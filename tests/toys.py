@@ -20,7 +20,7 @@ class Toy(EditMethod):
         noise: Share of random numbers in the update, drawn from the global generator.
         fail_on: Part of a prompt on which it fails.
         base_model: The model to edit.
-        seed: Start of all random choices.
+        seed: Start of all random choices; that of the run when absent.
     """
 
     can: ClassVar[Capabilities] = Capabilities(adapter=True, weights=True)
@@ -32,7 +32,7 @@ class Toy(EditMethod):
         noise: float = 0.0,
         fail_on: str | None = None,
         base_model: BaseModel | BaseModelSpec | str = "nano",
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         super().__init__(base_model, seed)
         self.save_hyperparameters(ignore=["base_model"])

@@ -25,8 +25,10 @@ from kedit_lightning.methods.method import EditMethod, as_edit_method
 from kedit_lightning.methods.shared.target_probability import ways_out
 from kedit_lightning.methods.training.checkpoint import load_checkpoint
 from kedit_lightning.metrics import ExampleRecord
+from kedit_lightning.runs.fit_folder import FitFolder
 from kedit_lightning.runs.held_facts import HeldFacts
 from kedit_lightning.runs.output_folder import OutputFolder, opened
+from kedit_lightning.runs.processes import check_processes, processes_here
 from kedit_lightning.runs.prompts import prompt_loader, read_prompts
 from kedit_lightning.runs.results import predictions_table, summary_table
 from kedit_lightning.runs.saved_stack import apply_saved, load_stack
@@ -43,7 +45,7 @@ class EditTrainer(Trainer):
         logger: Where scores and losses are logged; nowhere unless given.
         default_root_dir: Folder for checkpoints of ``fit`` and for logs; ``outputs`` if not given.
         inference_mode: Off, because edits are computed with gradients.
-        devices: Devices to compute on; one unless more are asked for.
+        devices: Devices to compute on; one if not given, or one for each process of torchrun.
         enable_progress_bar: Show progress; only on a terminal if not given.
         num_sanity_val_steps: Batches validated before a fit starts, when nothing is learned yet.
         **kwargs: Passed to Lightning's trainer.
@@ -58,7 +60,7 @@ class EditTrainer(Trainer):
         logger: Logger | Iterable[Logger] | bool | None = False,
         default_root_dir: str | Path | None = None,
         inference_mode: bool = False,
-        devices: list[int] | str | int = 1,
+        devices: list[int] | str | int | None = None,
         enable_progress_bar: bool | None = None,
         num_sanity_val_steps: int | None = 0,
         **kwargs: Any,
@@ -82,7 +84,7 @@ class EditTrainer(Trainer):
                 logger=logger,
                 default_root_dir="outputs" if default_root_dir is None else default_root_dir,
                 inference_mode=inference_mode,
-                devices=devices,
+                devices=processes_here() if devices is None else devices,
                 enable_progress_bar=bar,
                 num_sanity_val_steps=num_sanity_val_steps,
                 **kwargs,
@@ -90,8 +92,10 @@ class EditTrainer(Trainer):
         finally:
             log.setLevel(level)
         check_callbacks(self.callbacks)  # type: ignore[attr-defined]
+        check_processes(self.world_size)
         self.protocol = protocol
         self.output_folder: OutputFolder | None = None
+        self.fit_folder = FitFolder(self.default_root_dir, self.checkpoint_callbacks)
         self._edits, self._records = list[Edit](), list[ExampleRecord]()
 
     def _take_edit(self, name: str, edit: Edit) -> None:
@@ -116,6 +120,7 @@ class EditTrainer(Trainer):
         datamodule: LightningDataModule | None = None,
         ckpt_path: str | Path | None = None,
         weights_only: bool | None = None,
+        output: str | Path | None = None,
     ) -> None:
         """Learn once what later edits share: a hypernetwork, or statistics of keys.
 
@@ -126,10 +131,14 @@ class EditTrainer(Trainer):
             datamodule: Where batches come from.
             ckpt_path: Checkpoint of an interrupted fit to continue.
             weights_only: Passed to ``torch.load``.
+            output: Folder for checkpoints and the picture of the fit; ``default_root_dir`` if not
+                given.
         """
         method = as_edit_method(model)
         method.check_learns()
         train_dataloaders, datamodule = _data("fit", train_dataloaders, datamodule)
+        self.fit_folder.open(output, ckpt_path, self.is_global_zero)
+        self._default_root_dir = str(self.fit_folder.path)  # where callbacks of a fit write
         with (
             self._running("fit", model, datamodule, ckpt_path),
             self._at_most(method.fit_epochs),
@@ -137,6 +146,8 @@ class EditTrainer(Trainer):
             super().fit(
                 model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only
             )
+        if self.is_global_zero and model.state_dict() and (note := self.fit_folder.note()):
+            Console().print(note, highlight=False, markup=False, soft_wrap=True)
 
     @contextmanager
     def _at_most(self, epochs: int | None) -> Iterator[None]:

@@ -489,7 +489,7 @@ def test_the_error_of_a_constructor_is_found_in_the_chain(
 
 
 def test_help_names_every_command() -> None:
-    listed = HELP.split("commands:")[1].split("options:")[0]
+    listed = HELP.split("commands:")[1].split("also:")[0]
     assert set(KEditCLI.subcommands()) == {line.split()[0] for line in listed.strip().splitlines()}
 
 

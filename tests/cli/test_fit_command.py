@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,7 @@ def facts(folder: Path, *names: str) -> list[str]:
 
 
 @pytest.mark.filterwarnings("ignore:The variance of predictions")
-def test_fit_stops_early_and_its_best_checkpoint_is_tested(work):
+def test_fit_stops_early_and_its_best_checkpoint_is_tested(work, capsys):
     base = f"--model.base_model={work / 'tiny'}"
     learn = ["--trainer.max_epochs=40", "--trainer.limit_val_batches=1"]
     given = [*METHOD, base, *SMALL, *facts(work, "train_path", "val_path")]
@@ -53,6 +54,11 @@ def test_fit_stops_early_and_its_best_checkpoint_is_tested(work):
     assert cli.trainer.checkpoint_callback.best_model_score == pytest.approx(scores[best])
     kept = work / "outputs/checkpoints"
     assert {path.name for path in kept.iterdir()} == {"best.ckpt", "last.ckpt"}
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert f"best checkpoint: outputs/checkpoints/best.ckpt (val/score {scores[best]:.3f})" in said
+    assert "last checkpoint: outputs/checkpoints/last.ckpt" in said
+    last = torch.load(kept / "last.ckpt", weights_only=True)
+    assert last["global_step"] == 2 * len(scores)  # and not the last improvement
     assert (work / "outputs/training.png").exists()
     assert (work / "outputs/config.yaml").exists()
 
@@ -64,6 +70,40 @@ def test_fit_stops_early_and_its_best_checkpoint_is_tested(work):
     assert tested.model.network.updates == checkpoint["global_step"] == 2 * (best + 1)
     wanted = checkpoint["state_dict"]["network.rates"]
     assert torch.equal(tested.model.network.rates, wanted)
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")  # that of the fit that is continued
+@pytest.mark.filterwarnings("ignore:The variance of predictions")
+@pytest.mark.parametrize("named", [True, False])
+def test_a_fit_writes_into_its_folder_whatever_its_logger(named, work, capsys):
+    """And the command that its last line names tests what it has learned."""
+    folder = "my fit" if named else "outputs"
+    base = f"--model.base_model={work / 'tiny'}"
+    logger = ["--trainer.logger=CSVLogger", "--trainer.logger.save_dir=logs"]
+    logger += ["--trainer.log_every_n_steps=1"]
+    learn = ["--trainer.max_epochs=1", *(["--output=my fit"] if named else []), *logger]
+    given = [*METHOD, base, *SMALL, *facts(work, "train_path", "path")]
+    main(["fit", *given, *learn])
+    (checkpoint,) = (work / folder / "checkpoints").iterdir()
+    assert (work / folder / "training.png").exists()
+    assert not list((work / "logs").rglob("*.ckpt"))
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said.startswith(f"last checkpoint: {folder}/checkpoints/{checkpoint.name}; test it with")
+    command = shlex.split(said.partition("test it with: kedit ")[2])
+    assert command[0] == "test"
+    tested = main([*command, "--trainer.logger=false"])
+    assert tested.model.network.updates == 2
+    assert not (work / folder / "results.json").exists()
+    with pytest.raises(SystemExit):
+        main(["fit", *given, *learn, "--output", folder])
+    assert f"continue it with --ckpt_path {folder}/checkpoints/" in capsys.readouterr().err
+    (work / "run").mkdir()
+    (work / "run/run.json").touch()
+    with pytest.raises(SystemExit):
+        main(["fit", *given, *learn, "--output=run"])
+    assert "holds the results of a run of `kedit edit`" in capsys.readouterr().err
+    again = ["--trainer.max_epochs=2", f"--ckpt_path={checkpoint}", f"--output={folder}"]
+    assert main(["fit", *given, *learn, *again]).model.network.updates == 4
 
 
 def test_fit_logs_losses_rates_and_the_validation_score_to_wandb(tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from source_tree import OPTIONAL, Module, check, circles, graph, modules, plante
 FLOORS = [
     ["errors", "character_forms"],
     ["chat_turns"],
-    ["requests", "registry", "cache_folder", "sentence", "decoding_settings"],
+    ["requests", "registry", "cache_folder", "run_seed", "sentence", "decoding_settings"],
     ["contradictions"],
     ["edits", "data", "metrics"],
     ["base_models"],

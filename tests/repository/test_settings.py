@@ -92,14 +92,16 @@ class Listed(MethodSettings):
 class Matching(EditMethod):
     settings_type = Listed
 
-    def __init__(self, lr: float = 1.0, steps: int = 2, base_model: str = "nano", seed: int = 0):
+    def __init__(
+        self, lr: float = 1.0, steps: int = 2, base_model: str = "nano", seed: int | None = None
+    ):
         super().__init__(base_model, seed)
 
 
 class Lacking(EditMethod):
     settings_type = Listed
 
-    def __init__(self, lr: float = 1.0, base_model: str = "nano", seed: int = 0):
+    def __init__(self, lr: float = 1.0, base_model: str = "nano", seed: int | None = None):
         super().__init__(base_model, seed)
 
 
@@ -111,7 +113,9 @@ class Unlisted(Matching):
 class Mistyped(EditMethod):
     settings_type = Listed
 
-    def __init__(self, lr: float = 1.0, steps: str = "", base_model: str = "nano", seed: int = 0):
+    def __init__(
+        self, lr: float = 1.0, steps: str = "", base_model: str = "nano", seed: int | None = None
+    ):
         super().__init__(base_model, seed)
 
 

@@ -78,7 +78,7 @@ def measure(method: EditMethod, run: RunContext, split: Split) -> dict[str, Any]
         return {"error": str(error)}
     finally:
         runner.close()
-    scores = summary_of(records, run.protocol)["scores"]
+    scores = summary_of(records, run.protocol, run.seed)["scores"]
     means = {key: entry["mean"] for key, entry in scores.items()}
     return {**judged(means), "scores": scores}
 

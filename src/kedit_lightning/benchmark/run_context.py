@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import typing
 import warnings
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ from kedit_lightning.data.datamodule import EditDataModule, Split
 from kedit_lightning.edits import Edit
 from kedit_lightning.metrics import EditMetrics, ExampleRecord, LegacyEasyEdit, SquadMetrics
 from kedit_lightning.requests import EditRequest
+from kedit_lightning.run_seed import run_seed
 
 Metrics: TypeAlias = EditMetrics | LegacyEasyEdit
 
@@ -36,11 +36,17 @@ class PromptBatch:
         return len(self.prompts)
 
 
-def new_metrics(protocol: Protocol) -> Metrics:
-    """The metrics of a protocol's scoring and rule for answers."""
+def new_metrics(protocol: Protocol, seed: int = 0) -> Metrics:
+    """The metrics of a protocol's scoring and rule for answers.
+
+    Args:
+        protocol: How answers are scored.
+        seed: Seed of the draws of the intervals.
+    """
     if protocol.scoring == "legacy_easyedit":
-        return LegacyEasyEdit()
-    return SquadMetrics() if protocol.answers == "squad" else EditMetrics()
+        return LegacyEasyEdit(seed=seed)
+    kind = SquadMetrics if protocol.answers == "squad" else EditMetrics
+    return kind(seed=seed)
 
 
 class SavedRun(typing.Protocol):
@@ -80,7 +86,7 @@ class RunContext:
     """
 
     protocol: Protocol = Protocol()  # noqa: RUF009 - it is frozen
-    seed: int = field(default_factory=lambda: int(os.environ.get("PL_GLOBAL_SEED") or 0))
+    seed: int = field(default_factory=run_seed)
     data: LightningDataModule | None = None
     output: SavedRun | None = None
     editing: bool = False

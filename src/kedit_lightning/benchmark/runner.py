@@ -61,7 +61,7 @@ class ProtocolRunner:
         self.base = base
         self.protocol = run.protocol
         self.reader = Reader(base, run.protocol, str(run.source(split).get("sha256", "")))
-        self.metrics = new_metrics(run.protocol)
+        self.metrics = new_metrics(run.protocol, run.seed)
         self._run, self._saved = run, run.saved
         self._compute = edit
         self._compute_each = edit_each or (lambda groups: map(edit, groups))

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from kedit_lightning.cli.messages import meant
 from kedit_lightning.errors import DataFileError, DataFileNotFoundError, ResumeError
+
+#: Parts of a config beyond which it is no config.
+_MOST_PARTS = 100_000
 
 
 def packaged_configs() -> list[str]:
@@ -30,7 +34,7 @@ def config_file(name: str) -> str:
         return name
     if Path(name).is_file():
         try:
-            yaml.safe_load(Path(name).read_text(encoding="utf-8"))
+            check_tree(yaml.safe_load(Path(name).read_text(encoding="utf-8")))
         except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
             reason = " ".join(str(error).split())
             raise DataFileError(f"config file '{name}' is no YAML: {reason}") from error
@@ -45,6 +49,25 @@ def config_file(name: str) -> str:
     )
 
 
+def check_tree(value: Any) -> None:
+    """Make sure that a YAML value ends: aliases may refer to what they stand in, or multiply it.
+
+    Raises:
+        yaml.YAMLError: It does not end, or has more than 100,000 parts.
+    """
+    parts: list[tuple[Any, frozenset[int]]] = [(value, frozenset())]
+    for _ in range(_MOST_PARTS):
+        if not parts:
+            return
+        part, around = parts.pop()
+        if id(part) in around:
+            raise yaml.YAMLError("it refers to itself: an alias stands inside what it names")
+        if isinstance(part, dict | list):
+            inside = list(part.values()) if isinstance(part, dict) else part
+            parts += [(inner, around | {id(part)}) for inner in inside]
+    raise yaml.YAMLError(f"it has more than {_MOST_PARTS} parts")
+
+
 def with_config_files(args: list[str]) -> list[str]:
     """Replace the names of packaged configs among arguments by their files."""
     args = [
@@ -53,23 +76,6 @@ def with_config_files(args: list[str]) -> list[str]:
     ]
     start = "--config="
     return [start + config_file(a[len(start) :]) if a.startswith(start) else a for a in args]
-
-
-def with_named_model(args: list[str]) -> list[str]:
-    """Move the name of the base model into its specification, if arguments set parts of one.
-
-    Otherwise ``--model.base_model.dtype`` would replace the name given before it.
-
-    >>> with_named_model(["--model.base_model", "gpt2", "--model.base_model.dtype=bfloat16"])
-    ['--model.base_model.name', 'gpt2', '--model.base_model.dtype=bfloat16']
-    """
-    plain = "--model.base_model"
-    if not any(arg.startswith(f"{plain}.") for arg in args):
-        return args
-    return [
-        f"{plain}.name{arg.removeprefix(plain)}" if arg.split("=")[0] == plain else arg
-        for arg in args
-    ]
 
 
 def with_all_prompts(args: list[str]) -> list[str]:

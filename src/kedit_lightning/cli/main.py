@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 from kedit_lightning import __version__
 from kedit_lightning.cli.help_pages import caching, help_page, saved_help
 from kedit_lightning.errors import KEditError
-from kedit_lightning.registry import lazy_exports
+from kedit_lightning.registry import lazy_exports, load_plugins
 
 HELP = """\
 usage: kedit <command> [options]
@@ -29,6 +29,11 @@ commands:
   test      run a benchmark under a protocol, and report scores with confidence intervals
   validate  the same on the validation split
   predict   answer prompts with and without saved edits
+
+also:
+  metrics   say what the names of scores mean, such as tf_all
+  completion bash|zsh|fish
+            print a script by which a shell completes options; it takes some seconds
 
 options:
   -h, --help      show this; `kedit <command> --help` shows what a command takes,
@@ -57,7 +62,13 @@ _NOISE = (
     "The dirpath has changed",
 )
 #: Loggers of other libraries of which only warnings are shown.
-_LOGGERS = ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed")
+_LOGGERS = (
+    "lightning.pytorch.utilities.rank_zero",
+    "lightning.fabric.utilities.seed",
+    "lightning.fabric.utilities.distributed",
+)
+#: What gloo and NCCL say when a process waits for another one that has ended.
+_LOST_PROCESS = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
 
 
 def main(args: Any = None, run: bool = True) -> Any:
@@ -77,6 +88,9 @@ def main(args: Any = None, run: bool = True) -> Any:
         _leave(HELP, 0 if arguments else 2)
     if arguments == ["--version"]:
         _leave(f"kedit {__version__}\n", 0)
+    if run and arguments == ["metrics"]:
+        load_plugins()
+        _leave(import_module("kedit_lightning.cli.metric_glossary").metric_glossary(), 0)
     page = help_page(arguments) if args is None and run else None
     if page is not None:
         if text := saved_help(page):
@@ -89,6 +103,8 @@ def main(args: Any = None, run: bool = True) -> Any:
     if args is None and not sys.stderr.isatty():
         # A log would keep each line of the progress bars of loading weights.
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # Lightning 2.6 calls what jsonargparse has deprecated, which a user can do nothing about.
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     parser = import_module("kedit_lightning.cli.parser")
     if args is None:  # importing Lightning has set a format of its own
         warnings.formatwarning = _warning
@@ -97,6 +113,9 @@ def main(args: Any = None, run: bool = True) -> Any:
             command_line = parser.KEditCLI(**parser.cli_arguments(args, run))
     except Exception as error:
         cause: KEditError | None = parser.kedit_error(error)
+        if cause is None and any(words in str(error) for words in _LOST_PROCESS):
+            # It has said why it ended; the traceback of one that waited for it says nothing.
+            cause = KEditError("another process of this run has ended, so this one ends too")
         if cause is None:
             raise
         sentence = "; ".join([str(cause), *getattr(cause, "__notes__", ())])

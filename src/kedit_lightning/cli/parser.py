@@ -21,11 +21,13 @@ from lightning.pytorch.cli import (
 )
 
 from kedit_lightning import __version__
+from kedit_lightning.cli.base_model_arguments import check_trust, with_one_base_model
+from kedit_lightning.cli.completion import completion_script
 from kedit_lightning.cli.config_arguments import (
+    check_tree,
     with_all_prompts,
     with_config_files,
     with_flags,
-    with_named_model,
     with_saved_config,
     with_saved_method,
 )
@@ -91,15 +93,20 @@ class SaveConfig(SaveConfigCallback):
         if trainer.logger is not None:
             settings = self.config.clone(with_meta=False).as_dict()
             trainer.logger.log_hyperparams({"config": settings})
-        output = trainer.output_folder if isinstance(trainer, EditTrainer) else None
+        assert isinstance(trainer, EditTrainer)
+        output, config = trainer.output_folder, self.config
         written = output.resumed if output else stage != "fit"
         if written:
             return
-        folder = output.path if output else Path(trainer.log_dir or trainer.default_root_dir)
+        folder = output.path if output else trainer.fit_folder.path
         folder.mkdir(parents=True, exist_ok=True)
-        self.parser.save(
-            self.config, folder / self.config_filename, skip_unset=False, overwrite=True
-        )
+        path = folder / self.config_filename
+        if stage == "fit":
+            # Named in `kedit test -c`, it must not send those results into the folder of the fit.
+            config = config.clone()
+            config["output"] = None
+            trainer.fit_folder.config = path
+        self.parser.save(config, path, skip_unset=False, overwrite=True)
 
 
 class KEditCLI(LightningCLI):
@@ -119,13 +126,22 @@ class KEditCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse arguments that may name packaged configs and saved runs."""
+        own = args is None
+        self._typed: list[str] = []
         if args is None:
+            # It stays as it is: Lightning starts the other processes of a run with it.
             args = sys.argv[1:]
-            sys.argv[1:] = []  # Lightning warns when both are given
         if isinstance(args, list):
-            args = with_saved_config(with_config_files(with_flags([str(arg) for arg in args])))
-            args = with_all_prompts(with_named_model(with_saved_method(args)))
-        super().parse_arguments(parser, args)
+            self._typed = [str(arg) for arg in args]
+            if self._typed[:1] == ["completion"]:
+                sys.stdout.write(completion_script(parser, self._typed[1:]))
+                raise SystemExit(0)
+            args = with_saved_config(with_config_files(with_flags(self._typed)))
+            args = with_all_prompts(with_one_base_model(with_saved_method(args)))
+        with warnings.catch_warnings():
+            if own:
+                warnings.filterwarnings("ignore", "LightningCLI's args parameter is intended")
+            super().parse_arguments(parser, args)
         self._given_config: Namespace = self.config.clone()
         self._check_method_and_checkpoint()
 
@@ -149,7 +165,9 @@ class KEditCLI(LightningCLI):
         load_checkpoint(Path(path).expanduser())
 
     def before_instantiate_classes(self) -> None:
-        """Warn about settings that a checkpoint overrules."""
+        """Refuse untrusted code, and warn about settings that a checkpoint overrules."""
+        if self._typed:
+            check_trust(self._of_subcommand(self.config), self._typed)
         if not self._of_subcommand(self.config).get("ckpt_path"):
             return
         given, used = (
@@ -183,6 +201,7 @@ def keep_sentences() -> None:
 
     def load(text: str) -> Any:
         value = _YAML_LOADER(text)
+        check_tree(value)
         if "\n" in text.strip() or text.lstrip().startswith(("{", "[")):
             return value
         commented = value is None and text.lstrip().startswith("#")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -38,6 +37,7 @@ from kedit_lightning.errors import (
     UnsupportedUseError,
 )
 from kedit_lightning.requests import EditBatch, EditExample, trimmed_texts
+from kedit_lightning.run_seed import run_seed
 
 Split: TypeAlias = Literal["train", "validation", "test"]
 
@@ -104,6 +104,11 @@ class EditDataModule(LightningDataModule, ABC):
             SkipRecord: The record states no edit, and the dataset's format allows that.
         """
 
+    @property
+    def start(self) -> int:
+        """The seed, or else that of the run."""
+        return run_seed() if self.seed is None else self.seed
+
     # Examples ----------------------------------------------------------------------------------
 
     def examples(self, split: Split = "test") -> list[EditExample]:
@@ -145,7 +150,7 @@ class EditDataModule(LightningDataModule, ABC):
         choose = getattr(method, "examples_to_fit", list)
         examples: list[EditExample] = choose(loaded.examples)
         rank, world_size = process_rank()
-        seed = self.seed if self.seed is not None else int(os.environ.get("PL_GLOBAL_SEED") or 0)
+        seed = self.start
 
         def batches(epoch: int) -> list[EditBatch]:
             rows = training_chunks(examples, size, seed, epoch, rank, world_size)

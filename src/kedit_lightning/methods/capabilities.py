@@ -16,6 +16,7 @@ from kedit_lightning.contradictions import contradictions, describe
 from kedit_lightning.errors import MissingNeedsError, UnsupportedUseError, article_list
 from kedit_lightning.registry import entries
 from kedit_lightning.requests import EditExample, EditRequest, Probe, ProbeKind, trimmed_texts
+from kedit_lightning.run_seed import run_seed
 
 #: What a method may need of every request, or of the examples it is fitted on.
 Need: TypeAlias = Literal["subject", "target_old", "task", "rephrases", "locality"]
@@ -110,10 +111,15 @@ class MethodSettings:
     Each method has its own such class.  ``build`` resolves what was left to the base model.
 
     Args:
-        seed: Seed of all random choices.
+        seed: Seed of all random choices; that of the run when absent.
     """
 
-    seed: int
+    seed: int | None
+
+    @property
+    def start(self) -> int:
+        """The seed, or else that of the run."""
+        return run_seed() if self.seed is None else self.seed
 
     @classmethod
     def read(cls, given: Mapping[str, Any]) -> Self:

@@ -49,7 +49,8 @@ class EditMethod(pl.LightningModule):
 
     Args:
         base_model: The model to edit: an object, a specification, or a name.
-        seed: Seed of all random choices; together with the requests it fixes them.
+        seed: Seed of all random choices; together with the requests it fixes them. That of the run
+            (``seed_everything``) when absent.
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset()
@@ -76,10 +77,13 @@ class EditMethod(pl.LightningModule):
     #: Scores of the last run with their intervals.
     summary: Sequence[SummaryRow] = ()
 
-    def __init__(self, base_model: BaseModel | BaseModelSpec | str = "nano", seed: int = 0) -> None:
+    def __init__(
+        self, base_model: BaseModel | BaseModelSpec | str = "nano", seed: int | None = None
+    ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=list(self.unsaved))
-        self.given = self.settings = self.settings_type.read(self.hparams)
+        self.given = self.settings_type.read(self.hparams)
+        self.settings = replace(self.given, seed=self.given.start)
         self.run = RunContext()
         # A plain object, no submodule: absent from checkpoints, optimizers and DDP buckets.
         self._base_model = base_model
@@ -204,7 +208,7 @@ class EditMethod(pl.LightningModule):
     def generator(self, requests: Sequence[EditRequest], purpose: str = "") -> torch.Generator:
         """Random numbers that depend on the seed, the requests and the purpose alone."""
         facts = [(r.prompt, r.target_new) for r in requests]
-        text = json.dumps([self.settings.seed, purpose, facts])
+        text = json.dumps([self.settings.start, purpose, facts])
         number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
         return torch.Generator().manual_seed(number)
 

@@ -80,14 +80,14 @@ def run_facts(
     if run.protocol.generates:
         config = generation_config(base.model)
         facts["protocol"]["set_aside"] = set_aside(config, run.protocol.generation)
-    facts["metric_protocol"] = metric_protocol(run.protocol)
+    facts["metric_protocol"] = metric_protocol(run.protocol, run.seed)
     facts["versions"] = versions()
     return facts
 
 
-def metric_protocol(protocol: Protocol) -> dict[str, Any]:
+def metric_protocol(protocol: Protocol, seed: int) -> dict[str, Any]:
     """How answers are taken and numbers summed up."""
-    metrics, places = new_metrics(protocol), "at the positions of the probe's answer"
+    metrics, places = new_metrics(protocol, seed), "at the positions of the probe's answer"
     free_answers, tokens = "none", protocol.max_new_tokens
     if protocol.generates:
         places = "along its own greedy continuation"
@@ -116,9 +116,9 @@ def versions() -> dict[str, str]:
     return found
 
 
-def summary_of(records: Iterable[ExampleRecord], protocol: Protocol) -> dict[str, Any]:
+def summary_of(records: Iterable[ExampleRecord], protocol: Protocol, seed: int) -> dict[str, Any]:
     """Scores with intervals; costs that differ from run to run in blocks of their own."""
-    metrics = type(new_metrics(protocol)).from_records(records)
+    metrics = type(new_metrics(protocol)).from_records(records, seed=seed)
     entries: dict[str, dict[str, float]] = {
         row.key: {"mean": row.mean, "low": row.low, "high": row.high, "n": row.n}
         for row in metrics.summary()
@@ -146,7 +146,7 @@ def _place(key: str) -> tuple[str, int, str]:
 
 def summary_table(rows: Sequence[SummaryRow], title: str) -> Table:
     """Scores with intervals, for the terminal, without those of single groups of probes."""
-    table = Table(title=title)
+    table = Table(title=title, caption="`kedit metrics` says what the names mean")
     table.add_column("score", no_wrap=True)
     for name in ("mean", "95% interval", "cases"):
         table.add_column(name, justify="right")

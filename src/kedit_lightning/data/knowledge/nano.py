@@ -27,8 +27,8 @@ class NanoFacts(CounterFact):
             part of what a larger one keeps. All when absent.
         train_path: File that ``fit`` learns from instead of the packaged one.
         val_path: File of ``validate`` instead of the packaged one.
-        seed: Fixes which records ``limit`` draws (zero when absent, whatever the seed of the run)
-            and the order of training (the seed of the run when absent).
+        seed: Fixes which records ``limit`` draws and the order of training; the seed of the run
+            when absent.
     """
 
     where_to_get_it = ", or leave it out to use the packaged file"
@@ -56,6 +56,6 @@ class NanoFacts(CounterFact):
 
         def rank(example: EditExample) -> bytes:
             # Ranking by a hash gives the same draw in every version of Python, and nested draws.
-            return hashlib.sha256(f"{self.seed or 0}/{example.id}".encode()).digest()
+            return hashlib.sha256(f"{self.start}/{example.id}".encode()).digest()
 
         return sorted(examples, key=rank)[: self.limit]

@@ -97,7 +97,7 @@ class FTM(EditMethod):
         weight_decay: float = 0.0,
         stop_loss: float = 1e-2,
         eos_in_target: bool = False,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         super().__init__(base_model, seed)
 

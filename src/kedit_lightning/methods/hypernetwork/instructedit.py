@@ -157,7 +157,7 @@ class InstructEdit(MENDMethod, HypernetworkMethod):
         *others, last = self.tasks[request.task or ""]
         if not fitting:
             return last
-        key = self.settings.seed, "description", request.id or request.prompt
+        key = self.settings.start, "description", request.id or request.prompt
         return rotate(others or [last], 1, self.epoch, *key)[0]
 
     def compute_edit(self, requests: Sequence[EditRequest]) -> Edit:

@@ -83,7 +83,7 @@ class IKE(EditMethod):
         demonstrations: int | None = None,
         pool: EditDataModule | Sequence[EditExample] | Path | str | None = None,
         retriever: str = LEXICAL,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         super().__init__(base_model, seed)
         self._pool_source: PoolSource | None = pool

@@ -48,7 +48,7 @@ class KN(EditMethod):
         suppress: Multiple of the old answer's embedding that the neurons' columns lose.
         enhance: Multiple of the new answer's embedding that they gain.
         batch_size: Points of one pass through the model; it changes no result.
-        seed: Start of all random choices.
+        seed: Start of all random choices; that of the run when absent.
     """
 
     settings_type = KNSettings
@@ -64,7 +64,7 @@ class KN(EditMethod):
         suppress: float = 2.0,
         enhance: float = 2.0,
         batch_size: int = 120,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         super().__init__(base_model, seed)
 

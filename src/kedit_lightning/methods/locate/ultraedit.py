@@ -92,7 +92,7 @@ class UltraEdit(EditMethod):
         batch_size: Facts of one pass through the model; it changes no result.
         legacy_shared_statistics: Share the statistics among all weights of a shape, as the
             released code does; gate and up projections of all layers are then mixed.
-        seed: Start of all random choices.
+        seed: Start of all random choices; that of the run when absent.
     """
 
     settings_type = UltraEditSettings
@@ -107,7 +107,7 @@ class UltraEdit(EditMethod):
         lr: float | None = None,
         batch_size: int = 10,
         legacy_shared_statistics: bool = False,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         super().__init__(base_model, seed)
 

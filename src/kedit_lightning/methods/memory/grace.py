@@ -95,7 +95,7 @@ class GRACE(EditMethod):
         steps: int = 100,
         value_init: ValueInit = "cold",
         replacement: Replacement = "last",
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         super().__init__(base_model, seed)
 

@@ -62,7 +62,7 @@ class TrainedMethod(EditMethod):
         checkpoint: The checkpoint to start from: a file that ``fit`` wrote, or ``none`` for
             untrained networks. If absent, the checkpoint that is packaged with the base model is
             used to edit, where there is one that agrees with the other settings.
-        seed: Start of all random choices.
+        seed: Start of all random choices; that of the run when absent.
     """
 
     #: The class of the method's plans.
@@ -82,7 +82,7 @@ class TrainedMethod(EditMethod):
         vary_targets: bool = False,
         clip: float = 100.0,
         checkpoint: str | None = None,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         super().__init__(base_model, seed)
         self.automatic_optimization = False
@@ -238,7 +238,7 @@ class TrainedMethod(EditMethod):
         if not self._alternatives:
             return batch.examples
         return [
-            with_another_target(example, self._alternatives, self.epoch, self.settings.seed)
+            with_another_target(example, self._alternatives, self.epoch, self.settings.start)
             for example in batch.examples
         ]
 

@@ -104,7 +104,7 @@ class KE(HypernetworkMethod):
         """
         shapes, dtype = self.shapes_of(plan.modules), compute_dtype(self.base.dtype)
         width, settings = self.base.model.get_input_embeddings().weight.shape[1], self.settings
-        return KnowledgeEditor(plan, shapes, width, settings.margin, dtype, settings.seed)
+        return KnowledgeEditor(plan, shapes, width, settings.margin, dtype, settings.start)
 
     @property
     def loss_weights(self) -> tuple[float, float]:

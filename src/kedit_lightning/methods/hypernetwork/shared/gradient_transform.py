@@ -12,7 +12,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from kedit_lightning.methods.capabilities import Count, Finite, NotNegative, Positive
+from kedit_lightning.methods.capabilities import (
+    Count,
+    Finite,
+    MethodSettings,
+    NotNegative,
+    Positive,
+)
 from kedit_lightning.methods.hypernetwork.shared.editor_network import ProjectionPlan
 from kedit_lightning.methods.hypernetwork.shared.factor_statistics import RunningNormaliser
 from kedit_lightning.methods.shared.gradient_factors import Factors
@@ -41,10 +47,9 @@ class TransformPlan(ProjectionPlan):
 
 
 @dataclass(frozen=True)
-class TransformSettings:
+class TransformSettings(MethodSettings):
     """The part of the settings that methods with such networks share."""
 
-    seed: int
     lr: Positive
     rank: Count | None
     blocks: Count | None

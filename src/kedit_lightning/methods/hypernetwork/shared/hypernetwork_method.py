@@ -157,7 +157,7 @@ class HypernetworkMethod(TrainedMethod):
         """The episodes of this epoch, ``size`` examples each."""
         s = self.settings
         counts = s.n_rephrases, s.n_locality
-        return make_episodes(examples, size, self.epoch, s.seed, *counts, s.own_wording)
+        return make_episodes(examples, size, self.epoch, s.start, *counts, s.own_wording)
 
     def episodes(self, batch: EditBatch) -> list[Episode]:
         """The episodes of a batch, ``n_edits`` examples each."""

@@ -69,7 +69,7 @@ class MENDNetwork(TransformNetwork, EditorNetwork):
         settings: TransformSettings,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        super().__init__(plan, shapes, dtype, settings.seed)
+        super().__init__(plan, shapes, dtype, settings.start)
         rates = torch.full((len(plan.modules),), settings.edit_lr, dtype=dtype)
         self.rates = nn.Parameter(rates)
 

@@ -75,7 +75,7 @@ class ValueNetworks(TransformNetwork):
         settings: MALMENMethodSettings,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        super().__init__(plan, shapes, dtype, settings.seed)
+        super().__init__(plan, shapes, dtype, settings.start)
         self.shapes = dict(zip(plan.modules, shapes, strict=True))
         start = torch.ones(len(plan.modules), dtype=dtype)
         self.log_rates = nn.Parameter(start * math.log(settings.edit_lr))

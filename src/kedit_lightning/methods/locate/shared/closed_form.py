@@ -82,7 +82,7 @@ class ClosedForm(EditMethod):
         fit_tokens: Tokens after which ``fit`` stops; it reads all text if not given.
         fit_error: Relative standard error of the statistics at which ``fit`` stops, once it has
             read 10 tokens a dimension; it reads all text if not given.
-        seed: Start of all random choices.
+        seed: Start of all random choices; that of the run when absent.
     """
 
     needs = frozenset({"subject"})
@@ -131,7 +131,7 @@ class ClosedForm(EditMethod):
         fit_length: int = 512,
         fit_tokens: int | None = None,
         fit_error: float | None = None,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         super().__init__(base_model, seed)
         self._solved: dict[tuple[EditRequest, ...], Edit] = {}
@@ -143,7 +143,7 @@ class ClosedForm(EditMethod):
     @cached_property
     def context_texts(self) -> tuple[str, ...]:
         """Context prefixes that the base model wrote once for this method object."""
-        count, seed = self.settings.contexts, self.settings.seed
+        count, seed = self.settings.contexts, self.settings.start
         return sample_contexts(self.base, count, seed, self.context_lengths)
 
     @cached_property

@@ -224,7 +224,7 @@ class SERAC(TrainedMethod):
                     f"the checkpoint was fitted on a base model with a {field.replace('_', ' ')} "
                     f"of {getattr(plan, field)}, and '{self.base.name}' has {width}; fit again"
                 )
-        network = SERACNetwork(plan, self.settings.seed, compute_dtype(self.base.dtype))
+        network = SERACNetwork(plan, self.settings.start, compute_dtype(self.base.dtype))
         if isinstance(network.scope.decoder, LanguageModel) and self._counterfactual is not None:
             network.scope.decoder.model.load_state_dict(self._counterfactual.model.state_dict())
         return network

@@ -1,0 +1,44 @@
+"""What the names of scores mean, from the registry of metrics."""
+
+from __future__ import annotations
+
+import inspect
+from textwrap import wrap
+
+from kedit_lightning.registry import entries
+
+_KINDS = {
+    "rewrite": "the prompts of the requests themselves",
+    "rephrase": "the same facts asked in other words",
+    "portability": "what follows from the facts",
+    "locality": "what must stay as it was",
+}
+_STAGES = {
+    "final/...": "scored once more after the last edit of a sequence",
+    "after_<n>/...": "scored once more after n facts of a sequence",
+    "forget/...": "lost between the score after an edit of its own and the one at the end",
+}
+_COSTS = {
+    "edit/bytes": "size of the edit's tensors",
+    "timing/...": "seconds to compute an edit, and to score it",
+    "memory/...": "peak memory",
+}
+
+
+def metric_glossary() -> str:
+    """Text of ``kedit metrics``; a metric of a plug-in stands in it too."""
+    scores = [entry.load() for entry in entries("metric").values()]
+    meanings = {s.name: (inspect.getdoc(s) or "").split("\n\n")[0] for s in scores}
+    blocks = {
+        "A score is KIND/METRIC, or KIND/GROUP/METRIC for a group of questions. Kinds:": _KINDS,
+        "Metrics, each the mean over cases (the interval resamples subjects):": meanings,
+        "Stages of a sequence; scores right after an edit have none:": _STAGES,
+        "Costs, once a case:": _COSTS,
+    }
+    lines: list[str] = []
+    for title, rows in blocks.items():
+        lines += [*([""] if lines else []), title]
+        for name, meaning in rows.items():
+            first, *others = wrap(" ".join(meaning.split()), 76)
+            lines += [f"  {name:<15} {first}", *(f"{'':18}{other}" for other in others)]
+    return "\n".join(lines) + "\n"

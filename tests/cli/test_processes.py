@@ -1,0 +1,105 @@
+"""Several processes, started by the command and from outside: results are those of one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from toys import Toy
+
+from kedit_lightning import EditTrainer
+from kedit_lightning.cli.main import main
+from kedit_lightning.errors import UnsupportedUseError
+from kedit_lightning.runs.processes import check_processes, processes_here
+
+KEDIT = [str(Path(sys.executable).with_name("kedit"))]
+MODULE = [sys.executable, "-m", "kedit_lightning"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *MODULE[1:]]
+TWO = ["--trainer.devices", "2"]
+NANO = ["-c", "data/nano_facts", "--data.limit", "5", "--trainer.accelerator", "cpu"]
+
+
+def run(start: list[str], *arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*start, *arguments], capture_output=True, text=True, check=False, env=environment
+    )
+    assert done.returncode == code, done.stderr
+    return done
+
+
+def records(folder: Path) -> dict[str, dict]:
+    lines = (folder / "results.jsonl").read_text().splitlines()
+    costs = ("timing", "memory")
+    parsed = [{k: v for k, v in json.loads(line).items() if k not in costs} for line in lines]
+    assert len({record["id"] for record in parsed}) == len(parsed) == 5
+    return {record["id"]: record for record in parsed}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["single", "sequential"])
+def test_the_command_gives_the_results_of_one_process(mode, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    test = ["test", "-c", "methods/rome", *NANO, "-c", f"trainer/{mode.replace('single', 'batch')}"]
+    test += ["--trainer.protocol.chunk_size=2", f"--trainer.protocol.mode={mode}", "--output"]
+    run(KEDIT, *test, "one")
+    expected = records(tmp_path / "one")
+    starts = {
+        "devices": [*KEDIT, *test, "devices", *TWO],
+        "ddp": [*MODULE, *test, "ddp", *TWO, "--trainer.strategy", "ddp"],
+        "torchrun": [*TORCHRUN, *test, "torchrun"],
+        "torchrun_devices": [*TORCHRUN, *test, "torchrun_devices", *TWO],
+    }
+    for name, start in starts.items():
+        done = run(start)
+        assert records(tmp_path / name) == expected, name
+        assert done.stdout.count("rewrite/tf_all") == (1 if mode == "single" else 3), name
+        scores = json.loads((tmp_path / name / "results.json").read_text())["scores"]
+        assert scores == json.loads((tmp_path / "one/results.json").read_text())["scores"]
+
+
+@pytest.mark.slow
+def test_edit_fit_predict_and_resume_in_two_processes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = run(KEDIT, "edit", "-c", "methods/rome", *NANO, *TWO, "--output", "run")
+    assert "5 edits saved in run" in done.stdout
+    done = run(KEDIT, "predict", "--edits", "run", "--prompt", "Rome is", *TWO)
+    assert done.stdout.count("5 edits applied") == 1
+    few = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=2"]
+    done = run(KEDIT, "fit", "-c", "methods/mend", *NANO, *few, *TWO, "--output", "fit")
+    assert "training curves: fit/training.png" in done.stdout
+    assert (tmp_path / "fit/config.yaml").exists()
+    # The first process alone compares settings; the other one waits for it.
+    other = ["--trainer.protocol.chunk_size=7", *TWO]
+    done = run(KEDIT, "edit", "--resume", "run", *other, code=2)
+    assert "chunk_size: 8 -> 7" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_command_line_stays_for_the_processes_it_starts(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("KEDIT_ALLOW_IMPORTS", "toys")
+    fact = ["--data=Requests", "--data.prompt=Lyon is in", "--data.target_new=Rome"]
+    given = ["kedit", "edit", "--model=Toy", *fact, "--output=run", "--trainer.accelerator=cpu"]
+    monkeypatch.setattr(sys, "argv", list(given))
+    main()
+    assert sys.argv == given
+    saved = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
+    assert saved["model"]["class_path"] == f"{Toy.__module__}.Toy"
+
+
+def test_processes_of_torchrun_are_used_or_refused(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")  # of something else than torchrun
+    assert processes_here() == 1
+    check_processes(1)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    assert processes_here() == 3
+    check_processes(6)
+    with pytest.raises(UnsupportedUseError, match=r"started 6 processes.* is set to 1; .* to 3"):
+        EditTrainer(devices=1, accelerator="cpu", logger=False)
