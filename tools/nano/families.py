@@ -62,18 +62,6 @@ FAMILIES: Mapping[str, tuple[str, dict[str, Any]]] = MappingProxyType(
                 "max_position_embeddings": POSITIONS,
             },
         ),
-        "qwen2": (
-            "qwen2",
-            {
-                "hidden_size": 128,
-                "intermediate_size": 256,
-                "num_hidden_layers": 6,
-                "num_attention_heads": 4,
-                "num_key_value_heads": 2,
-                "max_position_embeddings": POSITIONS,
-                "tie_word_embeddings": True,
-            },
-        ),
     }
 )
 

@@ -92,12 +92,12 @@ def several_layers(base: BaseModel) -> tuple[int, ...]:
 
 
 def layers_beside_attention(base: BaseModel) -> tuple[int, ...]:
-    """Those of several layers, and the first three blocks of a shallow model.
+    """Those of several layers, and the first quarter of a shallow model.
 
     What is optimised at attention but not written must be made up for by more layers.
     """
     depth = len(base.layout)
-    return _dense(base, range(min(3, depth))) if depth < SHALLOW else several_layers(base)
+    return _dense(base, range(depth // 4 + 1)) if depth < SHALLOW else several_layers(base)
 
 
 @dataclass(frozen=True)
