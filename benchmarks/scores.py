@@ -186,13 +186,17 @@ def main() -> None:
     )
     parser.add_argument("--methods", nargs="+", default=ready(), help="see above")
     parser.add_argument("--models", nargs="+", help="names or folders; nano if not given")
+    parser.add_argument("--facts", type=Path, help="file of records in place of NanoFacts' own")
     parser.add_argument("--real", type=Path, help="folder with the real data sets")
     parser.add_argument("--limit", type=int, default=100, help="records of each data set")
     parser.add_argument("--mode", default="single", choices=("single", "batch", "sequential"))
     parser.add_argument("--chunk-size", type=int, help="facts of an edit; all if not given")
     parser.add_argument("--against", help="method whose rewrites the others' are compared with")
     args = parser.parse_args()
-    models, data = args.models or ["nano"], {"NanoFacts": NanoFacts(limit=args.limit, seed=0)}
+    models, data = (
+        args.models or ["nano"],
+        {"NanoFacts": NanoFacts(path=args.facts, limit=args.limit, seed=0)},
+    )
     if args.real:
         data = real_data(args.real, args.limit)
         models = args.models or ["nano", str(args.real / "models" / "stories260K")]

@@ -539,7 +539,7 @@ def test_settings_follow_the_model():
     memit = MEMIT(tiny_base("llama", num_hidden_layers=16, intermediate_size=40))
     memit.configure_model()
     assert memit.layers == (2, 3, 4)
-    assert memit.settings.preserve == 1.5 * 40
+    assert memit.settings.preserve is None  # the keys of the facts set it
     chosen = AlphaEdit(tiny_base("llama"), layers=[2], clamp=3.0, steps=7)
     chosen.configure_model()
     assert chosen.layers == (2,)
@@ -563,7 +563,7 @@ def test_edits_record_the_values_that_were_used(name):
     recorded = method.edit(REQUESTS[:1]).origin.settings
     layers = recorded.get("layers") or [recorded["layer"]]
     assert layers == list(method.layers)
-    for setting in ("lr", "weight_decay", "clamp", "kl_factor", "preserve"):
+    for setting in ("lr", "weight_decay", "clamp", "kl_factor"):
         assert recorded[setting] == getattr(method.locate, setting)
         assert recorded[setting] is not None
     assert recorded["steps"] == 2

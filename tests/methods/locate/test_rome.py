@@ -262,7 +262,10 @@ def test_statistics_of_fewer_keys_than_dimensions_are_shrunk():
 def test_settings_follow_the_model():
     tiny = ROME(tiny_base("llama"))
     tiny.configure_model()
-    assert tiny.edited[0] == "model.layers.1.mlp.down_proj"
+    assert tiny.edited[0] == "model.layers.0.mlp.down_proj"  # few blocks
+    gated = ROME(tiny_base("llama", num_hidden_layers=12))
+    gated.configure_model()
+    assert gated.edited[0] == "model.layers.2.mlp.down_proj"
     deep = ROME(tiny_base("gpt2", n_layer=12))
     deep.configure_model()
     assert deep.edited[0] == "transformer.h.4.mlp.c_proj"

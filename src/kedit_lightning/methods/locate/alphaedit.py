@@ -44,6 +44,7 @@ class AlphaEdit(ClosedForm):
     settings: AlphaEditSettings
     published = "AlphaEdit"
     keeps_history = True
+    weighs_text = False
 
     def __init__(
         self,

@@ -14,7 +14,7 @@ from kedit_lightning.methods.locate.shared.closed_form import ClosedForm
 from kedit_lightning.methods.locate.shared.closed_form_settings import (
     LayerSettings,
     LayersSettings,
-    LocateSettings,
+    layers_beside_attention,
 )
 from kedit_lightning.methods.locate.shared.least_squares import Prior, ridge_update
 from kedit_lightning.methods.locate.shared.subject_states import SubjectStates
@@ -44,6 +44,13 @@ class MEMIT(ClosedForm):
         super().__init__(base_model, **settings)
 
 
+@dataclass(frozen=True)
+class PMETSettings(LayersSettings):
+    """Settings of :class:`PMET`."""
+
+    default_layers = staticmethod(layers_beside_attention)
+
+
 class PMET(MEMIT):
     """MEMIT whose values are outputs of the MLP, optimised together with outputs of attention.
 
@@ -55,8 +62,9 @@ class PMET(MEMIT):
         **settings: Those of all closed-form methods.
     """
 
+    settings_type = PMETSettings
+    settings: PMETSettings
     published = "PMET"
-    otherwise = LocateSettings(clamp=1.0)
     site_of_values = "attention and mlp"
     spread = 0.5
     relaxed = True

@@ -9,10 +9,7 @@ from torch import Tensor
 from kedit_lightning.base_models import BaseModel, BaseModelSpec
 from kedit_lightning.edits import LowRankDelta
 from kedit_lightning.methods.locate.shared.closed_form import ClosedForm
-from kedit_lightning.methods.locate.shared.closed_form_settings import (
-    LayerSettings,
-    LocateSettings,
-)
+from kedit_lightning.methods.locate.shared.closed_form_settings import LayerSettings
 from kedit_lightning.methods.locate.shared.least_squares import Prior, rank_one_update
 from kedit_lightning.methods.locate.shared.subject_states import SubjectStates
 from kedit_lightning.methods.method import Capabilities
@@ -34,7 +31,6 @@ class ROME(ClosedForm):
     settings: LayerSettings
     can = Capabilities(batch=False, adapter=True, weights=True)
     published = "ROME"
-    otherwise = LocateSettings(clamp=4.0, weight_decay=1e-3)
     site_of_values = "mlp"
     context_lengths = (5, 10)
     #: Whether the mean key over contexts is used throughout, rather than the bare prompt's key.

@@ -20,6 +20,7 @@ from kedit_lightning.edits import Edit, LowRankDelta, memories
 from kedit_lightning.edits.projections import compute_dtype
 from kedit_lightning.methods.locate.shared import least_squares
 from kedit_lightning.methods.locate.shared.closed_form_settings import (
+    TEXT_SHARE,
     LocatedSettings,
     LocateSettings,
     Targets,
@@ -36,6 +37,7 @@ from kedit_lightning.methods.locate.shared.subject_states import (
     subject_states,
 )
 from kedit_lightning.methods.locate.shared.value_optimizer import Site, SiteOfValues
+from kedit_lightning.methods.locate.shared.value_scale import scaled_settings
 from kedit_lightning.methods.locate.shared.value_targets import (
     VALUE_TARGETS,
     LastLayerValues,
@@ -61,7 +63,8 @@ class ClosedForm(EditMethod):
         clamp: Largest change of a value, relative to its size.
         kl_factor: Weight of the divergence of the model's essence of the subject.
         stop_loss: The optimisation of a value ends once its loss is below this.
-        preserve: How many keys of plain text count against one of a fact (lambda of the papers).
+        preserve: How many keys of plain text count against one of a fact (lambda of the papers);
+            if none is published, as many as let a lone fact reach 94 % of its value.
         history: Keep the outputs at the keys of earlier edits of this method (MEMIT_seq, ENCORE).
         ridge: Cost of the size of the change, in keys (ENCORE).
         targets: Where values are optimised: at the last layer, at each layer its own (BLUE), or at
@@ -92,8 +95,6 @@ class ClosedForm(EditMethod):
     settings: LocatedSettings
     #: Table of published settings.
     published: ClassVar[str] = ""
-    #: Settings where the model is not in it.
-    otherwise: ClassVar[LocateSettings] = LocateSettings()
     site_of_values: ClassVar[SiteOfValues] = "block"
     #: Subject tokens whose inputs of the MLP's down projection are the key.
     subject_tokens: ClassVar[SubjectTokens] = "last"
@@ -101,6 +102,8 @@ class ClosedForm(EditMethod):
     spread: ClassVar[float] = 1.0
     #: Whether edits keep a history of keys unless told otherwise.
     keeps_history: ClassVar[bool] = False
+    #: Whether keys of plain text count in the cost of a change, by ``preserve``.
+    weighs_text: ClassVar[bool] = True
     relaxed: ClassVar[bool] = False
     #: Lengths in tokens of the texts put before prompts; each makes an equal part of them.
     context_lengths: ClassVar[tuple[int, ...]] = (10,)
@@ -157,8 +160,7 @@ class ClosedForm(EditMethod):
         """Resolve settings that follow the base model, and find the layers."""
         given, layout = self.settings, self.base.layout
         known = published_settings(self.base, self.published, LocateSettings)
-        used = given.over(known or self.otherwise)
-        layers = used.layers or given.default_layers(self.base)
+        layers = (known.layers if known else ()) or given.default_layers(self.base)
         if VALUE_TARGETS[given.targets].ends_only:
             layers = [layers[0], layers[-1]]
         layers = given.chosen_layers or layers
@@ -170,9 +172,7 @@ class ClosedForm(EditMethod):
             with self.base.edits.suspended():
                 for layer in self.layers:
                     layout.write_path(layer)
-        weights = {default_weight(self.base, layer) for layer in self.layers}
-        if used.preserve is None and len(weights) == 1:
-            used = replace(used, preserve=weights.pop())
+        used = given.over(known or scaled_settings(self.base, self.site(self.layers[-1])))
         self.locate = replace(used, layers=self.layers, relaxed=self.relaxed)
         history = self.keeps_history if given.history is None else given.history
         self.settings = given.resolved(self.locate, history)
@@ -185,7 +185,7 @@ class ClosedForm(EditMethod):
     # ---- the method's own part
 
     def prior(self, layer: int) -> least_squares.Prior:
-        """The cost of a change of a layer, without the history of earlier edits."""
+        """The cost of a change of a layer, without history; keys of facts scale it (``_cost``)."""
         preserve = self.settings.preserve
         weight = default_weight(self.base, layer) if preserve is None else preserve
         module = self.base.layout.block(layer).down
@@ -244,9 +244,11 @@ class ClosedForm(EditMethod):
             share = self._share(layer) if values.spreads else 1.0
             inside, path = values.site(layer).inside, self.base.layout.write_path
             residuals = residuals * share / (1.0 if inside else path(layer).gain)
-            prior = self._prior_with_history(layer, module)
+            prior, history = self.prior(layer), self._history(module)
             for changes, part in zip(batch.changes, batch.parts, strict=True):
-                delta = self.update(module, states.part(part), residuals[part], prior)
+                own = states.part(part)
+                cost = self._cost(prior, self.mean_keys(own.inputs[module]).T, history)
+                delta = self.update(module, own, residuals[part], cost)
                 changes[module] = self.constraints.constrained(self.base, module, delta)
             del prior  # wide layers have large ones
         self._remember(batch, values.anchor)
@@ -279,12 +281,20 @@ class ClosedForm(EditMethod):
         """Share of the residual that a layer takes."""
         return float(1 / (len(self.layers) - self.layers.index(layer)) ** self.spread)
 
-    def _prior_with_history(self, layer: int, module: str) -> least_squares.Prior:
-        prior, name = self.prior(layer), f"{module}.keys"
-        past = self._memories() if self.settings.history else []
+    def _cost(
+        self, prior: least_squares.Prior, keys: Tensor, history: Tensor | None
+    ) -> least_squares.Prior:
+        """The cost of a change that writes keys ``[d_in, n]``, earlier edits included."""
+        if self.settings.preserve is None and self.weighs_text:
+            prior = least_squares.relative_prior(prior, keys, TEXT_SHARE)
+        return prior if history is None else least_squares.with_history(prior, history)
+
+    def _history(self, module: str) -> Tensor | None:
+        """Keys of a module that earlier edits remember. Shape ``[d_in, N]``."""
+        name, past = f"{module}.keys", self._memories() if self.settings.history else []
         # Those of edits that were read from files are on the CPU.
         keys = [m[name].to(self.base.device, torch.float64) for m in past if name in m]
-        return least_squares.with_history(prior, torch.cat(keys, dim=1)) if keys else prior
+        return torch.cat(keys, dim=1) if keys else None
 
     def _memories(self) -> list[dict[str, Tensor]]:
         return memories(self.base, type(self).__name__)

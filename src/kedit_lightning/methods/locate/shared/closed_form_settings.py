@@ -23,10 +23,21 @@ from kedit_lightning.methods.method import MethodSettings
 #: Where values are optimised: at the ``last`` layer, for all layers (MEMIT); at each layer its
 #: ``own`` (BLUE); or at the first, with those of later layers taken ``forward`` from it (FE).
 Targets: TypeAlias = Literal["last", "own", "forward"]
-#: Keys of a text count this many times the width of the MLP against a fact: published weights are
-#: 0.9 (GPT-J), 1.4 (Llama) and 3.1 (GPT-2 XL) times it.  In units of the width, the weight does not
-#: depend on the scale of the keys: the mean of ``kᵀ C⁻¹ k`` over a text is the width.
+#: What ``ridge`` counts against where no weight of keys is published, in widths of the MLP;
+#: published weights are 0.9 (GPT-J), 1.4 (Llama) and 3.1 (GPT-2 XL) times it.
 WIDTHS = 1.5
+#: Rules for models in no table; benchmarks/RESULTS.md has what they were chosen by.
+#: Keys of plain text count this much against one of a typical fact: a lone fact misses 6 % of its
+#: value.  A fixed number of keys, as published, depends on how rare the keys of subjects are.
+TEXT_SHARE = 0.06
+#: A value moves by at most this many norms of the hidden state, whose scale the later blocks read.
+HIDDEN_CLAMP = 1.0
+#: Facts that are found earlier stop earlier.
+STEPS = 50
+#: The decay, over the squared norm of a value, would hold small hidden states back.
+WEIGHT_DECAY = 1e-3
+#: Models with fewer blocks gather what they know of a subject in the first of them.
+SHALLOW = 12
 
 
 @dataclass(frozen=True)
@@ -51,8 +62,14 @@ class LocateSettings:
 
 
 def one_layer(base: BaseModel) -> tuple[int, ...]:
-    """At 17 % of the depth for gated MLPs and 35 % for plain ones, where published layers lie."""
-    return _dense(base, (round((0.17 if base.layout.is_gated else 0.35) * len(base.layout)),))
+    """At 17 % of the depth for gated MLPs and 35 % for plain ones, where published layers lie.
+
+    In a shallow model it is the first.
+    """
+    depth = len(base.layout)
+    if depth < SHALLOW:
+        return _dense(base, (0,))
+    return _dense(base, (round((0.17 if base.layout.is_gated else 0.35) * depth),))
 
 
 def _dense(base: BaseModel, layers: Sequence[int]) -> tuple[int, ...]:
@@ -62,11 +79,25 @@ def _dense(base: BaseModel, layers: Sequence[int]) -> tuple[int, ...]:
 
 
 def several_layers(base: BaseModel) -> tuple[int, ...]:
-    """At most five: up to a quarter of the depth for gated MLPs, to 36 % for plain ones."""
+    """At most five: up to a quarter of the depth for gated MLPs, to 36 % for plain ones.
+
+    In a shallow model it is the first eighth.
+    """
     depth = len(base.layout)
+    if depth < SHALLOW:
+        return _dense(base, range(depth // 8 + 1))
     start, end = (1 / 8, 1 / 4) if base.layout.is_gated else (0.27, 0.36)
     last = round(end * depth)
     return _dense(base, range(max(round(start * depth), last - 4), last + 1))
+
+
+def layers_beside_attention(base: BaseModel) -> tuple[int, ...]:
+    """Those of several layers, and the first quarter of a shallow model.
+
+    What is optimised at attention but not written must be made up for by more layers.
+    """
+    depth = len(base.layout)
+    return _dense(base, range(depth // 4 + 1)) if depth < SHALLOW else several_layers(base)
 
 
 @dataclass(frozen=True)
@@ -149,5 +180,5 @@ LocatedSettings: TypeAlias = LayerSettings | LayersSettings
 
 
 def default_weight(base: BaseModel, layer: int) -> float:
-    """Weight ``λ`` of keys of plain text for a layer whose model is not in the tables."""
+    """Weight ``λ`` of keys of plain text that a ``ridge`` is compared with."""
     return WIDTHS * projection_shape(base.module(base.layout.block(layer).down))[0]

@@ -78,6 +78,22 @@ def with_history(prior: Prior, keys: Tensor) -> Prior:
     return whiten
 
 
+def relative_prior(prior: Prior, keys: Tensor, share: float) -> Prior:
+    """``w G`` with ``w = share · mean(kᵀ G⁻¹ k)`` over keys, whatever the scale of ``G``.
+
+    A change that is to move a lone key's output then moves it ``1 / (1 + share)`` of the way: that
+    is ``g / (1 + g)`` with ``g = kᵀ (w G)⁻¹ k``.
+
+    Args:
+        prior: Gives ``G⁻¹ K``.
+        keys: The keys of facts. Shape ``[d_in, n]``.
+        share: Weight of other keys, in those of a typical one of these.
+    """
+    keys = keys.double()
+    weight = share * (keys * prior(keys)).sum(0).mean()
+    return lambda new: prior(new) / weight.to(new)
+
+
 def symmetric(matrix: Tensor) -> Tensor:
     """The symmetric part of a matrix that is symmetric but for rounding."""
     return (matrix + matrix.T) / 2
