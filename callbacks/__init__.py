@@ -3,6 +3,8 @@
 if __name__ == "callbacks":  # a second copy of every class, unknown to the command line
     raise ImportError("import kedit_lightning.callbacks, not callbacks")
 
+from kedit_lightning.benchmark import EditCallback
+
 from .causal_tracing import CausalTracing
 from .edit_saver import EditSaver
 from .edit_table import EditTable
@@ -23,4 +25,14 @@ __all__ = [
     "RollbackGuard",
     "TrainingReport",
     "WandbTable",
+    "usual_callbacks",
 ]
+
+
+def usual_callbacks() -> list[EditCallback]:
+    """The callbacks of every run, in the order of their calls.
+
+    An edit is saved before the results that come from it.
+    """
+    saved = [PlaceBaseModel(), EditSaver(), ResultsWriter()]
+    return [*saved, RollbackGuard(), EditTable(only_edit=True), WandbTable(), TrainingReport()]

@@ -27,9 +27,7 @@ class LoRA(EditMethod):
     settings_type = LoRASettings
     settings: LoRASettings
 
-    def __init__(
-        self, base_model: BaseModel | str = "nano", rank: int = 8, seed: int | None = None
-    ) -> None:
+    def __init__(self, base_model: BaseModel | str = "nano", rank: int = 8, seed=None) -> None:
         super().__init__(base_model, seed)
 
     def compute_edit(self, requests: Sequence[EditRequest]) -> AdapterEdit:

@@ -15,7 +15,12 @@ from kedit_lightning import EditRequest, EditTrainer
 from kedit_lightning.benchmark import Protocol
 from kedit_lightning.contradictions import consistent, contradictions, settle
 from kedit_lightning.data import Requests
-from kedit_lightning.errors import BaseModelNotFoundError, InvalidRequestError, UnsupportedUseError
+from kedit_lightning.errors import (
+    BaseModelNotFoundError,
+    FactsNotWrittenWarning,
+    InvalidRequestError,
+    UnsupportedUseError,
+)
 from kedit_lightning.requests import EditExample
 
 FRANCE = "The capital of France is"
@@ -95,6 +100,7 @@ def test_a_method_writes_the_last_answer_and_says_so() -> None:
     assert edit.origin.requests == (requests[1],)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.simplefilter("ignore", FactsNotWrittenWarning)
         assert method.edit(requests[1:]).id == edit.id
     with pytest.raises(InvalidRequestError, match="1 prompt with contradictory targets: 'The cap"):
         method.edit(requests, on_conflict="refuse")
@@ -106,7 +112,7 @@ def test_white_space_is_said_once_with_a_count() -> None:
     requests = [capital(FRANCE, "Lyon "), EditRequest("Rome is in", "\tSpain", "Rome ")]
     with pytest.warns(UserWarning, match=r"edges of target_new \(2\), subject \(1\)") as caught:
         edit = Toy(base_model=tiny_base("gpt2")).edit(requests)
-    assert len(caught) == 1
+    assert [w.category for w in caught] == [UserWarning, FactsNotWrittenWarning]
     assert [r.target_new for r in edit.origin.requests] == ["Lyon", "Spain"]
 
 

@@ -127,8 +127,8 @@ _OWN: dict[tuple[Kind, str], dict[str, tuple[str, str, str]]] = {
         "Requests": (
             "knowledge.requests_file",
             "requests",
-            "your own JSON, JSONL or CSV: `prompt`, `target_new`, `subject?`, `target_old?`, "
-            "`id?`, `task?`, `rephrases?`, `locality?`, `portability?`",
+            "your own JSON, JSONL or CSV: `prompt` (or chat `messages`), `target_new`, `subject?`, "
+            "`target_old?`, `id?`, `task?`, `rephrases?`, `locality?`, `portability?`",
         ),
         "Texts": (
             "text.texts",

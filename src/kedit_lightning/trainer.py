@@ -25,8 +25,11 @@ from kedit_lightning.methods.method import EditMethod, as_edit_method
 from kedit_lightning.methods.shared.target_probability import ways_out
 from kedit_lightning.methods.training.checkpoint import load_checkpoint
 from kedit_lightning.metrics import ExampleRecord
+from kedit_lightning.runs.data_source import data_source
 from kedit_lightning.runs.fit_folder import FitFolder
+from kedit_lightning.runs.fit_length import at_most
 from kedit_lightning.runs.held_facts import HeldFacts
+from kedit_lightning.runs.interruption import interruptible
 from kedit_lightning.runs.output_folder import OutputFolder, opened
 from kedit_lightning.runs.processes import check_processes, processes_here
 from kedit_lightning.runs.prompts import prompt_loader, read_prompts
@@ -69,10 +72,7 @@ class EditTrainer(Trainer):
         bar = sys.stderr.isatty() if enable_progress_bar is None else enable_progress_bar
         # Loaded by name: type checkers do not see the folder that callbacks are kept in.
         kinds: Any = import_module("kedit_lightning.callbacks")
-        # In the order of their calls: an edit is saved before the results that come from it.
-        usual = [kinds.PlaceBaseModel(), kinds.EditSaver(), kinds.ResultsWriter()]
-        usual += [kinds.RollbackGuard(), kinds.EditTable(only_edit=True), kinds.WandbTable()]
-        usual = [*usual, kinds.TrainingReport()] if usual_callbacks else []
+        usual = kinds.usual_callbacks() if usual_callbacks else []
         usual = [c for c in usual if not any(isinstance(other, type(c)) for other in given)]
         # Lightning keeps to itself which devices it sees and what else it has to offer.
         log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
@@ -136,29 +136,18 @@ class EditTrainer(Trainer):
         """
         method = as_edit_method(model)
         method.check_learns()
-        train_dataloaders, datamodule = _data("fit", train_dataloaders, datamodule)
+        train_dataloaders, datamodule = data_source("fit", train_dataloaders, datamodule)
         self.fit_folder.open(output, ckpt_path, self.is_global_zero)
         self._default_root_dir = str(self.fit_folder.path)  # where callbacks of a fit write
         with (
             self._running("fit", model, datamodule, ckpt_path),
-            self._at_most(method.fit_epochs),
+            at_most(self.fit_loop, method.fit_epochs),
         ):
             super().fit(
                 model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only
             )
         if self.is_global_zero and model.state_dict() and (note := self.fit_folder.note()):
             Console().print(note, highlight=False, markup=False, soft_wrap=True)
-
-    @contextmanager
-    def _at_most(self, epochs: int | None) -> Iterator[None]:
-        """Limit a fit whose length the method knows, so that Lightning does not take 1000."""
-        asked = self.max_epochs
-        if epochs is not None and (asked is None or asked > epochs):
-            self.fit_loop.max_epochs = epochs
-        try:
-            yield
-        finally:
-            self.fit_loop.max_epochs = asked
 
     def validate(
         self,
@@ -182,7 +171,7 @@ class EditTrainer(Trainer):
         Returns:
             A dictionary of scores.
         """
-        dataloaders, datamodule = _data("validate", dataloaders, datamodule)
+        dataloaders, datamodule = data_source("validate", dataloaders, datamodule)
         with self._running("validate", model, datamodule, ckpt_path, verbose=verbose):
             return super().validate(model, dataloaders, ckpt_path, False, datamodule, weights_only)
 
@@ -212,7 +201,7 @@ class EditTrainer(Trainer):
         Returns:
             A dictionary of scores.
         """
-        dataloaders, datamodule = _data("test", dataloaders, datamodule)
+        dataloaders, datamodule = data_source("test", dataloaders, datamodule)
         with self._running("test", model, datamodule, ckpt_path, output, resume, verbose):
             return super().test(model, dataloaders, ckpt_path, False, datamodule, weights_only)
 
@@ -244,7 +233,7 @@ class EditTrainer(Trainer):
         Returns:
             The edits, rolled back, in the order they were computed.
         """
-        _, datamodule = _data("edit", None, datamodule)
+        _, datamodule = data_source("edit", None, datamodule)
         if export is not None:
             can = as_edit_method(model).can
             runs.check_export(export, can.weights, can.adapter, output or resume)
@@ -300,7 +289,7 @@ class EditTrainer(Trainer):
             raise UnsupportedUseError(
                 "predict was given no prompt; add --prompt TEXT, --prompts FILE, or --data DATASET"
             )
-        dataloaders, datamodule = _data("predict", dataloaders, datamodule)
+        dataloaders, datamodule = data_source("predict", dataloaders, datamodule)
         running = self._running("predict", model, datamodule, ckpt_path)
         with running as method, method.base.edits.restored():
             apply_saved([] if edits is None else load_stack(edits, method.base))
@@ -332,7 +321,8 @@ class EditTrainer(Trainer):
             )
         if ckpt_path is not None and Path(ckpt_path).is_file():  # and no word such as "best"
             load_checkpoint(Path(ckpt_path))
-        with opened(output, resume, self.is_global_zero) as folder:
+        first = self.is_global_zero
+        with opened(output, resume, first) as folder, interruptible(folder, first):
             self.output_folder, editing = folder, command == "edit"
             self._keeps_edits = editing and (folder is None or not self.is_global_zero)
             method.run = RunContext(
@@ -352,35 +342,6 @@ class EditTrainer(Trainer):
                 if verbose and method.summary and self.is_global_zero:
                     title = f"{type(method).__name__}, {self.protocol.grouping} edits ({command})"
                     Console().print(summary_table(method.summary, title))
-            except (KeyboardInterrupt, SystemExit) as end:
-                # Lightning makes a SystemExit of Ctrl-C.
-                if not any(isinstance(e, KeyboardInterrupt) for e in (end, end.__context__)):
-                    raise
-                if self.is_global_zero:
-                    kept = "nothing is kept, as no output folder was named"
-                    sys.stderr.write(f"interrupted: {folder.state if folder else kept}\n")
-                raise SystemExit(130) from end
             finally:
                 method.close_evaluation()
                 method.run, self.output_folder = RunContext(), None
-
-
-def _data(
-    command: str, dataloaders: Any, datamodule: LightningDataModule | None
-) -> tuple[Any, LightningDataModule | None]:
-    """Loaders and data module, wherever the data module was given; they must serve the command."""
-    if isinstance(dataloaders, LightningDataModule):
-        dataloaders, datamodule = None, dataloaders
-    if dataloaders is None and datamodule is None:
-        raise UnsupportedUseError(
-            f"{command} was given no data; name a dataset, such as --data Requests "
-            "--data.path facts.json, or `-c data/counterfact`"
-        )
-    names = {"fit": "train", "validate": "val", "predict": "predict"}
-    loader = f"{names.get(command, 'test')}_dataloader"
-    kind = type(datamodule)
-    if datamodule is not None and getattr(kind, loader) is getattr(LightningDataModule, loader):
-        raise UnsupportedUseError(
-            f"{kind.__name__} holds nothing for {command}; name another dataset with --data"
-        )
-    return dataloaders, datamodule

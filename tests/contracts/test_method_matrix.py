@@ -322,5 +322,5 @@ def test_names_weights_that_are_no_numbers(name, settings):
 @each_method
 def test_construction_touches_no_model_and_no_file(name, settings):
     method = make(name, settings, "there/is-no-such-model")
-    assert method.hparams["seed"] == 0
+    assert method.settings.seed == 0
     assert not list(Path.cwd().glob("lightning_logs"))

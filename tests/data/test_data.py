@@ -289,7 +289,10 @@ def test_nano_facts_limit_draws_a_fixed_sample(monkeypatch: pytest.MonkeyPatch) 
     drawn = [e.id for e in NanoFacts(limit=20).examples()]
     assert len(set(drawn)) == 20
     assert drawn != everything[:20]
-    monkeypatch.setenv("PL_GLOBAL_SEED", "7")
+    monkeypatch.setenv("PL_GLOBAL_SEED", "7")  # which seed_everything sets
+    of_run = [e.id for e in NanoFacts(limit=20).examples()]
+    assert of_run == [e.id for e in NanoFacts(limit=20, seed=7).examples()] != drawn
+    monkeypatch.delenv("PL_GLOBAL_SEED")
     assert [e.id for e in NanoFacts(limit=20).examples()] == drawn
     assert [e.id for e in NanoFacts(limit=8).examples()] == drawn[:8]
     assert [e.id for e in NanoFacts(limit=20, seed=1).examples()] != drawn

@@ -39,7 +39,7 @@ def test_keys_of_a_probe_that_are_not_read(
         write(tmp_path / "f.jsonl", fact(**{kind: {"near": [PROBE, {**PROBE, key: "x"}]}}))
     )
     named = f"field '{kind}.near[1].{key}'" + (f" (was '{meant}' meant?)" if meant else "")
-    assert f"{named} is not read; fields here are prompt, answers" in message
+    assert f"{named} is not read; fields here are prompt, messages, answers" in message
 
 
 # ---- keys that stand twice

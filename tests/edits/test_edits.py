@@ -235,7 +235,7 @@ def test_an_edit_that_cannot_be_attached_leaves_the_stack_as_it_was():
     broken = Broken(base, {name: edit_kinds.factors(base, name)})
     with edit_kinds.low_rank(base) as edit:
         edited = answers(base)
-        with pytest.raises(AttributeError, match="9"):
+        with pytest.raises(UnsupportedUseError, match="9"):
             broken.apply()
         assert list(base.edits) == [edit]
         assert torch.equal(answers(base), edited)

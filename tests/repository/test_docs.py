@@ -36,7 +36,7 @@ def test_a_page_has_paper_settings_config_and_command(name):
         if setting != "base_model":
             assert setting in rows, f"{setting} is in the config and not in the table"
             assert value is not None or rows[setting] == "`null`"
-    assert rows["seed"] == "`0`"
+    assert rows["seed"] == "`null`"
     assert re.search(r"^kedit (edit|test|fit) -c ", page, re.MULTILINE)
     assert f"-c {entry.config}" in page
 

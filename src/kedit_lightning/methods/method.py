@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from functools import partial
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
@@ -16,6 +13,7 @@ import torch
 
 from kedit_lightning.base_models import BaseModel, BaseModelSpec
 from kedit_lightning.benchmark import ProtocolRunner, RunContext
+from kedit_lightning.benchmark.free_answers import free_answers
 from kedit_lightning.benchmark.quality import judged
 from kedit_lightning.benchmark.run_context import PromptBatch, ignore
 from kedit_lightning.contradictions import OnConflict, settle
@@ -33,6 +31,8 @@ from kedit_lightning.methods.capabilities import (
     warn_of_changes,
     warn_of_other_base,
 )
+from kedit_lightning.methods.data_setup import set_up_data
+from kedit_lightning.methods.shared.random_numbers import request_generator
 from kedit_lightning.methods.shared.row_lengths import RowText, Window, example_rows, too_long
 from kedit_lightning.methods.shared.target_probability import note_probabilities, warn_of_unwritten
 from kedit_lightning.metrics import SummaryRow
@@ -129,9 +129,8 @@ class EditMethod(pl.LightningModule):
     def edit(self, requests: Sequence[EditRequest], on_conflict: OnConflict = "last") -> Edit:
         """Compute an edit on top of those applied now; the model does not change until ``apply``.
 
-        A method that writes one fact at a time writes several one after another.  The probability
-        of each target under the edit stands in its ``origin.notes["target_probabilities"]``; where
-        some are below one half, one warning counts them.
+        A method that writes one fact at a time writes several one after another.  An edit notes the
+        probability of each target (``target_probabilities``); one warning counts those below half.
 
         Args:
             requests: The facts to write.
@@ -207,10 +206,7 @@ class EditMethod(pl.LightningModule):
 
     def generator(self, requests: Sequence[EditRequest], purpose: str = "") -> torch.Generator:
         """Random numbers that depend on the seed, the requests and the purpose alone."""
-        facts = [(r.prompt, r.target_new) for r in requests]
-        text = json.dumps([self.settings.start, purpose, facts])
-        number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
-        return torch.Generator().manual_seed(number)
+        return request_generator(self.settings.seed, requests, purpose)
 
     # ---- needs
 
@@ -252,40 +248,19 @@ class EditMethod(pl.LightningModule):
         return list(examples)
 
     def setup(self, stage: str) -> None:
-        """Check needs before the base model is loaded, and then lengths.
+        """Check settings and data; raises what :func:`set_up_data` does, too.
 
         Raises:
             NothingToFitError: ``fit`` was called on a method that learns nothing.
-            InvalidRequestError: Requests contradict each other, and the protocol refuses that.
-            MissingNeedsError: An example lacks something the method needs.
-            UnsupportedUseError: A setting is out of bounds, or a request or a probe has an image.
-            DataFileError: Examples are too long, and ``on_bad_record`` is ``error``.
+            UnsupportedUseError: A setting is out of bounds.
         """
         self.given.check_bounds(type(self).__name__)
         if stage == "fit":
             self.check_learns()
         if self.run.on_edit is ignore:  # the trainer attaches no context
             self.run = RunContext.under(self.trainer)
-        data, protocol = self.run.data, self.run.protocol
-        if not isinstance(data, EditDataModule):
-            return
-        splits: dict[str, Split] = {"fit": "train", "validate": "validation"}
-        examples = data.examples(split := splits.get(stage, "test"))
-        if stage == "fit":
-            examples = self.examples_to_fit(examples)
-        if self.run.editing:
-            protocol = protocol.for_editing(self.can.batch, self.can.sequential, len(examples))
-            self.run = replace(self.run, protocol=protocol)
-        data.chunk_size = protocol.chunk_size
-        data.deals_out_chunks = protocol.grouping != "sequential"
-        refuse_images(type(self).__name__, [r for e in examples for r in e.requests + e.probes])
-        self.check_examples(examples, fitting=stage == "fit")
-        for requests in () if stage == "fit" else protocol.written_together(examples):
-            settle(requests, protocol.on_conflict)
-        if stage != "predict":
-            data.leave_out(split, self.too_long(examples))
-        if stage == "fit" and "validation" in data.source:
-            data.leave_out("validation", self.too_long(data.examples("validation")))
+        if isinstance(self.run.data, EditDataModule):
+            set_up_data(self, self.run.data, stage)
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         """Learn from a batch; only methods that learn something define it."""
@@ -322,8 +297,7 @@ class EditMethod(pl.LightningModule):
             metrics.update(record)
         self.close_evaluation()
         self.summary, scores = metrics.summary(), metrics.compute()
-        score = judged(scores)["score"]
-        if prefix and score is not None:
+        if prefix and (score := judged(scores)["score"]) is not None:
             scores["score"] = score  # one number for early stopping and for the best checkpoint
         values = {f"{prefix}{key}": value for key, value in scores.items()}
         # They are equal on all ranks already; Lightning warns unless it is told to make them so.
@@ -340,14 +314,7 @@ class EditMethod(pl.LightningModule):
 
     def predict_step(self, batch: PromptBatch | EditBatch, batch_idx: int) -> list[dict[str, str]]:
         """Answer each ``prompt`` without (``base``) and with the applied edits (``edited``)."""
-        base, protocol, prompts = self.base, self.run.protocol, batch.prompts
-        settings = protocol.max_new_tokens, protocol.score_batch_size
-        generate = partial(base.generate, prompts, *settings, True, generation=protocol.generation)
-        with base.edits.suspended():
-            unedited = generate()
-        edited = generate() if base.edits.active else unedited
-        texts = zip(prompts, unedited, edited, strict=True)
-        return [{"prompt": p, "base": before, "edited": after} for p, before, after in texts]
+        return free_answers(self.base, batch.prompts, self.run.protocol)
 
     # ---- checkpoints
 

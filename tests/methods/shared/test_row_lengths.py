@@ -19,10 +19,10 @@ from kedit_lightning.methods import IKE
 from kedit_lightning.methods.shared.row_lengths import RowText, Window, token_counts
 
 #: Texts for a window of 128 tokens: too long, and most of it.
-LONG, HALF = "Rome is in Italy. " * 40, "Rome is the capital of Italy. " * 8
+LONG, HALF = ("Rome is in Italy. " * 40)[:-1], ("Rome is the capital of Italy. " * 8)[:-1]
 FITS = fact(id="fits")
 BAD = [
-    fact(id="prompt", prompt=f"{LONG}Amber Falls lies in"),
+    fact(id="prompt", prompt=f"{LONG} Amber Falls lies in"),
     fact(id="target", prompt="Rome lies in", subject="Rome", target_new=LONG),
     fact(id="old", target_old=LONG),
     fact(id="rephrase", rephrases=["Amber Falls is in", LONG]),
@@ -119,7 +119,7 @@ def test_numbers_of_tokens_near_the_window_are_exact(family):
 
 def test_ike_leaves_room_for_the_statement(tmp_path):
     near = fact(id="near", locality={"near": [{"prompt": HALF}]})
-    twice = fact(id="twice", prompt=f"{HALF}Amber Falls lies in")
+    twice = fact(id="twice", prompt=f"{HALF} Amber Falls lies in")
     plain = data(tmp_path, FITS, near, twice, on_bad_record="skip")
     assert run(Toy(base_model=tiny_base("gpt2")), plain) == ["fits", "near", "twice"]
     stated = data(tmp_path, FITS, near, twice, on_bad_record="skip")
@@ -131,8 +131,8 @@ def test_ike_leaves_room_for_the_statement(tmp_path):
 @pytest.mark.parametrize("mode", ["batch", "sequential"])
 def test_facts_in_force_together_may_meet_any_question(mode, tmp_path):
     near = fact(id="near", prompt="Rome lies in", subject="Rome")
-    near["locality"] = {"near": [{"prompt": HALF + HALF[:60]}]}
-    more = fact(id="more", prompt="Lyon lies in", subject="Lyon", target_new=HALF[:120])
+    near["locality"] = {"near": [{"prompt": f"{HALF} {HALF[:60]}"}]}
+    more = fact(id="more", prompt="Lyon lies in", subject="Lyon", target_new=HALF[:119])
     records = data(tmp_path, FITS, near, more, on_bad_record="skip")
     with pytest.warns(UserWarning, match=r"\(id 'more'\): a fact and a question take"):
         seen = run(IKE(tiny_base("gpt2"), demonstrations=0), records, mode=mode)

@@ -1,0 +1,65 @@
+"""What is checked of a run's data before the first edit is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Protocol
+
+from kedit_lightning.benchmark import RunContext
+from kedit_lightning.contradictions import settle
+from kedit_lightning.data.datamodule import EditDataModule, Split
+from kedit_lightning.methods.capabilities import Capabilities, refuse_images
+from kedit_lightning.requests import EditExample
+
+_SPLITS: dict[str, Split] = {"fit": "train", "validate": "validation"}
+
+
+class DataUser(Protocol):
+    """The part of an editing method that says what its data must be like."""
+
+    run: RunContext
+
+    @property
+    def can(self) -> Capabilities:
+        """What it can do."""
+
+    def examples_to_fit(self, examples: Sequence[EditExample]) -> list[EditExample]:
+        """The examples that ``fit`` learns from."""
+
+    def check_examples(self, examples: Sequence[EditExample], fitting: bool = False) -> None:
+        """Refuse examples that lack what it needs."""
+
+    def too_long(self, examples: Sequence[EditExample]) -> dict[str, str]:
+        """The examples that do not fit into the base model's window: why, by id."""
+
+
+def set_up_data(method: DataUser, data: EditDataModule, stage: str) -> None:
+    """Settle how the data of a run is grouped, and check it: needs first, lengths last.
+
+    Needs are checked before the base model is loaded, which lengths need.
+
+    Raises:
+        InvalidRequestError: Requests contradict each other, and the protocol refuses that.
+        MissingNeedsError: An example lacks something the method needs.
+        UnsupportedUseError: A request or a probe has an image.
+        DataFileError: Examples are too long, and ``on_bad_record`` is ``error``.
+    """
+    split, fits = _SPLITS.get(stage, "test"), stage == "fit"
+    examples = data.examples(split)
+    if fits:
+        examples = method.examples_to_fit(examples)
+    protocol, can = method.run.protocol, method.can
+    if method.run.editing:
+        protocol = protocol.for_editing(can.batch, can.sequential, len(examples))
+        method.run = replace(method.run, protocol=protocol)
+    data.chunk_size = protocol.chunk_size
+    data.deals_out_chunks = protocol.grouping != "sequential"
+    refuse_images(type(method).__name__, [r for e in examples for r in e.requests + e.probes])
+    method.check_examples(examples, fitting=fits)
+    for requests in () if fits else protocol.written_together(examples):
+        settle(requests, protocol.on_conflict)
+    if stage != "predict":
+        data.leave_out(split, method.too_long(examples))
+    if fits and "validation" in data.source:
+        data.leave_out("validation", method.too_long(data.examples("validation")))
