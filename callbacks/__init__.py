@@ -25,7 +25,6 @@ __all__ = [
     "RollbackGuard",
     "TrainingReport",
     "WandbTable",
-    "usual_callbacks",
 ]
 
 

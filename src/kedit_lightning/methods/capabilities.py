@@ -15,7 +15,7 @@ from kedit_lightning.base_models import BaseModel
 from kedit_lightning.contradictions import contradictions, describe
 from kedit_lightning.errors import MissingNeedsError, UnsupportedUseError, article_list
 from kedit_lightning.registry import entries
-from kedit_lightning.requests import EditExample, EditRequest, Probe, ProbeKind, trimmed_texts
+from kedit_lightning.requests import EditExample, EditRequest, ProbeKind, trimmed_texts
 from kedit_lightning.run_seed import run_seed
 
 #: What a method may need of every request, or of the examples it is fitted on.
@@ -143,19 +143,6 @@ class MethodSettings:
         ]
         if wrong:
             raise UnsupportedUseError(f"{method}: {'; '.join(wrong)}")
-
-
-def refuse_images(name: str, items: Sequence[EditRequest | Probe]) -> None:
-    """Refuse requests and probes about a picture, which no method uses yet.
-
-    Raises:
-        UnsupportedUseError: One of them has an image.
-    """
-    if seen := [item.label for item in items if item.image is not None]:
-        raise UnsupportedUseError(
-            f"{name} reads text only, and field 'image' is set in {article_list(seen)}; leave the "
-            "field out, or take these records out of the data"
-        )
 
 
 def check_needs(

@@ -27,11 +27,10 @@ from kedit_lightning.methods.capabilities import (
     check_needs,
     plain,
     public_path,
-    refuse_images,
     warn_of_changes,
     warn_of_other_base,
 )
-from kedit_lightning.methods.data_setup import set_up_data
+from kedit_lightning.methods.shared.data_setup import refuse_images, set_up_data
 from kedit_lightning.methods.shared.random_numbers import request_generator
 from kedit_lightning.methods.shared.row_lengths import RowText, Window, example_rows, too_long
 from kedit_lightning.methods.shared.target_probability import note_probabilities, warn_of_unwritten

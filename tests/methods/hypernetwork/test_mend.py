@@ -572,7 +572,9 @@ def test_a_named_checkpoint_that_does_not_fit_is_refused(tmp_path):
     (tmp_path / "text.ckpt").write_text("no checkpoint")
     with pytest.raises(CheckpointError, match=r"text\.ckpt"):
         MEND(base, checkpoint=str(tmp_path / "text.ckpt")).configure_model()
-    torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
+    checkpoint = torch.load(path, weights_only=True)
+    del checkpoint["plan"]
+    torch.save(checkpoint, tmp_path / "other.ckpt")
     with pytest.raises(CheckpointError, match="holds no learned network"):
         MEND(base, checkpoint=str(tmp_path / "other.ckpt")).configure_model()
     wider = tiny_base("llama", intermediate_size=40)

@@ -25,7 +25,7 @@ from kedit_lightning.methods.locate.shared.value_optimizer import Site
 from kedit_lightning.methods.locate.shared.value_scale import NORMALISED, hidden_ratio
 from kedit_lightning.requests import EditRequest
 
-FACT = EditRequest("The capital of France is", " Lyon", subject="France")
+FACT = EditRequest("The capital of France is", "Lyon", subject="France")
 
 
 def test_a_lone_key_is_moved_by_the_same_share_whatever_the_scale():

@@ -292,7 +292,9 @@ def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path):
         pytest.raises(BaseModelMismatchError, match="hidden width of 32, and 'llama' has 64"),
     ):
         SERAC(wide, checkpoint=str(path)).edit(REQUESTS)
-    torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
+    checkpoint = torch.load(path, weights_only=True)
+    del checkpoint["plan"]
+    torch.save(checkpoint, tmp_path / "other.ckpt")
     with pytest.raises(CheckpointError, match="holds no learned network"):
         SERAC(base, checkpoint=str(tmp_path / "other.ckpt")).edit(REQUESTS)
 

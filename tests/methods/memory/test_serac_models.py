@@ -127,16 +127,18 @@ def test_fit_learns_the_model_and_a_checkpoint_holds_it(tokens, folder, tmp_path
         method.edit(REQUESTS)
 
 
-def test_what_the_model_cannot_read_is_refused_with_its_length(tmp_path):
-    other = tiny_base("gpt2", n_positions=12)
+@pytest.mark.parametrize(("family", "window"), [("gpt2", 12), ("llama", 12), ("gpt2", 40)])
+def test_what_the_model_cannot_read_is_refused_with_its_length(family, window, tmp_path):
+    other = tiny_base("gpt2", n_positions=window)
     other.model.save_pretrained(tmp_path)
     other.tokenizer.save_pretrained(tmp_path)
-    for base in (tiny_base("gpt2"), tiny_base("llama")):  # the same tokens, and others
-        with (
-            serac(base, counterfactual=str(tmp_path)).edit(REQUESTS),
-            pytest.raises(UnsupportedUseError, match="takes at most 12"),
-        ):
-            base.answer_logits(base.rows(PROMPTS, ANSWERS[: len(PROMPTS)]))
+    base, long = tiny_base(family), "Rome is in Italy. " * 8
+    method = serac(base, counterfactual=str(tmp_path))
+    with (
+        pytest.raises(UnsupportedUseError, match=f"takes at most {window}"),
+        method.edit(REQUESTS),  # the smaller window has no room for the facts' own prompts
+    ):
+        base.answer_logits(base.rows(PROMPTS, [long] * len(PROMPTS)))
 
 
 def test_a_model_with_an_encoder_cannot_answer(tmp_path):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from kedit_lightning.benchmark import RunContext
 from kedit_lightning.contradictions import settle
 from kedit_lightning.data.datamodule import EditDataModule, Split
-from kedit_lightning.methods.capabilities import Capabilities, refuse_images
-from kedit_lightning.requests import EditExample
+from kedit_lightning.errors import UnsupportedUseError, article_list
+from kedit_lightning.requests import EditExample, EditRequest, Probe
 
 _SPLITS: dict[str, Split] = {"fit": "train", "validate": "validation"}
 
@@ -21,8 +21,8 @@ class DataUser(Protocol):
     run: RunContext
 
     @property
-    def can(self) -> Capabilities:
-        """What it can do."""
+    def can(self) -> Any:
+        """Whether it writes facts in ``batch``, and keeps earlier edits (``sequential``)."""
 
     def examples_to_fit(self, examples: Sequence[EditExample]) -> list[EditExample]:
         """The examples that ``fit`` learns from."""
@@ -32,6 +32,19 @@ class DataUser(Protocol):
 
     def too_long(self, examples: Sequence[EditExample]) -> dict[str, str]:
         """The examples that do not fit into the base model's window: why, by id."""
+
+
+def refuse_images(name: str, items: Sequence[EditRequest | Probe]) -> None:
+    """Refuse requests and probes about a picture, which no method uses yet.
+
+    Raises:
+        UnsupportedUseError: One of them has an image.
+    """
+    if seen := [item.label for item in items if item.image is not None]:
+        raise UnsupportedUseError(
+            f"{name} reads text only, and field 'image' is set in {article_list(seen)}; leave the "
+            "field out, or take these records out of the data"
+        )
 
 
 def set_up_data(method: DataUser, data: EditDataModule, stage: str) -> None:
