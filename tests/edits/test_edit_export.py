@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from edit_kinds import KINDS, WEIGHT_KINDS, answers, raw_logits
+from safetensors.torch import load_file
 from support import FAMILIES, tiny_base, tiny_model, tiny_tokenizer
 
 from kedit_lightning import BaseModel
@@ -244,6 +245,12 @@ def test_a_full_model_is_read_back_by_transformers(family, tmp_path):
 # ---- adapters
 
 
+def ranks_in(folder):
+    """The ranks of the factors in an adapter's file."""
+    tensors = load_file(folder / "adapter_model.safetensors")
+    return {tensor.shape[0] for name, tensor in tensors.items() if "lora_A" in name}
+
+
 @pytest.mark.parametrize("family", [*FAMILIES, "t5"])
 def test_peft_loads_an_exported_adapter(family, tmp_path):
     base = tiny_base(family, torch.float32)
@@ -253,7 +260,15 @@ def test_peft_loads_an_exported_adapter(family, tmp_path):
         edit.apply()
     hooks = raw_logits(base.model)
     base.edits.clear()
-    save_adapter(base, [CompositeEdit(base, edits[:2]), edits[2]], tmp_path)
+    if family == "gpt2":
+        with pytest.warns(UserWarning, match=r"Conv1D.*export the full model"):
+            save_adapter(base, [CompositeEdit(base, edits[:2]), edits[2]], tmp_path)
+    else:
+        save_adapter(base, [CompositeEdit(base, edits[:2]), edits[2]], tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["r"] == config["lora_alpha"] == max(ranks_in(tmp_path)) == min(ranks_in(tmp_path))
+    assert not config["rank_pattern"]
+    assert not config["alpha_pattern"]
     assert {p.name for p in tmp_path.iterdir()} >= {
         "adapter_config.json",
         "adapter_model.safetensors",
@@ -270,8 +285,7 @@ def test_peft_loads_an_exported_adapter(family, tmp_path):
         torch.testing.assert_close(
             raw_logits(base.model), hooks, rtol=0, atol=1e-5 * float(hooks.abs().max())
         )
-    kind = json.loads((tmp_path / "adapter_config.json").read_text())["task_type"]
-    assert kind == ("SEQ_2_SEQ_LM" if family == "t5" else "CAUSAL_LM")
+    assert config["task_type"] == ("SEQ_2_SEQ_LM" if family == "t5" else "CAUSAL_LM")
 
 
 def test_only_low_rank_edits_become_adapters(tmp_path):
@@ -319,6 +333,37 @@ def test_adapters_that_do_more_than_add_are_refused(options, tmp_path):
     _trained("gpt_neox" if "bias" in options else "llama", tmp_path, r=2, **_target(options))
     base = tiny_base("gpt_neox" if "bias" in options else "llama", torch.float32)
     with pytest.raises(UnsupportedUseError, match="no plain LoRA"):
+        load_adapter(base, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("init_lora_weights", "pissa"),
+        ("init_lora_weights", "pissa_niter_4"),
+        ("init_lora_weights", "olora"),
+        ("init_lora_weights", "corda"),
+        ("alora_invocation_tokens", [5, 6]),
+        ("layer_replication", [[0, 2], [1, 2]]),
+        ("target_parameters", ["experts.down_proj"]),
+        ("lora_bias", True),
+        ("a_setting_of_tomorrow", {"scale": 2}),
+        ("peft_type", "ADALORA"),
+    ],
+)
+def test_settings_by_which_factors_mean_something_else_are_refused(setting, value, tmp_path):
+    base = tiny_base("llama")
+    save_adapter(base, [edit_kinds.low_rank(base)], tmp_path)
+    path = tmp_path / "adapter_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, setting: value}))
+    named = "type ADALORA" if setting == "peft_type" else f"'{setting}': "
+    with pytest.raises(UnsupportedUseError, match=f"no plain LoRA.*{named}"):
+        load_adapter(base, tmp_path)
+    path.write_text(json.dumps({**config, "eva_config": {"rho": 2.0}, "init_lora_weights": "eva"}))
+    load_adapter(base, tmp_path)  # another start of the same factors
+    path.write_text(json.dumps(config)[:40])
+    with pytest.raises(EditFileError, match="is damaged"):
         load_adapter(base, tmp_path)
 
 

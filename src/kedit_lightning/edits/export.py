@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterable
+import reprlib
+import warnings
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
-from peft import LoraConfig, PeftConfig
+from peft import LoraConfig
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn.functional import pad
 
 from kedit_lightning.edits.edit import Edit, EditableModel, materialise
 from kedit_lightning.edits.effects import AddToOutput, KeepMemory
@@ -19,6 +25,17 @@ from kedit_lightning.edits.projections import find_module, is_transposed
 from kedit_lightning.errors import EditFileError, UnsupportedUseError, article_list
 
 __all__ = ["load_adapter", "materialise", "save_adapter"]
+
+#: Fields of peft's config that are read here, or that change nothing about finished factors.
+_READ = (
+    {"peft_type", "task_type", "auto_mapping", "peft_version", "inference_mode", "runtime_config"}
+    | {"base_model_name_or_path", "revision", "r", "lora_alpha", "rank_pattern", "alpha_pattern"}
+    | {"use_rslora", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
+    | {"lora_dropout", "fan_in_fan_out", "init_lora_weights", "eva_config", "megatron_core"}
+    | {"qalora_group_size", "ensure_weight_tying"}
+)
+#: Ways to start the factors that leave the base model's weights as they are.
+_PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
 
 
 def _low_rank_changes(edits: Iterable[Edit]) -> dict[str, list[LowRankDelta]]:
@@ -40,33 +57,60 @@ def _low_rank_changes(edits: Iterable[Edit]) -> dict[str, list[LowRankDelta]]:
 def save_adapter(base: EditableModel, edits: Iterable[Edit], folder: str | Path) -> Path:
     """Write low-rank edits as one LoRA adapter in peft's format.
 
+    All modules get the rank of the largest change, filled up with zeros, and ``lora_alpha`` is that
+    rank: engines that read one alpha for the whole file and no patterns, as llama.cpp does, then
+    add the same as peft.  Combine it with other adapters by ``combination_type="cat"`` or
+    ``set_adapter``; ``"linear"`` mixes the factors of different adapters.
+
     Raises:
         UnsupportedUseError: An edit is not low-rank.
     """
-    tensors: dict[str, Tensor] = {}
     totals = {name: LowRankDelta.sum(deltas) for name, deltas in _low_rank_changes(edits).items()}
-    ranks = {name: total.rank for name, total in totals.items()}
+    rank = max(total.rank for total in totals.values())
+    tensors: dict[str, Tensor] = {}
     for name, total in totals.items():
-        tensors[f"base_model.model.{name}.lora_A.weight"] = total.a.cpu().contiguous()
-        tensors[f"base_model.model.{name}.lora_B.weight"] = total.b.cpu().contiguous()
-    modules = [find_module(base.model, name) for name in totals]
-    encoder_decoder = getattr(base.model.config, "is_encoder_decoder", False)
+        missing = rank - total.rank
+        tensors[f"base_model.model.{name}.lora_A.weight"] = pad(total.a.cpu(), (0, 0, 0, missing))
+        tensors[f"base_model.model.{name}.lora_B.weight"] = pad(total.b.cpu(), (0, missing))
+    transposed = [name for name in totals if is_transposed(find_module(base.model, name))]
+    if transposed:
+        warnings.warn(
+            f"'{base.name}' keeps the weights of {article_list(transposed, 2)} transposed "
+            "(Conv1D). peft reads this adapter as it is; llama.cpp's converter transposes such "
+            "factors, so it refuses them or, where a projection is square, adds something else: "
+            "export the full model for it",
+            stacklevel=2,
+        )
+    checkpoint: Any = base.model.config
     config = LoraConfig(
-        r=max(ranks.values()),
-        lora_alpha=max(ranks.values()),  # equal to the rank, so the adapter is added unscaled
-        rank_pattern=ranks,
-        alpha_pattern=ranks,
+        r=rank,
+        lora_alpha=rank,  # so the adapter is added unscaled
         target_modules=list(totals),
-        fan_in_fan_out=any(is_transposed(module) for module in modules),
-        base_model_name_or_path=base.name,
-        task_type="SEQ_2_SEQ_LM" if encoder_decoder else "CAUSAL_LM",
+        fan_in_fan_out=bool(transposed),
+        base_model_name_or_path=getattr(checkpoint, "_name_or_path", "") or base.name,
+        revision=getattr(checkpoint, "_commit_hash", None),
+        task_type="SEQ_2_SEQ_LM" if getattr(checkpoint, "is_encoder_decoder", 0) else "CAUSAL_LM",
         inference_mode=True,
     )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "adapter_model.safetensors")
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(whole, folder / "adapter_model.safetensors")
     config.save_pretrained(str(folder))
     return folder
+
+
+def _other_meaning(config: Mapping[str, Any]) -> list[str]:
+    """Fields of an adapter's config by which its factors mean something else than plain LoRA."""
+    usual = LoraConfig().to_dict()
+    strange = [
+        name
+        for name, value in config.items()
+        if name not in _READ and value and value != usual.get(name)
+    ]
+    # PiSSA, OLoRA, CorDA and others also change the weights that the factors are added to.
+    started = config.get("init_lora_weights", True)
+    return [*strange, *(["init_lora_weights"] if started not in _PLAIN_STARTS else [])]
 
 
 def load_adapter(
@@ -83,23 +127,30 @@ def load_adapter(
     for file in (folder / "adapter_config.json", weights):
         if not file.is_file():
             raise EditFileError(f"{folder} holds no adapter to read: it has no {file.name}")
-    config = PeftConfig.from_pretrained(str(folder)).to_dict()
-    tensors = load_file(weights)
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        tensors = load_file(weights)
+        kind = config.get("peft_type")
+    except (ValueError, SafetensorError, AttributeError) as error:
+        raise EditFileError(f"the adapter in {folder} is damaged: {error}") from error
     others = [k for k in tensors if not k.endswith((".lora_A.weight", ".lora_B.weight"))]
-    if config["peft_type"] != "LORA" or config.get("use_dora") or others:
+    strange = _other_meaning(config)
+    if kind != "LORA" or strange or others:
+        settings = [f"'{name}': {reprlib.repr(config[name])}" for name in strange]
         raise UnsupportedUseError(
-            f"the adapter in {folder} is no plain LoRA (type {config['peft_type']}, tensors beside "
-            f"its factors: {article_list(others, 3) or 'none'}); only plain LoRA adds low-rank "
-            "matrices, so merge it into a full model with peft and load that as base model"
+            f"the adapter in {folder} is no plain LoRA (type {kind}; settings that change what its "
+            f"factors mean: {article_list(settings, 4) or 'none'}; tensors beside its factors: "
+            f"{article_list(others, 3) or 'none'}); only plain LoRA adds low-rank matrices, so "
+            "merge it into a full model with peft and load that as base model"
         )
-    alphas: dict[str, float] = config["alpha_pattern"] or {}
+    alphas: dict[str, float] = config.get("alpha_pattern") or {}
     factors: dict[str, LowRankDelta] = {}
     for key in (k for k in tensors if k.endswith(".lora_A.weight")):
         a, b = tensors[key], tensors[key.replace("lora_A", "lora_B")]
         name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
         # The keys are patterns for the end of a module's name, as in peft.
         matching = (v for k, v in alphas.items() if re.match(rf"(.*\.)?({k})$", name))
-        alpha = next(matching, config["lora_alpha"])
+        alpha = next(matching, config.get("lora_alpha", 8))
         scale = alpha / (a.shape[0] ** 0.5 if config.get("use_rslora") else a.shape[0])
         factors[name] = LowRankDelta(a, b * scale)
     return AdapterEdit(base, factors, origin)
