@@ -508,6 +508,29 @@ def test_help_of_commands(command: str, capsys: pytest.CaptureFixture[str]) -> N
     assert ":meth:" not in text
 
 
+def test_help_shows_our_settings_and_full_help_those_of_lightning(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    texts = []
+    for option in ("--help", "--help-all", "-h"):  # one shows nothing to the next
+        with pytest.raises(SystemExit) as stop:
+            main(["test", option])
+        assert not stop.value.code
+        texts.append(capsys.readouterr().out)
+    short, full, again = texts
+    assert short == again
+    assert short.startswith("usage: kedit test [options]\n")
+    order = ["--model ", "--data ", "--output ", "--resume ", "--trainer.protocol.mode "]
+    places = [short.index(option) for option in [*order, "--trainer.devices "]]
+    assert places == sorted(places)
+    hidden = "--trainer.gradient_clip_val"
+    assert (hidden in short, hidden in full) == (False, True)
+    assert all(line.strip() in full for line in short.splitlines())
+    assert len(short.splitlines()) < len(full.splitlines()) / 2
+    assert "ROME" in short
+    assert "kedit_lightning.methods" not in "".join(full.split())
+
+
 #: Prints the help of every command, with a line between, in a process that loads no test class.
 EACH_HELP = """
 import sys
@@ -555,6 +578,7 @@ def test_what_help_depends_on_makes_a_new_page(
     assert page is not None
     assert page == help_page(["test", "-h"])
     assert page != help_page(["fit", "--help"])
+    assert page != help_page(["test", "--help-all"])
     for other in (["test"], ["test", "--help", "x"], ["--help"], ["../x", "--help"]):
         assert help_page(other) is None
     monkeypatch.setenv("COLUMNS", "90")

@@ -1,0 +1,74 @@
+"""What the help of a command shows first, and what only its full form shows."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from argparse import SUPPRESS, Action, _ArgumentGroup
+from typing import Any
+
+from jsonargparse import DefaultHelpFormatter
+from lightning.pytorch.cli import LightningArgumentParser
+
+from kedit_lightning.methods import EditMethod
+from kedit_lightning.trainer import EditTrainer
+
+#: The option that also shows settings of Lightning's trainer.
+FULL_HELP = "--help-all"
+#: Settings of Lightning's trainer that a user of this package needs.
+_NEEDED = ("accelerator", "max_epochs")
+#: Groups of settings in the order of the help, with titles; those of the command stand third.
+_TITLES = {
+    "model": "The editing method",
+    "data": "The data",
+    "": "This command",
+    "trainer.protocol": "How edits are applied and scored",
+    "trainer": f"The trainer ({FULL_HELP} shows all settings of Lightning's)",
+}
+_KNOWN = re.compile(r"known subclasses: ([\w., ]+)")
+
+
+class FullHelp(Action):
+    """Prints the help with all settings."""
+
+    def __init__(self, option_strings: list[str], dest: str, **kwargs: Any) -> None:
+        kwargs |= {"nargs": 0, "default": SUPPRESS}
+        super().__init__(option_strings, SUPPRESS, **kwargs)
+
+    def __call__(self, parser: Any, *_: Any) -> None:
+        """Print it and leave."""
+        parser.shows_all = True
+        parser.print_help()
+        parser.exit()
+
+
+class ShortNames(DefaultHelpFormatter):
+    """Names classes as a user would: by class name, without bases and internal ones."""
+
+    def _get_help_string(self, action: Action) -> str:
+        return _KNOWN.sub(_known_names, super()._get_help_string(action))
+
+
+def _known_names(match: re.Match[str]) -> str:
+    paths = [path.split(".") for path in match[1].split(", ")]
+    # Classes to use stand in a package, bases of Lightning at its root, our own further below.
+    names = [path[-1] for path in paths if len(path) == 3 or (path[0] == "lightning" and path[3:])]
+    names = [name for name in names if name != EditMethod.__name__]
+    return f"known: {', '.join(dict.fromkeys(names))}"
+
+
+def lay_out(parser: LightningArgumentParser, everything: bool) -> None:
+    """Order the groups of a command's help, and hide settings of Lightning unless told not to."""
+    general, settings = parser._action_groups[:2], dict[str, list[_ArgumentGroup]]()
+    for group in parser._action_groups[2:]:
+        first = group._group_actions[0].dest.removesuffix(".help") if group._group_actions else ""
+        key = first if first in _TITLES else ""
+        group.title = _TITLES[key]
+        settings.setdefault(key, []).append(group)
+    parser._action_groups = [*general, *(g for key in _TITLES for g in settings.get(key, ()))]
+    parser.usage = str(parser.prog).replace(" [options]", "") + " [options]"
+    shown = {*inspect.signature(EditTrainer).parameters, *_NEEDED}
+    for group in settings.get("trainer", ()):
+        for action in group._group_actions:
+            if not everything and action.dest.split(".")[1:2] not in [[name] for name in shown]:
+                action.help = SUPPRESS
