@@ -461,6 +461,25 @@ def test_edits_of_another_base_model(
     said = complaint(["predict", *other, "--edits=run", "--prompt=x"], capsys)
     assert "llama" in said
     assert "gpt2" in said
+    assert "--force of `kedit predict`" in said
+    said = complaint(["predict", *other, "--edits=run", "--prompt=x", "--force"], capsys)
+    assert "does not fit" in said
+
+
+def test_edits_of_another_checkpoint_are_applied_by_force(
+    folder: Path, toy: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["edit", *toy, *DATASET, "--output=run"])
+    model = tiny_model("llama", torch.float32)
+    with torch.no_grad():
+        model.model.norm.weight.mul_(1.01)
+    model.save_pretrained(tmp_path / "later")
+    tiny_tokenizer(True).save_pretrained(tmp_path / "later")
+    asked = ["predict", *toy, "--model.base_model=later", "--prompt=Amber Falls lies in"]
+    assert "fingerprint" in complaint([*asked, "--edits=run"], capsys)
+    for edits in ("run", str(next(Path("run").rglob("*.safetensors")))):
+        main([*asked, f"--edits={edits}", "--force"])
+        assert "applied" in capsys.readouterr().out
 
 
 def test_a_bug_keeps_its_traceback(toy: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
