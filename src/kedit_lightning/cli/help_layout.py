@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from argparse import SUPPRESS, Action, _ArgumentGroup
+from argparse import SUPPRESS, Action
 from typing import Any
 
 from jsonargparse import DefaultHelpFormatter
@@ -59,13 +59,14 @@ def _known_names(match: re.Match[str]) -> str:
 
 def lay_out(parser: LightningArgumentParser, everything: bool) -> None:
     """Order the groups of a command's help, and hide settings of Lightning unless told not to."""
-    general, settings = parser._action_groups[:2], dict[str, list[_ArgumentGroup]]()
-    for group in parser._action_groups[2:]:
+    groups: list[Any] = [*parser._action_groups]
+    settings = dict[str, list[Any]]()
+    for group in groups[2:]:
         first = group._group_actions[0].dest.removesuffix(".help") if group._group_actions else ""
         key = first if first in _TITLES else ""
         group.title = _TITLES[key]
         settings.setdefault(key, []).append(group)
-    parser._action_groups = [*general, *(g for key in _TITLES for g in settings.get(key, ()))]
+    parser._action_groups = groups[:2] + [g for key in _TITLES for g in settings.get(key, ())]
     parser.usage = str(parser.prog).replace(" [options]", "") + " [options]"
     shown = {*inspect.signature(EditTrainer).parameters, *_NEEDED}
     for group in settings.get("trainer", ()):
