@@ -548,6 +548,9 @@ def test_help_shows_our_settings_and_full_help_those_of_lightning(
     assert len(short.splitlines()) < len(full.splitlines()) / 2
     assert "ROME" in short
     assert "kedit_lightning.methods" not in "".join(full.split())
+    with pytest.raises(SystemExit):
+        main(["test", "--model.help", "ROME"])
+    assert "default: nano, known: BaseModel" in " ".join(capsys.readouterr().out.split())
 
 
 #: Prints the help of every command, with a line between, in a process that loads no test class.

@@ -50,11 +50,15 @@ class ShortNames(DefaultHelpFormatter):
 
 
 def _known_names(match: re.Match[str]) -> str:
-    paths = [path.split(".") for path in match[1].split(", ")]
-    # Classes to use stand in a package, bases of Lightning at its root, our own further below.
-    names = [path[-1] for path in paths if len(path) == 3 or (path[0] == "lightning" and path[3:])]
-    names = [name for name in names if name != EditMethod.__name__]
+    names = [path.rpartition(".")[2] for path in match[1].split(", ") if _usable(path.split("."))]
     return f"known: {', '.join(dict.fromkeys(names))}"
+
+
+def _usable(path: list[str]) -> bool:
+    """Whether a class is neither a base nor internal: those stand at the root, or deeper down."""
+    if path[0] == "lightning":
+        return len(path) > 2
+    return path[0] != "kedit_lightning" or (len(path) < 4 and path[-1] != EditMethod.__name__)
 
 
 def lay_out(parser: LightningArgumentParser, everything: bool) -> None:
