@@ -1,4 +1,4 @@
-"""Pages of the documentation, written from the registry: one a method, one a package of the API.
+"""Pages of the documentation, written from the registry: of methods, of metrics, and of the API.
 
 `mkdocs.yml` names this file as a hook, so the pages are made anew whenever the documentation is
 built and are never checked in. To look at one: ``python tools/method_pages.py MEND``.
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from jsonargparse._parameter_resolvers import get_signature_parameters
 
+from kedit_lightning.cli.metric_glossary import metric_meanings
 from kedit_lightning.registry import Entry, entries
 
 if TYPE_CHECKING:
@@ -289,9 +290,19 @@ of all methods on one benchmark stand in the README.
 """
 
 
+def metrics() -> str:
+    """The page that says what names of scores mean, as ``kedit metrics`` does."""
+    text = "# Names of scores\n\n`kedit metrics` prints them too, with those of plug-ins.\n"
+    for title, rows in metric_meanings().items():
+        heading = re.split("[,;:]", title.split(". ")[-1])[0]
+        text += f"\n## {heading}\n\n{_escaped(title)}\n\n| name | meaning |\n|---|---|\n"
+        text += "".join(f"| `{name}` | {_escaped(meaning)} |\n" for name, meaning in rows.items())
+    return text
+
+
 def pages() -> dict[str, str]:
     """All pages that are written from the code, by their paths below ``docs/``."""
-    written = {"methods/index.md": overview()}
+    written = {"methods/index.md": overview(), "metrics.md": metrics()}
     for name, entry in entries("method").items():
         written[f"methods/{name.lower()}.md"] = page(entry)
     for module, title in REFERENCE.items():

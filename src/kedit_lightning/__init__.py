@@ -6,6 +6,7 @@ module on first use, so that ``kedit --help`` and plain imports are fast.
 
 from typing import TYPE_CHECKING
 
+from kedit_lightning.notices import import_progress_bars
 from kedit_lightning.registry import lazy_exports
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ _NAMES_IN = {
 }
 _MODULE_OF = {name: module for module, names in _NAMES_IN.items() for name in names}
 __getattr__ = lazy_exports(None, {n: f"{__name__}.{module}" for n, module in _MODULE_OF.items()})
+
+import_progress_bars()
 
 
 def __dir__() -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
@@ -25,6 +24,7 @@ from kedit_lightning.methods.method import EditMethod, as_edit_method
 from kedit_lightning.methods.shared.target_probability import ways_out
 from kedit_lightning.methods.training.checkpoint import load_checkpoint
 from kedit_lightning.metrics import ExampleRecord
+from kedit_lightning.notices import without_notices
 from kedit_lightning.runs.data_source import data_source
 from kedit_lightning.runs.fit_folder import FitFolder
 from kedit_lightning.runs.fit_length import at_most
@@ -74,11 +74,7 @@ class EditTrainer(Trainer):
         kinds: Any = import_module("kedit_lightning.callbacks")
         usual = kinds.usual_callbacks() if usual_callbacks else []
         usual = [c for c in usual if not any(isinstance(other, type(c)) for other in given)]
-        # Lightning keeps to itself which devices it sees and what else it has to offer.
-        log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-        level = log.level
-        log.setLevel(logging.WARNING)
-        try:
+        with without_notices():
             super().__init__(
                 callbacks=[*usual, *given],
                 logger=logger,
@@ -89,8 +85,6 @@ class EditTrainer(Trainer):
                 num_sanity_val_steps=num_sanity_val_steps,
                 **kwargs,
             )
-        finally:
-            log.setLevel(level)
         check_callbacks(self.callbacks)  # type: ignore[attr-defined]
         check_processes(self.world_size)
         self.protocol = protocol
@@ -265,6 +259,7 @@ class EditTrainer(Trainer):
         prompts: str | Path | None = None,
         prompt: list[str] | str | None = None,
         verbose: bool = True,
+        force: bool = False,
     ) -> list[Any]:
         """Answer prompts with and without saved edits.
 
@@ -279,6 +274,7 @@ class EditTrainer(Trainer):
             prompts: File with one prompt per line, or a JSON list.
             prompt: A prompt, or several.
             verbose: Print the answers.
+            force: Apply edits even if they were made for another base model, as long as they fit.
 
         Returns:
             For each prompt, the answer of the base model and that under the edits.
@@ -292,7 +288,7 @@ class EditTrainer(Trainer):
         dataloaders, datamodule = data_source("predict", dataloaders, datamodule)
         running = self._running("predict", model, datamodule, ckpt_path)
         with running as method, method.base.edits.restored():
-            apply_saved([] if edits is None else load_stack(edits, method.base))
+            apply_saved([] if edits is None else load_stack(edits, method.base, force))
             applied = len(method.base.edits)
             batches = super().predict(model, dataloaders, datamodule, True, ckpt_path, weights_only)
         answers = [answer for batch in batches or [] for answer in batch]
@@ -334,7 +330,7 @@ class EditTrainer(Trainer):
                 on_record=self._take_record,
             )
             try:
-                with warnings.catch_warnings():
+                with without_notices():
                     if evaluates:  # the state of a fit's callbacks is of no use here
                         message = "Be aware that when using `ckpt_path`, call"
                         warnings.filterwarnings("ignore", message)

@@ -461,6 +461,25 @@ def test_edits_of_another_base_model(
     said = complaint(["predict", *other, "--edits=run", "--prompt=x"], capsys)
     assert "llama" in said
     assert "gpt2" in said
+    assert "--force of `kedit predict`" in said
+    said = complaint(["predict", *other, "--edits=run", "--prompt=x", "--force"], capsys)
+    assert "does not fit" in said
+
+
+def test_edits_of_another_checkpoint_are_applied_by_force(
+    folder: Path, toy: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["edit", *toy, *DATASET, "--output=run"])
+    model = tiny_model("llama", torch.float32)
+    with torch.no_grad():
+        model.model.norm.weight.mul_(1.01)
+    model.save_pretrained(tmp_path / "later")
+    tiny_tokenizer(True).save_pretrained(tmp_path / "later")
+    asked = ["predict", *toy, "--model.base_model=later", "--prompt=Amber Falls lies in"]
+    assert "fingerprint" in complaint([*asked, "--edits=run"], capsys)
+    for edits in ("run", str(next(Path("run").rglob("*.safetensors")))):
+        main([*asked, f"--edits={edits}", "--force"])
+        assert "applied" in capsys.readouterr().out
 
 
 def test_a_bug_keeps_its_traceback(toy: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -506,6 +525,32 @@ def test_help_of_commands(command: str, capsys: pytest.CaptureFixture[str]) -> N
     for option in {"test": ("--output", "--resume"), "edit": ("--export",)}.get(command, ()):
         assert option in text
     assert ":meth:" not in text
+
+
+def test_help_shows_our_settings_and_full_help_those_of_lightning(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    texts = []
+    for option in ("--help", "--help-all", "-h"):  # one shows nothing to the next
+        with pytest.raises(SystemExit) as stop:
+            main(["test", option])
+        assert not stop.value.code
+        texts.append(capsys.readouterr().out)
+    short, full, again = texts
+    assert short == again
+    assert short.startswith("usage: kedit test [options]\n")
+    order = ["--model ", "--data ", "--output ", "--resume ", "--trainer.protocol.mode "]
+    places = [short.index(option) for option in [*order, "--trainer.devices "]]
+    assert places == sorted(places)
+    hidden = "--trainer.gradient_clip_val"
+    assert (hidden in short, hidden in full) == (False, True)
+    assert all(line.strip() in full for line in short.splitlines())
+    assert len(short.splitlines()) < len(full.splitlines()) / 2
+    assert "ROME" in short
+    assert "kedit_lightning.methods" not in "".join(full.split())
+    with pytest.raises(SystemExit):
+        main(["test", "--model.help", "ROME"])
+    assert "default: nano, known: BaseModel" in " ".join(capsys.readouterr().out.split())
 
 
 #: Prints the help of every command, with a line between, in a process that loads no test class.
@@ -555,6 +600,7 @@ def test_what_help_depends_on_makes_a_new_page(
     assert page is not None
     assert page == help_page(["test", "-h"])
     assert page != help_page(["fit", "--help"])
+    assert page != help_page(["test", "--help-all"])
     for other in (["test"], ["test", "--help", "x"], ["--help"], ["../x", "--help"]):
         assert help_page(other) is None
     monkeypatch.setenv("COLUMNS", "90")

@@ -67,6 +67,6 @@ def test_bash_completes_commands_options_and_values(tmp_path: Path) -> None:
     assert completed("edit", "--outp") == ["--output"]
     assert "--trainer.protocol.mode" in completed("test", "--trainer.proto")
     assert completed("test", "--trainer.protocol.mode", "s") == ["single", "sequential"]
-    assert completed("test", "--model", "kedit_lightning.methods.ROM") == [
-        "kedit_lightning.methods.ROME"
-    ]
+    assert completed("test", "--model", "ROM") == ["ROME"]
+    assert completed("edit", "--data", "Count") == ["CounterFact"]
+    assert completed("test", "--help") == ["--help", "--help-all"]

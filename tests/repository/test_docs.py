@@ -48,6 +48,19 @@ def test_the_table_of_settings_has_defaults_and_words():
     )
 
 
+def test_every_metric_is_explained_on_a_page():
+    page = TOOL["pages"]()["metrics.md"]
+    rows = dict(re.findall(r"^\| `(\S+)` \| (.+) \|$", page, re.MULTILINE))
+    assert {entry.load().name for entry in entries("metric").values()} <= set(rows)
+    assert {"rewrite", "locality", "edit/bytes"} <= set(rows)
+    assert re.findall(r"^## (.+)$", page, re.MULTILINE) == [
+        "Kinds",
+        "Metrics",
+        "Stages of a sequence",
+        "Costs",
+    ]
+
+
 def test_the_navigation_names_every_page():
     text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     named = set(re.findall(r"[\w./]+\.md\b", text))

@@ -13,7 +13,15 @@ from source_tree import OPTIONAL, Module, check, circles, graph, modules, plante
 FLOORS = [
     ["errors", "character_forms"],
     ["chat_turns"],
-    ["requests", "registry", "cache_folder", "run_seed", "sentence", "decoding_settings"],
+    [
+        "requests",
+        "registry",
+        "cache_folder",
+        "run_seed",
+        "sentence",
+        "decoding_settings",
+        "notices",
+    ],
     ["contradictions"],
     ["edits", "data", "metrics"],
     ["base_models"],

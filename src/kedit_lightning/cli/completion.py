@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from importlib.util import find_spec
+from typing import get_args
 
 from jsonargparse import ArgumentParser
 
 from kedit_lightning.cli.messages import UsageError
 from kedit_lightning.errors import MissingExtraError
+from kedit_lightning.registry import Kind, entries
 
 SHELLS = ("bash", "zsh", "fish")
 
@@ -16,7 +19,8 @@ SHELLS = ("bash", "zsh", "fish")
 def completion_script(parser: ArgumentParser, arguments: Sequence[str]) -> str:
     """The script for the shell that ``kedit completion`` was given.
 
-    It holds every option as text, so that completing one starts no Python.
+    It holds every option as text, so that completing one starts no Python, and our classes by their
+    names alone.
 
     Raises:
         UsageError: No known shell was named.
@@ -29,4 +33,6 @@ def completion_script(parser: ArgumentParser, arguments: Sequence[str]) -> str:
         )
     if find_spec("shtab") is None:
         raise MissingExtraError("completion is written by shtab: pip install shtab")
-    return str(parser.get_completion_script(f"shtab-{arguments[0]}"))
+    script = str(parser.get_completion_script(f"shtab-{arguments[0]}"))
+    names = "|".join(name for kind in get_args(Kind) for name in entries(kind))
+    return re.sub(rf"\bkedit_lightning\.\w+\.({names})\b(?!\.)", r"\1", script)

@@ -12,6 +12,8 @@ import yaml
 from kedit_lightning.cli.messages import meant
 from kedit_lightning.errors import DataFileError, DataFileNotFoundError, ResumeError
 
+#: Options that mean yes without a value.
+_FLAGS = ("--strict", "--force")
 #: Parts of a config beyond which it is no config.
 _MOST_PARTS = 100_000
 
@@ -136,7 +138,7 @@ def with_flags(args: list[str]) -> list[str]:
     """
     pairs = zip(args, [*args[1:], ""], strict=True)
     return [
-        f"{arg}=true" if arg == "--strict" and value not in ("true", "false") else arg
+        f"{arg}=true" if arg in _FLAGS and value not in ("true", "false") else arg
         for arg, value in pairs
     ]
 

@@ -21,17 +21,20 @@ from pathlib import Path
 from kedit_lightning.cache_folder import cache_dir
 from kedit_lightning.registry import PLUGINS
 
+#: Options that show help, with what they add to the name of its page.
+_FORMS = {"-h": "", "--help": "", "--help-all": "_all"}
+
 
 def help_page(arguments: Sequence[str]) -> Path | None:
     """The cache file of a command's help, whether it exists or not.
 
     There is none if arguments ask for something else, or if there are plug-ins, which may change.
     """
-    is_help = len(arguments) == 2 and arguments[1] in ("-h", "--help") and arguments[0].isalpha()
+    is_help = len(arguments) == 2 and arguments[1] in _FORMS and arguments[0].isalpha()
     if not is_help or entry_points(group=PLUGINS):
         return None
-    width = shutil.get_terminal_size().columns
-    return cache_dir() / "help" / f"{arguments[0]}-{width}-{_fingerprint()}.txt"
+    name, width = arguments[0] + _FORMS[arguments[1]], shutil.get_terminal_size().columns
+    return cache_dir() / "help" / f"{name}-{width}-{_fingerprint()}.txt"
 
 
 def _fingerprint() -> str:

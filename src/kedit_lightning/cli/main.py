@@ -5,7 +5,6 @@ Help and version are printed at once: the parser is imported only when there are
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 import warnings
@@ -15,6 +14,7 @@ from typing import Any, NoReturn
 from kedit_lightning import __version__
 from kedit_lightning.cli.help_pages import caching, help_page, saved_help
 from kedit_lightning.errors import KEditError
+from kedit_lightning.notices import without_notices
 from kedit_lightning.registry import lazy_exports, load_plugins
 
 HELP = """\
@@ -36,8 +36,8 @@ also:
             print a script by which a shell completes options; it takes some seconds
 
 options:
-  -h, --help      show this; `kedit <command> --help` shows what a command takes,
-                  `kedit <command> --model.help ROME` what a method takes
+  -h, --help      show this; `kedit <command> --help` shows what a command takes (--help-all
+                  with all of Lightning), `kedit <command> --model.help ROME` what a method takes
   --version       show the version
   -c NAME         a config: a file, or a packaged one such as methods/rome; several compose, and
                   options behind it override it
@@ -53,20 +53,6 @@ examples:
   kedit test --resume scores/
 """
 
-#: Warnings of other libraries that a user need not see.
-_NOISE = (
-    ".*LeafSpec.* is deprecated",
-    "The '.*_dataloader' does not have many workers",
-    ".LightningModule.configure_optimizers. returned .None.",
-    "Found .* in eval mode at the start of training",
-    "The dirpath has changed",
-)
-#: Loggers of other libraries of which only warnings are shown.
-_LOGGERS = (
-    "lightning.pytorch.utilities.rank_zero",
-    "lightning.fabric.utilities.seed",
-    "lightning.fabric.utilities.distributed",
-)
 #: What gloo and NCCL say when a process waits for another one that has ended.
 _LOST_PROCESS = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
 
@@ -96,10 +82,6 @@ def main(args: Any = None, run: bool = True) -> Any:
         if text := saved_help(page):
             _leave(text, 0)
         sys.stderr.write(f"The first help takes a few seconds; it is kept in {page.parent}.\n")
-    for message in _NOISE:
-        warnings.filterwarnings("ignore", message=message)
-    for name in _LOGGERS:
-        logging.getLogger(name).setLevel(logging.WARNING)
     if args is None and not sys.stderr.isatty():
         # A log would keep each line of the progress bars of loading weights.
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -109,7 +91,7 @@ def main(args: Any = None, run: bool = True) -> Any:
     if args is None:  # importing Lightning has set a format of its own
         warnings.formatwarning = _warning
     try:
-        with caching(page):
+        with caching(page), without_notices():
             command_line = parser.KEditCLI(**parser.cli_arguments(args, run))
     except Exception as error:
         cause: KEditError | None = parser.kedit_error(error)

@@ -25,8 +25,8 @@ _COSTS = {
 }
 
 
-def metric_glossary() -> str:
-    """Text of ``kedit metrics``; a metric of a plug-in stands in it too."""
+def metric_meanings() -> dict[str, dict[str, str]]:
+    """Meanings of names, by what they name; a metric of a plug-in stands among them."""
     scores = [entry.load() for entry in entries("metric").values()]
     meanings = {s.name: (inspect.getdoc(s) or "").split("\n\n")[0] for s in scores}
     blocks = {
@@ -35,10 +35,18 @@ def metric_glossary() -> str:
         "Stages of a sequence; scores right after an edit have none:": _STAGES,
         "Costs, once a case:": _COSTS,
     }
+    return {
+        title: {name: " ".join(meaning.split()) for name, meaning in rows.items()}
+        for title, rows in blocks.items()
+    }
+
+
+def metric_glossary() -> str:
+    """Text of ``kedit metrics``."""
     lines: list[str] = []
-    for title, rows in blocks.items():
+    for title, rows in metric_meanings().items():
         lines += [*([""] if lines else []), title]
         for name, meaning in rows.items():
-            first, *others = wrap(" ".join(meaning.split()), 76)
+            first, *others = wrap(meaning, 76)
             lines += [f"  {name:<15} {first}", *(f"{'':18}{other}" for other in others)]
     return "\n".join(lines) + "\n"

@@ -31,6 +31,7 @@ from kedit_lightning.cli.config_arguments import (
     with_saved_config,
     with_saved_method,
 )
+from kedit_lightning.cli.help_layout import FULL_HELP, FullHelp, ShortNames, lay_out
 from kedit_lightning.cli.messages import (
     ALLOW_MORE,
     ALLOWED,
@@ -59,10 +60,13 @@ class KEditParser(LightningArgumentParser):
     """Parser whose errors are one sentence."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, allow_abbrev=False, **kwargs)
+        super().__init__(*args, allow_abbrev=False, formatter_class=ShortNames, **kwargs)
+        self.shows_all = False
 
     def format_help(self, *args: Any, **kwargs: Any) -> str:
         """Help without the reStructuredText roles of Lightning's docstrings."""
+        if FULL_HELP in self._option_string_actions:
+            lay_out(self, self.shows_all)
         return re.sub(_ROLE, r"\1", super().format_help(*args, **kwargs))
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -123,6 +127,11 @@ class KEditCLI(LightningCLI):
             "validate": shared,
             "predict": shared | {"return_predictions"},
         }
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Give a command its full help."""
+        text = "Show this help with all settings of Lightning's trainer, and exit."
+        parser.add_argument(FULL_HELP, action=FullHelp, help=text)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse arguments that may name packaged configs and saved runs."""

@@ -104,5 +104,6 @@ def check_same_base(what: str, origin: EditOrigin, base: IdentifiedModel) -> Non
             raise BaseModelMismatchError(
                 f"{what} was made for the {part} of '{origin.base_model}' (fingerprint {made}), "
                 f"and this is '{base.name}' (fingerprint {here}); load that model, in the same "
-                "dtype, or pass force=True if you know that they agree"
+                "dtype, or if you know that they agree, load the edit all the same: --force of "
+                "`kedit predict`, force=True in Python"
             )

@@ -24,8 +24,13 @@ class StackEntry(TypedDict):
     requests: list[str]
 
 
-def load_stack(path: str | Path, base: BaseModel) -> list[Edit]:
+def load_stack(path: str | Path, base: BaseModel, force: bool = False) -> list[Edit]:
     """The saved edits of an output folder in their order, or the edit of a single file.
+
+    Args:
+        path: The folder or file.
+        base: The base model to edit.
+        force: Load them even if they were made for another base model.
 
     Raises:
         EditFileError: There are no edits, or a file is absent or damaged.
@@ -33,7 +38,7 @@ def load_stack(path: str | Path, base: BaseModel) -> list[Edit]:
     """
     path = Path(path)
     if path.is_file() and path.suffix == ".safetensors":
-        return [Edit.load(path, base)]
+        return [Edit.load(path, base, force)]
     if not path.exists():
         raise EditFileError(f"there is nothing at {path}; correct the path of the edits (--edits)")
     order = path / "stack.json"
@@ -53,7 +58,7 @@ def load_stack(path: str | Path, base: BaseModel) -> list[Edit]:
             raise EditFileError(
                 f"{file} is not the edit that {order.name} names: its content has changed"
             )
-        edit = Edit.load(file, base)
+        edit = Edit.load(file, base, force)
         if (edit.id, labels(edit.origin.to_json())) != (entry["id"], entry["requests"]):
             raise EditFileError(f"{file} is not the edit that {order.name} names: id or requests")
         edits.append(edit)

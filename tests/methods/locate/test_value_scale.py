@@ -17,9 +17,10 @@ from kedit_lightning.methods.locate.shared.closed_form_settings import (
 )
 from kedit_lightning.methods.locate.shared.least_squares import (
     covariance_prior,
-    relative_prior,
+    relative_weight,
     ridge_update,
     size_prior,
+    weighted_prior,
 )
 from kedit_lightning.methods.locate.shared.value_optimizer import Site
 from kedit_lightning.methods.locate.shared.value_scale import NORMALISED, hidden_ratio
@@ -35,14 +36,32 @@ def test_a_lone_key_is_moved_by_the_same_share_whatever_the_scale():
     for scale, weight in ((1.0, 1.0), (1e-3, 15_000.0), (100.0, 1e-4)):
         covariance = scale**2 * texts @ texts.T / 40
         prior = covariance_prior(torch.linalg.cholesky(covariance), weight)
-        a, b = ridge_update(key, residual, relative_prior(prior, key, 0.25), eps=1.0)
+        weighted = weighted_prior(prior, relative_weight(prior, key, 0.25))
+        a, b = ridge_update(key, residual, weighted, eps=1.0)
         torch.testing.assert_close(b @ a @ key, residual / 1.25)
 
 
-def test_a_relative_prior_takes_the_mean_over_keys():
+def test_a_relative_weight_takes_the_mean_over_keys():
     keys = torch.tensor([[1.0, 0.0], [0.0, 3.0]], dtype=torch.float64)
     # mean(1, 9) = 5, of which a tenth is the weight
-    torch.testing.assert_close(relative_prior(size_prior(), keys, 0.1)(keys), keys / 0.5)
+    assert relative_weight(size_prior(), keys, 0.1) == pytest.approx(0.5)
+
+
+def test_the_weight_that_was_used_is_noted_and_gives_the_same_edit_again():
+    base = tiny_base("llama", num_hidden_layers=4)
+    options = {"steps": 3, "contexts": 1, "statistics": "identity"}
+    several = MEMIT(base, layers=[1, 2], **options)
+    groups = [[FACT], [EditRequest("Tarn is in", "Rome", subject="Tarn")]]
+    ours, theirs = (edit.origin.notes["preserve"] for edit in several.edit_each(groups))
+    assert len(ours) == len(theirs) == 2  # layers
+    assert ours != theirs
+    found = MEMIT(base, layers=[1], **options).edit([FACT])
+    (weight,) = found.origin.notes["preserve"]
+    given = MEMIT(base, layers=[1], preserve=weight, **options).edit([FACT])
+    assert "preserve" not in given.origin.notes
+    for name, (a, b) in found.factors.items():
+        other_a, other_b = given.factors[name]
+        torch.testing.assert_close(b @ a, other_b @ other_a, rtol=1e-3, atol=1e-9)
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ class ClosedForm(EditMethod):
         kl_factor: Weight of the divergence of the model's essence of the subject.
         stop_loss: The optimisation of a value ends once its loss is below this.
         preserve: How many keys of plain text count against one of a fact (lambda of the papers);
-            if none is published, as many as let a lone fact reach 94 % of its value.
+            if none is published, as many as let a lone fact reach 94 % of its value; it is noted.
         history: Keep the outputs at the keys of earlier edits of this method (MEMIT_seq, ENCORE).
         ridge: Cost of the size of the change, in keys (ENCORE).
         targets: Where values are optimised: at the last layer, at each layer its own (BLUE), or at
@@ -186,11 +186,11 @@ class ClosedForm(EditMethod):
 
     def prior(self, layer: int) -> least_squares.Prior:
         """The cost of a change of a layer, without history; keys of facts scale it (``_cost``)."""
-        preserve = self.settings.preserve
+        preserve, module = self.settings.preserve, self.base.layout.block(layer).down
         weight = default_weight(self.base, layer) if preserve is None else preserve
-        module = self.base.layout.block(layer).down
         factor = self.covariances.cholesky(module, self.settings.ridge / weight)
-        return least_squares.covariance_prior(factor.to(self.base.device), weight)
+        factor = factor.to(self.base.device)
+        return least_squares.covariance_prior(factor, 1.0 if preserve is None else preserve)
 
     def mean_keys(self, inputs: Tensor) -> Tensor:
         """Mean of ``[n, contexts, d_in]`` over contexts, of which the bare prompt is half."""
@@ -245,9 +245,9 @@ class ClosedForm(EditMethod):
             inside, path = values.site(layer).inside, self.base.layout.write_path
             residuals = residuals * share / (1.0 if inside else path(layer).gain)
             prior, history = self.prior(layer), self._history(module)
-            for changes, part in zip(batch.changes, batch.parts, strict=True):
+            for changes, part, weights in batch.changing():
                 own = states.part(part)
-                cost = self._cost(prior, self.mean_keys(own.inputs[module]).T, history)
+                cost = self._cost(prior, self.mean_keys(own.inputs[module]).T, history, weights)
                 delta = self.update(module, own, residuals[part], cost)
                 changes[module] = self.constraints.constrained(self.base, module, delta)
             del prior  # wide layers have large ones
@@ -282,11 +282,13 @@ class ClosedForm(EditMethod):
         return float(1 / (len(self.layers) - self.layers.index(layer)) ** self.spread)
 
     def _cost(
-        self, prior: least_squares.Prior, keys: Tensor, history: Tensor | None
+        self, prior: least_squares.Prior, keys: Tensor, history: Tensor | None, found: list[float]
     ) -> least_squares.Prior:
-        """The cost of a change that writes keys ``[d_in, n]``, earlier edits included."""
+        """Cost of a change at keys ``[d_in, n]`` on earlier edits; a weight ``found`` is noted."""
         if self.settings.preserve is None and self.weighs_text:
-            prior = least_squares.relative_prior(prior, keys, TEXT_SHARE)
+            weight = least_squares.relative_weight(prior, keys, TEXT_SHARE)
+            prior = least_squares.weighted_prior(prior, weight)
+            found.append(float(f"{weight:.4g}"))
         return prior if history is None else least_squares.with_history(prior, history)
 
     def _history(self, module: str) -> Tensor | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 
@@ -27,6 +27,8 @@ class EditGroups:
         #: The change of each projection so far, by group.
         self.changes: list[dict[str, WeightDelta]] = [{} for _ in groups]
         self.memories: list[dict[str, Tensor]] = [{} for _ in groups]
+        #: Weight of keys of plain text in each projection, by group, where it follows from keys.
+        self.weights: list[list[float]] = [[] for _ in groups]
 
     @contextmanager
     def in_force(self) -> Iterator[Carried]:
@@ -45,10 +47,15 @@ class EditGroups:
         for memory, part in zip(self.memories, self.parts, strict=True):
             memory[name] = values[..., part].contiguous()
 
-    def edits(self, origin: Callable[[Sequence[EditRequest]], EditOrigin]) -> list[Edit]:
-        """One edit for each group, with what later edits must know."""
-        parts = zip(self.groups, self.changes, self.memories, strict=True)
-        return [self._edit(changes, origin(group), memory) for group, changes, memory in parts]
+    def changing(self) -> Iterable[tuple[dict[str, WeightDelta], slice, list[float]]]:
+        """Of each group its changes, its place among the requests, and its weights."""
+        return zip(self.changes, self.parts, self.weights, strict=True)
+
+    def edits(self, origin: Callable[..., EditOrigin]) -> list[Edit]:
+        """One edit for each group, with what later edits must know, and the weights as a note."""
+        notes = [{"preserve": weights} if weights else {} for weights in self.weights]
+        origins = [origin(group, **note) for group, note in zip(self.groups, notes, strict=True)]
+        return list(map(self._edit, self.changes, origins, self.memories))
 
     def _edit(
         self,

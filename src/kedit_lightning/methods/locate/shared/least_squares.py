@@ -78,11 +78,11 @@ def with_history(prior: Prior, keys: Tensor) -> Prior:
     return whiten
 
 
-def relative_prior(prior: Prior, keys: Tensor, share: float) -> Prior:
-    """``w G`` with ``w = share · mean(kᵀ G⁻¹ k)`` over keys, whatever the scale of ``G``.
+def relative_weight(prior: Prior, keys: Tensor, share: float) -> float:
+    """``w = share · mean(kᵀ G⁻¹ k)`` over keys: the weight of ``G``, whatever its scale.
 
-    A change that is to move a lone key's output then moves it ``1 / (1 + share)`` of the way: that
-    is ``g / (1 + g)`` with ``g = kᵀ (w G)⁻¹ k``.
+    Under ``w G`` a change that is to move a lone key's output moves it ``1 / (1 + share)`` of the
+    way: that is ``g / (1 + g)`` with ``g = kᵀ (w G)⁻¹ k``.
 
     Args:
         prior: Gives ``G⁻¹ K``.
@@ -90,8 +90,12 @@ def relative_prior(prior: Prior, keys: Tensor, share: float) -> Prior:
         share: Weight of other keys, in those of a typical one of these.
     """
     keys = keys.double()
-    weight = share * (keys * prior(keys)).sum(0).mean()
-    return lambda new: prior(new) / weight.to(new)
+    return share * float((keys * prior(keys)).sum(0).mean())
+
+
+def weighted_prior(prior: Prior, weight: float) -> Prior:
+    """``w G`` from ``G``."""
+    return lambda keys: prior(keys) / weight
 
 
 def symmetric(matrix: Tensor) -> Tensor:
