@@ -243,7 +243,8 @@ class EditTrainer(Trainer):
             super().test(model, None, ckpt_path, False, datamodule)
         if not self.is_global_zero:
             return self._edits
-        edits, facts = self._edits, HeldFacts.of(folder.records() if folder else self._records)
+        edits, records = self._edits, folder.records() if folder else self._records
+        facts = HeldFacts.of(records, datamodule)
         say = partial(Console().print, highlight=False, markup=False, soft_wrap=True)
         if folder is not None:
             edits = load_stack(folder.path, method.base)
