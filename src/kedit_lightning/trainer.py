@@ -32,7 +32,7 @@ from kedit_lightning.runs.held_facts import HeldFacts
 from kedit_lightning.runs.interruption import interruptible
 from kedit_lightning.runs.output_folder import OutputFolder, opened
 from kedit_lightning.runs.processes import check_processes, processes_here
-from kedit_lightning.runs.prompts import prompt_loader, read_prompts
+from kedit_lightning.runs.prompts import check_prompts, prompt_loader, read_prompts
 from kedit_lightning.runs.results import predictions_table, summary_table
 from kedit_lightning.runs.saved_stack import apply_saved, load_stack
 
@@ -294,6 +294,7 @@ class EditTrainer(Trainer):
         running = self._running("predict", model, datamodule, ckpt_path)
         with running as method, method.base.edits.restored():
             apply_saved([] if edits is None else load_stack(edits, method.base))
+            check_prompts(method.base, asked)
             applied = len(method.base.edits)
             batches = super().predict(model, dataloaders, datamodule, True, ckpt_path, weights_only)
         answers = [answer for batch in batches or [] for answer in batch]

@@ -79,7 +79,7 @@ class HeldFacts(NamedTuple):
         if self.alone is not None:
             said += f" under all edits together ({self.alone} each under its own edit)"
         if self.overwritten:
-            said += f"; overwritten by a later fact: {article_list(self.overwritten)}"
+            said += f"; overwritten by a later fact: {article_list(list(self.overwritten))}"
         if self.missing:
             said += f"; not written: {article_list(self.missing)}; {way_out}"
         return said

@@ -61,7 +61,7 @@ def setting_changes(
 def _written_at_once(settings: Mapping[str, Any]) -> bool:
     """Whether one edit writes all records of a run, so that its chunks follow their number."""
     protocol, records = settings["protocol"], settings["dataset"].get("records")
-    return protocol["mode"] == "batch" and protocol.get("chunk_size") == records
+    return bool(protocol["mode"] == "batch" and protocol.get("chunk_size") == records)
 
 
 def scored_changes(
