@@ -32,7 +32,7 @@ from kedit_lightning.runs.held_facts import HeldFacts
 from kedit_lightning.runs.interruption import interruptible
 from kedit_lightning.runs.output_folder import OutputFolder, opened
 from kedit_lightning.runs.processes import check_processes, processes_here
-from kedit_lightning.runs.prompts import prompt_loader, read_prompts
+from kedit_lightning.runs.prompts import check_prompts, prompt_loader, read_prompts
 from kedit_lightning.runs.results import predictions_table, summary_table
 from kedit_lightning.runs.saved_stack import apply_saved, load_stack
 
@@ -237,7 +237,8 @@ class EditTrainer(Trainer):
             super().test(model, None, ckpt_path, False, datamodule)
         if not self.is_global_zero:
             return self._edits
-        edits, facts = self._edits, HeldFacts.of(folder.records() if folder else self._records)
+        edits, records = self._edits, folder.records() if folder else self._records
+        facts = HeldFacts.of(records, datamodule)
         say = partial(Console().print, highlight=False, markup=False, soft_wrap=True)
         if folder is not None:
             edits = load_stack(folder.path, method.base)
@@ -289,6 +290,7 @@ class EditTrainer(Trainer):
         running = self._running("predict", model, datamodule, ckpt_path)
         with running as method, method.base.edits.restored():
             apply_saved([] if edits is None else load_stack(edits, method.base, force))
+            check_prompts(method.base, asked)
             applied = len(method.base.edits)
             batches = super().predict(model, dataloaders, datamodule, True, ckpt_path, weights_only)
         answers = [answer for batch in batches or [] for answer in batch]

@@ -212,3 +212,47 @@ def test_white_space_of_published_files_is_counted_where_it_stands(tmp_path: Pat
         (("Chile",), "Italy"),
         (("Italy",), "Chile"),
     ]
+
+
+CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Rome is in"}]
+
+
+@pytest.mark.parametrize("name", ["p.json", "p.jsonl"])
+def test_prompts_of_a_file_may_be_messages(name, tmp_path):
+    entries = ["Lyon is in", CHAT, {"prompt": "Bern is in"}, {"messages": CHAT}, {"prompt": CHAT}]
+    lines = [json.dumps(entry) for entry in entries]
+    text = "\n".join(lines) if name == "p.jsonl" else f"[{', '.join(lines)}]"
+    (tmp_path / name).write_text(text)
+    turns = json.dumps(CHAT)
+    assert read_prompts(tmp_path / name) == ["Lyon is in", turns, "Bern is in", turns, turns]
+
+
+@pytest.mark.parametrize(
+    ("entry", "named"),
+    [
+        ([{"role": "user"}], "message 0 of a prompt must be an object"),
+        ({"messages": CHAT, "prompt": "Rome"}, "two forms of one thing"),
+        ({"messages": "Rome"}, "must be a list of objects"),
+        ({"question": "Rome"}, "field 'prompt' is missing"),
+        (7, "must be a text or a list of messages"),
+        (" ", "but empty"),
+    ],
+)
+def test_an_entry_that_is_no_prompt_is_named_with_what_one_is(entry, named, tmp_path):
+    (tmp_path / "p.json").write_text(json.dumps(["Rome is in", entry]))
+    with pytest.raises(DataFileError, match=named) as caught:
+        read_prompts(tmp_path / "p.json")
+    assert "entry 1" in str(caught.value)
+    assert "lists of messages with role and content" in str(caught.value)
+
+
+def test_a_rephrase_may_be_messages(tmp_path):
+    record = {"prompt": "Rome is in", "target_new": "France", "rephrases": ["Rome lies in", CHAT]}
+    (tmp_path / "facts.json").write_text(json.dumps([record]))
+    (example,) = Requests(path=tmp_path / "facts.json").examples()
+    prompts = [probe.prompt for probe in example.probes if probe.kind == "rephrase"]
+    assert prompts == ["Rome lies in", json.dumps(CHAT)]
+    record["rephrases"] = [[{"role": "user"}]]
+    (tmp_path / "facts.json").write_text(json.dumps([record]))
+    with pytest.raises(DataFileError, match=r"field 'rephrases\[0\]': message 0 of a prompt"):
+        Requests(path=tmp_path / "facts.json").examples()

@@ -19,6 +19,7 @@ from kedit_lightning.errors import (
     EditOrderError,
     FactsNotWrittenError,
     FactsNotWrittenWarning,
+    ResumeError,
 )
 from kedit_lightning.methods.method import Capabilities
 from kedit_lightning.runs.held_facts import HeldFacts
@@ -202,3 +203,36 @@ def test_a_record_scored_twice_counts_once():
     assert found == HeldFacts(1, ["'a' -> 'x'"], 1)
     assert HeldFacts.of([record("final", "a", 1.0)]) == HeldFacts(1, [])
     assert HeldFacts.of([record("immediate", "a", None)]) == HeldFacts(0, [])
+
+
+def contradictory(folder: Path, targets: list[tuple[int, str]]) -> Path:
+    path = folder / "contradictory.json"
+    records = [{"prompt": PROMPTS[place], "target_new": target} for place, target in targets]
+    path.write_text(json.dumps(records))
+    return path
+
+
+@pytest.mark.parametrize("kind", [Toy, OneByOne])
+@pytest.mark.filterwarnings("ignore:.*contradictory targets")
+def test_a_fact_that_a_later_one_overwrites_is_not_to_hold(kind, tmp_path, capsys):
+    facts = contradictory(tmp_path, [(0, "Rome"), (1, TARGET), (0, TARGET)])
+    edit(facts, tmp_path / "run", kind, strict=True)
+    said = "2 of 2 facts hold; overwritten by a later fact: 'Amber Falls lies in' -> 'Rome'"
+    assert last_line(capsys) == said
+    edit(facts, tmp_path / "run", kind, strict=True, resume=True)
+    assert last_line(capsys) == said
+
+
+@pytest.mark.filterwarnings("ignore:.*contradictory targets")
+def test_a_fact_that_is_stated_again_is_to_hold(tmp_path, capsys):
+    facts = contradictory(tmp_path, [(0, TARGET), (0, "Rome"), (0, TARGET)])
+    edit(facts, None, strict=True)
+    assert last_line(capsys).endswith(
+        "overwritten by a later fact: 'Amber Falls lies in' -> 'Rome'"
+    )
+
+
+def test_an_edit_of_all_facts_is_not_continued_with_more(tmp_path, facts):
+    edit(facts, tmp_path, limit=2)
+    with pytest.raises(ResumeError, match="what edit chunk-00000 writes has changed"):
+        edit(facts, tmp_path, limit=3, resume=True)

@@ -21,7 +21,7 @@ from toys import Toy
 
 from kedit_lightning import EditTrainer
 from kedit_lightning.benchmark import Protocol
-from kedit_lightning.data import CounterFact
+from kedit_lightning.data import CounterFact, Requests
 from kedit_lightning.errors import NonFiniteError, ResumeError
 from kedit_lightning.runs import OutputFolder
 
@@ -158,6 +158,25 @@ def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
     ):
         assert difference in str(caught.value)
     assert (tmp_path / "run/results.jsonl").read_bytes() == before
+
+
+@pytest.mark.filterwarnings("ignore:.*contradictory targets")
+@pytest.mark.parametrize("mode", ["batch", "sequential"])
+def test_more_records_may_follow_a_fact_that_was_overwritten(mode: Any, tmp_path: Path) -> None:
+    prompts = ["Bolt is in", "Bolt is in", "Lyon is in", "Amber Falls lies in"]
+    facts = [{"prompt": p, "target_new": t} for p, t in zip(prompts, "ABCD", strict=True)]
+    data = tmp_path / "facts.json"
+    protocol = Protocol(mode=mode, chunk_size=2, max_new_tokens=4, evaluate="immediate")
+
+    def test(count: int, **where: Path) -> Any:
+        data.write_text(json.dumps(facts[:count]))
+        trainer = EditTrainer(accelerator="cpu", protocol=protocol)
+        trainer.test(Toy(base_model=tiny_base("llama")), Requests(data), verbose=False, **where)
+
+    test(4, output=tmp_path / "whole")
+    test(2, output=tmp_path / "grown")
+    test(4, resume=tmp_path / "grown")
+    assert content(tmp_path / "grown")["lines"] == content(tmp_path / "whole")["lines"]
 
 
 def test_a_run_that_names_no_rule_for_answers_was_scored_by_squads(tmp_path: Path) -> None:

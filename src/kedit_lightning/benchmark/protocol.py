@@ -48,7 +48,8 @@ class Protocol:
             ``last`` writes the last one, ``refuse`` ends the run before anything is computed.
         generation: Free answers are ``greedy``: penalties, beams, bans and forced tokens that the
             base model's generation config brings are set aside, and named in the results. With
-            ``model`` they act; answers are sampled under neither.
+            ``model`` they act, all but sampling (``do_sample``, ``temperature``, ``top_p``, ...):
+            a score of sampled answers would not repeat.
     """
 
     mode: Mode | None = None

@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any, NoReturn
 
@@ -57,6 +59,17 @@ examples:
 _LOST_PROCESS = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
 
 
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Inside, Ctrl-C ends the process in one line; runs say more themselves."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted while no run was under way\n")
+        raise SystemExit(130) from None
+
+
+@_interruptible()
 def main(args: Any = None, run: bool = True) -> Any:
     """Run the command line.
 

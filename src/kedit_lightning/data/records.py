@@ -84,24 +84,24 @@ class Fields:
 
     def prompt(self) -> str:
         """The text of ``prompt``; or of ``messages``, a list of objects with role and content."""
-        if "messages" not in self and not isinstance(self.values.get("prompt"), list):
-            return self.text("prompt")
         if "messages" in self and "prompt" in self:
             raise InvalidRequestError(
                 f"fields '{self.place('prompt')}' and '{self.place('messages')}' are two forms of "
                 "one thing; leave out one of them"
             )
         key = "messages" if "messages" in self else "prompt"
-        try:
-            text = prompt_text(self.values[key])
-        except InvalidRequestError as error:
-            raise InvalidRequestError(f"field '{self.place(key)}': {error}") from error
-        if messages_in(text) is None:
-            raise InvalidRequestError(
-                f"field '{self.place(key)}' must be a list of objects with the texts 'role' and "
-                f"'content', got {_show(self.values[key])}"
-            )
-        return text
+        if key == "prompt" and not isinstance(self.values.get("prompt"), list):
+            return self.text("prompt")
+        return _chat(self.values[key], self.place(key))
+
+    def prompts(self, key: str) -> list[str]:
+        """A list of prompts, each a text or messages, or a single text; empty when absent."""
+        if not isinstance(self.values.get(key), list):
+            return self.texts(key)
+        return [
+            _chat(item, place) if isinstance(item, list) else _text(item, place)
+            for item, place in self._list(key)
+        ]
 
     def optional_text(self, key: str) -> str | None:
         """A text that may be absent or null, but not empty."""
@@ -150,6 +150,19 @@ class Fields:
         if not isinstance(value, list):
             raise InvalidRequestError(f"field '{place}' must be a list, got {_show(value)}")
         return [(item, f"{place}[{i}]") for i, item in enumerate(value)]
+
+
+def _chat(value: Any, place: str) -> str:
+    try:
+        text = prompt_text(value)
+    except InvalidRequestError as error:
+        raise InvalidRequestError(f"field '{place}': {error}") from error
+    if messages_in(text) is None:
+        raise InvalidRequestError(
+            f"field '{place}' must be a list of objects with the texts 'role' and 'content', got "
+            f"{_show(value)}"
+        )
+    return text
 
 
 def read_records(path: Path) -> tuple[list[Record], str]:

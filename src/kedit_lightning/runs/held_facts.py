@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from kedit_lightning.contradictions import consistent
+from kedit_lightning.data.datamodule import EditDataModule
 from kedit_lightning.errors import FactsNotWrittenError, FactsNotWrittenWarning, article_list
 from kedit_lightning.metrics import ExampleRecord
+from kedit_lightning.requests import EditExample
 
 
 class HeldFacts(NamedTuple):
@@ -16,25 +19,40 @@ class HeldFacts(NamedTuple):
     A fact holds if each token of the wanted answer is the most likely one.
 
     Args:
-        facts: Number of facts.
+        facts: Number of facts, without those that are overwritten.
         missing: Prompt and wanted answer of each that does not hold.
         alone: How many held each under its own edit; ``None`` where all were scored together.
+        overwritten: Prompt and wanted answer of each that a later fact contradicts, which therefore
+            is not to hold.
     """
 
     facts: int
     missing: list[str]
     alone: int | None = None
+    overwritten: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, records: Iterable[ExampleRecord]) -> HeldFacts:
-        """From the records of a run; of an example, the last one tells what holds."""
+    def of(cls, records: Iterable[ExampleRecord], data: Any = None) -> HeldFacts:
+        """From the records of a run; of an example, the last one tells what holds.
+
+        Args:
+            records: The records.
+            data: Where their facts come from, by which those are told that others overwrite.
+        """
+        examples = data.examples("test") if isinstance(data, EditDataModule) else []
+        overwritten = _overwritten(examples)
         first: dict[str, list[tuple[str, bool]]] = {}
         last: dict[str, list[tuple[str, bool]]] = {}
         for record in records:
-            facts = [
-                (f"{probe['prompt']!r} -> {probe['answers'][0].strip()!r}", bool(right))
+            named = [
+                (_name(probe["prompt"], probe["answers"][0]), probe["after"]["tf_all"])
                 for probe in record["probes"]
-                if probe["kind"] == "rewrite" and (right := probe["after"]["tf_all"]) is not None
+                if probe["kind"] == "rewrite"
+            ]
+            facts = [
+                (name, bool(right))
+                for name, right in named
+                if right is not None and name not in overwritten
             ]
             last[record["id"]] = facts
             if record["stage"] == "immediate":
@@ -45,6 +63,7 @@ class HeldFacts(NamedTuple):
             len(found),
             [name for name, holds in found if not holds],
             sum(alone) if any(last[id] is not facts for id, facts in first.items()) else None,
+            overwritten,
         )
 
     def sentence(self, way_out: str) -> str:
@@ -59,6 +78,8 @@ class HeldFacts(NamedTuple):
         said = f"{held} of {count} fact{'s hold' if count != 1 else ' holds'}"
         if self.alone is not None:
             said += f" under all edits together ({self.alone} each under its own edit)"
+        if self.overwritten:
+            said += f"; overwritten by a later fact: {article_list(list(self.overwritten))}"
         if self.missing:
             said += f"; not written: {article_list(self.missing)}; {way_out}"
         return said
@@ -79,3 +100,15 @@ class HeldFacts(NamedTuple):
                 stacklevel=3,
             )
         return said
+
+
+def _name(prompt: str, answer: str) -> str:
+    return f"{prompt!r} -> {answer.strip()!r}"
+
+
+def _overwritten(examples: Iterable[EditExample]) -> tuple[str, ...]:
+    """Facts that later ones contradict, and that no later one states again."""
+    requests = [request for example in examples for request in example.requests]
+    written = {_name(request.prompt, request.target_new) for request in consistent(requests)}
+    named = dict.fromkeys(_name(request.prompt, request.target_new) for request in requests)
+    return tuple(name for name in named if name not in written)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from kedit_lightning.contradictions import consistent
 from kedit_lightning.data.dataloader import chunks
 from kedit_lightning.edits.edit_file import read_edit
 from kedit_lightning.edits.origin import EditOrigin
@@ -50,8 +51,17 @@ def setting_changes(
     then: Mapping[str, Any], now: Mapping[str, Any], data_may_differ: bool
 ) -> list[str]:
     """Clauses about settings that differ, other than the number of records where it may."""
+    of_data = set(_OF_DATA) if data_may_differ else set()
+    if data_may_differ and all(map(_written_at_once, (then, now))):
+        of_data.add("protocol.chunk_size")
     found = differences(dict(then), dict(now))
-    return [clause for name, clause in found if not (data_may_differ and name in _OF_DATA)]
+    return [clause for name, clause in found if name not in of_data]
+
+
+def _written_at_once(settings: Mapping[str, Any]) -> bool:
+    """Whether one edit writes all records of a run, so that its chunks follow their number."""
+    protocol, records = settings["protocol"], settings["dataset"].get("records")
+    return bool(protocol["mode"] == "batch" and protocol.get("chunk_size") == records)
 
 
 def scored_changes(
@@ -101,9 +111,9 @@ def _edited_together(
 
 
 def _writes(path: Path, examples: Sequence[EditExample]) -> bool:
-    """Whether a saved edit writes the requests of some examples."""
-    requests = tuple(request for example in examples for request in example.requests)
-    return EditOrigin.from_json(read_edit(path)[0]["origin"]).requests == requests
+    """Whether a saved edit writes the requests of some examples that nothing later overwrites."""
+    requests = consistent([request for example in examples for request in example.requests])
+    return EditOrigin.from_json(read_edit(path)[0]["origin"]).requests == tuple(requests)
 
 
 def _asked(example: EditExample) -> list[tuple[Any, ...]]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from data_support import fact
+from hypernetwork_support import SMALL
 from serac_support import serac
 from support import tiny_base
 from toys import Learner, Toy
@@ -15,7 +16,7 @@ from kedit_lightning import EditRequest, EditTrainer
 from kedit_lightning.benchmark import Protocol
 from kedit_lightning.data import Requests
 from kedit_lightning.errors import DataFileError, InvalidRequestError
-from kedit_lightning.methods import IKE
+from kedit_lightning.methods import IKE, MEND, InstructEdit
 from kedit_lightning.methods.shared.row_lengths import RowText, Window, token_counts
 
 #: Texts for a window of 128 tokens: too long, and most of it.
@@ -157,3 +158,74 @@ def test_the_window_of_a_counterfactual_model_counts(tokens, tmp_path):
     with pytest.warns(UserWarning, match=r"'near'\): a fact and a question .* counterfactual"):
         seen = run(serac(base, counterfactual=str(tmp_path / "other")), records)
     assert seen == ["fits"]
+
+
+@pytest.mark.parametrize("given", ["prompt", "data"])
+def test_prompts_are_measured_before_the_first_is_answered(given, tmp_path, monkeypatch):
+    base = tiny_base("gpt2")
+    monkeypatch.setattr(type(base), "generate", lambda *_, **__: pytest.fail("asked"))
+    trainer = EditTrainer(accelerator="cpu", protocol=Protocol(max_new_tokens=4))
+    prompts = ["Rome is in", LONG, "Lyon is in", f"{LONG} and"]
+    records = [fact(id=str(i), prompt=p, subject=None) for i, p in enumerate(prompts)]
+    asked = {"prompt": prompts} if given == "prompt" else {"datamodule": data(tmp_path, *records)}
+    with pytest.raises((InvalidRequestError, DataFileError)) as caught:
+        trainer.predict(Toy(base_model=base), **asked)
+    assert str(caught.value).count("takes at most 128") == 2
+
+
+def test_prompts_are_measured_under_the_edits_that_are_applied(tmp_path):
+    base = tiny_base("gpt2")
+    trainer = EditTrainer(accelerator="cpu", protocol=Protocol(max_new_tokens=4))
+    ike = IKE(base_model=base, demonstrations=0)
+    edit = ike.edit([EditRequest("Rome is the capital of", "the country of Italy and of Lyon")])
+    edit.save(tmp_path / "edit.safetensors")
+    prompts = ["Rome is in", ("Rome is the capital of Italy. " * 13)[:-1]]
+    assert len(trainer.predict(ike, prompt=prompts, verbose=False)) == 2
+    with pytest.raises(InvalidRequestError, match="1 of 2 prompts cannot be answered"):
+        trainer.predict(ike, prompt=prompts, edits=tmp_path / "edit.safetensors")
+
+
+@pytest.mark.filterwarnings("ignore:.*left out")
+def test_facts_are_grouped_once_those_that_are_too_long_are_left_out(tmp_path):
+    base, long = tiny_base("gpt2"), fact(id="long", target_new=LONG)
+    for count, name in ((1, "fits"), (2, "chunk-00000")):
+        prompts = {"fits": "Rome lies in", "more": "Bern lies in"}
+        records = [fact(id=i, prompt=p, subject=p[:4]) for i, p in prompts.items()][:count]
+        found = data(tmp_path, long, *records, on_bad_record="skip")
+        trainer = EditTrainer(accelerator="cpu", protocol=Protocol(max_new_tokens=4))
+        trainer.edit(Toy(base_model=base), found, output=tmp_path / name)
+        assert [path.stem for path in (tmp_path / name / "edits").iterdir()] == [name]
+        settings = json.loads((tmp_path / name / "run.json").read_text())
+        assert settings["protocol"].get("chunk_size", 1) == count
+
+
+@pytest.mark.parametrize("command", ["fit", "test"])
+@pytest.mark.filterwarnings("ignore:.*left out", "ignore:.*has not been fitted")
+def test_an_instruction_counts(command, tmp_path):
+    words = {"long": ["Where?", f"{HALF} {HALF}"], "short": ["Where?"]}
+    method = InstructEdit(base_model=tiny_base("gpt2"), tasks=words, **SMALL)
+    probe = {"near": [{"prompt": "Rome is in", "answers": ["Italy"]}]}
+    asked = {"locality": probe, "rephrases": ["Amber Falls is in"]}
+    prompts = {"long": "Rome is in", "short": "Lyon is in"}
+    records = [fact(id=t, task=t, prompt=p, subject=p[:4], **asked) for t, p in prompts.items()]
+    found = data(tmp_path, *records, on_bad_record="skip")
+    run(method, found, command)
+    kept = found.source["train" if command == "fit" else "test"]
+    assert kept["records"] == 1
+    assert "(id 'long')" in kept["skipped_records"][0]
+
+
+@pytest.mark.filterwarnings("ignore:.*left out", "ignore:.*has not been fitted")
+def test_answers_of_other_records_count_where_targets_vary(tmp_path):
+    """The long answer fits behind its own prompt, and not behind the other one."""
+    probes = {
+        "locality": {"near": [{"prompt": "Rome is in", "answers": ["Italy"]}]},
+        "rephrases": ["Rome is in"],
+    }
+    long = fact(id="long", prompt="Rome is in", subject="Rome", target_new=HALF, target_old="Peru")
+    short = fact(id="short", prompt=f"{HALF} Lyon is in", subject="Lyon", target_old="Peru")
+    for vary in (False, True):
+        method = MEND(base_model=tiny_base("gpt2"), vary_targets=vary, **SMALL)
+        found = data(tmp_path, {**long, **probes}, {**short, **probes}, on_bad_record="skip")
+        run(method, found, "fit")
+        assert found.source["train"]["records"] == 2 - vary

@@ -105,7 +105,9 @@ class RowEncoder:
     def _offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]] | None:
         if not getattr(self.tokenizer, "is_fast", False):
             return None
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        encoded = self.tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
         return list(encoded["input_ids"]), [tuple(pair) for pair in encoded["offset_mapping"]]
 
     def count(self, text: str, images: Sequence[str] = ()) -> int:

@@ -26,8 +26,8 @@ class Requests(EditDataModule):
             or a list of texts; locality needs none), as in
             {"near": [{"prompt": "The capital of Italy is", "answers": ["Rome"]}]}. In place of
             prompt there may be messages, a list of objects with role and content, which go into
-            the chat template. In a CSV file rephrases are separated by |, and there is no locality
-            or portability.
+            the chat template; a rephrase may be such a list, too. In a CSV file rephrases are
+            separated by |, and there is no locality or portability.
         prompt: Text of a single fact, ending where the answer begins; instead of ``path``.
         subject: The part of ``prompt`` that the single fact is about.
         target_new: The answer that the single fact shall have.
@@ -90,7 +90,7 @@ class Requests(EditDataModule):
         value = fields.values.get("rephrases")
         if isinstance(value, str) and "|" in value:
             return [text.strip() for text in value.split("|") if text.strip()]
-        return fields.texts("rephrases")
+        return fields.prompts("rephrases")
 
     def _read(self, split: Split) -> LoadedSplit:
         fact = {

@@ -16,11 +16,13 @@ from kedit_lightning.methods.hypernetwork.shared.hypernetwork_method import (
     HypernetworkSettings,
 )
 from kedit_lightning.methods.hypernetwork.shared.mend_network import (
+    TEMPLATE,
     InstructEditPlan,
     MENDMethod,
     MENDMethodSettings,
 )
 from kedit_lightning.methods.method import MethodSettings, Need
+from kedit_lightning.methods.shared.row_lengths import RowText, request_rows
 from kedit_lightning.methods.training.episodes import Episode, rotate
 from kedit_lightning.requests import EditBatch, EditExample, EditRequest
 
@@ -129,6 +131,14 @@ class InstructEdit(MENDMethod, HypernetworkMethod):
         held_out = set(self.settings.held_out or ())
         return [e for e in examples if not any(r.task in held_out for r in e.requests)]
 
+    def rows_of(self, example: EditExample) -> list[RowText]:
+        """Also its requests with each instruction that they may get."""
+        rows = super().rows_of(example)
+        for request in example.requests:
+            for description in self.tasks.get(request.task or "", ()):
+                rows += request_rows(self._instructed(request, description))
+        return rows
+
     # ---- editing and training
 
     def instruct(
@@ -140,17 +150,16 @@ class InstructEdit(MENDMethod, HypernetworkMethod):
             requests: The requests.
             fitting: Use the epoch's description of each, and not that of edits.
         """
-        assert isinstance(self.network.plan, InstructEditPlan)
-        head = self.network.plan.template.removesuffix("{prompt}")
-        with_instructions = []
-        for request in requests:
-            task = request.task or ""
-            description = self._description(request, fitting)
-            # Not str.format: other braces of a prompt or a description are ordinary text.
-            text = head.replace("{task}", task.replace("_", " "))
-            text = text.replace("{description}", description)
-            with_instructions.append(replace(request, prompt=put_before(text, request.prompt)))
-        return tuple(with_instructions)
+        return tuple(
+            self._instructed(request, self._description(request, fitting)) for request in requests
+        )
+
+    def _instructed(self, request: EditRequest, description: str) -> EditRequest:
+        head = (self.settings.template or TEMPLATE).removesuffix("{prompt}")
+        # Not str.format: other braces of a prompt or a description are ordinary text.
+        text = head.replace("{task}", (request.task or "").replace("_", " "))
+        text = text.replace("{description}", description)
+        return replace(request, prompt=put_before(text, request.prompt))
 
     def _description(self, request: EditRequest, fitting: bool) -> str:
         """The last description of the task; in a fit, the epoch's one of all others."""

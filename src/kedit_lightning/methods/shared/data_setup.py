@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
+from kedit_lightning.base_models import BaseModel
+from kedit_lightning.benchmark import Protocol as Grouping
 from kedit_lightning.benchmark import RunContext
 from kedit_lightning.contradictions import settle
 from kedit_lightning.data.datamodule import EditDataModule, Split
 from kedit_lightning.errors import UnsupportedUseError, article_list
+from kedit_lightning.methods.shared.row_lengths import RowText, Window, too_long
 from kedit_lightning.requests import EditExample, EditRequest, Probe
 
 _SPLITS: dict[str, Split] = {"fit": "train", "validate": "validation"}
@@ -19,6 +22,10 @@ class DataUser(Protocol):
     """The part of an editing method that says what its data must be like."""
 
     run: RunContext
+
+    @property
+    def base(self) -> BaseModel:
+        """The base model, loaded when first asked for."""
 
     @property
     def can(self) -> Any:
@@ -62,17 +69,34 @@ def set_up_data(method: DataUser, data: EditDataModule, stage: str) -> None:
     examples = data.examples(split)
     if fits:
         examples = method.examples_to_fit(examples)
-    protocol, can = method.run.protocol, method.can
-    if method.run.editing:
-        protocol = protocol.for_editing(can.batch, can.sequential, len(examples))
-        method.run = replace(method.run, protocol=protocol)
-    data.chunk_size = protocol.chunk_size
-    data.deals_out_chunks = protocol.grouping != "sequential"
+    asked = method.run.protocol
+    protocol = _grouped(method, data, asked, len(examples))
     refuse_images(type(method).__name__, [r for e in examples for r in e.requests + e.probes])
     method.check_examples(examples, fitting=fits)
     for requests in () if fits else protocol.written_together(examples):
         settle(requests, protocol.on_conflict)
-    if stage != "predict":
-        data.leave_out(split, method.too_long(examples))
+    data.leave_out(split, _unanswerable(method, examples, stage))
+    _grouped(method, data, asked, len(data.examples(split)))
     if fits and "validation" in data.source:
         data.leave_out("validation", method.too_long(data.examples("validation")))
+
+
+def _grouped(method: DataUser, data: EditDataModule, asked: Grouping, examples: int) -> Grouping:
+    """Group the examples of a run as its protocol says, or as is best where they are for use."""
+    protocol, can = asked, method.can
+    if method.run.editing:
+        protocol = protocol.for_editing(can.batch, can.sequential, examples)
+        method.run = replace(method.run, protocol=protocol)
+    data.chunk_size = protocol.chunk_size
+    data.deals_out_chunks = protocol.grouping != "sequential"
+    return protocol
+
+
+def _unanswerable(
+    method: DataUser, examples: Sequence[EditExample], stage: str
+) -> Mapping[str, str]:
+    """The examples that are too long for what a stage asks of them: why, by id."""
+    if stage != "predict":
+        return method.too_long(examples)
+    prompts = [[RowText("its prompt", r.prompt) for r in e.requests] for e in examples]
+    return too_long(Window.of(method.base), examples, prompts)

@@ -242,6 +242,17 @@ class TrainedMethod(EditMethod):
             for example in batch.examples
         ]
 
+    def too_long(self, examples: Sequence[EditExample]) -> dict[str, str]:
+        """Also those that would be with an answer that another epoch writes."""
+        clauses = super().too_long(examples)
+        if not (self.settings.vary_targets and self._fitting):
+            return clauses
+        left = [example for example in examples if example.id not in clauses]
+        count = self.base.encoder.count
+        longest = {old: [max(new, key=count)] for old, new in alternatives(left).items()}
+        varied = [with_another_target(example, longest, 0, 0) for example in left]
+        return clauses | super().too_long(varied)
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """One Adam, with a learning rate for each parameter group of the networks."""
         pairs = zip(self.network.parameter_groups(), self.settings.learning_rates, strict=True)
