@@ -109,6 +109,29 @@ def test_one_changed_value_changes_the_full_fingerprint_and_refuses_old_edits(tm
     assert Edit.load(path, base).id == edit.id
 
 
+def test_weights_that_the_first_pass_rescales_are_known_before_it(tmp_path):
+    settings = {"attention_hidden_size": 32, "rescale_every": 2, "context_length": 128}
+    base = tiny_base("rwkv", **settings)
+    before = base.fingerprint, base.full_fingerprint
+    module = base.layout.block(2).down
+    edit = edit_kinds.LowRankEdit(
+        base,
+        {module: edit_kinds.factors(base, module)},
+        edit_kinds.origin_of(base, full_fingerprint=base.full_fingerprint),
+    )
+    path = edit.save(tmp_path / "edit.safetensors")
+    with Edit.load(path, base):
+        edited = _logits(base)
+    clean = _logits(base)
+    assert not torch.equal(clean, edited)
+    assert (base.fingerprint, base.full_fingerprint) == before
+    fresh, used = tiny_base("rwkv", **settings), tiny_base("rwkv", **settings)
+    assert torch.equal(_logits(used), clean)  # a pass first, the fingerprint afterwards
+    for other in (fresh, used):
+        with Edit.load(path, other):
+            assert torch.equal(_logits(other), edited)
+
+
 def test_a_tokenizer_with_added_tokens_is_another_one():
     base = tiny_base("llama")
     before = base.tokenizer_fingerprint
