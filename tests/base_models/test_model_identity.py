@@ -236,6 +236,25 @@ def test_an_edited_model_is_not_pickled_and_a_clean_one_is():
         assert not torch.equal(_logits(again), _logits(base))
 
 
+@pytest.mark.parametrize("kind", [*KINDS, "adapter"])
+def test_edits_follow_a_module_that_is_put_in_the_place_of_theirs(kind):
+    base = tiny_base("llama")
+    edit = edit_kinds.KINDS[kind](base)
+    clean = _logits(base)
+    with edit:
+        edited, said = _logits(base), base.generate(PROMPTS, max_new_tokens=4)
+        for answer, want in ((_logits, edited), (lambda b: b.generate(PROMPTS, 4), said)):
+            for block in base.model.model.layers:
+                block.mlp = copy.deepcopy(block.mlp)
+                for module in block.mlp.modules():
+                    module._forward_hooks.clear()
+            with pytest.warns(UserWarning, match=rf"another module.*mlp.*{edit.id}.*act on it"):
+                found = answer(base)
+            assert torch.equal(found, want) if answer is _logits else found == want
+            assert torch.equal(_logits(base), edited)
+    assert torch.equal(_logits(base), clean)
+
+
 # ---- save_pretrained, peft, compiled code
 
 
