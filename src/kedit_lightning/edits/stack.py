@@ -18,7 +18,7 @@ from kedit_lightning.edits.edit import Edit, EditableModel
 from kedit_lightning.edits.effects import E, of_type
 from kedit_lightning.edits.forward_hooks import StackHook, stack_hooks
 from kedit_lightning.edits.hook_plan import HookPlan, effects_of
-from kedit_lightning.edits.projections import find_module
+from kedit_lightning.edits.projections import find_module, places_of
 from kedit_lightning.edits.row_context import ContextTracker, RowContext
 from kedit_lightning.edits.saved_weights import EditedSave
 from kedit_lightning.errors import EditOrderError, UnsupportedUseError, article_list
@@ -44,6 +44,7 @@ class EditStack:
         self._carried: list[Edit | None] = []
         self._handles: list[RemovableHandle] = []
         self._hooked: dict[str, nn.Module] = {}
+        self._places = places_of(model, [])
         self._plan = HookPlan()
         self._active = True
         self._tracker = ContextTracker(model)
@@ -283,6 +284,9 @@ class EditStack:
 
     def _follow_modules(self) -> None:
         """Move hooks to the modules that somebody has put in the place of hooked ones."""
+        if all(siblings.get(name) is module for siblings, name, module in self._places):
+            return
+        self._places = places_of(self._model, self._hooked)
         hooked = self._hooked.items()
         new = [name for name, module in hooked if find_module(self._model, name) is not module]
         if new:
@@ -302,6 +306,7 @@ class EditStack:
                 handle.remove()
             self._edits, self._carried, self._plan = edits, carried, plan
             self._hooked = {name: find_module(self._model, name) for name, _ in plan.hooks}
+            self._places = places_of(self._model, self._hooked)
             self._handles = [
                 self._hooked[name].register_forward_hook(StackHook(self, hook))
                 for name, hook in plan.hooks
