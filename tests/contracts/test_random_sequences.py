@@ -27,7 +27,7 @@ pytestmark = [
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 SETTINGS = dict(METHODS)
 MAKERS = [*SETTINGS, *KINDS]
-EDITS, STEPS = 4, 10
+EDITS, STEPS = 4, 14
 FAST, ALL, BLOCK = 15, 300, 15
 
 
@@ -81,7 +81,8 @@ class Walk:
     # ---- steps
 
     def apply(self) -> None:
-        self.try_to_apply(self.chance.choice(self.edits))
+        off = [edit for edit in self.edits if not edit.applied]
+        self.try_to_apply(self.chance.choice(off or self.edits))
 
     def roll_back(self) -> None:
         self.chance.choice(self.edits).rollback()
@@ -134,7 +135,7 @@ class Walk:
     def walk(self) -> None:
         """Random steps, each followed by a check; then everything is taken off in random order."""
         steps: list[Callable[[], Any]] = [self.nest, self.restore, self.suspend, self.reload]
-        steps += [self.apply] * 4 + [self.roll_back] * 2 + [self.copy_model, self.move_to_copy]
+        steps += [self.copy_model, self.move_to_copy, *[self.apply] * 4, *[self.roll_back] * 2]
         for step in self.chance.choices(steps, k=STEPS):
             step()
             self.check(self.base)
