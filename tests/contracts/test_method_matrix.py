@@ -1,7 +1,7 @@
 """What every editing method must hold, on three families of models.
 
-A method is added by one line in ``METHODS``.  The fast tier runs each method on one family; the
-others are marked slow.
+A method is added by one line in ``method_examples.METHODS``.  The fast tier runs each method on one
+family; the others are marked slow.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
-from support import FAMILIES, REQUESTS, TASKS, TEXT, tiny_base, tiny_model, tiny_tokenizer
+from method_examples import METHODS, make
+from support import FAMILIES, REQUESTS, TEXT, tiny_base, tiny_model, tiny_tokenizer
 
 from kedit_lightning import BaseModel, Edit, EditRequest, methods
 from kedit_lightning.errors import (
@@ -22,33 +23,9 @@ from kedit_lightning.errors import (
     NonFiniteError,
     UnsupportedUseError,
 )
-from kedit_lightning.methods import EditMethod
-from kedit_lightning.requests import EditExample
 
 # The requests here are fewer than it should be given.
 pytestmark = pytest.mark.filterwarnings("ignore:UltraEdit has seen")
-POOL = [EditExample.from_request(EditRequest("Oslo is in", "Peru", "Oslo"), "oslo")]
-#: Name and settings of each method; settings that make it quick, not good.
-LOCATE = {"statistics": "identity", "contexts": 2, "steps": 4}
-METHODS = [
-    ("AlphaEdit", LOCATE),
-    ("EMMET", LOCATE),
-    ("FTM", {"lr": 1e-2, "steps": 3}),
-    ("GRACE", {"radius": 1e-2, "steps": 3}),
-    ("IKE", {"pool": POOL, "demonstrations": 1}),
-    ("InstructEdit", {"checkpoint": "none", "edit_lr": 1e-2, "tasks": TASKS}),
-    ("KE", {"checkpoint": "none", "max_scale": 10.0}),
-    ("KN", {"steps": 3}),
-    ("MALMEN", {"checkpoint": "none", "edit_lr": 1e-2}),
-    ("MEMIT", {**LOCATE, "preserve": 1.0}),
-    ("MEND", {"checkpoint": "none", "edit_lr": 1e-2}),
-    ("PMET", {**LOCATE, "preserve": 1.0}),
-    ("RLEdit", {"checkpoint": "none", "edit_lr": 1e-2}),
-    ("ROME", LOCATE),
-    ("RROME", LOCATE),
-    ("SERAC", {"checkpoint": "none"}),
-    ("UltraEdit", {"lr": 1e-2}),
-]
 CASES = [
     pytest.param(
         name,
@@ -70,11 +47,6 @@ PROBES = [
     ("Curie", "Berlin"),
     *[(text.split(".")[0], "Paris") for text in TEXT],
 ]
-
-
-def make(name: str, settings: dict, base: BaseModel | str) -> EditMethod:
-    method: EditMethod = getattr(methods, name)(base_model=base, **settings)
-    return method
 
 
 def logits(base: BaseModel) -> torch.Tensor:

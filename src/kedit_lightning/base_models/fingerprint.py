@@ -120,6 +120,7 @@ class ModelIdentity:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        _settle(model)
         self._model = model
         self._known: tuple[object, str] | None = None
         self._full: tuple[object, str] | None = None
@@ -128,6 +129,7 @@ class ModelIdentity:
     @property
     def fingerprint(self) -> str:
         """Hash of configuration and a sample of the weights."""
+        _settle(self._model)
         state = self._model.state_dict()
         if not any(hasattr(tensor, "full_tensor") for tensor in state.values()):
             return model_fingerprint(self._model)
@@ -151,6 +153,14 @@ class ModelIdentity:
         if self._tokenizer is None or self._tokenizer[:2] != (tokenizer, size):
             self._tokenizer = tokenizer, size, tokenizer_fingerprint(tokenizer)
         return self._tokenizer[2]
+
+
+def _settle(model: nn.Module) -> None:
+    """Rescale weights as the next pass would; RWKV rescales its own in the first pass of a mode."""
+    for module in model.modules():
+        rescale = getattr(module, "_rescale_layers", None)
+        if callable(rescale):
+            rescale()
 
 
 def _counts(state: Mapping[str, Tensor]) -> tuple[object, ...]:

@@ -28,9 +28,12 @@ def plain_model(model: Any) -> Any:
 def forget_compiled_code(model: nn.Module) -> None:
     """Drop compiled code if there is any of the model: it would go on without new hooks."""
     dynamo: Any = sys.modules.get("torch._dynamo")
-    if dynamo is not None and any(
-        map(dynamo.eval_frame._debug_get_cache_entry_list, _codes(model))
-    ):
+    if dynamo is None:
+        return
+    # Blocks share their code.  Unless torch looks at hooks before it runs what it compiled, a block
+    # with a hook runs what was compiled for one without, as soon as an edit breaks the graph.
+    dynamo.config.skip_nnmodule_hook_guards = False
+    if any(map(dynamo.eval_frame._debug_get_cache_entry_list, _codes(model))):
         torch.compiler.reset()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -88,6 +88,20 @@ def find_module(model: nn.Module, name: str) -> nn.Module:
         raise UnsupportedUseError(
             f"the base model has no module {name!r}; base.model.named_modules() names them all"
         ) from error
+
+
+def places_of(
+    model: nn.Module, names: Iterable[str]
+) -> list[tuple[Mapping[str, nn.Module | None], str, nn.Module]]:
+    """Where modules and those around them stand: siblings by name, own name, and the module."""
+    places = {}
+    for name in names:
+        parent = model
+        for part in filter(None, name.split(".")):
+            module = parent.get_submodule(part)
+            places[parent, part] = (parent._modules, part, module)
+            parent = module
+    return list(places.values())
 
 
 def check_editable(model: nn.Module, name: str) -> nn.Module:

@@ -18,7 +18,7 @@ from kedit_lightning.edits.edit import Edit, EditableModel
 from kedit_lightning.edits.effects import E, of_type
 from kedit_lightning.edits.forward_hooks import StackHook, stack_hooks
 from kedit_lightning.edits.hook_plan import HookPlan, effects_of
-from kedit_lightning.edits.projections import find_module
+from kedit_lightning.edits.projections import find_module, places_of
 from kedit_lightning.edits.row_context import ContextTracker, RowContext
 from kedit_lightning.edits.saved_weights import EditedSave
 from kedit_lightning.errors import EditOrderError, UnsupportedUseError, article_list
@@ -43,6 +43,8 @@ class EditStack:
         self._edits: list[Edit] = []
         self._carried: list[Edit | None] = []
         self._handles: list[RemovableHandle] = []
+        self._hooked: dict[str, nn.Module] = {}
+        self._places = places_of(model, [])
         self._plan = HookPlan()
         self._active = True
         self._tracker = ContextTracker(model)
@@ -257,6 +259,7 @@ class EditStack:
     def prompts_end_at(self, columns: Tensor) -> Iterator[None]:
         """Inside, forward passes have prompts that end at these columns. Shape ``[batch]``."""
         with self.lock:
+            self._follow_modules()
             before, self._tracker.prompt_ends = self._tracker.prompt_ends, columns
             try:
                 yield
@@ -279,6 +282,21 @@ class EditStack:
             prompt = rewrite(prompt, fits)
         return prompt
 
+    def _follow_modules(self) -> None:
+        """Move hooks to the modules that somebody has put in the place of hooked ones."""
+        if all(siblings.get(name) is module for siblings, name, module in self._places):
+            return
+        self._places = places_of(self._model, self._hooked)
+        hooked = self._hooked.items()
+        new = [name for name, module in hooked if find_module(self._model, name) is not module]
+        if new:
+            warnings.warn(
+                f"another module is now in the place of {article_list(new, 3)}, which "
+                f"{self.described} change; they act on it from here on",
+                stacklevel=3,
+            )
+            self._change(self._edits)
+
     def _change(self, edits: list[Edit], carried: list[Edit | None] | None = None) -> None:
         """Make ``edits`` the stack; on failure the old stack stays in force."""
         carried = self._carried if carried is None else carried
@@ -287,8 +305,10 @@ class EditStack:
             for handle in self._handles:
                 handle.remove()
             self._edits, self._carried, self._plan = edits, carried, plan
+            self._hooked = {name: find_module(self._model, name) for name, _ in plan.hooks}
+            self._places = places_of(self._model, self._hooked)
             self._handles = [
-                find_module(self._model, name).register_forward_hook(StackHook(self, hook))
+                self._hooked[name].register_forward_hook(StackHook(self, hook))
                 for name, hook in plan.hooks
             ]
             if plan.reads_rows:

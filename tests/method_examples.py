@@ -1,0 +1,38 @@
+"""Every method, with settings for tiny base models."""
+
+from __future__ import annotations
+
+from support import TASKS
+
+from kedit_lightning import BaseModel, EditRequest, methods
+from kedit_lightning.methods import EditMethod
+from kedit_lightning.requests import EditExample
+
+POOL = [EditExample.from_request(EditRequest("Oslo is in", "Peru", "Oslo"), "oslo")]
+#: Name and settings of each method; settings that make it quick, not good.
+LOCATE = {"statistics": "identity", "contexts": 2, "steps": 4}
+METHODS = [
+    ("AlphaEdit", LOCATE),
+    ("EMMET", LOCATE),
+    ("FTM", {"lr": 1e-2, "steps": 3}),
+    ("GRACE", {"radius": 1e-2, "steps": 3}),
+    ("IKE", {"pool": POOL, "demonstrations": 1}),
+    ("InstructEdit", {"checkpoint": "none", "edit_lr": 1e-2, "tasks": TASKS}),
+    ("KE", {"checkpoint": "none", "max_scale": 10.0}),
+    ("KN", {"steps": 3}),
+    ("MALMEN", {"checkpoint": "none", "edit_lr": 1e-2}),
+    ("MEMIT", {**LOCATE, "preserve": 1.0}),
+    ("MEND", {"checkpoint": "none", "edit_lr": 1e-2}),
+    ("PMET", {**LOCATE, "preserve": 1.0}),
+    ("RLEdit", {"checkpoint": "none", "edit_lr": 1e-2}),
+    ("ROME", LOCATE),
+    ("RROME", LOCATE),
+    ("SERAC", {"checkpoint": "none"}),
+    ("UltraEdit", {"lr": 1e-2}),
+]
+
+
+def make(name: str, settings: dict, base: BaseModel | str) -> EditMethod:
+    """The method with a name."""
+    method: EditMethod = getattr(methods, name)(base_model=base, **settings)
+    return method
