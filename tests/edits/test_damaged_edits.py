@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import serac_support
 import torch
+from byte_damage import WAYS, damage
 from edit_kinds import KINDS, answers
 from places import SAMPLES
 from safetensors.torch import load, save
@@ -84,16 +85,8 @@ def damaged(raw: bytes, chance: random.Random) -> bytes:
     """A copy of a file with damage as disks, transfers and editors do it."""
     new, at = bytearray(raw), chance.randrange(len(raw))
     match chance.randrange(7):
-        case 0:
-            new[at] ^= 1 << chance.randrange(8)
-        case 1:
-            del new[at:]
-        case 2:
-            new[at : at + chance.randrange(1, 64)] = bytes(chance.randrange(64))
-        case 3:
-            new[at:at] = chance.randbytes(chance.randrange(1, 16))
-        case 4:
-            del new[at : at + chance.randrange(1, 16)]
+        case way if way < WAYS:
+            damage(new, at, way, chance)
         case 5:
             header = 8 + struct.unpack("<Q", raw[:8])[0]
             new[chance.randrange(header)] = chance.randrange(256)

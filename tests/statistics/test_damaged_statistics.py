@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from byte_damage import WAYS, damage
 from safetensors.torch import save_file
 from support import TEXT, tiny_base
 
@@ -194,16 +195,8 @@ def damaged(raw: bytes, chance: random.Random) -> bytes:
         ends = chance.choice([(0, 8 + struct.unpack("<Q", raw[:8])[0]), (0, size)])
     at = chance.randrange(*ends)
     match chance.randrange(6):
-        case 0:
-            new[at] ^= 1 << chance.randrange(8)
-        case 1:
-            del new[at:]
-        case 2:
-            new[at : at + chance.randrange(1, 64)] = bytes(chance.randrange(64))
-        case 3:
-            new[at:at] = chance.randbytes(chance.randrange(1, 16))
-        case 4:
-            del new[at : at + chance.randrange(1, 16)]
+        case way if way < WAYS:
+            damage(new, at, way, chance)
         case 5:
             digits = [i for i in range(*ends) if raw[i] in b"0123456789"]
             new[chance.choice(digits)] = chance.choice(b"0123456789")
