@@ -30,7 +30,8 @@ class ResultsWriter(EditCallback):
         if folder is not None and trainer.is_global_zero:
             data = method.run.data
             examples = data.examples() if isinstance(data, EditDataModule) else ()
-            folder.start(run_settings(method, method.base, method.run), examples)
+            settings = run_settings(method, method.base, method.run)
+            folder.start(settings, examples, method.run.left_out)
 
     def on_example_result(
         self, trainer: Trainer, method: LightningModule, record: ExampleRecord, edit: Edit | None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import unicodedata
 import warnings
 from pathlib import Path
@@ -15,12 +16,15 @@ from kedit_lightning import EditRequest, EditTrainer
 from kedit_lightning.benchmark import Protocol
 from kedit_lightning.contradictions import consistent, contradictions, settle
 from kedit_lightning.data import Requests
+from kedit_lightning.edits.edit_file import read_edit
+from kedit_lightning.edits.origin import EditOrigin
 from kedit_lightning.errors import (
     BaseModelNotFoundError,
     FactsNotWrittenWarning,
     InvalidRequestError,
     UnsupportedUseError,
 )
+from kedit_lightning.methods.method import Capabilities
 from kedit_lightning.requests import EditExample
 
 FRANCE = "The capital of France is"
@@ -147,8 +151,8 @@ def test_a_run_writes_the_last_answer_and_can_be_continued(tmp_path: Path, mode:
         trainer = EditTrainer(protocol=protocol, accelerator="cpu", enable_progress_bar=False)
         edits = trainer.edit(method, facts(tmp_path), **again)  # type: ignore[arg-type]
         written.append([[r.target_new for r in edit.origin.requests] for edit in edits])
-    expected = {"single": [["Lyon"], ["Nice"], ["Lille"]]}.get(mode, [["Nice"], ["Lille"]])
-    assert written[0] == expected
+    # In `single` each has an edit of its own, and nothing is written together.
+    assert written[0] == ([["Lyon"], ["Nice"], ["Lille"]] if mode == "single" else [["Lille"]])
 
 
 @pytest.mark.filterwarnings("ignore:.*contradictory targets")
@@ -161,3 +165,61 @@ def test_a_run_refuses_contradictions_before_the_model_is_loaded(
     error = InvalidRequestError if refused else BaseModelNotFoundError
     with pytest.raises(error, match="contradictory targets" if refused else "no such model"):
         trainer.test(Toy(base_model="no such model"), facts(tmp_path))
+
+
+@pytest.mark.filterwarnings("ignore:.*contradictory targets")
+def test_only_a_sequence_of_a_benchmark_writes_what_a_later_chunk_corrects(tmp_path: Path) -> None:
+    class OneByOne(Toy):
+        can = Capabilities(batch=False, weights=True)
+
+    written = {}
+    for command in ("edit", "test"):
+        protocol = Protocol(mode=None if command == "edit" else "sequential", generate=False)
+        trainer = EditTrainer(protocol=protocol, accelerator="cpu", enable_progress_bar=False)
+        folder = tmp_path / command
+        getattr(trainer, command)(
+            OneByOne(base_model=tiny_base("gpt2")), facts(tmp_path), output=folder
+        )
+        paths = sorted((folder / "edits").iterdir())
+        origins = [EditOrigin.from_json(read_edit(path)[0]["origin"]) for path in paths]
+        written[command] = [request.target_new for o in origins for request in o.requests]
+        records = (folder / "results.jsonl").read_text().splitlines()
+        scored = [json.loads(record)["probes"][0]["answers"] for record in records]
+        assert scored[-3:] == [["Lyon"], ["Nice"], ["Lille"]], "all are scored"
+    assert written == {"edit": ["Lille"], "test": ["Lyon", "Nice", "Lille"]}
+
+
+@pytest.mark.filterwarnings("ignore:.*contradictory targets")
+def test_a_run_that_ended_early_leaves_out_the_same_facts_when_it_goes_on(tmp_path: Path) -> None:
+    def edit(**where: Path) -> None:
+        protocol = Protocol(mode="sequential", generate=False)
+        trainer = EditTrainer(protocol=protocol, accelerator="cpu", enable_progress_bar=False)
+        trainer.edit(Toy(base_model=tiny_base("gpt2")), data, **where)  # type: ignore[arg-type]
+
+    answers = {"a": "Lyon", "b": "Nice", "c": "Lille"}
+    lines = [fact(id=id, target_new=answer) for id, answer in answers.items()]
+    data = Requests(path=write(tmp_path / "f.jsonl", *lines))
+    edit(output=tmp_path / "run")
+    # Another file with the same records, so that scored ones are compared.
+    data = Requests(path=write(tmp_path / "g.jsonl", "", *lines))
+    edit(resume=tmp_path / "run")
+    entry = json.loads((tmp_path / "run/stack.json").read_text())["edits"]
+    assert [edit["requests"] for edit in entry] == [["c"]]
+
+
+@pytest.mark.filterwarnings("ignore:.*(contradictory targets|are left out)")
+@pytest.mark.parametrize("mode", ["batch", "sequential"])
+def test_a_record_left_out_for_its_length_contradicts_none(tmp_path: Path, mode: str) -> None:
+    long = "Lyon" + " Lyon" * 400
+    path = write(tmp_path / "f.jsonl", fact(target_new=long), fact(), fact(target_new="Rome"))
+    for count in (2, 3):
+        protocol = Protocol(mode=mode, chunk_size=2, on_conflict="refuse", generate=False)  # type: ignore[arg-type]
+        trainer = EditTrainer(protocol=protocol, accelerator="cpu", enable_progress_bar=False)
+        data = Requests(path=path, limit=count, on_bad_record="skip")
+        method = Toy(base_model=tiny_base("gpt2"))
+        if count == 2:
+            trainer.test(method, data, verbose=False)
+            continue
+        with pytest.raises(InvalidRequestError, match="with contradictory targets") as caught:
+            trainer.test(method, data, verbose=False)
+        assert "Lyon" not in str(caught.value)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
 from typing import Literal, NamedTuple, TypeAlias, get_args
 
 from kedit_lightning.character_forms import comparable
 from kedit_lightning.errors import InvalidRequestError, UnsupportedUseError, article_list
-from kedit_lightning.requests import EditRequest
+from kedit_lightning.requests import EditExample, EditRequest
 
 #: What is done about requests that contradict each other: the ``last`` one is written, or none.
 OnConflict: TypeAlias = Literal["last", "refuse"]
@@ -55,6 +55,29 @@ def consistent(requests: Sequence[EditRequest]) -> list[EditRequest]:
     """The requests without those that a later one overwrites."""
     overwritten = {pair.earlier for pair in contradictions(requests)}
     return [request for index, request in enumerate(requests) if index not in overwritten]
+
+
+def overwritten(examples: Iterable[EditExample]) -> frozenset[tuple[str, int]]:
+    """The requests that a later one overwrites: the id of their example, and their place in it."""
+    placed = [
+        ((example.id, place), request)
+        for example in examples
+        for place, request in enumerate(example.requests)
+    ]
+    found = contradictions([request for _, request in placed])
+    return frozenset(placed[pair.earlier][0] for pair in found)
+
+
+def remaining(
+    examples: Iterable[EditExample], left_out: Collection[tuple[str, int]]
+) -> list[EditRequest]:
+    """The requests of examples in order, without those that :func:`overwritten` names."""
+    return [
+        request
+        for example in examples
+        for place, request in enumerate(example.requests)
+        if (example.id, place) not in left_out
+    ]
 
 
 def describe(requests: Sequence[EditRequest], found: Sequence[Contradiction]) -> str:

@@ -45,7 +45,9 @@ class Protocol:
             numbers or names apart (3.5 is not 35, C# is not C++), ``squad`` drops all punctuation
             as SQuAD's script does.
         on_conflict: What is done where requests that hold together give one fact different answers:
-            ``last`` writes the last one, ``refuse`` ends the run before anything is computed.
+            ``last`` writes the last one alone, but each in its turn in the chunks of a sequence of
+            ``kedit test``, which is a stream of corrections; ``refuse`` ends the run before
+            anything is computed. In ``single`` each has an edit of its own, and none contradicts.
         generation: Free answers are ``greedy``: penalties, beams, bans and forced tokens that the
             base model's generation config brings are set aside, and named in the results. With
             ``model`` they act, all but sampling (``do_sample``, ``temperature``, ``top_p``, ...):

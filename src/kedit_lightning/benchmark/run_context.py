@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typing
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -80,6 +80,8 @@ class RunContext:
         data: Where examples come from.
         output: The output folder, if the run has one.
         editing: Whether this is ``kedit edit``.
+        left_out: Requests that ``kedit edit`` does not write, since they are to hold together and a
+            later one overwrites them: the id of their example, and their place in it.
         on_edit: Takes the name of each edit and the edit, as soon as it has been computed.
         on_record: Takes each new record and the edit it was scored under, which is ``None`` at
             later stages of a sequential run.
@@ -90,6 +92,7 @@ class RunContext:
     data: LightningDataModule | None = None
     output: SavedRun | None = None
     editing: bool = False
+    left_out: Collection[tuple[str, int]] = frozenset()
     on_edit: Callable[[str, Edit], None] = ignore
     on_record: Callable[[ExampleRecord, Edit | None], None] = ignore
 

@@ -14,6 +14,7 @@ from kedit_lightning.benchmark.costs import Clock, fixed_randomness, peak_bytes,
 from kedit_lightning.benchmark.example_records import file_name, probes_of, records_of
 from kedit_lightning.benchmark.reader import Reader
 from kedit_lightning.benchmark.run_context import RunContext, new_metrics
+from kedit_lightning.contradictions import remaining
 from kedit_lightning.data.datamodule import Split
 from kedit_lightning.edits import Edit
 from kedit_lightning.edits.origin import TARGET_PROBABILITIES
@@ -166,16 +167,17 @@ class ProtocolRunner:
         """One edit for the whole chunk; in a sequential run it stays on the stack."""
         stays = self.protocol.grouping == "sequential"
         name = f"chunk-{index:05d}"
-        requests = [request for example in examples for request in example.requests]
+        requests = remaining(examples, self._run.left_out)
         scored = not stays or "immediate" in self.protocol.moments
         saved = [self._saved_record(e, "immediate") for e in examples] if scored else []
         costs: list[dict[str, Any]] = []
         with nullcontext() if stays else self.base.edits.restored():
             if not scored:
-                reset_peak(self.base)
-                edit = self._edit(name, requests)
-                edit[0].apply()
-                costs = self._costs(name, edit, 0.0, examples)
+                if requests:  # all may be left out
+                    reset_peak(self.base)
+                    edit = self._edit(name, requests)
+                    edit[0].apply()
+                    costs = self._costs(name, edit, 0.0, examples)
             elif all(saved):
                 if stays:
                     self._edit(name, requests)[0].apply()

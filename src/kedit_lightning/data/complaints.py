@@ -68,6 +68,7 @@ def contradictory(examples: Sequence[EditExample]) -> tuple[int, str]:
         return 0, ""
     count = len({comparable(requests[pair.earlier].prompt) for pair in found})
     return count, (
-        f"{describe(requests, found)}; of edits that hold together (sequential or batch mode) the "
-        "last one counts, unless protocol.on_conflict is refuse"
+        f"{describe(requests, found)}; the last one alone is written where facts shall hold "
+        "together (a batch, and `kedit edit`), each in its turn in a sequence of `kedit test`; "
+        "protocol.on_conflict refuse ends a run instead"
     )

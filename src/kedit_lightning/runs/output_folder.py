@@ -8,7 +8,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -97,12 +97,18 @@ class OutputFolder:
 
     # ---- settings
 
-    def start(self, settings: Mapping[str, Any], examples: Sequence[EditExample] = ()) -> None:
+    def start(
+        self,
+        settings: Mapping[str, Any],
+        examples: Sequence[EditExample] = (),
+        left_out: Collection[tuple[str, int]] = frozenset(),
+    ) -> None:
         """Keep the settings of a new run; compare them with those of the run to be continued.
 
         Args:
             settings: The settings.
             examples: Those of the data, which may have become more or fewer.
+            left_out: Requests that the run does not write, see :class:`RunContext`.
 
         Raises:
             ResumeError: The run to be continued had other settings, or has scored records that are
@@ -123,7 +129,7 @@ class OutputFolder:
             if then == now:
                 return
             records, edits = self._records.values(), self.path / "edits"
-            if changed := list(scored_changes(records, examples, now["protocol"], edits)):
+            if changed := list(scored_changes(records, examples, now["protocol"], edits, left_out)):
                 raise ResumeError(
                     f"{self.path} has scores of other records than the data has now: "
                     f"{article_list(changed)}; restore them, or start a new run in another folder "

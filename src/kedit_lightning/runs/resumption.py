@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kedit_lightning.contradictions import consistent
+from kedit_lightning.contradictions import consistent, remaining
 from kedit_lightning.data.dataloader import chunks
 from kedit_lightning.edits.edit_file import read_edit
 from kedit_lightning.edits.origin import EditOrigin
 from kedit_lightning.errors import ResumeError
 from kedit_lightning.metrics import ExampleRecord
-from kedit_lightning.requests import EditExample
+from kedit_lightning.requests import EditExample, EditRequest
 
 #: What a file of data may have more or less of while its scored records are the same.
 _OF_DATA = ("dataset.sha256", "dataset.records")
@@ -69,6 +69,7 @@ def scored_changes(
     examples: Sequence[EditExample],
     protocol: Mapping[str, Any],
     edits: Path,
+    left_out: Collection[tuple[str, int]] = frozenset(),
 ) -> Iterator[str]:
     """Clauses about scored records that are not those of the data any more.
 
@@ -77,6 +78,7 @@ def scored_changes(
         examples: The examples of the data now.
         protocol: Its facts.
         edits: The folder of the saved edits.
+        left_out: Requests that the run does not write, see :class:`RunContext`.
     """
     by_id = {example.id: example for example in examples}
     checked, final = set[str](), set[str]()
@@ -92,7 +94,9 @@ def scored_changes(
             group = _edited_together(example, name, examples, protocol)
             if example not in group:
                 yield f"record {id!r} was edited in {name} and would be in another chunk now"
-            elif name not in checked and not _writes(edits / f"{name}.safetensors", group):
+            elif name not in checked and not _writes(
+                edits / f"{name}.safetensors", remaining(group, left_out)
+            ):
                 yield f"what edit {name} writes has changed"
             checked.add(name)
     if final and final != by_id.keys():
@@ -110,10 +114,10 @@ def _edited_together(
     return parts[int(number)] if number.isdecimal() and int(number) < len(parts) else ()
 
 
-def _writes(path: Path, examples: Sequence[EditExample]) -> bool:
-    """Whether a saved edit writes the requests of some examples that nothing later overwrites."""
-    requests = consistent([request for example in examples for request in example.requests])
-    return EditOrigin.from_json(read_edit(path)[0]["origin"]).requests == tuple(requests)
+def _writes(path: Path, requests: Sequence[EditRequest]) -> bool:
+    """Whether a saved edit writes those of some requests that nothing later overwrites."""
+    written = EditOrigin.from_json(read_edit(path)[0]["origin"]).requests
+    return written == tuple(consistent(requests))
 
 
 def _asked(example: EditExample) -> list[tuple[Any, ...]]:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from kedit_lightning.base_models import BaseModel
 from kedit_lightning.benchmark import Protocol as Grouping
 from kedit_lightning.benchmark import RunContext
-from kedit_lightning.contradictions import settle
+from kedit_lightning.contradictions import overwritten, settle
 from kedit_lightning.data.datamodule import EditDataModule, Split
 from kedit_lightning.errors import UnsupportedUseError, article_list
 from kedit_lightning.methods.shared.row_lengths import RowText, Window, too_long
@@ -73,12 +73,23 @@ def set_up_data(method: DataUser, data: EditDataModule, stage: str) -> None:
     protocol = _grouped(method, data, asked, len(examples))
     refuse_images(type(method).__name__, [r for e in examples for r in e.requests + e.probes])
     method.check_examples(examples, fitting=fits)
-    for requests in () if fits else protocol.written_together(examples):
-        settle(requests, protocol.on_conflict)
+    if not fits and data.on_bad_record == "error":  # no record is left out: known before loading
+        _refuse_conflicts(protocol, examples)
     data.leave_out(split, _unanswerable(method, examples, stage))
-    _grouped(method, data, asked, len(data.examples(split)))
+    examples = data.examples(split)
+    protocol = _grouped(method, data, asked, len(examples))
+    if not fits:
+        _refuse_conflicts(protocol, examples)
+    if method.run.editing and protocol.grouping != "single":
+        method.run = replace(method.run, left_out=overwritten(examples))
     if fits and "validation" in data.source:
         data.leave_out("validation", method.too_long(data.examples("validation")))
+
+
+def _refuse_conflicts(protocol: Grouping, examples: Sequence[EditExample]) -> None:
+    if protocol.on_conflict == "refuse":
+        for requests in protocol.written_together(examples):
+            settle(requests, "refuse")
 
 
 def _grouped(method: DataUser, data: EditDataModule, asked: Grouping, examples: int) -> Grouping:
