@@ -71,6 +71,11 @@ def test_its_statistics_are_found_in_every_dtype(dtype):
         found = find_statistics(base, block.down)
         assert found is not None
         assert not found.is_few_sample
+        # Of the present format: a sealed file, which states its error and that no text was cut.
+        assert found.provenance.split
+        assert found.provenance.texts == 5066
+        assert found.moment.error is not None
+        assert found.moment.error < 0.04
 
 
 def scores(base: BaseModel, name: str) -> dict[str, tuple[float, float, float]]:

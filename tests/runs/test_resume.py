@@ -23,6 +23,7 @@ from kedit_lightning import EditTrainer
 from kedit_lightning.benchmark import Protocol
 from kedit_lightning.data import CounterFact, Requests
 from kedit_lightning.errors import NonFiniteError, ResumeError
+from kedit_lightning.methods import ROME
 from kedit_lightning.runs import OutputFolder
 
 DATA = SAMPLES / "counterfact_nested.json"
@@ -136,6 +137,44 @@ def test_a_finished_run_can_be_continued(
     run(tmp_path / "run", mode, resume=True)
     assert Toy.computed == []
     assert_equal(content(tmp_path / "run"), unbroken(mode))
+
+
+@pytest.mark.parametrize(("place", "stop"), [("save_edit", 1), ("append", 2)])
+def test_edits_that_are_computed_together_are_so_again(
+    place: str, stop: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values found for some facts of a chunk alone would round in another way."""
+
+    class Broken(BaseException):
+        pass
+
+    def run(folder: Path, **where: Path) -> None:
+        rome = ROME(
+            base_model=tiny_base("llama"), statistics="identity", steps=2, contexts=1, layer=1
+        )
+        protocol = Protocol(mode="single", chunk_size=4, generate=False)
+        trainer = EditTrainer(accelerator="cpu", protocol=protocol)
+        trainer.test(
+            rome, CounterFact(path=DATA, limit=3), verbose=False, **where or {"output": folder}
+        )
+
+    monkeypatch.setenv("KEDIT_CACHE", str(tmp_path / "cache of whole"))
+    run(tmp_path / "whole")
+    monkeypatch.setenv("KEDIT_CACHE", str(tmp_path / "cache of broken"))
+    done, kept = [], getattr(OutputFolder, place)
+
+    def breaking(self: OutputFolder, *given: Any) -> None:
+        kept(self, *given)
+        done.append(1)
+        if len(done) == stop:
+            raise Broken
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OutputFolder, place, breaking)
+        with pytest.raises(Broken):
+            run(tmp_path / "broken")
+    run(tmp_path / "broken", resume=tmp_path / "broken")
+    assert_equal(content(tmp_path / "broken"), content(tmp_path / "whole"))
 
 
 def test_after_an_error_the_cause_can_be_removed(tmp_path: Path) -> None:

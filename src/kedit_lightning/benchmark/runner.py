@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
+from itertools import compress
 from typing import Any, TypeAlias, cast
 
 from kedit_lightning.base_models import BaseModel
@@ -105,15 +105,17 @@ class ProtocolRunner:
 
     def _single(self, examples: Sequence[EditExample]) -> Iterator[ExampleRecord]:
         """Each example under its own edit, which its rows carry beside those of other examples."""
-        saved = deque(self._saved_record(example, "immediate") for example in examples)
-        missing = [e for e, record in zip(examples, saved, strict=True) if record is None]
-        if missing:
-            clock, probes, start = Clock(self.base), probes_of(missing), 0
+        saved = [self._saved_record(example, "immediate") for example in examples]
+        if all(saved):
+            yield from (record for record in saved if record)
+        else:
+            # All again, also those with a record: rows read together round alike.
+            clock, probes, start = Clock(self.base), probes_of(examples), 0
             base = self.reader.base_readings(probes)
             before = self.reader.readings(probes, base)
-            seconds = clock.lap() / len(missing)
+            seconds, earlier = clock.lap() / len(examples), iter(saved)
             reset_peak(self.base)
-            for group in self._edit_groups(missing):
+            for group in self._edit_groups(examples):
                 clock.lap()
                 span = slice(start, start + sum(len(example.probes) for example, _ in group))
                 start = span.stop
@@ -128,15 +130,12 @@ class ProtocolRunner:
                 scored = [example for example, _ in group]
                 records = records_of(scored, "immediate", base[span], before[span], after)
                 for record, (example, timed) in zip(records, group, strict=True):
-                    while (earlier := saved.popleft()) is not None:
-                        yield earlier
                     name = file_name(example.id)
                     (costs,) = self._costs(name, timed, own_seconds, [example])
                     if self._stacks_single:
                         self._kept[name] = timed[0]
-                    yield self._new(record, timed[0], costs)
+                    yield next(earlier) or self._new(record, timed[0], costs)
                 del timed
-        yield from (record for record in saved if record is not None)
         if self._stacks_single:
             self._edited.append((examples, []))
 
@@ -245,16 +244,22 @@ class ProtocolRunner:
     def _edits(self, examples: Sequence[EditExample]) -> Iterator[TimedEdit]:
         """The edit of each example on the stack as it stands: a saved one, or computed.
 
-        A method that does not compute them together computes each when it is asked for.
+        A method that does not compute them together computes each when it is asked for.  One that
+        does computes all of them again where some are missing, since they round together.
         """
         names = [file_name(example.id) for example in examples]
-        missing = [n for n in names if self._saved is None or not self._saved.has_edit(n)]
+        missing = {n for n in names if self._saved is None or not self._saved.has_edit(n)}
         clock, shared = Clock(self.base), 0.0
         computed: Iterator[Edit] = iter(())
         if missing:
-            groups = [e.requests for e, n in zip(examples, names, strict=True) if n in missing]
-            with fixed_randomness(self._run.seed, missing[0]):
-                computed = iter(self._compute_each(groups))
+            wanted = [name in missing for name in names]
+            groups = [example.requests for example in examples]
+            with fixed_randomness(self._run.seed, names[0]):
+                edits = self._compute_each(groups)
+                if isinstance(edits, Sequence):
+                    computed = iter([*compress(edits, wanted)])
+                else:
+                    computed = iter(self._compute_each([*compress(groups, wanted)]))
             shared = clock.lap() / len(missing)
         for example, name in zip(examples, names, strict=True):
             if name in missing:
