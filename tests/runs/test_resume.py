@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from places import SAMPLES, TESTS
+from run_folders import assert_equal, content, progress
 from support import tiny_base
 from toys import Toy
 
@@ -47,22 +48,6 @@ def run(folder: Path, mode: Any = "single", resume: bool = False, **settings: An
     trainer.test(method, CounterFact(path=DATA), verbose=False, **where)
 
 
-def content(folder: Path) -> dict[str, Any]:
-    """Everything a run has written, without time and memory."""
-    lines = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
-    results = json.loads((folder / "results.json").read_text())
-    for block in ("timing", "memory"):
-        for record in [*lines, results]:
-            record.pop(block, None)
-    return {
-        "lines": lines,
-        "results": results,
-        "stack": json.loads((folder / "stack.json").read_text()),
-        "csv": (folder / "results.csv").read_text(),
-        "edits": {p.name: p.read_bytes() for p in (folder / "edits").iterdir()},
-    }
-
-
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Any]]:
     """Gives what a run of a mode writes that is not broken off."""
@@ -76,11 +61,6 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[s
         return content(folder)
 
     return written
-
-
-def assert_equal(found: dict[str, Any], expected: dict[str, Any]) -> None:
-    for name in expected:
-        assert found[name] == expected[name], name
 
 
 @pytest.mark.parametrize(
@@ -268,11 +248,6 @@ def test_killed_at_three_random_moments(
     chance = random.Random(mode)
     environment = {**os.environ, "KEDIT_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
 
-    def progress() -> int:
-        lines = folder / "results.jsonl"
-        edits = len(list(folder.glob("edits/*.safetensors")))
-        return edits + (lines.read_bytes().count(b"\n") if lines.exists() else 0)
-
     here = str(Path(__file__).parent)
     for attempt in range(3):
         code = SCRIPT.format(
@@ -282,9 +257,9 @@ def test_killed_at_three_random_moments(
             mode=mode,
             resume=bool(attempt),
         )
-        goal = progress() + chance.randint(1, 3)
+        goal = progress(folder) + chance.randint(1, 3)
         process = subprocess.Popen([sys.executable, "-c", code], env=environment)
-        while process.poll() is None and progress() < goal:
+        while process.poll() is None and progress(folder) < goal:
             time.sleep(0.001)
         time.sleep(chance.random() * 0.02)
         process.send_signal(signal.SIGKILL)
