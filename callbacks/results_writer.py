@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
 from lightning.pytorch import LightningModule, Trainer
 
 from kedit_lightning.benchmark import EditCallback
@@ -48,7 +46,7 @@ class ResultsWriter(EditCallback):
             return
         trainer.strategy.barrier("results are written")
         if trainer.is_global_zero:
-            facts = run_facts(method, method.base, run, asdict(method.settings))
+            facts = run_facts(method, method.base, run, method.settings.reported())
             summary = summary_of(folder.records(), run.protocol, run.seed)
             folder.write_json("results.json", {**facts, **summary})
             folder.write_csv()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import builtins
+import inspect
 from dataclasses import FrozenInstanceError, replace
 
 import lightning.pytorch as pl
@@ -162,3 +164,14 @@ def test_a_request_in_a_file_keeps_the_white_space_its_edit_was_computed_for():
     values = EditOrigin("ROME", {}, (EditRequest(PROMPT, "Rome"),)).to_json()
     values["requests"][0]["target_new"] = "Rome "
     assert EditOrigin.from_json(values).to_json() == values
+
+
+@pytest.mark.parametrize("kind", [EditRequest, Probe])
+def test_what_type_checkers_read_of_a_constructor_is_what_it_takes(kind):
+    (definition,) = ast.parse(inspect.getsource(kind)).body
+    (init,) = (n for n in ast.walk(definition) if getattr(n, "name", "") == "__init__")
+    given, defaults = init.args.args[1:], init.args.defaults
+    written = [f"{argument.arg}" for argument in given], list(map(ast.literal_eval, defaults))
+    taken = inspect.signature(kind).parameters.values()
+    assert written[0] == [parameter.name for parameter in taken]
+    assert written[1] == [p.default for p in taken if p.default is not inspect.Parameter.empty]

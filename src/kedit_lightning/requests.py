@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 from kedit_lightning.character_forms import differences, is_unicode, spans_of, trimmed
-from kedit_lightning.chat_turns import passage_with, prompt_text, question_in
+from kedit_lightning.chat_turns import Message, passage_with, prompt_text, question_in
 from kedit_lightning.errors import InvalidRequestError, article_list
 
 ProbeKind: TypeAlias = Literal["rewrite", "rephrase", "locality", "portability"]
@@ -91,6 +91,19 @@ class EditRequest:
     task: str | None = None
     image: str | None = None
 
+    if TYPE_CHECKING:  # the attribute is a text, whatever was given
+
+        def __init__(
+            self,
+            prompt: str | Sequence[Message],
+            target_new: str,
+            subject: str | None = None,
+            target_old: str | None = None,
+            id: str | None = None,
+            task: str | None = None,
+            image: str | None = None,
+        ) -> None: ...
+
     def __post_init__(self) -> None:
         _settle_prompt(self)
         for field, value in list(vars(self).items()):
@@ -153,6 +166,18 @@ class Probe:
     group: str = ""
     contrast: str | None = None
     image: str | None = None
+
+    if TYPE_CHECKING:  # as above; lists become tuples
+
+        def __init__(
+            self,
+            kind: ProbeKind,
+            prompt: str | Sequence[Message],
+            answers: Sequence[str] = (),
+            group: str = "",
+            contrast: str | None = None,
+            image: str | None = None,
+        ) -> None: ...
 
     def __post_init__(self) -> None:
         _settle_prompt(self)

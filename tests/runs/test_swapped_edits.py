@@ -126,3 +126,22 @@ def test_a_damaged_order_is_named(text, tmp_path):
     with pytest.raises(EditFileError, match=f"{tmp_path}/stack.json is damaged") as caught:
         load_stack(tmp_path, tiny_base("llama"))
     assert "\n" not in str(caught.value)
+
+
+def test_an_edit_that_is_gone_is_named_with_a_way_out(tmp_path):
+    run(tmp_path)
+    gone = first_two(tmp_path)[0]
+    gone.unlink()
+    with pytest.raises(EditFileError) as caught:
+        run(tmp_path, resume=True)
+    lines = tmp_path / "results.jsonl"
+    assert str(caught.value) == (
+        f"there is no saved edit at {gone}; put it back, or delete the lines with its name in "
+        f"{lines} to have edit and scores computed again"
+    )
+    name = f'"edit_name": "{gone.stem}"'
+    kept = [line for line in lines.read_text().splitlines(keepends=True) if name not in line]
+    assert len(kept) == 4
+    lines.write_text("".join(kept))
+    run(tmp_path, resume=True)
+    assert gone.is_file()

@@ -34,6 +34,10 @@ class EditStack:
     every change: there is no other state.  Blocks and changes hold ``lock``, so that another thread
     waits until a pass is over.
 
+    A module that is put in the place of a changed one is noticed, and said, by the next call of the
+    base model (``forward``, ``generate``) or change of the stack.  The model itself does not tell:
+    a bare ``base.model(...)`` before that runs without the change.
+
     Args:
         model: The model; :meth:`of` gives the stack that it has already.
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from math import inf
 from numbers import Integral, Real
 from sys import float_info
@@ -125,6 +125,10 @@ class MethodSettings:
     def read(cls, given: Mapping[str, Any]) -> Self:
         """Read them from the parameters that the constructor got."""
         return cls(**{field.name: given[field.name] for field in fields(cls)})
+
+    def reported(self) -> dict[str, Any]:
+        """Their values as results name them, with words where each edit settles one for itself."""
+        return asdict(self)
 
     def check_bounds(self, method: str) -> None:
         """Check the numbers whose types state :class:`Bounds`; ``None`` stands for a default.

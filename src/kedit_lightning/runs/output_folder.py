@@ -219,9 +219,14 @@ class OutputFolder:
         try:
             header, _ = read_edit(path)
         except EditFileError as error:
+            way_out = (
+                "put back a copy of it, or delete it and"
+                if path.exists()
+                else "put it back, or delete"
+            )
             raise EditFileError(
-                f"{error}; put it back, or delete the file, and the lines with its name in "
-                f"{self.results}, to have edit and scores computed again"
+                f"{error}; {way_out} the lines with its name in {self.results} to have edit and "
+                "scores computed again"
             ) from error
         if scored not in (None, header["id"]):
             raise EditFileError(

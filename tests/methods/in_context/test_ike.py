@@ -310,6 +310,7 @@ def test_the_packaged_model_has_a_pool_of_its_own():
 
 def test_says_once_that_there_is_no_pool():
     ike = IKE(base_model=long_base())
+    ike.configure_model()  # all that `predict` needs, whose edits bring their demonstrations
     with pytest.warns(UserWarning, match=r"no pool of demonstrations.*model\.pool"):
         edit = ike.edit([REQUEST])
     ike.edit([REQUEST])  # any warning is an error here

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -637,3 +637,14 @@ def test_wordings_of_one_fact_change_the_model_no_more_than_one():
         with edit:
             assert all("Lyon" in text for text in base.generate(prompts[:count], 4))
     assert max(sizes) < 1.2 * sizes[0]
+
+
+def test_results_say_how_a_setting_is_settled_that_each_edit_settles_for_itself():
+    for kind, given, said in (
+        (MEMIT, None, "6% of a typical key of each edit, which notes it"),
+        (MEMIT, 20.0, 20.0),
+        (AlphaEdit, None, None),  # it has no part there
+    ):
+        method = kind(base_model=tiny_base("llama"), preserve=given, statistics="identity")
+        method.configure_model()
+        assert method.settings.reported() == {**asdict(method.settings), "preserve": said}

@@ -89,6 +89,7 @@ class IKE(EditMethod):
         self._pool_source: PoolSource | None = pool
         self.save_hyperparameters({"pool": pool_name(pool)})  # its name, not its records
         self.pool: Pool | None = None
+        self._warned = False
 
     def build(self) -> None:
         """Read the pool and settle the number of demonstrations."""
@@ -98,12 +99,16 @@ class IKE(EditMethod):
         source = self._pool_source if self._pool_source is not None else self._default_source()
         if count and source is not None:
             self.pool = load_pool(source, self.settings.retriever)
-        elif count:
+
+    def _warn_without_pool(self) -> None:
+        """Say once that there are no demonstrations; only edits need them, `predict` does not."""
+        if self.settings.demonstrations and self.pool is None and not self._warned:
+            self._warned = True
             warnings.warn(
                 "IKE has no pool of demonstrations, so the fact is stated without any, which "
                 "small models often do not follow; name one with model.pool (a dataset with a "
                 "training split, or a file of facts), or set demonstrations to 0",
-                stacklevel=2,
+                stacklevel=3,
             )
 
     def _default_source(self) -> PoolSource | None:
@@ -120,6 +125,7 @@ class IKE(EditMethod):
         Raises:
             InvalidRequestError: A fact and its own question do not fit into the window.
         """
+        self._warn_without_pool()
         refuse_long(requests, self.too_long)
         chosen = [self.choose(request) for request in requests]
         entries = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from kedit_lightning.base_models import BaseModel, BaseModelSpec
 from kedit_lightning.methods.capabilities import NotNegative, Share
@@ -20,6 +20,7 @@ class AlphaEditSettings(LayersSettings):
     threshold: NotNegative | None
     size_cost: NotNegative
     legacy_size_cost: NotNegative | None
+    weighs_text: ClassVar[bool] = False
 
 
 class AlphaEdit(ClosedForm):
@@ -44,7 +45,6 @@ class AlphaEdit(ClosedForm):
     settings: AlphaEditSettings
     published = "AlphaEdit"
     keeps_history = True
-    weighs_text = False
 
     def __init__(
         self,

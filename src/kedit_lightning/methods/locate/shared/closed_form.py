@@ -102,8 +102,6 @@ class ClosedForm(EditMethod):
     spread: ClassVar[float] = 1.0
     #: Whether edits keep a history of keys unless told otherwise.
     keeps_history: ClassVar[bool] = False
-    #: Whether keys of plain text count in the cost of a change, by ``preserve``.
-    weighs_text: ClassVar[bool] = True
     relaxed: ClassVar[bool] = False
     #: Lengths in tokens of the texts put before prompts; each makes an equal part of them.
     context_lengths: ClassVar[tuple[int, ...]] = (10,)
@@ -285,7 +283,7 @@ class ClosedForm(EditMethod):
         self, prior: least_squares.Prior, keys: Tensor, history: Tensor | None, found: list[float]
     ) -> least_squares.Prior:
         """Cost of a change at keys ``[d_in, n]`` on earlier edits; a weight ``found`` is noted."""
-        if self.settings.preserve is None and self.weighs_text:
+        if self.settings.preserve is None and self.settings.weighs_text:
             weight = least_squares.relative_weight(prior, keys, TEXT_SHARE)
             prior = least_squares.weighted_prior(prior, weight)
             found.append(float(f"{weight:.4g}"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Self, TypeAlias
+from typing import Any, ClassVar, Literal, Self, TypeAlias
 
 from kedit_lightning.base_models import BaseModel
 from kedit_lightning.edits.projections import projection_shape
@@ -126,6 +126,15 @@ class ClosedFormSettings(MethodSettings):
     fit_length: Count
     fit_tokens: Count | None
     fit_error: Positive | None
+    #: Whether keys of plain text count in the cost of a change, by ``preserve``.
+    weighs_text: ClassVar[bool] = True
+
+    def reported(self) -> dict[str, Any]:
+        """Their values; where ``preserve`` follows from the keys of each edit, the rule."""
+        values = super().reported()
+        if self.preserve is None and self.weighs_text:
+            values["preserve"] = f"{TEXT_SHARE:.0%} of a typical key of each edit, which notes it"
+        return values
 
     def check_bounds(self, method: str) -> None:
         """Check numbers, and where statistics come from; see the base class."""
