@@ -279,7 +279,9 @@ def test_a_changed_number_in_a_line_is_noticed(copy):
 def test_a_damaged_edit_that_has_scores_names_the_way_out(copy):
     path = copy / "run/edits/1.safetensors"
     path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(KEditError, match=r"edits/1\.safetensors .*put back a copy of it, or delete it") as caught:
+    with pytest.raises(
+        KEditError, match=r"edits/1\.safetensors .*delete it and the lines with its name"
+    ) as caught:
         run(copy / "run", copy / "facts.jsonl", resume=True)
     sentence(caught.value)
     path.unlink()
