@@ -32,13 +32,20 @@ class Continuation:
 
     Args:
         base: The base model, as its stack stands.
-        rows: The rows; each has a subject, at whose last token the passes resume.
+        rows: The rows.
         block: Number of the first block that runs again.
         resume: Whether to resume; by default where the model allows it.
+        cuts: Index in each prompt of the token at which passes resume; by default that of the last
+            token of the subject, which each row then has.
     """
 
     def __init__(
-        self, base: BaseModel, rows: Sequence[EncodedRow], block: int, resume: bool | None = None
+        self,
+        base: BaseModel,
+        rows: Sequence[EncodedRow],
+        block: int,
+        resume: bool | None = None,
+        cuts: Sequence[int] | None = None,
     ) -> None:
         self.base = base
         self._cache: Any = None
@@ -49,7 +56,7 @@ class Continuation:
         if not resume:
             self.rows = base.pad(rows, "right")
             return
-        cuts = [row.subject_end for row in rows]
+        cuts = [row.subject_end for row in rows] if cuts is None else cuts
         head, self.rows = pad_tails(rows, cuts, base.pad_id, base.takes_positions, base.device)
         if not any(cuts):
             width = head["input_ids"].shape[1]
@@ -117,9 +124,10 @@ def _tried(base: BaseModel) -> bool:
         EncodedRow(tuple(ids[2:6]), tuple(ids[6:7]), subject_end=1, subject_start=1),
     ]
     depth, tolerance = len(base.layout), _SAME[base.dtype.itemsize]
-    for block in sorted({0, depth // 2, depth}):
+    cuts = [row.subject_end for row in rows]
+    for block, at in [(0, cuts), (depth // 2, cuts), (depth, cuts), (depth // 2, [0, 0])]:
         try:
-            resumed = _answers(Continuation(base, rows, block, resume=True))
+            resumed = _answers(Continuation(base, rows, block, True, at))
             complete = _answers(Continuation(base, rows, block, resume=False))
         except _OTHER_FORM:
             return False

@@ -170,6 +170,13 @@ class Layout:
         """Name of the block with a number, whatever it consists of."""
         return f"{self._found[0]}.{index}"
 
+    def first_block(self, modules: Iterable[str]) -> int:
+        """Number of the first block that holds one of the modules; 0 where one is in no block."""
+        list_name = self._found[0]
+        places = [name.removeprefix(f"{list_name}.").partition(".") for name in modules]
+        inside = [name.startswith(f"{list_name}.") for name in modules]
+        return min(int(place[0]) for place in places) if all(inside) else 0
+
     def block(self, index: int) -> Block:
         """The block with a number; negative numbers count from the end.
 
