@@ -110,19 +110,29 @@ class Layout:
 
     @cached_property
     def dense_layers(self) -> tuple[int, ...]:
-        """Numbers of the blocks with a dense MLP: in a mixture of experts some, elsewhere all.
+        """Numbers of the blocks with a dense MLP of their own: in most models all of them.
+
+        In a mixture of experts some have none, and in Zamba some have that of another block.
 
         Raises:
             ModuleNotLocatedError: No block has one.
         """
-        dense = []
+        found: dict[int, list[int]] = {}
         for index in range(len(self)):
             with suppress(ModuleNotLocatedError):
-                self.block(index)
-                dense.append(index)
-        if not dense:
+                down = self.model.get_submodule(self.block(index).down)
+                found.setdefault(id(next(down.parameters(), down)), []).append(index)
+        own = [layers[0] for layers in found.values() if len(layers) == 1]
+        if found and not own:
+            shared = [self.block_name(index) for index in next(iter(found.values()))]
+            raise ModuleNotLocatedError(
+                f"the blocks of model type '{self.model_type}' that have a dense MLP share it "
+                f"(weights are tied in '{shared[0]}' and '{shared[1]}'), so a change of one would "
+                "change others; use IKE or SERAC, which edit no weights"
+            )
+        if not own:
             self.block(0)  # raises
-        return tuple(dense)
+        return tuple(own)
 
     @property
     def dense_blocks(self) -> tuple[Block, ...]:
@@ -162,6 +172,11 @@ class Layout:
                 "the encoder of an encoder-decoder has no head; ask for its decoder's final norm"
             )
         return find_final_norm(self.model, self.block_name(len(self) - 1), self.head)
+
+    @property
+    def model_type(self) -> str:
+        """Type of the model that the blocks belong to, as its configuration states it."""
+        return str(text_config(self.model, self._of_encoder).model_type)
 
     def __len__(self) -> int:
         return len(self._found[1])
@@ -210,7 +225,7 @@ class Layout:
         return self._paths[block.name]
 
     def attention(self, index: int) -> str:
-        """The last matrix outside the MLP that writes ``hidden`` values and that mixes tokens.
+        """The last matrix before the MLP that writes ``hidden`` values and that mixes tokens.
 
         Raises:
             ModuleNotLocatedError: The block has none.
@@ -218,8 +233,12 @@ class Layout:
         block = self.block(index)
         owner = self.model.get_submodule(block.name)
         mlp = {name.removeprefix(f"{block.name}.") for name in block.projections}
-        matrices = {k: m for k, m in owner.named_modules() if is_projection(m) and k not in mlp}
-        plain = self._inputs_of(matrices)
+        matrices = {k: m for k, m in owner.named_modules() if is_projection(m)}
+        ran = self._inputs_of(matrices)
+        # A mixer that runs behind the MLP, as in Zamba, gives it nothing.
+        before_mlp = takewhile(lambda key: key != block.down.removeprefix(f"{block.name}."), ran)
+        matrices = {k: matrices[k] for k in before_mlp if k not in mlp}
+        plain = {key: ran[key] for key in matrices}
         for key in reversed(plain):
             if projection_shape(matrices[key])[1] != self.hidden_size:
                 continue
@@ -229,8 +248,8 @@ class Layout:
             if before and bool(change[-1] > _MOVES * plain[key].float().norm(dim=1)[-1]):
                 return f"{block.name}.{key}"
         raise ModuleNotLocatedError(
-            f"block '{block.name}' has no projection that writes what attention has read; use "
-            "MEMIT, which needs none"
+            f"block '{block.name}' has no projection that writes what attention has read for its "
+            "MLP; use MEMIT, which needs none"
         )
 
     # ---- location by structure
@@ -262,7 +281,7 @@ class Layout:
             if self._fed_by_token(down, beside, matrices, seen[down]):
                 return down, tuple(inner)
         raise ModuleNotLocatedError(
-            f"block '{name}' of model type '{text_config(self.model).model_type}' has no dense "
+            f"block '{name}' of model type '{self.model_type}' has no dense "
             "MLP projection that reads each token once (a mixture of experts with fused weights "
             "and a state-space mixer have none), so methods that edit one cannot be used on it; "
             "use a dense model, or IKE, which edits no weights"

@@ -9,6 +9,7 @@ from typing import ClassVar, Literal, TypeAlias
 from torch import Tensor
 
 from kedit_lightning.base_models import BaseModel, BaseModelSpec, TokenRows
+from kedit_lightning.base_models.layer_choice import nearest_layers
 from kedit_lightning.base_models.taps import visiting
 from kedit_lightning.edits import DenseEdit
 from kedit_lightning.edits.edit import check_finite
@@ -63,7 +64,8 @@ class FTM(EditMethod):
     Args:
         base_model: The model to edit: an object, a specification, or a name.
         layers: Blocks whose down projection is trained, negative numbers from the end. When absent
-            the published ones of a known model, or else block 0.66 n of n.
+            the published ones of a known model, or else block 0.66 n of n, or the nearest one with
+            a dense MLP.
         lr: Learning rate of Adam.
         steps: Maximum number of epochs over the requests; 25 when absent, unless published
             otherwise.
@@ -175,5 +177,7 @@ class FTM(EditMethod):
 def finetune_defaults(base: BaseModel) -> FinetuneDefaults:
     """Published settings of a known model, else defaults for its number of blocks."""
     blocks = len(base.layout)
-    usual = FinetuneDefaults((min(round(USUAL_DEPTH * blocks), blocks - 1),))
-    return published_settings(base, "FTM", FinetuneDefaults) or usual
+    known = published_settings(base, "FTM", FinetuneDefaults)
+    return known or FinetuneDefaults(
+        nearest_layers(base.layout.dense_layers, [min(round(USUAL_DEPTH * blocks), blocks - 1)])
+    )

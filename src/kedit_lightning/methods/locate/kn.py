@@ -74,7 +74,7 @@ class KN(EditMethod):
         Raises:
             UnsupportedUseError: Embeddings and MLP outputs differ in width.
         """
-        self.projections = [block.down for block in self.base.layout.blocks]
+        self.projections = [block.down for block in self.base.layout.dense_blocks]
         head = self.base.model.get_output_embeddings()
         width = None if head is None else head.weight.shape[1]
         for name in self.projections:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kedit_lightning.base_models import BaseModel, BaseModelSpec, TokenRows
+from kedit_lightning.base_models.layer_choice import nearest_layers
 from kedit_lightning.base_models.layout import Layout
 from kedit_lightning.edits import Edit, LowRankDelta, LowRankEdit, memories
 from kedit_lightning.edits.edit import check_finite
@@ -61,8 +62,9 @@ class UltraEditDefaults:
         """Names of the projections that are edited: all of the given layers, if any are given."""
         if layers is None and self.blocks is not None:
             return [layout.block(i).projections[n] for n, at in self.blocks.items() for i in at]
-        chosen = last_third(len(layout)) if layers is None else layers
-        return [name for i in chosen for name in layout.block(i).projections]
+        if layers is None:
+            layers = nearest_layers(layout.dense_layers, last_third(len(layout)))
+        return [name for i in layers for name in layout.block(i).projections]
 
 
 def last_third(blocks: int) -> range:

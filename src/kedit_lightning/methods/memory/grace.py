@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kedit_lightning.base_models import BaseModel, BaseModelSpec, TokenRows
+from kedit_lightning.base_models.layer_choice import nearest_layers
 from kedit_lightning.base_models.taps import capture, change_output, stop_after
 from kedit_lightning.edits import CodebookEdit
 from kedit_lightning.edits.edit import check_finite
@@ -191,5 +192,9 @@ def default_place(base: BaseModel) -> CodebookPlace:
     """The published place of a known model, else one in the upper third."""
     blocks = len(base.layout)
     # At least one block must follow, or the later answer tokens could not attend to the value.
-    usual = CodebookPlace(max(0, min(round(USUAL_DEPTH * blocks), blocks - 2)))
-    return published_settings(base, "GRACE", CodebookPlace) or usual
+    known = published_settings(base, "GRACE", CodebookPlace)
+    if known is not None:
+        return known
+    dense = base.layout.dense_layers
+    followed = [layer for layer in dense if layer < blocks - 1] or dense
+    return CodebookPlace(*nearest_layers(followed, [round(USUAL_DEPTH * blocks)]))

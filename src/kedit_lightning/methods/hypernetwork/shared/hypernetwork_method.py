@@ -42,7 +42,7 @@ class HypernetworkMethod(TrainedMethod):
     Args:
         base_model: The model to edit.
         layers: Blocks whose projections are edited; negative numbers count from the end. If absent,
-            those of the checkpoint, or else the method's number of last blocks.
+            those of the checkpoint, or else the method's number of last blocks with an MLP.
         modules: Names of the projections to edit instead of those of ``layers``.
         n_edits: Examples that one edit writes in training.
         at_once: Largest number of edits of a training step that run through the model together;
@@ -97,7 +97,7 @@ class HypernetworkMethod(TrainedMethod):
         names = [
             name
             for half in halves
-            for i in (range(max(0, len(half) - last), len(half)) if layers is None else layers)
+            for i in (half.dense_layers[-last:] if layers is None else layers)
             for name in self.projections_of(half.block(i))
         ]
         return tuple(dict.fromkeys(names))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Self, TypeAlias
 
 from kedit_lightning.base_models import BaseModel
+from kedit_lightning.base_models.layer_choice import nearest_attending_layers, nearest_layers
 from kedit_lightning.edits.projections import projection_shape
 from kedit_lightning.methods.capabilities import (
     Count,
@@ -66,16 +67,10 @@ def one_layer(base: BaseModel) -> tuple[int, ...]:
 
     In a shallow model it is the first.
     """
-    depth = len(base.layout)
+    depth, dense = len(base.layout), base.layout.dense_layers
     if depth < SHALLOW:
-        return _dense(base, (0,))
-    return _dense(base, (round((0.17 if base.layout.is_gated else 0.35) * depth),))
-
-
-def _dense(base: BaseModel, layers: Sequence[int]) -> tuple[int, ...]:
-    """The nearest blocks with a dense MLP; in most models these are the blocks themselves."""
-    dense = base.layout.dense_layers
-    return tuple(sorted({min(dense, key=lambda known: abs(known - i)) for i in layers}))
+        return nearest_layers(dense, (0,))
+    return nearest_layers(dense, (round((0.17 if base.layout.is_gated else 0.35) * depth),))
 
 
 def several_layers(base: BaseModel) -> tuple[int, ...]:
@@ -83,12 +78,16 @@ def several_layers(base: BaseModel) -> tuple[int, ...]:
 
     In a shallow model it is the first eighth.
     """
+    return nearest_layers(base.layout.dense_layers, _usual_range(base))
+
+
+def _usual_range(base: BaseModel) -> range:
     depth = len(base.layout)
     if depth < SHALLOW:
-        return _dense(base, range(depth // 8 + 1))
+        return range(depth // 8 + 1)
     start, end = (1 / 8, 1 / 4) if base.layout.is_gated else (0.27, 0.36)
     last = round(end * depth)
-    return _dense(base, range(max(round(start * depth), last - 4), last + 1))
+    return range(max(round(start * depth), last - 4), last + 1)
 
 
 def layers_beside_attention(base: BaseModel) -> tuple[int, ...]:
@@ -97,7 +96,8 @@ def layers_beside_attention(base: BaseModel) -> tuple[int, ...]:
     What is optimised at attention but not written must be made up for by more layers.
     """
     depth = len(base.layout)
-    return _dense(base, range(depth // 4 + 1)) if depth < SHALLOW else several_layers(base)
+    wished = range(depth // 4 + 1) if depth < SHALLOW else _usual_range(base)
+    return nearest_attending_layers(base.layout, wished)
 
 
 @dataclass(frozen=True)

@@ -182,7 +182,7 @@ class _ForwardPass:
 
 def requests_at_a_time(base: BaseModel, block: int, encoded: Sequence[Sequence[EncodedRow]]) -> int:
     """Number of requests whose activations from a block on fit into memory together; at least 1."""
-    inner = projection_shape(base.module(base.layout.block(0).down))[0]
+    inner = projection_shape(base.module(base.layout.dense_blocks[0].down))[0]
     width = _HIDDEN * base.layout.hidden_size + _INNER * inner
     token = base.dtype.itemsize * (len(base.layout) - block) * width
     vocabulary = int(base.model.config.get_text_config(decoder=True).vocab_size)
