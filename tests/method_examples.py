@@ -20,6 +20,7 @@ METHODS = [
     ("InstructEdit", {"checkpoint": "none", "edit_lr": 1e-2, "tasks": TASKS}),
     ("KE", {"checkpoint": "none", "max_scale": 10.0}),
     ("KN", {"steps": 3}),
+    ("LoRA", {"lr": 1e-2, "steps": 5}),
     ("MALMEN", {"checkpoint": "none", "edit_lr": 1e-2}),
     ("MEMIT", {**LOCATE, "preserve": 1.0}),
     ("MEND", {"checkpoint": "none", "edit_lr": 1e-2}),

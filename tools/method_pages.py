@@ -101,6 +101,13 @@ PAPERS: dict[str, tuple[Paper, ...]] = {
     "KN": (
         Paper("Knowledge Neurons in Pretrained Transformers", "Dai et al., ACL 2022", "2104.08696"),
     ),
+    "LoRA": (
+        Paper(
+            "LoRA: Low-Rank Adaptation of Large Language Models",
+            "Hu et al., ICLR 2022",
+            "2106.09685",
+        ),
+    ),
     "MALMEN": (
         Paper(
             "Massive Editing for Large Language Models via Meta Learning",

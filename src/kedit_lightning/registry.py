@@ -107,6 +107,7 @@ _OWN: dict[tuple[Kind, str], dict[str, tuple[str, str, str]]] = {
         "InstructEdit": ("hypernetwork.instructedit", "instructedit", "MEND with instructions"),
         "KE": ("hypernetwork.ke", "ke", "hypernetwork that gates the gradient of a request"),
         "KN": ("locate.kn", "kn", "knowledge neurons, a historical baseline"),
+        "LoRA": ("finetune.lora", "lora", "low-rank adapter, trained with peft"),
         "MALMEN": ("hypernetwork.malmen", "malmen", "MEND for many facts, by ridge regression"),
         "MEMIT": ("locate.memit", "memit", "many facts over a few layers, closed form"),
         "MEND": ("hypernetwork.mend", "mend", "hypernetwork that transforms a gradient; T5 too"),

@@ -8,6 +8,7 @@ from kedit_lightning.registry import entries, lazy_exports
 
 if TYPE_CHECKING:
     from kedit_lightning.methods.finetune.ftm import FTM
+    from kedit_lightning.methods.finetune.lora import LoRA
     from kedit_lightning.methods.hypernetwork.instructedit import InstructEdit
     from kedit_lightning.methods.hypernetwork.ke.ke import KE
     from kedit_lightning.methods.hypernetwork.malmen.malmen import MALMEN
@@ -52,6 +53,7 @@ __all__ = [
     "Capabilities",
     "EditMethod",
     "InstructEdit",
+    "LoRA",
     "MethodSettings",
     "RLEdit",
     "UltraEdit",

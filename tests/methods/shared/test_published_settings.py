@@ -6,6 +6,7 @@ import pytest
 
 from kedit_lightning import methods
 from kedit_lightning.methods.finetune.ftm import FinetuneDefaults
+from kedit_lightning.methods.finetune.shared.adapter_method import AdapterDefaults
 from kedit_lightning.methods.locate.shared.closed_form_settings import LocateSettings
 from kedit_lightning.methods.locate.ultraedit import UltraEditDefaults
 from kedit_lightning.methods.memory.grace import CodebookPlace
@@ -16,6 +17,7 @@ KINDS = {
     "UltraEdit": UltraEditDefaults,
     "FTM": FinetuneDefaults,
     "GRACE": CodebookPlace,
+    "LoRA": AdapterDefaults,
 }
 ENTRIES = [
     pytest.param(method, key, values, id=f"{method}-{'-'.join(map(str, key))}")

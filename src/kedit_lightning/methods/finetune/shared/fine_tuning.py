@@ -42,19 +42,22 @@ def fine_tune(
     weight_decay: float = 0.0,
     norm_constraint: float = math.inf,
     stop_loss: float = 0.0,
+    after_step: Callable[[int], None] | None = None,
 ) -> list[float]:
     """Train tensors in place with Adam, in epochs over shuffled rows.
 
     ``loss`` maps the indices of rows to their mean loss, a scalar.  ``weight_decay`` is an L2
     penalty, added to the gradient.  Each entry is clamped to ``norm_constraint`` in absolute value
     after each step.  A batch with a loss below ``stop_loss`` is skipped, and training ends after an
-    epoch with a mean loss below it.
+    epoch with a mean loss below it.  ``after_step`` is called after each step of
+    the optimizer with its number, from 1, while the tensors still have their gradients.
 
     Returns:
         Mean loss of each epoch, each batch's taken before its update.
     """
     optimizer = torch.optim.Adam(tensors, lr=lr, weight_decay=weight_decay)
     history: list[float] = []
+    steps = 0
     progress = track(
         range(epochs),
         "Fine-tuning",
@@ -78,6 +81,9 @@ def fine_tune(
             with torch.no_grad():
                 for tensor in tensors:
                     tensor.clamp_(-norm_constraint, norm_constraint)
+            steps += 1
+            if after_step is not None:
+                after_step(steps)
         history.append(total / rows)
         if history[-1] < stop_loss:
             break

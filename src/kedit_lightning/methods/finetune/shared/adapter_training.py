@@ -1,0 +1,135 @@
+"""Adapter layers of peft that stand in the place of projections while they are trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig, LoraModel
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import cast_adapter_dtype
+from torch import Tensor, nn
+
+from kedit_lightning.edits.projections import base_layer, is_transposed
+from kedit_lightning.errors import UnsupportedUseError
+
+#: Name of the adapter inside peft.
+ADAPTER = "edit"
+
+
+@dataclass(frozen=True)
+class TrainedAdapter:
+    """An adapter under training.
+
+    Args:
+        tuner: peft's model of the adapter, which holds the projections alone.
+        layers: The adapter's layers by the names of the projections.
+    """
+
+    tuner: LoraModel
+    layers: Mapping[str, LoraLayer]
+
+    @property
+    def tensors(self) -> list[nn.Parameter]:
+        """What is trained."""
+        return [tensor for tensor in self.tuner.parameters() if tensor.requires_grad]
+
+
+class Projections(nn.Module):
+    """Some projections of a model and nothing else, for peft to put its layers around.
+
+    What peft does to the model it is given, it does to this one: an error half way leaves the base
+    model as it was.
+
+    Args:
+        model: The base model.
+        modules: The projections.
+    """
+
+    def __init__(self, model: nn.Module, modules: Sequence[nn.Module]) -> None:
+        super().__init__()
+        for number, module in enumerate(modules):
+            self.add_module(f"projection{number}", module)
+        # What peft asks a model whose weights are quantised.
+        self.is_loaded_in_8bit = bool(getattr(model, "is_loaded_in_8bit", False))
+        self.is_loaded_in_4bit = bool(getattr(model, "is_loaded_in_4bit", False))
+
+
+def place_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """Owner of a projection, and its name there; below adapters that the model has already."""
+    path, _, key = name.rpartition(".")
+    owner = model.get_submodule(path)
+    while isinstance(getattr(owner.get_submodule(key), "base_layer", None), nn.Module):
+        owner, key = owner.get_submodule(key), "base_layer"
+    return owner, key
+
+
+@contextmanager
+def standing_in(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Inside, other modules stand in the place of projections; afterwards these are back."""
+    places = {name: place_of(model, name) for name in modules}
+    before = {name: owner.get_submodule(key) for name, (owner, key) in places.items()}
+    try:
+        for name, (owner, key) in places.items():
+            owner._modules[key] = modules[name]
+        yield
+    finally:
+        for name, (owner, key) in places.items():
+            owner._modules[key] = before[name]
+
+
+@contextmanager
+def adapter_training(
+    model: nn.Module,
+    names: Sequence[str],
+    tuner: type[LoraModel],
+    config: LoraConfig,
+    generator: torch.Generator,
+) -> Iterator[TrainedAdapter]:
+    """Inside, an adapter acts on projections of a model, with its dropout on.
+
+    Afterwards, also after an exception, the model is what it was: no module of it was changed.
+    peft draws its random numbers from torch's global generator, whose state is kept.
+
+    Args:
+        model: The model; its own edits and adapters stay in force.
+        names: The projections.
+        tuner: Kind of the adapter.
+        config: Its settings, without the modules.
+        generator: Its first number seeds the start of the factors and the dropout.
+
+    Raises:
+        UnsupportedUseError: peft has no adapter for a projection of this kind.
+    """
+    modules = [base_layer(model.get_submodule(name)) for name in names]
+    projections = Projections(model, modules)
+    config.target_modules = set(dict(projections.named_children()))
+    # peft warns when it must set this by itself.
+    config.fan_in_fan_out = any(map(is_transposed, modules))
+    devices = {m.device for m in model.parameters() if m.device.type == "cuda"}
+    with torch.random.fork_rng(devices=sorted(devices, key=str)):
+        torch.manual_seed(generator.initial_seed())
+        try:
+            wrapped = tuner(projections, config, ADAPTER)
+        except (TypeError, ValueError, ImportError) as error:
+            kinds = ", ".join(sorted({type(module).__name__ for module in modules}))
+            raise UnsupportedUseError(
+                f"peft puts no adapter around the chosen modules ({kinds}): "
+                f"{str(error).splitlines()[0]}; choose other target_modules"
+            ) from error
+        cast_adapter_dtype(wrapped, ADAPTER)
+        layers: dict[str, Any] = dict(zip(names, projections.children(), strict=True))
+        for layer in layers.values():
+            layer.lora_dropout.train()
+        with standing_in(model, layers):
+            yield TrainedAdapter(wrapped, layers)
+
+
+def scaled_factors(layer: LoraLayer) -> tuple[Tensor, Tensor]:
+    """``A [rank, d_in]`` and ``B [d_out, rank]`` of a LoRA layer, its scaling in ``B``."""
+    a: Any = layer.lora_A[ADAPTER]
+    b: Any = layer.lora_B[ADAPTER]
+    return a.weight.detach(), b.weight.detach() * layer.scaling[ADAPTER]
