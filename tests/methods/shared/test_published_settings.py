@@ -50,11 +50,14 @@ def test_an_entry_has_the_fields_of_its_kind_and_blocks_that_exist(method, key, 
     assert isinstance(width, int)
     KINDS[method](**values)  # an unknown field is refused
     # YAML reads 2e-3 as text.
-    for value in values.values():
+    for name, value in values.items():
+        if name == "target_modules":
+            assert all(type(end) is str for end in value)
+            continue
         assert all(type(number) in (int, float) for number in numbers(value))
     layers = [*values.get("layers", ()), *({values["layer"]} if "layer" in values else ())]
     layers += [i for at in values.get("blocks", {}).values() for i in at]
-    assert layers or method == "UltraEdit"
+    assert layers or method == "UltraEdit" or "target_modules" in values
     assert all(0 <= layer < blocks for layer in layers)
     assert {values.get("projection", 0), *values.get("blocks", ())} <= {0, 1, -1}
 
