@@ -119,24 +119,73 @@ _OWN: dict[tuple[Kind, str], dict[str, tuple[str, str, str]]] = {
         "UltraEdit": ("locate.ultraedit", "ultraedit", "regression of normalised gradients"),
     },
     ("dataset", "data"): {
+        "AKEW": (
+            "knowledge.akew",
+            "akew",
+            "a fact as a triple, a passage, or the triples of a passage (`form`)",
+        ),
+        "CKnowEdit": (
+            "knowledge.cknowedit",
+            "cknowedit",
+            "Chinese poetry, idioms, pinyin, history, logic",
+        ),
         "CounterFact": (
             "knowledge.counterfact",
             "counterfact",
             "ROME's nested records and EasyEdit's flat ones, told apart by content",
         ),
+        "EditEverything": (
+            "knowledge.unke",
+            "editeverything",
+            "long targets: mathematics, code, news, poetry",
+        ),
+        "HalluEditBench": (
+            "knowledge.hallueditbench",
+            "hallueditbench",
+            "facts that named models get wrong, five facets",
+        ),
+        "KnowEdit": (
+            "knowledge.knowedit",
+            "knowedit",
+            "its six sets: wiki_recent, zsre, wikibio, wiki_counterfact, convsent, sanitation",
+        ),
+        "KnownFacts": (
+            "knowledge.known_facts",
+            "known_facts",
+            "known-1000, true facts for causal tracing",
+        ),
+        "LEME": ("knowledge.leme", "leme", "zsRE and CounterFact with prompts for long answers"),
+        "MQuAKE": (
+            "knowledge.mquake",
+            "mquake",
+            "multi-hop questions over edited facts (CF, T, hard)",
+        ),
         "NanoFacts": ("knowledge.nano", "nano_facts", "packaged"),
+        "QAEdit": ("knowledge.qaedit", "qaedit", "questions of NQ, TriviaQA and SimpleQA"),
         "Requests": (
             "knowledge.requests_file",
             "requests",
-            "your own JSON, JSONL or CSV: `prompt` (or chat `messages`), `target_new`, `subject?`, "
-            "`target_old?`, `id?`, `task?`, `rephrases?`, `locality?`, `portability?`",
+            "your own JSON, JSONL or CSV: `prompt` (or chat `messages`), `target_new`, "
+            "`subject?`, `target_old?`, `id?`, `task?`, `rephrases?`, `locality?`, "
+            "`portability?`",
+        ),
+        "RippleEdits": (
+            "knowledge.rippleedits",
+            "rippleedits",
+            "six criteria of what follows from an edit",
         ),
         "Texts": (
             "text.texts",
             "texts",
             "plain text for key statistics: a file, a folder, or a hub data set, streamed",
         ),
-        "ZsRE": ("knowledge.zsre", "zsre", "MEND's records"),
+        "UnKE": ("knowledge.unke", "unke", "answers of about a hundred words"),
+        "WikiBigEdit": (
+            "knowledge.wikibigedit",
+            "wikibigedit",
+            "half a million changes of Wikidata over time",
+        ),
+        "ZsRE": ("knowledge.zsre", "zsre", "MEND's records and KnowEdit's"),
     },
     ("callback", "callbacks"): {
         "CausalTracing": ("causal_tracing", "", "heat maps of causal traces"),

@@ -17,6 +17,18 @@ CLASSES = {
     "counterfact": "CounterFact",
     "nano_facts": "NanoFacts",
     "texts": "Texts",
+    "akew": "AKEW",
+    "cknowedit": "CKnowEdit",
+    "editeverything": "EditEverything",
+    "hallueditbench": "HalluEditBench",
+    "knowedit": "KnowEdit",
+    "known_facts": "KnownFacts",
+    "leme": "LEME",
+    "mquake": "MQuAKE",
+    "qaedit": "QAEdit",
+    "rippleedits": "RippleEdits",
+    "unke": "UnKE",
+    "wikibigedit": "WikiBigEdit",
 }
 
 

@@ -192,8 +192,6 @@ def test_files_that_cannot_be_read(tmp_path: Path, name: str, content: bytes, wo
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataFileError, match=words):
         Requests(path=tmp_path / name).setup("test")
-    with pytest.raises(DataFileError, match="is a folder"):
-        Requests(path=tmp_path).setup("test")
 
 
 def test_nothing_usable_is_an_error_even_when_skipping(tmp_path: Path) -> None:

@@ -30,29 +30,42 @@ REWRITE = {
 }  # fmt: skip
 
 FOREIGN: list[tuple[str, dict[str, Any], str]] = [
-    ("KnowEdit", KNOWEDIT, "its ground_truth is target_old, rephrase_prompt is rephrases; in the "
-     "items of locality and portability, ground_truth is answers"),
-    ("KnowEdit", {**FACT, "portability": {"Subject_Aliasing": [LEAF]}}, "ground_truth is answers"),
-    ("KnowEdit", {**FACT, "locality": {"Forgetfulness": [LEAF]}}, "ground_truth is answers"),
-    ("KnowEdit (WikiBio)", {"text": "a", "labels": "b", "concept": "c"},
-     "its text is prompt, labels is target_new, concept is subject"),
-    ("KnowEdit (ConvSent)", {"ent": "a", "pos": ["b"], "neg": ["c"]}, "it states no facts"),
-    ("KnowEdit (Sanitation)", {"K_F": [{"question": "a"}], "K_R": []}, "the items of K_F"),
-    ("KnowEdit (Sanitation)", {"success": [{}], "locality": []}, "the items of success"),
-    ("MQuAKE", {"case_id": 1, "requested_rewrite": [REWRITE], "questions": ["q"],
-                "new_answer": "a"}, "the items of requested_rewrite"),
-    ("AKEW", {"requested_rewrite": {**REWRITE, "fact_new_uns": "t"}}, "the items of requested_r"),
-    ("QAEdit", {"id": 1, "prompt": "p", "target": "a ", "subject": "p", "rephrase": "r",
-                "locality": [{"loc": "q", "loc_ans": "b"}]}, "target is target_new, rephrase is"),
-    ("CKnowEdit", {"prompt": "p", "target_old": "o", "target_new": "n", "rephrase": ["r"],
-                   "portability": None}, "answer is answers"),
-    ("WikiBigEdit", {"subject": "s", "update": "s is", "ans": "a", "rephrase": "r"},
-     "update is prompt, ans is target_new"),
-    ("HalluEditBench", {"subject": "s", "relation": "r", "object": "o", "question": "q"},
-     "object is target_new"),
+    ("InstructEdit", {"type": "zsre", "prompt": "p", "target_new": "", "metric_kwargs": 1},
+     "type is task"),
     ("NQ-open", {"question": "q", "answer": ["a"]}, "question is prompt, answer is target_new"),
     ("PIQA", {"goal": "g", "sol1": "a", "sol2": "b"}, "it states no facts"),
 ]  # fmt: skip
+
+READ: list[tuple[str, str, dict[str, Any]]] = [
+    ("KnowEdit", "KnowEdit", KNOWEDIT),
+    ("KnowEdit", "KnowEdit", {**FACT, "portability": {"Subject_Aliasing": [LEAF]}}),
+    ("KnowEdit", "KnowEdit", {**FACT, "locality": {"Forgetfulness": [LEAF]}}),
+    ("KnowEdit (WikiBio)", "KnowEdit", {"text": "a", "labels": "b", "concept": "c"}),
+    ("KnowEdit (ConvSent)", "KnowEdit", {"ent": "a", "pos": ["b"], "neg": ["c"]}),
+    ("KnowEdit (Sanitation)", "KnowEdit", {"K_F": [{"question": "a"}], "K_R": []}),
+    ("KnowEdit (Sanitation)", "KnowEdit", {"success": [{}], "locality": []}),
+    ("MQuAKE", "MQuAKE", {"case_id": 1, "requested_rewrite": [REWRITE], "questions": ["q"],
+                          "new_answer": "a"}),
+    ("AKEW", "AKEW", {"requested_rewrite": {**REWRITE, "fact_new_uns": "t"}}),
+    ("QAEdit", "QAEdit", {"id": 1, "prompt": "p", "target": "a ", "subject": "p", "rephrase": "r",
+                          "locality": [{"loc": "q", "loc_ans": "b"}]}),
+    ("CKnowEdit", "CKnowEdit", {"prompt": "p", "target_old": "o", "target_new": "n",
+                                "rephrase": ["r"], "portability": None}),
+    ("WikiBigEdit", "WikiBigEdit", {"subject": "s", "update": "s is", "ans": "a"}),
+    ("HalluEditBench", "HalluEditBench",
+     {"subject": "s", "relation": "r", "object": "o", "question": "q"}),
+    ("UnKE", "UnKE", {"question": "q", "para_question": "r", "answer": "a"}),
+    ("RippleEdits", "RippleEdits", {"example_type": "recent", "edit": {"prompt": "A is B."}}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "dataset", "record"), READ)
+def test_a_format_that_a_dataset_reads(
+    tmp_path: Path, name: str, dataset: str, record: dict[str, Any]
+) -> None:
+    hint = f"it is in the format of {name}, which the dataset {dataset} reads: --data {dataset}"
+    assert advice([record] * 3, "Requests").startswith(hint)
+    assert advice([record] * 3, dataset) == ""
 
 
 @pytest.mark.parametrize(("name", "record", "way"), FOREIGN, ids=[f[0] for f in FOREIGN])

@@ -9,8 +9,19 @@ from pathlib import Path
 
 import pytest
 
-from kedit_lightning.data import CounterFact, EditDataModule, Requests, Texts, ZsRE
-from kedit_lightning.errors import DataFileError
+from kedit_lightning.data import (
+    CKnowEdit,
+    CounterFact,
+    EditDataModule,
+    KnowEdit,
+    KnownFacts,
+    MQuAKE,
+    QAEdit,
+    Requests,
+    Texts,
+    ZsRE,
+)
+from kedit_lightning.data.locality_set import locality_set
 
 pytestmark = pytest.mark.real_data
 
@@ -99,25 +110,73 @@ def test_flat_and_nested_counterfact_agree(shared_data: Path) -> None:
     assert all(e.requests[0].task for e in shared)
 
 
-@pytest.mark.filterwarnings("ignore:.*white space")
+#: Dataset, file, records, records whose prompt lacks their subject, and probes by group.
+WHOLE: list[tuple[type[EditDataModule], str, int, int, dict[str, int]]] = [
+    (ZsRE, "portability/zsre_inverse_relation.json", 385, 5,
+     {"rephrase": 385, "inverse_relation": 385}),
+    (ZsRE, "portability/zsre_subject_replace.json", 293, 4,
+     {"rephrase": 293, "subject_replace": 293}),
+    (ZsRE, "knowedit/benchmark_ZsRE_ZsRE-test-all.json", 1304, 3,
+     {"rephrase": 1304, "Relation_Specificity": 2608, "Reasoning": 771, "Subject_Aliasing": 264,
+      "Logical_Generalization": 269}),
+    (KnowEdit, "knowedit/ZsRE-test-all-prompt10.json", 1304, 3,
+     {"rephrase": 14399, "Relation_Specificity": 2608, "Reasoning": 771, "Subject_Aliasing": 264,
+      "Logical_Generalization": 269}),
+    (KnowEdit, "knowedit/wiki_counterfact_test_cf-generate-10.json", 885, 0,
+     {"rephrase": 8876, "Relation_Specificity": 5488, "Forgetfulness": 468, "Reasoning": 2221,
+      "Subject_Aliasing": 2408, "Logical_Generalization": 463}),
+    (KnowEdit, "knowedit/benchmark_wiki_counterfact_train_cf.json", 1428, 0,
+     {"Relation_Specificity": 1254, "Forgetfulness": 782, "Reasoning": 504,
+      "Subject_Aliasing": 1410, "Logical_Generalization": 305}),
+    (KnowEdit, "knowedit/benchmark_wiki_recent_recent_train.json", 570, 0,
+     {"Relation_Specificity": 1648, "Forgetfulness": 298, "Reasoning": 476,
+      "Subject_Aliasing": 52, "Logical_Generalization": 223}),
+    (KnowEdit, "knowedit/benchmark_WikiBio_wikibio-train-all.json", 464, 0,
+     {"Relation_Specificity": 928}),
+    (KnowEdit, "knowedit/benchmark_WikiBio_wikibio-test-all.json", 306, 0,
+     {"Relation_Specificity": 612}),
+    (KnowEdit, "knowedit/benchmark_Convsent_blender_val.json", 799, 0, {"rephrase": 1598}),
+    (KnowEdit, "knowedit/benchmark_Convsent_blender_test.json", 800, 0, {"rephrase": 1600}),
+    (KnowEdit, "knowedit/benchmark_trivia_trivia_qa_train.json", 80, 0, {"retained": 453}),
+    (KnowEdit, "knowedit/benchmark_trivia_trivia_qa_test.json", 80, 0, {"retained": 453}),
+    (MQuAKE, "mquake/MQuAKE-hard.json", 429, 0,
+     {"rephrase": 1716, "multi_hop": 1287, "single_hop": 1716}),
+    (QAEdit, "qaedit/QAEdit_inter_1k.json", 1000, 0, {"rephrase": 1000, "qa": 5000}),
+    (CKnowEdit, "cknowedit/CKnowEditType", 700, 0,
+     {"rephrase": 1832, "portability": 1433, "locality": 567}),
+    (KnownFacts, "known_1000/known_1000.json", 1209, 0, {}),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    ("name", "group", "bad", "records"),
-    [
-        ("inverse_relation", "inverse_relation", 5, 385),
-        ("subject_replace", "subject_replace", 4, 293),
-    ],
+    ("dataset", "name", "records", "lost", "probes"), WHOLE, ids=[row[1] for row in WHOLE]
 )
-def test_side_files_of_zsre_hold_subjects_that_their_prompts_lack(
-    shared_data: Path, name: str, group: str, bad: int, records: int
+def test_a_published_file_loads_whole(
+    shared_data: Path,
+    dataset: type[EditDataModule],
+    name: str,
+    records: int,
+    lost: int,
+    probes: dict[str, int],
 ) -> None:
-    path = shared_data / f"portability/zsre_{name}.json"
-    with pytest.raises(DataFileError, match=rf"{bad} bad records of {records}.*'subject'"):
-        ZsRE(path=path).examples()
-    data = ZsRE(path=path, on_bad_record="skip")
-    with pytest.warns(UserWarning, match=f"{bad} of {records}"):
+    data = dataset(path=shared_data / name)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         examples = data.examples()
-    assert len(examples) == records - bad == data.source["test"]["records"]
-    assert all(example.probes[-1].group == group for example in examples)
+    said = [str(one.message) for one in caught]
+    assert sum(f"{lost} record" in text and "other words" in text for text in said) == bool(lost)
+    assert (len(examples), data.source["test"]["skipped"]) == (records, 0)
+    requests = sum(len(example.requests) for example in examples)
+    found = Counter(probe.group for example in examples for probe in example.probes)
+    assert found == {"rewrite": requests, **probes}
+    assert sum(example.requests[0].subject is None for example in examples) >= lost
+
+
+@pytest.mark.parametrize(
+    ("name", "count"), [("nq_open/NQ-open.dev.jsonl", 3610), ("locality/piqa_valid.jsonl", 1838)]
+)
+def test_a_published_locality_set(shared_data: Path, name: str, count: int) -> None:
+    assert len(locality_set(shared_data / name)) == count
 
 
 def test_a_published_file_is_not_taken_for_ones_own_facts(shared_data: Path) -> None:

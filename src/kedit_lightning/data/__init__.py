@@ -7,24 +7,48 @@ from typing import TYPE_CHECKING
 from kedit_lightning.registry import lazy_exports
 
 if TYPE_CHECKING:
-    from kedit_lightning.data.datamodule import EditDataModule, SkipRecord, Split
+    from kedit_lightning.data.datamodule import EditDataModule, Split
+    from kedit_lightning.data.knowledge.akew import AKEW
+    from kedit_lightning.data.knowledge.cknowedit import CKnowEdit
     from kedit_lightning.data.knowledge.counterfact import CounterFact
+    from kedit_lightning.data.knowledge.hallueditbench import HalluEditBench
+    from kedit_lightning.data.knowledge.knowedit import KnowEdit
+    from kedit_lightning.data.knowledge.known_facts import KnownFacts
+    from kedit_lightning.data.knowledge.leme import LEME
+    from kedit_lightning.data.knowledge.mquake import MQuAKE
     from kedit_lightning.data.knowledge.nano import NanoFacts
+    from kedit_lightning.data.knowledge.qaedit import QAEdit
     from kedit_lightning.data.knowledge.requests_file import Requests
+    from kedit_lightning.data.knowledge.rippleedits import RippleEdits
+    from kedit_lightning.data.knowledge.unke import EditEverything, UnKE
+    from kedit_lightning.data.knowledge.wikibigedit import WikiBigEdit
     from kedit_lightning.data.knowledge.zsre import ZsRE
+    from kedit_lightning.data.record_parsing import SkipRecord
     from kedit_lightning.data.records import Fields
     from kedit_lightning.data.text.texts import TextBatch, Texts
 
 __all__ = [
+    "AKEW",
+    "LEME",
+    "CKnowEdit",
     "CounterFact",
     "EditDataModule",
+    "EditEverything",
     "Fields",
+    "HalluEditBench",
+    "KnowEdit",
+    "KnownFacts",
+    "MQuAKE",
     "NanoFacts",
+    "QAEdit",
     "Requests",
+    "RippleEdits",
     "SkipRecord",
     "Split",
     "TextBatch",
     "Texts",
+    "UnKE",
+    "WikiBigEdit",
     "ZsRE",
 ]
 
@@ -33,7 +57,7 @@ __getattr__ = lazy_exports(
     {
         "EditDataModule": "kedit_lightning.data.datamodule",
         "Fields": "kedit_lightning.data.records",
-        "SkipRecord": "kedit_lightning.data.datamodule",
+        "SkipRecord": "kedit_lightning.data.record_parsing",
         "Split": "kedit_lightning.data.datamodule",
         "TextBatch": "kedit_lightning.data.text.texts",
     },

@@ -72,3 +72,12 @@ def contradictory(examples: Sequence[EditExample]) -> tuple[int, str]:
         "together (a batch, and `kedit edit`), each in its turn in a sequence of `kedit test`; "
         "protocol.on_conflict refuse ends a run instead"
     )
+
+
+def lost_subjects(file: str, ids: Sequence[str]) -> str:
+    """A sentence about records whose subject their prompt lacks."""
+    return (
+        f"{file}: {len(ids)} record{'s' * (len(ids) > 1)} name a subject that the prompt has in "
+        f"other words ({article_list(list(ids), _NAMED)}); they are read without one, so methods "
+        "that need a subject refuse them"
+    )

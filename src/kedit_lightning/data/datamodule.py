@@ -11,12 +11,14 @@ from typing import Any, ClassVar, Literal, TypeAlias
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 
+from kedit_lightning.character_forms import spans_of
 from kedit_lightning.data.complaints import (
     SHOWN,
     SHOWN_OF_FOREIGN,
     Complaint,
     contradictory,
     listed,
+    lost_subjects,
     unread_fields,
 )
 from kedit_lightning.data.dataloader import (
@@ -26,14 +28,15 @@ from kedit_lightning.data.dataloader import (
     process_rank,
     training_chunks,
 )
-from kedit_lightning.data.field_names import misspelt
 from kedit_lightning.data.file_formats import advice
-from kedit_lightning.data.records import Fields, Record, read_records
+from kedit_lightning.data.locality_set import locality_set, with_locality
+from kedit_lightning.data.record_parsing import parsed
+from kedit_lightning.data.record_sources import read_source
+from kedit_lightning.data.records import Fields, Record
 from kedit_lightning.data.splits import LoadedSplit
 from kedit_lightning.errors import (
     DataFileError,
     DataFileNotFoundError,
-    InvalidRequestError,
     UnsupportedUseError,
 )
 from kedit_lightning.requests import EditBatch, EditExample, trimmed_texts
@@ -44,10 +47,6 @@ Split: TypeAlias = Literal["train", "validation", "test"]
 _OPTION: dict[Split, str] = {"train": "train_path", "validation": "val_path", "test": "path"}
 
 
-class SkipRecord(Exception):  # noqa: N818 - not an error: the format allows such records
-    """Raised by ``EditDataModule.parse`` for a record that states no edit in its format."""
-
-
 class EditDataModule(LightningDataModule, ABC):
     """Base class of datasets of edits.
 
@@ -55,13 +54,17 @@ class EditDataModule(LightningDataModule, ABC):
     formats, error reports, limits and loaders are the same for all.
 
     Args:
-        path: File with the facts to edit and test: a JSON list, JSON Lines or CSV.
+        path: File with the facts to edit and test: a JSON list, JSON Lines or CSV; a folder of such
+            files; or a file of the hub, hf://datasets/OWNER/NAME@REVISION/FILE.
         limit: Number of records kept of each split; all when absent.
         on_bad_record: ``error`` reports all records that do not fit and stops; ``skip`` leaves
             them out, and counts and lists them in the results.
         train_path: File with the facts that ``fit`` learns from.
         val_path: File with the facts of ``validate``, also used during ``fit``.
         seed: Fixes the order of training; the seed of the run when absent.
+        locality_path: File of NQ-open or PIQA whose questions become further locality probes of the
+            records to test.
+        locality_probes: How many of them each record gets, in turn.
     """
 
     id_field: ClassVar[str | None] = None
@@ -85,6 +88,8 @@ class EditDataModule(LightningDataModule, ABC):
         train_path: str | Path | None = None,
         val_path: str | Path | None = None,
         seed: int | None = None,
+        locality_path: str | Path | None = None,
+        locality_probes: int = 1,
     ) -> None:
         super().__init__()
         self.path = path
@@ -93,7 +98,10 @@ class EditDataModule(LightningDataModule, ABC):
         self.train_path = train_path
         self.val_path = val_path
         self.seed = seed
+        self.locality_path = locality_path
+        self.locality_probes = locality_probes
         self._loaded: dict[Split, LoadedSplit] = {}
+        self._lost_subjects: list[str] = []
 
     @abstractmethod
     def parse(self, fields: Fields, id: str) -> EditExample:
@@ -103,6 +111,21 @@ class EditDataModule(LightningDataModule, ABC):
             InvalidRequestError: A field does not fit.
             SkipRecord: The record states no edit, and the dataset's format allows that.
         """
+
+    def unpack(self, records: list[Record]) -> list[Record]:
+        """The records of the facts, where a file holds them inside of others."""
+        return records
+
+    def subject_of(self, prompt: str, subject: str | None, id: str) -> str | None:
+        """The subject of a request if its prompt has it; else ``None``, counted in a warning.
+
+        Published files name subjects that the question has in other words. Such a record is usable
+        by all methods that need no subject.
+        """
+        if subject is not None and subject not in prompt and not spans_of(subject, prompt):
+            self._lost_subjects.append(id)
+            return None
+        return subject
 
     @property
     def start(self) -> int:
@@ -202,7 +225,12 @@ class EditDataModule(LightningDataModule, ABC):
                 f"limit must be at least 1, got {self.limit}; leave it out to use all records"
             )
         if split not in self._loaded:
-            self._loaded[split] = loaded = self._read(split)
+            loaded = self._read(split)
+            if self.locality_path is not None and split != "train":
+                probes = locality_set(Path(self.locality_path).expanduser())
+                examples = with_locality(loaded.examples, probes, self.locality_probes)
+                loaded = replace(loaded, examples=examples)
+            self._loaded[split] = loaded
             if texts := trimmed_texts(loaded.items()):
                 name = "the fact given" if loaded.path is None else Path(loaded.path).name
                 rank_zero_warn(f"{name}: {texts}")
@@ -217,10 +245,14 @@ class EditDataModule(LightningDataModule, ABC):
                 f"{type(self).__name__} was given no file for {use}: set {way_out}"
             )
         try:
-            records, sha256 = read_records(path)
+            records, sha256 = read_source(path)
         except DataFileNotFoundError as error:
             raise DataFileNotFoundError(f"{error}; correct {way_out}") from error
-        examples, bad, skipped, places = self._parse_all(records)
+        records = self.unpack(records)
+        self._lost_subjects = []
+        examples, bad, skipped, places = parsed(self, records)
+        if self._lost_subjects:
+            rank_zero_warn(lost_subjects(path.name, self._lost_subjects))
         known = advice([record.values for record in records], type(self).__name__)
         hint, most = (f" ({known})", SHOWN_OF_FOREIGN) if known else ("", SHOWN)
         left_out = self._left_out(
@@ -281,60 +313,3 @@ class EditDataModule(LightningDataModule, ABC):
                 f"{len(left_out)} of {count} records of {name} are left out{hint}: {clauses}"
             )
         return [*map(str, left_out)]
-
-    def _parse_all(
-        self, records: list[Record]
-    ) -> tuple[list[EditExample], list[Complaint], list[Complaint], dict[str, str]]:
-        """Examples, complaints about bad and skipped records, and where each example stands."""
-        examples, bad, skipped = [], [], []
-        own_ids = [self._own_id(record) for record in records]
-        taken = set(own_ids)
-        places: dict[str, str] = {}
-        for index, (record, own) in enumerate(zip(records, own_ids, strict=True)):
-            if record.problem is not None:
-                bad.append(Complaint(record.where, record.problem))
-                continue
-            place = record.where if own is None else f"{record.where} ({self.id_field} {own!r})"
-            # Records without an id are named by position, unless another record has that id.
-            id = own or (f"record-{index}" if str(index) in taken else str(index))
-            try:
-                fields = Fields(record.values)
-                self._check_id(fields)
-                self._refuse_misspelt(fields)
-                example = self.parse(fields, id)
-                if id in places:
-                    raise InvalidRequestError(
-                        f"field '{self.id_field}' is the same as in {places[id]}; "
-                        "records need different names"
-                    )
-            except InvalidRequestError as error:
-                # The clause names the record already; the request's name would repeat it.
-                bad.append(Complaint(place, str(error).removeprefix(f"request {id!r}: ")))
-            except SkipRecord as reason:
-                skipped.append(Complaint(place, str(reason)))
-            else:
-                places[id] = place
-                examples.append(example)
-        return examples, bad, skipped, places
-
-    def _own_id(self, record: Record) -> str | None:
-        values = record.values
-        own = values.get(self.id_field) if isinstance(values, dict) and self.id_field else None
-        return str(own).strip() or None if isinstance(own, str | int) else None
-
-    def _check_id(self, fields: Fields) -> None:
-        own = fields.values.get(self.id_field) if self.id_field else None
-        if own is None or (isinstance(own, int) and not isinstance(own, bool)):
-            return
-        if not isinstance(own, str) or not own.strip():
-            raise InvalidRequestError(
-                f"field '{self.id_field}' must be text or a whole number, or absent, got {own!r}"
-            )
-
-    def _refuse_misspelt(self, fields: Fields) -> None:
-        if self.known_fields is None:
-            return
-        for name in fields.values.keys() - self.known_fields:
-            close = misspelt(str(name), self.known_fields)
-            if close and abs(len(name) - len(close)) <= 1:
-                raise InvalidRequestError(f"field '{name}' is not known; was '{close}' meant?")

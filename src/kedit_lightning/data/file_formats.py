@@ -46,52 +46,47 @@ def _foreign(name: str, *fields: str, note: str = "it states no facts to write")
     return FileFormat(name, fields, None, False, note)
 
 
-_NESTED = (
-    "its facts are the items of requested_rewrite, whose subject stands in the braces of the prompt"
-)
-_ITEMS = "in the items of locality and portability, {} is answers (one flat list)"
-
 #: The most telling first.
 FORMATS = (
     _read("NanoFacts", "NanoFacts", "requested_rewrite", "other_relation"),
     _read("NanoFacts", "NanoFacts", "requested_rewrite", "one_hop"),
-    _foreign("MQuAKE", "requested_rewrite", "questions", "new_answer", note=_NESTED),
-    _foreign("AKEW", "requested_rewrite.fact_new_uns", note=_NESTED),
+    _read("AKEW", "AKEW", "requested_rewrite.fact_new_uns"),
+    _read("MQuAKE", "MQuAKE", "requested_rewrite", "questions", "new_answer"),
     _read("CounterFact", "CounterFact", "requested_rewrite.subject"),
     _read("CounterFact", "CounterFact", "prompt", "target_new", "locality_prompt"),
     _read("CounterFact", "CounterFact", "prompt", "target_new", "rephrase_prompt", "case_id"),
     _foreign("a multimodal benchmark (E-VQA, E-IC)", "m_loc", note="its facts are about pictures"),
     _foreign("ComprehendEdit", "multimodal_locality_prompt", note="its facts are about pictures"),
-    _renamed("LEME", "coupled_prompts_and_properties"),
+    _read("LEME", "LEME", "coupled_prompts_and_properties"),
     _read("ZsRE", "zsRE", "src", "alt"),
     *(
-        _renamed("KnowEdit", group, note=_ITEMS.format("ground_truth"))
+        _read("KnowEdit", "KnowEdit", group)
         for group in (
             *("locality.Relation_Specificity", "locality.Forgetfulness", "portability.Reasoning"),
             *("portability.Subject_Aliasing", "portability.Logical_Generalization"),
         )
     ),
-    _renamed("KnowEdit (WikiBio)", "text", "labels", "concept"),
-    _foreign("KnowEdit (ConvSent)", "ent", "pos", "neg"),
-    _foreign("KnowEdit (Sanitation)", "K_F", note="its facts are the items of K_F"),
-    _foreign("KnowEdit (Sanitation)", "success", note="its facts are the items of success"),
+    _read("KnowEdit", "KnowEdit (WikiBio)", "text", "labels", "concept"),
+    _read("KnowEdit", "KnowEdit (ConvSent)", "ent", "pos", "neg"),
+    _read("KnowEdit", "KnowEdit (Sanitation)", "K_F"),
+    _read("KnowEdit", "KnowEdit (Sanitation)", "success"),
     _foreign("PersonalityEdit", "ent", "extraversion"),
-    _renamed("QAEdit", "prompt", "target", "rephrase",
-             note="in the items of locality, loc is prompt and loc_ans is answers"),
-    _renamed("CKnowEdit", "prompt", "target_new", "target_old", "rephrase",
-             note=_ITEMS.format("answer")),
-    _renamed("WikiBigEdit", "update", "ans"),
-    _renamed("HalluEditBench", "relation", "object", "question"),
+    _read("QAEdit", "QAEdit", "prompt", "target", "rephrase"),
+    _read("CKnowEdit", "CKnowEdit", "prompt", "target_new", "target_old", "rephrase"),
+    _read("WikiBigEdit", "WikiBigEdit", "update", "ans"),
+    _read("HalluEditBench", "HalluEditBench", "relation", "object", "question"),
     _renamed("InstructEdit", "type", "prompt", "target_new"),
     _renamed("SafeEdit", "adversarial prompt"),
     _renamed("ConceptEdit", "target_new_desc"),
-    _renamed("UnKE", "question", "para_question", "answer"),
-    _renamed("known_1000 (causal tracing)", "attribute", "template", "prediction"),
+    _read("RippleEdits", "RippleEdits", "edit.prompt", "example_type"),
+    _read("UnKE", "UnKE", "question", "para_question", "answer"),
+    _read("KnownFacts", "known_1000 (causal tracing)", "attribute", "template", "prediction"),
     _foreign("relations (LRE)", "prompt_templates", "samples",
              note="its facts are the items of samples, put into a template"),
     _renamed("ParaRel", "sub_label", "obj_label", note="its prompts are in files of patterns"),
     _foreign("ParaRel (patterns)", "pattern", "lemma"),
-    _foreign("PIQA", "goal", "sol1", "sol2"),
+    _foreign("PIQA", "goal", "sol1", "sol2",
+             note="it states no facts to write; locality_path takes it"),
     _renamed("Alpaca", "instruction", "output"),
     _renamed("NQ-open", "question", "answer"),
 )  # fmt: skip

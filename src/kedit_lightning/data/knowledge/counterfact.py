@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from kedit_lightning.character_forms import trimmed
 from kedit_lightning.data.datamodule import EditDataModule
-from kedit_lightning.data.knowledge.zsre import portability_probes
+from kedit_lightning.data.probe_fields import (
+    differing,
+    filled,
+    neighbours,
+    one_hop,
+    rephrases,
+)
 from kedit_lightning.data.records import Fields
-from kedit_lightning.errors import InvalidRequestError
 from kedit_lightning.requests import EditExample, EditRequest, Probe
 
 
@@ -41,56 +46,34 @@ class CounterFact(EditDataModule):
     def _flat(self, fields: Fields, id: str) -> EditExample:
         new, old = fields.text("target_new"), fields.optional_text("ground_truth")
         request = EditRequest(
-            fields.text("prompt"), new, fields.optional_text("subject"), _differing(old, new), id
+            fields.text("prompt"), new, fields.optional_text("subject"), differing(old, new), id
         )
         new = request.target_new
-        probes = _rephrases(request, fields.texts("rephrase_prompt"))
+        probes = rephrases(request, fields.texts("rephrase_prompt"))
         if "locality_prompt" in fields:
             answer = fields.text("locality_ground_truth")
-            probes += _neighbours([fields.text("locality_prompt")], answer, new)
-        return EditExample.from_request(request, id, [*probes, *portability_probes(fields)])
+            probes += neighbours([fields.text("locality_prompt")], answer, new)
+        return EditExample.from_request(request, id, [*probes, *one_hop(fields)])
 
     def _nested(self, fields: Fields, id: str) -> EditExample:
         rewrite = fields.fields("requested_rewrite")
         template, subject = rewrite.text("prompt"), rewrite.text("subject")
-        if template.count("{}") != 1:
-            raise InvalidRequestError(
-                f"field '{rewrite.place('prompt')}' must hold '{{}}' once, where the subject "
-                f"stands, got {template!r}"
-            )
+        prompt = filled(template, subject, rewrite.place("prompt"))
         new = rewrite.fields("target_new").text("str")
         old = rewrite.fields("target_true").text("str")
-        # Not str.format: other braces of a template are ordinary text.
         task = rewrite.optional_text("relation_id")
-        request = EditRequest(
-            template.replace("{}", subject), new, subject, _differing(old, new), id, task
-        )
+        request = EditRequest(prompt, new, subject, differing(old, new), id, task)
         new, old = request.target_new, trimmed(old)
-        probes = _rephrases(request, fields.texts("paraphrase_prompts"))
-        probes += _neighbours(fields.texts("neighborhood_prompts"), old, new)
+        probes = rephrases(request, fields.texts("paraphrase_prompts"))
+        probes += neighbours(fields.texts("neighborhood_prompts"), old, new)
         distracting = fields.texts("distracting_neighborhood_prompts")
-        probes += _neighbours(distracting, old, new, "distracting_neighborhood")
+        probes += neighbours(distracting, old, new, "distracting_neighborhood")
         if "unrelated_relation" in fields:
             other = fields.fields("unrelated_relation")
             answer = (other.text("object"),)
             probes.append(Probe("locality", other.text("question"), answer, "unrelated_relation"))
-        probes += portability_probes(fields)
+        probes += one_hop(fields)
         if "alternative_subject" in fields:
             alias = template.replace("{}", fields.text("alternative_subject"))
             probes.append(Probe("portability", alias, (new,), "subject_replace"))
         return EditExample.from_request(request, id, probes)
-
-
-def _differing(old: str | None, new: str) -> str | None:
-    """The old answer, unless it is the new one: a contrast with itself would mean nothing."""
-    return None if old is None or trimmed(old) == trimmed(new) else old
-
-
-def _rephrases(request: EditRequest, prompts: list[str]) -> list[Probe]:
-    answer = (request.target_new,)
-    return [Probe("rephrase", text, answer, contrast=request.target_old) for text in prompts]
-
-
-def _neighbours(prompts: list[str], old: str, new: str, group: str = "neighborhood") -> list[Probe]:
-    contrast = _differing(new, old)
-    return [Probe("locality", text, (old,), group, contrast) for text in prompts]

@@ -50,13 +50,18 @@ class Requests(EditDataModule):
         train_path: str | Path | None = None,
         val_path: str | Path | None = None,
         seed: int | None = None,
+        locality_path: str | Path | None = None,
+        locality_probes: int = 1,
         prompt: str | None = None,
         subject: str | None = None,
         target_new: str | None = None,
         target_old: str | None = None,
         task: str | None = None,
     ) -> None:
-        super().__init__(path, limit, on_bad_record, train_path, val_path, seed)
+        super().__init__(
+            *(path, limit, on_bad_record, train_path, val_path, seed),
+            *(locality_path, locality_probes),
+        )
         self.prompt = prompt
         self.subject = subject
         self.target_new = target_new

@@ -1,0 +1,258 @@
+"""Datasets of the field on self-written records in their exact schema."""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from places import ROOT
+
+import kedit_lightning.data
+from kedit_lightning.data import AKEW, EditDataModule, KnowEdit, QAEdit, RippleEdits, WikiBigEdit
+from kedit_lightning.data.knowledge.rippleedits import split_statement
+from kedit_lightning.data.record_sources import read_source
+from kedit_lightning.errors import DataFileError, InvalidRequestError
+from kedit_lightning.requests import EditExample
+
+SAMPLES = ROOT / "tests" / "samples" / "published"
+
+#: Dataset, file, examples, requests, and probes by group.
+READ: list[tuple[str, str, int, int, dict[str, int]]] = [
+    ("KnowEdit", "wiki_recent.json", 1, 1,
+     {"Subject_Aliasing": 1, "Reasoning": 1, "Relation_Specificity": 1, "Forgetfulness": 1}),
+    ("KnowEdit", "knowedit_zsre.json", 2, 2,
+     {"rephrase": 2, "Relation_Specificity": 1, "Reasoning": 1}),
+    ("ZsRE", "knowedit_zsre.json", 2, 2,
+     {"rephrase": 2, "Relation_Specificity": 1, "Reasoning": 1}),
+    ("KnowEdit", "wiki_counterfact.json", 1, 1,
+     {"rephrase": 1, "Reasoning": 1, "Relation_Specificity": 1, "Forgetfulness": 1}),
+    ("KnowEdit", "wikibio.json", 1, 1, {"Relation_Specificity": 1}),
+    ("KnowEdit", "convsent.json", 1, 1, {"rephrase": 2}),
+    ("KnowEdit", "sanitation.json", 2, 2, {"retained": 3}),
+    ("KnowEdit", "sanitation_train.json", 1, 1, {"retained": 1}),
+    ("CKnowEdit", "cknowedit.json", 2, 2, {"rephrase": 2, "portability": 1, "locality": 1}),
+    ("MQuAKE", "mquake.json", 1, 2, {"rephrase": 2, "multi_hop": 3, "single_hop": 2}),
+    ("RippleEdits", "rippleedits.json", 2, 2,
+     {"Relation_Specificity": 1, "Logical_Generalization": 1, "Subject_Aliasing": 1,
+      "Compositionality_I": 1}),
+    ("QAEdit", "qaedit.json", 2, 2, {"rephrase": 2, "qa": 2}),
+    ("WikiBigEdit", "wikibigedit.json", 2, 2,
+     {"rephrase": 2, "personas": 2, "multi_hop": 1, "wikidata": 2}),
+    ("HalluEditBench", "hallueditbench.csv", 2, 2,
+     {"rephrase": 1, "yes": 1, "no": 1, "multiple_choice": 1, "reversed_relation": 1, "2hop": 1,
+      "3hop": 1, "locality": 1}),
+    ("UnKE", "unke.json", 1, 1, {"rephrase": 1, "sub_question": 2}),
+    ("EditEverything", "editeverything.json", 1, 1, {}),
+    ("AKEW", "akew.json", 2, 2, {"rephrase": 2, "neighborhood": 1, "nq": 1, "multi_hop": 1}),
+    ("LEME", "leme.json", 2, 2,
+     {"rephrase": 2, "nq": 1, "neighborhood": 1, "long_form_subject": 2, "long_form_coupled": 2,
+      "multi_hop": 1}),
+    ("KnownFacts", "known_facts.json", 1, 1, {}),
+]  # fmt: skip
+IDS = [f"{dataset}-{file}" for dataset, file, *_ in READ]
+
+
+def load(dataset: str, path: Path, **settings: Any) -> list[EditExample]:
+    data: EditDataModule = getattr(kedit_lightning.data, dataset)(path=path, **settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return data.examples()
+
+
+@pytest.mark.parametrize(("dataset", "file", "examples", "requests", "probes"), READ, ids=IDS)
+def test_a_sample(
+    dataset: str, file: str, examples: int, requests: int, probes: dict[str, int]
+) -> None:
+    found = load(dataset, SAMPLES / file)
+    assert len(found) == examples
+    assert sum(len(example.requests) for example in found) == requests
+    counts = Counter(probe.group for example in found for probe in example.probes)
+    assert counts.pop("rewrite") == requests
+    assert counts == probes
+    assert len({example.id for example in found}) == examples
+
+
+#: The last step of a path into the first record that must be there, for each dataset.
+NEEDED = {
+    "KnowEdit-wiki_recent.json": ["target_new"],
+    "KnowEdit-knowedit_zsre.json": ["target_new"],
+    "ZsRE-knowedit_zsre.json": ["target_new"],
+    "KnowEdit-wiki_counterfact.json": ["prompt"],
+    "KnowEdit-wikibio.json": ["text"],
+    "KnowEdit-convsent.json": ["pos"],
+    "KnowEdit-sanitation.json": ["success", 0, "question"],
+    "KnowEdit-sanitation_train.json": ["K_F", 0, "question"],
+    "CKnowEdit-cknowedit.json": ["prompt"],
+    "MQuAKE-mquake.json": ["requested_rewrite", 1, "subject"],
+    "RippleEdits-rippleedits.json": ["edit", "prompt"],
+    "QAEdit-qaedit.json": ["target"],
+    "WikiBigEdit-wikibigedit.json": ["ans"],
+    "UnKE-unke.json": ["answer"],
+    "EditEverything-editeverything.json": ["answer"],
+    "AKEW-akew.json": ["requested_rewrite", "subject"],
+    "LEME-leme.json": ["alt"],
+    "KnownFacts-known_facts.json": ["attribute"],
+}
+BROKEN = [(i.split("-", 1)[0], i.split("-", 1)[1], path) for i, path in NEEDED.items()]
+
+
+@pytest.mark.parametrize(("dataset", "file", "path"), BROKEN, ids=list(NEEDED))
+@pytest.mark.parametrize("damage", ["absent", "of another type", "cut off"])
+def test_a_broken_copy_is_named(
+    tmp_path: Path, dataset: str, file: str, path: list[Any], damage: str
+) -> None:
+    text = (SAMPLES / file).read_text(encoding="utf-8")
+    records = json.loads(text)
+    copy = tmp_path / file
+    if damage == "cut off":
+        copy.write_text(text[: len(text) // 2], encoding="utf-8")
+        with pytest.raises(DataFileError, match=rf"{re.escape(file)}.*(line \d+|not valid JSON)"):
+            load(dataset, copy)
+        return
+    place = records if isinstance(records, dict) else records[0]
+    for step in path[:-1]:
+        place = place[step]
+    if damage == "absent":
+        del place[path[-1]]
+    else:
+        place[path[-1]] = {"of": 3}
+    copy.write_text(json.dumps(records, ensure_ascii=False), encoding="utf-8")
+    subset = "convsent" if file.startswith("convsent") else None
+    settings = {"subset": subset} if subset and dataset == "KnowEdit" else {}
+    with pytest.raises(DataFileError) as caught:
+        load(dataset, copy, **settings)
+    message = str(caught.value)
+    assert re.search(rf"{re.escape(file)} (index 0|line 1)", message), message
+    assert f"{path[-1]}'" in message, message
+
+
+def test_every_alias_of_every_answer_counts() -> None:
+    (example,) = load("KnowEdit", SAMPLES / "wiki_recent.json")
+    answers = {probe.group: probe.answers for probe in example.probes}
+    assert answers["Subject_Aliasing"] == ("Odile Marrow", "O. Marrow")
+    assert answers["Reasoning"] == ("Corvale", "Corvale City")
+    assert answers["Relation_Specificity"] == ("Tarn", "River Tarn")
+    assert answers["Forgetfulness"] == ()  # asks whether the base model's own answer stays
+    (case,) = load("MQuAKE", SAMPLES / "mquake.json")
+    asked = [probe.answers for probe in case.probes if probe.group == "multi_hop"]
+    assert asked == [("Hask", "Hask Town")] * 3
+    ripple = load("RippleEdits", SAMPLES / "rippleedits.json")[0]
+    answers = {probe.group: probe.answers for probe in ripple.probes}
+    assert answers["Compositionality_I"] == ("Hask", "Hask Town")
+    assert answers["Relation_Specificity"] == ("Orrin", "River Orrin")
+
+
+def test_a_statement_of_rippleedits_is_cut_before_its_answer() -> None:
+    first, second = load("RippleEdits", SAMPLES / "rippleedits.json")
+    request = first.requests[0]
+    assert (request.prompt, request.target_new, request.target_old) == (
+        "The name of the owner of Orrin Mill is", "Ida Roe", "Ansel Roe",
+    )  # fmt: skip
+    assert second.requests[0].prompt == "The name of the mayor of Hask is"
+    assert second.requests[0].target_new == "Odile Marrow"
+    # Answers that begin alike are not cut inside a word.
+    assert split_statement("X is Anna.", "X is Annette.") == ("X is", "Anna")
+    with pytest.raises(InvalidRequestError, match="statement"):
+        split_statement("Odile Marrow.")
+
+
+def test_opinions_of_both_sentiments() -> None:
+    path = SAMPLES / "convsent.json"
+    for sentiment, new, old in (
+        ("positive", "I love its lights.", "It is too loud."),
+        ("negative", "It is too loud.", "I love its lights."),
+    ):
+        (example,) = load("KnowEdit", path, sentiment=sentiment)
+        request = example.requests[0]
+        assert (request.target_new, request.target_old) == (new, old)
+        assert request.subject == "Harbour Fair"
+    assert len(load("KnowEdit", path)[0].probes[0].answers) == 2
+
+
+def test_questions_to_retain_are_dealt_out_and_none_is_lost() -> None:
+    first, second = load("KnowEdit", SAMPLES / "sanitation.json")
+    asked = [[p.prompt for p in e.probes if p.group == "retained"] for e in (first, second)]
+    assert asked == [["What is two and two?", "How many legs has a horse?"],
+                     ["What colour is snow?"]]  # fmt: skip
+    assert first.requests[0].target_old == "Quinces"
+
+
+def test_the_three_forms_of_akew() -> None:
+    path = SAMPLES / "akew.json"
+    written = {
+        form: [[r.target_new for r in e.requests] for e in load("AKEW", path, form=form)]
+        for form in ("structured", "unstructured", "triplets")
+    }
+    assert written["structured"] == [["glazier"], ["Ida Roe"]]
+    assert written["unstructured"][0] == [
+        "Ansel Roe has set glass in the windows of Hask for thirty years."
+    ]
+    assert written["triplets"] == [["glazier", "Hask"], ["Low Tide"]]
+    for form in ("structured", "unstructured", "triplets"):  # the same questions judge all forms
+        first = AKEW(path=path, form=form).examples()[0]
+        assert first.probes[0].answers == ("glazier",)
+        assert [p.group for p in first.probes] == ["rewrite", "rephrase", "neighborhood"]
+
+
+def test_a_subject_in_other_words_is_counted_and_not_read() -> None:
+    data = KnowEdit(path=SAMPLES / "knowedit_zsre.json")
+    with pytest.warns(UserWarning, match=r"1 record name a subject .*\(1\)"):
+        first, second = data.examples()
+    assert first.requests[0].subject == "Lake Orrin"
+    assert second.requests[0].subject is None
+
+
+def test_records_with_the_same_id_are_told_apart() -> None:
+    with pytest.warns(UserWarning, match="white space"):
+        assert [e.id for e in QAEdit(path=SAMPLES / "qaedit.json").examples()] == ["0", "1"]
+
+
+def test_a_folder_of_files_is_read_in_the_order_of_their_names(tmp_path: Path) -> None:
+    for name, subject in (("b.json", "Hask"), ("a.jsonl", "Corvale")):
+        record = {"subject": subject, "update": f"Who rules {subject}?", "ans": "nobody"}
+        (tmp_path / name).write_text(json.dumps([record] if name == "b.json" else record))
+    (tmp_path / "README.md").write_text("not data")
+    data = WikiBigEdit(path=tmp_path)
+    assert [e.requests[0].subject for e in data.examples()] == ["Corvale", "Hask"]
+    _, first = read_source(tmp_path)
+    (tmp_path / "b.json").write_text(json.dumps([{"update": "Who?", "ans": "she"}]))
+    assert read_source(tmp_path)[1] != first
+    (tmp_path / "b.json").write_text(json.dumps([{"update": "Who?"}]))
+    with pytest.raises(DataFileError, match=r"b\.json index 0: field 'ans'"):
+        WikiBigEdit(path=tmp_path).examples()
+
+
+def test_a_folder_without_data(tmp_path: Path) -> None:
+    with pytest.raises(DataFileError, match="without JSON, JSONL or CSV files"):
+        RippleEdits(path=tmp_path).examples()
+
+
+@pytest.mark.parametrize(
+    "address", ["hf://datasets/owner/name/file.json", "hf://datasets/owner/name@1", "hf://x/y@1/z"]
+)
+def test_a_file_of_the_hub_needs_a_pinned_revision(address: str) -> None:
+    with pytest.raises(DataFileError, match="names no file of the hub at a pinned revision"):
+        KnowEdit(path=address).examples()
+
+
+def test_a_file_of_the_hub_that_cannot_be_reached() -> None:
+    with pytest.raises(DataFileError, match="cannot be read from the hub"):
+        KnowEdit(path="hf://datasets/owner/name@0123abc/folder/file.json").examples()
+
+
+def test_locality_sets_are_dealt_out() -> None:
+    path = SAMPLES / "wikibigedit.json"
+    examples = load("WikiBigEdit", path, locality_path=SAMPLES / "nq_open.jsonl", locality_probes=1)
+    added = [e.probes[-1] for e in examples]
+    assert [(p.kind, p.group, p.answers) for p in added] == [
+        ("locality", "nq", ("40 miles", "forty miles")), ("locality", "nq", ("Ansel Roe",)),
+    ]  # fmt: skip
+    examples = load("WikiBigEdit", path, locality_path=SAMPLES / "piqa.jsonl", locality_probes=2)
+    assert [[p.group for p in e.probes[-2:]] for e in examples] == [["piqa", "piqa"]] * 2
+    with pytest.raises(DataFileError, match=r"wikibigedit\.json index 0.*NQ-open"):
+        load("WikiBigEdit", path, locality_path=path)
