@@ -12,7 +12,8 @@ from support import tiny_tokenizer
 
 from kedit_lightning import BaseModel
 from kedit_lightning.base_models import Layout, WritePath
-from kedit_lightning.edits.projections import first_tensor, projection_shape
+from kedit_lightning.edits.expert_projection import ExpertProjection
+from kedit_lightning.edits.projections import find_module, first_tensor, projection_shape
 from kedit_lightning.errors import ModuleNotLocatedError
 
 #: Some types whose blocks normalise the MLP's output before they add it.
@@ -244,12 +245,15 @@ def what_is_wrong(model: Any, layout: Layout, index: int) -> str:
     A vector is added to what it writes for one token. The block's output must change there and
     nowhere before, by the vector times the gain where the path is said to be linear.
     """
-    block, path = layout.block(index), layout.write_path(index)
-    down = model.get_submodule(block.down)
+    block, path = layout.mlp_block(index), layout.write_path(index)
+    down = model.get_submodule(block.writer)
     if re.search("attn|attention|o_proj|q_proj|mixer.out", block.down.removeprefix(block.name)):
         return f"{block.down} belongs to attention"
-    if projection_shape(down)[0] not in _mlp_widths(model.config):
-        return f"{block.down} reads {projection_shape(down)[0]} values"
+    projection = find_module(model, block.down)
+    experts = projection.experts.count if isinstance(projection, ExpertProjection) else 1
+    width = projection_shape(projection)[0] // experts
+    if width not in _mlp_widths(model.config):
+        return f"{block.down} reads {width} values"
     at, vector, seen = 3, torch.linspace(-1, 1, WIDTH), []
 
     def add(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
@@ -290,7 +294,7 @@ def survey(kind: str) -> Finding:
     try:
         for index in range(len(layout)):
             try:
-                found.append((layout.block(index), layout.write_path(index)))
+                found.append((layout.mlp_block(index), layout.write_path(index)))
             except ModuleNotLocatedError as error:
                 reason = reason or str(error)
                 continue

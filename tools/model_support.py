@@ -30,7 +30,8 @@ are refused with a reason, and {unbuilt} could not be built as tiny models. Writ
 The write path says how a change of the down projection reaches the block's output: added as a
 scaled copy (with its gain in the tiny model, which the configuration may set), or *normalised or
 gated*, so that no single factor describes it. In a mixture of experts, the dense layers and the
-shared experts are located; the routed experts are not.
+shared experts are located, and in blocks without them the routed experts (`…experts.down_proj`,
+`…experts.mlp.w2`, `…output_linear.weight`), which FTM edits.
 
 | model type | blocks | down projection | write path |
 |---|---|---|---|

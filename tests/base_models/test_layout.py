@@ -235,14 +235,20 @@ def test_what_is_located_can_be_edited(family, tied, monkeypatch):
         ("phimoe", {"num_local_experts": 4}),
     ],
 )
-def test_fused_experts_are_refused_with_the_reason(family, settings):
+def test_routed_experts_are_found_and_are_no_dense_mlp(family, settings):
     model = _model(family, **settings)
     layout = Layout(model)
     assert len(layout) == 3
     with pytest.raises(ModuleNotLocatedError) as caught:
         layout.block(2)
-    for part in ("layers.2", family, "mixture of experts", "dense model", "IKE"):
+    for part in ("layers.2", family, "routed experts", "FTM", "IKE"):
         assert part in str(caught.value)
+    block = layout.mlp_block(2)
+    assert block.is_routed
+    assert block.down == f"{block.writer}.down_proj"
+    assert layout.mlp_layers == (0, 1, 2)
+    assert layout.is_gated
+    assert layout.write_path(2).gain == pytest.approx(1, abs=1e-4)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
@@ -255,6 +261,9 @@ def test_dense_layers_of_a_mixture_of_experts_can_be_edited():
         layout.block(0)
     with pytest.raises(ModuleNotLocatedError, match=r"layers\.0"):
         _ = layout.blocks
+    assert layout.mlp_layers == layout.dense_layers == (1,)
+    assert layout.mlp_block(0).is_routed
+    assert not layout.mlp_block(1).is_routed
 
 
 def test_an_mlp_as_wide_as_the_model_is_no_attention():

@@ -32,7 +32,7 @@ from kedit_lightning.base_models.taps import gathering
 from kedit_lightning.chat_turns import prompt_text
 from kedit_lightning.decoding_settings import Generation, generation_config, neutral_options
 from kedit_lightning.edits import EditStack, plain_model
-from kedit_lightning.edits.projections import compute_dtype
+from kedit_lightning.edits.projections import compute_dtype, expert_projection
 from kedit_lightning.errors import InvalidRequestError
 
 
@@ -172,9 +172,8 @@ class BaseModel:
         return 1_000_000
 
     def module(self, name: str) -> nn.Module:
-        """The module with a dotted name."""
-        module: nn.Module = self.model.get_submodule(name)
-        return module
+        """The module with a dotted name, which may be that of an expert's projection."""
+        return expert_projection(self.model, name) or self.model.get_submodule(name)
 
     def check_finite(self) -> None:
         """Check that all weights are finite.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +14,31 @@ from kedit_lightning.errors import ModuleNotLocatedError
 
 #: Number of tokens of the probe.
 PROBE_TOKENS = 6
+
+
+@dataclass(frozen=True)
+class Block:
+    """Names of the parts of one block that methods edit.
+
+    Args:
+        name: The block.
+        down: The projection that writes the MLP's result; of routed experts all of theirs, as
+            :class:`~kedit_lightning.edits.experts.ExpertProjection` describes.
+        mlp: The module that owns it: the block's MLP, or the projection itself where it has none.
+        projections: All matrices of the MLP in the order they run, ``down`` last.
+        is_routed: Whether they are those of routed experts.
+    """
+
+    name: str
+    down: str
+    mlp: str
+    projections: tuple[str, ...]
+    is_routed: bool = False
+
+    @property
+    def writer(self) -> str:
+        """The module whose output the MLP adds to the block: ``down``, or all experts."""
+        return self.mlp if self.is_routed else self.down
 
 
 def text_config(model: nn.Module, encoder: bool = False) -> Any:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import takewhile
 from typing import Any
@@ -21,15 +20,19 @@ from torch import Tensor, nn
 
 from kedit_lightning.base_models.blocks import (
     PROBE_TOKENS,
+    Block,
     find_blocks,
     read_probe,
     removing,
     text_config,
 )
+from kedit_lightning.base_models.mixture import no_dense_mlp, routed_block
 from kedit_lightning.base_models.unembedding import find_final_norm
 from kedit_lightning.base_models.write_path import WritePath, measure_write_path
+from kedit_lightning.edits.expert_projection import ExpertProjection
 from kedit_lightning.edits.projections import (
     as_rows,
+    find_module,
     first_tensor,
     is_projection,
     projection_shape,
@@ -39,23 +42,6 @@ from kedit_lightning.errors import ModuleNotLocatedError
 
 #: Relative size above which a value counts as moved: in 8-bit kernels tokens touch each other.
 _MOVES = 5e-2
-
-
-@dataclass(frozen=True)
-class Block:
-    """Names of the parts of one block that methods edit.
-
-    Args:
-        name: The block.
-        down: The projection that writes the MLP's result.
-        mlp: The module that owns it: the block's MLP, or the projection itself where it has none.
-        projections: All matrices of the MLP in the order they run, ``down`` last.
-    """
-
-    name: str
-    down: str
-    mlp: str
-    projections: tuple[str, ...]
 
 
 def _beside(down: str, order: list[str]) -> list[str]:
@@ -82,7 +68,7 @@ class Layout:
         self._of_encoder = of_encoder
         self._described: dict[int, Block] = {}
         self._paths: dict[str, WritePath] = {}
-        self._structures: dict[Any, tuple[str, tuple[str, ...]]] = {}
+        self._structures: dict[Any, tuple[str, tuple[str, ...]] | None] = {}
 
     @cached_property
     def _found(self) -> tuple[str, nn.ModuleList]:
@@ -133,6 +119,20 @@ class Layout:
         if not own:
             self.block(0)  # raises
         return tuple(own)
+
+    @cached_property
+    def mlp_layers(self) -> tuple[int, ...]:
+        """Numbers of the blocks that methods for routed experts as well choose from.
+
+        Those with a dense MLP, or where no block has one those with routed experts.
+
+        Raises:
+            ModuleNotLocatedError: There are neither.
+        """
+        with suppress(ModuleNotLocatedError):
+            return self.dense_layers
+        routed = [i for i in range(len(self)) if self._routed(i) is not None]
+        return tuple(routed) or self.dense_layers  # raises
 
     @property
     def dense_blocks(self) -> tuple[Block, ...]:
@@ -205,22 +205,48 @@ class Layout:
             )
         index %= count
         if index not in self._described:
-            self._described[index] = self._describe(self.block_name(index), self._found[1][index])
+            described = self._describe(self.block_name(index), self._found[1][index])
+            if described is None:
+                name, routed = self.block_name(index), self._routed(index) is not None
+                raise no_dense_mlp(name, self.model_type, routed)
+            self._described[index] = described
         return self._described[index]
+
+    def mlp_block(self, index: int) -> Block:
+        """The block with a number, described by its routed experts if it has no dense MLP.
+
+        Raises:
+            ModuleNotLocatedError: There is no such block, or it has neither.
+        """
+        try:
+            return self.block(index)
+        except ModuleNotLocatedError:
+            routed = self._routed(index) if -len(self) <= index < len(self) else None
+            if routed is None:
+                raise
+            return routed
+
+    def _routed(self, index: int) -> Block | None:
+        """The block with a number and its routed experts, if it has any."""
+        name, block = self.block_name(index % len(self)), self._found[1][index]
+        return routed_block(name, block, self.hidden_size)
 
     @cached_property
     def is_gated(self) -> bool:
         """Whether the MLPs have more than one projection before the one that writes."""
-        modules = [self.model.get_submodule(name) for name in self.dense_blocks[0].projections]
+        first = self.mlp_block(self.mlp_layers[0])
+        modules = [find_module(self.model, name) for name in first.projections]
+        if isinstance(modules[0], ExpertProjection):
+            return modules[0].experts.is_gated
         written = projection_shape(modules[0])[1]
         fused = len(modules) == 2 and written == 2 * projection_shape(modules[1])[0]
         return fused or len(modules) > 2
 
     def write_path(self, index: int) -> WritePath:
         """How the down projection of a block writes to its output; measured once, without edits."""
-        block = self.block(index)
+        block = self.mlp_block(index)
         if block.name not in self._paths:
-            names = block.name, block.down
+            names = block.name, block.writer
             self._paths[block.name] = measure_write_path(self.model, *names, self.hidden_size)
         return self._paths[block.name]
 
@@ -230,7 +256,7 @@ class Layout:
         Raises:
             ModuleNotLocatedError: The block has none.
         """
-        block = self.block(index)
+        block = self.mlp_block(index)
         owner = self.model.get_submodule(block.name)
         mlp = {name.removeprefix(f"{block.name}.") for name in block.projections}
         matrices = {k: m for k, m in owner.named_modules() if is_projection(m)}
@@ -254,21 +280,22 @@ class Layout:
 
     # ---- location by structure
 
-    def _describe(self, name: str, block: nn.Module) -> Block:
+    def _describe(self, name: str, block: nn.Module) -> Block | None:
         matrices = {key: m for key, m in block.named_modules() if is_projection(m)}
         structure = tuple((key, type(m), projection_shape(m)) for key, m in matrices.items())
         if structure not in self._structures:
-            self._structures[structure] = self._locate(name, block, matrices)
-        down, inner = self._structures[structure]
+            self._structures[structure] = self._locate(matrices)
+        located = self._structures[structure]
+        if located is None:
+            return None
+        down, inner = located
         # What all of the MLP lies in: in OPT and BERT that is only the block itself.
         nested = zip(*(key.split(".")[:-1] for key in (*inner, down)), strict=False)
         owner = ".".join(part for part, *_ in takewhile(lambda p: len({*p}) == 1, nested))
         projections = tuple(f"{name}.{key}" for key in (*inner, down))
         return Block(name, projections[-1], f"{name}.{owner or down}", projections)
 
-    def _locate(
-        self, name: str, block: nn.Module, matrices: dict[str, nn.Module]
-    ) -> tuple[str, tuple[str, ...]]:
+    def _locate(self, matrices: dict[str, nn.Module]) -> tuple[str, tuple[str, ...]] | None:
         """Names, inside the block, of its down projection and of the matrices before it."""
         seen = self._inputs_of(matrices)
         shapes = {key: projection_shape(matrices[key]) for key in seen}
@@ -280,12 +307,7 @@ class Layout:
             inner = [k for k in beside if shapes[k] in ((hidden, width), (hidden, 2 * width))]
             if self._fed_by_token(down, beside, matrices, seen[down]):
                 return down, tuple(inner)
-        raise ModuleNotLocatedError(
-            f"block '{name}' of model type '{self.model_type}' has no dense "
-            "MLP projection that reads each token once (a mixture of experts with fused weights "
-            "and a state-space mixer have none), so methods that edit one cannot be used on it; "
-            "use a dense model, or IKE, which edits no weights"
-        )
+        return None
 
     def _inputs_of(
         self, matrices: dict[str, nn.Module], change: Iterable[str] = ()

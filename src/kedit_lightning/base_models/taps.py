@@ -14,7 +14,17 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from kedit_lightning.edits.projections import as_rows, batch_size, first_tensor, with_first
+from kedit_lightning.edits.effects import WeightDelta
+from kedit_lightning.edits.expert_projection import ExpertProjection
+from kedit_lightning.edits.experts import routed_experts
+from kedit_lightning.edits.projections import (
+    as_rows,
+    batch_size,
+    find_module,
+    first_tensor,
+    with_first,
+)
+from kedit_lightning.edits.routed_hooks import ExpertsHook
 
 #: Takes the input and the output of a module; returns its new output, or ``None`` to leave it.
 Visit: TypeAlias = Callable[[Tensor, Tensor], Tensor | None]
@@ -67,6 +77,31 @@ def visiting(model: nn.Module, visits: Mapping[str, Visit]) -> Iterator[None]:
         for name, visit in visits.items():
             module = model.get_submodule(name)
             handle = module.register_forward_hook(partial(call, visit), with_kwargs=True)
+            hooks.callback(handle.remove)
+        yield
+
+
+@contextmanager
+def changing(model: nn.Module, deltas: Mapping[str, WeightDelta]) -> Iterator[None]:
+    """Add changes of projections, single experts among them, to what they write."""
+    experts: dict[str, dict[int, WeightDelta]] = {}
+    plain: dict[str, Visit] = {}
+    for name, delta in deltas.items():
+        module = find_module(model, name)
+        if isinstance(module, ExpertProjection) and module.expert is not None:
+            experts.setdefault(module.owner, {})[module.expert] = delta
+        else:
+            plain[name] = delta
+
+    def act(hook: ExpertsHook, module: nn.Module, args: Any, output: Any) -> Any:
+        return hook(args, output, None)
+
+    with visiting(model, plain), ExitStack() as hooks:
+        for owner, of_experts in experts.items():
+            module = find_module(model, owner)
+            held = routed_experts(module)
+            assert held is not None
+            handle = module.register_forward_hook(partial(act, ExpertsHook(held, of_experts)))
             hooks.callback(handle.remove)
         yield
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from kedit_lightning.edits.edit_file import content_id, read_edit, write_edit
 from kedit_lightning.edits.effects import AddToOutput, E, Effect, KeepMemory, of_type
+from kedit_lightning.edits.expert_projection import ExpertProjection
 from kedit_lightning.edits.origin import EditOrigin, IdentifiedModel, check_same_base
 from kedit_lightning.edits.projections import compute_dtype, find_module
 from kedit_lightning.errors import (
@@ -133,8 +134,10 @@ class Edit(ABC):
             for effect in part.effects():
                 if isinstance(effect, AddToOutput):
                     module = find_module(self.base.model, effect.module)
+                    is_expert = isinstance(module, ExpertProjection)
+                    owner = module.owner if is_expert else effect.module
                     for name, delta in effect.delta.of_parameters(module).items():
-                        key = f"{effect.module}.{name}"
+                        key = f"{owner}.{name}"
                         total[key] = total[key] + delta if key in total else delta
                 elif not isinstance(effect, KeepMemory):
                     raise UnsupportedUseError(

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 from torch import Tensor, nn
 
+from kedit_lightning.edits.expert_projection import ExpertProjection
 from kedit_lightning.edits.low_rank import LowRankDelta
 from kedit_lightning.edits.projections import compute_dtype, oriented, projection_shape
 from kedit_lightning.edits.row_context import RowContext
@@ -42,8 +43,13 @@ class WeightDelta:
         return reduce(torch.add, parts)
 
     def of_parameters(self, module: nn.Module) -> dict[str, Tensor]:
-        """Change of the module's ``weight`` and ``bias``, dense and in their own orientation."""
+        """Change of the parameters that hold the module, dense and in their own orientation.
+
+        Their names begin where the module's own, or that of the holder of experts, ends.
+        """
         dense = self.dense if self.low_rank is None else self.low_rank.dense
+        if isinstance(module, ExpertProjection):
+            return module.of_parameters(dense, self.bias)
         weight = None if dense is None else oriented(dense, module)
         parts = {"weight": weight, "bias": self.bias}
         return {name: part for name, part in parts.items() if part is not None}

@@ -22,8 +22,10 @@ from kedit_lightning.edits.effects import (
     families,
     of_type,
 )
+from kedit_lightning.edits.expert_projection import ExpertProjection
 from kedit_lightning.edits.forward_hooks import ForwardHook, LogitsHook, ModuleHook, read_states
 from kedit_lightning.edits.projections import find_module
+from kedit_lightning.edits.routed_hooks import ExpertsHook, expert_deltas
 
 #: Rows, and the effects of the edit that they carry.
 RowEffects: TypeAlias = tuple[list[int], Sequence[Effect]]
@@ -67,11 +69,23 @@ def _module_hooks(
     on_all = _by_module(shared)
     on_some = [(at, _by_module(effects)) for at, effects in apart]
     hooks: list[tuple[str, ForwardHook]] = []
+    experts: dict[str, dict[str, ExpertProjection]] = {}
     for name in dict.fromkeys(name for on in (on_all, *(m for _, m in on_some)) for name in on):
         carried = [(at, modules[name]) for at, modules in on_some if name in modules]
         module = find_module(model, name)
+        if isinstance(module, ExpertProjection):
+            experts.setdefault(module.owner, {})[name] = module
+            continue
         hook = ModuleHook(module, on_all.get(name, []), carried, rows if carried else 0)
         hooks.append((name, hook))
+    for owner, projections in experts.items():
+        shared, *some = [
+            expert_deltas([(p, on[n]) for n, p in projections.items() if n in on])
+            for on in (on_all, *(modules for _, modules in on_some))
+        ]
+        apart_of = [(at, deltas) for (at, _), deltas in zip(on_some, some, strict=True) if deltas]
+        held = next(iter(projections.values())).experts
+        hooks.append((owner, ExpertsHook(held, shared, apart_of, rows if apart_of else 0)))
     return hooks
 
 

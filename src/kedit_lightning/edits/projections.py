@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from kedit_lightning.edits.expert_projection import ExpertProjection, places_of_experts
+from kedit_lightning.edits.experts import routed_experts
 from kedit_lightning.errors import UnsupportedUseError
 
 
@@ -19,11 +22,13 @@ def is_transposed(module: nn.Module) -> bool:
 
 def is_projection(module: nn.Module) -> bool:
     """Whether the module is a matrix that weight edits know how to change."""
-    return isinstance(module, nn.Linear) or is_transposed(module)
+    return isinstance(module, (nn.Linear, ExpertProjection)) or is_transposed(module)
 
 
 def projection_shape(module: nn.Module) -> tuple[int, int]:
-    """``(d_in, d_out)`` of a Linear or Conv1D, quantised ones included."""
+    """``(d_in, d_out)`` of a Linear, Conv1D or expert, quantised ones included."""
+    if isinstance(module, ExpertProjection):
+        return module.shape
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
     weight = module.weight
@@ -79,15 +84,32 @@ def base_layer(module: nn.Module) -> nn.Module:
 def find_module(model: nn.Module, name: str) -> nn.Module:
     """The module called ``name``, without an adapter that peft has put around it.
 
+    Names of a parameter that holds experts, and of one of them (``….down_proj.3``), are those of
+    :class:`ExpertProjection`.
+
     Raises:
         UnsupportedUseError: There is none.
     """
     try:
         return base_layer(model.get_submodule(name))
     except AttributeError as error:
-        raise UnsupportedUseError(
-            f"the base model has no module {name!r}; base.model.named_modules() names them all"
-        ) from error
+        found = expert_projection(model, name)
+        if found is None:
+            raise UnsupportedUseError(
+                f"the base model has no module {name!r}; base.model.named_modules() names them all"
+            ) from error
+        return found
+
+
+def expert_projection(model: nn.Module, name: str) -> ExpertProjection | None:
+    """The projection called ``name`` if it is that of an expert, or of all experts of a block."""
+    for owner, parameter, expert in places_of_experts(name):
+        with suppress(AttributeError):
+            experts = routed_experts(base_layer(model.get_submodule(owner)))
+            known = experts is not None and experts.parameter == parameter
+            if experts is not None and known and (expert is None or expert < experts.count):
+                return ExpertProjection(experts, owner, expert)
+    return None
 
 
 def places_of(
@@ -108,13 +130,21 @@ def check_editable(model: nn.Module, name: str) -> nn.Module:
     """Return the module called ``name`` if a weight edit may change it.
 
     Raises:
-        UnsupportedUseError: It is no Linear or Conv1D, or its weight is tied to another module.
+        UnsupportedUseError: It is no Linear, Conv1D or single expert, or its weight is tied to
+            another module.
     """
     module = find_module(model, name)
+    if isinstance(module, ExpertProjection):
+        if module.expert is None:
+            raise UnsupportedUseError(
+                f"{name!r} is one parameter with {module.experts.count} experts; change single "
+                f"ones, as {module.name_of(0)!r}, or use FTM or a closed-form method, which do"
+            )
+        return module
     if not is_projection(module):
         raise UnsupportedUseError(
             f"module {name!r} is of type {type(module).__name__}, and weight edits change Linear "
-            "and Conv1D modules only; choose a projection of a block"
+            "and Conv1D modules and experts only; choose a projection of a block"
         )
     weight = module.weight
     for other_name, other in model.named_modules():

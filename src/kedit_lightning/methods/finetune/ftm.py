@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, TypeAlias
 
+import torch
 from torch import Tensor
 
-from kedit_lightning.base_models import BaseModel, BaseModelSpec, TokenRows
+from kedit_lightning.base_models import BaseModel, BaseModelSpec, EncodedRow, TokenRows
 from kedit_lightning.base_models.layer_choice import nearest_layers
-from kedit_lightning.base_models.taps import visiting
+from kedit_lightning.base_models.mixture import is_mixture, picking
+from kedit_lightning.base_models.taps import changing
 from kedit_lightning.edits import DenseEdit
 from kedit_lightning.edits.edit import check_finite
 from kedit_lightning.edits.projections import check_editable
@@ -25,6 +27,8 @@ from kedit_lightning.requests import EditRequest
 Objective: TypeAlias = Literal["target_new", "prompt_last"]
 #: Depth as a share of the blocks in most of EasyEdit's configurations (block 21 of 32).
 USUAL_DEPTH = 0.66
+#: Rows of the pass that asks which experts are picked.
+ROWS_PER_PASS = 64
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,8 @@ class FTM(EditMethod):
     FT-M is plain fine-tuning with the loss on the answer tokens alone. Many requests are trained
     together in epochs over all of them, breadth first, as in LocFT-BF. With
     ``objective: prompt_last`` and a ``norm_constraint`` it is FT-L. The weights stay as they are:
-    a separate change, which starts at zero, is trained. Papers:
+    a separate change, which starts at zero, is trained. In a block that has routed experts and
+    no other MLP it trains the experts that the router picks where answers are predicted. Papers:
     https://arxiv.org/abs/2202.05262 (FT and FT-L), https://arxiv.org/abs/2401.01286 (FT-M),
     https://arxiv.org/abs/2509.22072 (LocFT-BF).
 
@@ -108,7 +113,7 @@ class FTM(EditMethod):
 
         Raises:
             UnsupportedUseError: No layer is given, or a projection cannot be edited.
-            ModuleNotLocatedError: A block does not exist or has no dense MLP.
+            ModuleNotLocatedError: A block does not exist, or has no MLP and no routed experts.
         """
         settings, usual = self.settings, finetune_defaults(self.base)
         layers = list(usual.layers) if settings.layers is None else settings.layers
@@ -117,10 +122,11 @@ class FTM(EditMethod):
         bound = usual.norm_constraint if bound is None else bound
         if not layers:
             raise UnsupportedUseError("FTM: layers must name at least one block, got []")
-        modules = [self.base.layout.block(layer).down for layer in layers]
-        self.modules_trained = tuple(dict.fromkeys(modules))
-        for module in self.modules_trained:
-            check_editable(self.base.model, module)
+        blocks = {b.down: b for b in map(self.base.layout.mlp_block, layers)}
+        self.modules_trained = tuple(blocks)
+        for module, block in blocks.items():
+            if not block.is_routed:
+                check_editable(self.base.model, module)
         self.settings = replace(settings, layers=layers, steps=steps, norm_constraint=bound)
 
     def compute_edit(self, requests: Sequence[EditRequest]) -> DenseEdit:
@@ -128,7 +134,8 @@ class FTM(EditMethod):
         base, settings = self.base, self.settings
         assert settings.steps is not None and settings.norm_constraint is not None  # noqa: PT018
         encoded = [base.encode(r.prompt, self._answer(r)) for r in requests]
-        changes = {n: zero_change(base.module(n), base.dtype) for n in self.modules_trained}
+        names = self._trained(encoded)
+        changes = {n: zero_change(base.module(n), base.dtype) for n in names}
         whole = base.pad(encoded) if len(encoded) <= settings.batch_size else None
 
         def loss(indices: list[int]) -> Tensor:
@@ -137,7 +144,7 @@ class FTM(EditMethod):
             return check_finite("loss", ", ".join(self.modules_trained), mean)
 
         tensors = [t for change in changes.values() for t in (change.dense, change.bias)]
-        with visiting(base.model, changes):
+        with changing(base.model, changes):
             history = fine_tune(
                 [tensor for tensor in tensors if tensor is not None],
                 len(encoded),
@@ -152,7 +159,20 @@ class FTM(EditMethod):
             )
         pairs = {name: (change.dense, change.bias) for name, change in changes.items()}
         notes = {"epochs": len(history), "loss": history[-1] if history else None}
-        return DenseEdit(base, pairs, self.origin(requests, modules=self.modules_trained, **notes))
+        return DenseEdit(base, pairs, self.origin(requests, modules=names, **notes))
+
+    @torch.no_grad()
+    def _trained(self, encoded: Sequence[EncodedRow]) -> list[str]:
+        """The projections to train: of routed experts those picked where answers are predicted."""
+        experts: dict[str, None] = {}
+        routed = [n for n in self.modules_trained if is_mixture(self.base.module(n))]
+        for start in range(0, len(encoded) if routed else 0, ROWS_PER_PASS):
+            rows = self.base.pad(encoded[start : start + ROWS_PER_PASS])
+            columns = torch.where(rows.answer_mask, rows.answer_columns, rows.prompt_end[:, None])
+            with picking(self.base.model, routed, columns) as picked:
+                self.base.forward(rows)
+            experts |= dict.fromkeys(picked)
+        return [n for n in self.modules_trained if n not in routed] + sorted(experts)
 
     def row_losses(self, rows: TokenRows) -> Tensor:
         """Negative log-likelihood of each row's answer under the objective. Shape ``[batch]``."""
@@ -179,5 +199,5 @@ def finetune_defaults(base: BaseModel) -> FinetuneDefaults:
     blocks = len(base.layout)
     known = published_settings(base, "FTM", FinetuneDefaults)
     return known or FinetuneDefaults(
-        nearest_layers(base.layout.dense_layers, [min(round(USUAL_DEPTH * blocks), blocks - 1)])
+        nearest_layers(base.layout.mlp_layers, [min(round(USUAL_DEPTH * blocks), blocks - 1)])
     )

@@ -1,0 +1,91 @@
+"""The routed experts of a block, and which of them the router picks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kedit_lightning.base_models.blocks import Block, removing
+from kedit_lightning.edits.expert_projection import ExpertProjection
+from kedit_lightning.edits.experts import RoutedExperts, routed_experts
+from kedit_lightning.edits.projections import find_module
+from kedit_lightning.errors import ModuleNotLocatedError
+
+
+def routed_block(name: str, block: nn.Module, hidden: int) -> Block | None:
+    """A block described by its routed experts, those that write ``hidden`` values; if it has any.
+
+    Of several mixtures it is the one of most experts.
+    """
+    found: dict[str, RoutedExperts] = {}
+    for key, module in block.named_modules():
+        experts = routed_experts(module)
+        if experts is not None and experts.width_out == hidden:
+            found[f"{name}.{key}"] = experts
+    if not found:
+        return None
+    owner = max(found, key=lambda key: found[key].count)
+    down = f"{owner}.{found[owner].parameter}"
+    return Block(name, down, owner, (down,), is_routed=True)
+
+
+def no_dense_mlp(name: str, model_type: str, is_routed: bool) -> ModuleNotLocatedError:
+    """What to raise about a block that has none, for methods that need one."""
+    said = (
+        f"block '{name}' of model type '{model_type}' has no dense MLP projection that reads each "
+        "token once"
+    )
+    if is_routed:
+        return ModuleNotLocatedError(
+            f"{said}, but routed experts, so methods that edit one cannot be used on it; use FTM, "
+            "which trains experts, or IKE, which edits no weights"
+        )
+    return ModuleNotLocatedError(
+        f"{said} (a state-space mixer has none), so methods that edit one cannot be used on it; "
+        "use another block or model, or IKE, which edits no weights"
+    )
+
+
+def is_mixture(module: nn.Module) -> bool:
+    """Whether a projection is that of all experts of a block."""
+    return isinstance(module, ExpertProjection) and module.expert is None
+
+
+@contextmanager
+def picking(
+    model: nn.Module, mixtures: Sequence[str], columns: Tensor
+) -> Iterator[dict[str, Tensor]]:
+    """Note the experts that the router picks at some tokens of the next forward pass.
+
+    Args:
+        model: The model.
+        mixtures: Names of projections of all experts of blocks.
+        columns: Columns of the tokens. Shape ``[batch, n]``.
+
+    Yields:
+        After the pass the weights there, ``[batch, n]``, by name of the projection of each expert
+        that is picked at one of them.
+    """
+    picked: dict[str, Tensor] = {}
+
+    def note(projection: ExpertProjection, module: nn.Module, args: tuple[Any, ...]) -> None:
+        gates = projection.experts.routing(args).gates
+        gates = gates.reshape(len(columns), -1, gates.shape[1])
+        rows = torch.arange(len(columns), device=gates.device)[:, None]
+        at = gates[rows, columns.to(gates.device)]  # [batch, n, experts]
+        for expert in at.flatten(0, 1).any(0).nonzero()[:, 0].tolist():
+            picked[projection.name_of(expert)] = at[..., expert]
+
+    handles = []
+    for name in mixtures:
+        projection = find_module(model, name)
+        assert isinstance(projection, ExpertProjection)
+        owner = find_module(model, projection.owner)
+        handles.append(owner.register_forward_pre_hook(partial(note, projection)))
+    with removing(handles):
+        yield picked

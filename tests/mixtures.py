@@ -1,0 +1,66 @@
+"""Tiny mixtures of experts, one for each way to hold experts and for more types."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from support import tiny_tokenizer
+from tiny_decoders import tiny_config
+
+from kedit_lightning import BaseModel
+from kedit_lightning.edits.expert_projection import ExpertProjection
+
+#: Types whose blocks, or some of them, have routed experts and no dense MLP.
+ROUTED = (
+    "mixtral",
+    "gpt_oss",
+    "dbrx",
+    "jetmoe",
+    "qwen3_moe",
+    "olmoe",
+    "granitemoe",
+    "jamba",
+    "flex_olmo",
+    "phimoe",
+)
+#: One of each way to hold experts; the tests of every day take these.
+FORMS = ROUTED[:4]
+
+
+def tiny_mixture(kind: str, dtype: torch.dtype = torch.float64) -> BaseModel:
+    """A base model of a type with random weights, the same at every call.
+
+    Its experts are run one by one, since their grouped product refuses float64.
+    """
+    config = tiny_config(kind)
+    config._experts_implementation = "eager"
+    torch.manual_seed(0)
+    model: Any = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:  # larger than the usual start, so that routers choose
+                parameter.mul_(4.0)
+    return BaseModel(model.to(dtype).eval(), tiny_tokenizer(True), name=kind)
+
+
+def routed_layer(base: BaseModel) -> int:
+    """Number of the last block with routed experts alone."""
+    layers = range(len(base.layout))
+    return max(i for i in layers if has_experts(base, i))
+
+
+def has_experts(base: BaseModel, layer: int) -> bool:
+    """Whether a block has routed experts alone."""
+    try:
+        return base.layout.mlp_block(layer).is_routed
+    except ValueError:
+        return False
+
+
+def mixture(base: BaseModel, layer: int) -> ExpertProjection:
+    """The projection of all experts of a block."""
+    module = base.module(base.layout.mlp_block(layer).down)
+    assert isinstance(module, ExpertProjection)
+    return module
