@@ -70,15 +70,21 @@ class RowContext:
         for key, decision in self.decisions.items():
             self.decisions[key] = decision.index_select(0, beam_index.to(decision.device))
 
-    def read(self, ids: Tensor | None, mask: Tensor) -> None:
-        """Append the tokens of a call, ``[batch, new tokens]``; no ids if it has embeddings."""
+    def read(self, ids: Tensor | None, mask: Tensor, start: int) -> None:
+        """Append the tokens of a call, ``[batch, new tokens]``, from the column ``start`` on.
+
+        Assisted decoding takes back the last columns that it had guessed.  Ids are ``None`` if the
+        call has embeddings.
+        """
+        self.columns = start + mask.shape[1]
         if ids is None:
             self.token_ids = self.token_mask = None
         elif self.prefill:
             self.token_ids, self.token_mask = ids, mask
         elif self.token_ids is not None and self.token_mask is not None:
-            self.token_ids = torch.cat([self.token_ids, ids.to(self.token_ids)], dim=1)
-            self.token_mask = torch.cat([self.token_mask, mask.to(self.token_mask)], dim=1)
+            ids, mask = ids.to(self.token_ids), mask.to(self.token_mask)
+            self.token_ids = torch.cat([self.token_ids[:, :start], ids], dim=1)
+            self.token_mask = torch.cat([self.token_mask[:, :start], mask], dim=1)
 
     def store_in(self, output: Any) -> None:
         """Store the question and the decisions in the output of an encoder.
@@ -146,13 +152,16 @@ def _context_of(cache: Any) -> RowContext | None:
     return reorder.context if isinstance(reorder, _BeamReorder) else None
 
 
-def _is_filled(cache: Any) -> bool:
+def _columns_in(cache: Any) -> int:
+    """Columns that a cache holds: of a state-space model, which counts none, those read so far."""
     if cache is None:
-        return False
+        return 0
     try:
-        return int(cache.get_seq_length()) > 0
-    except ValueError:  # a state-space model, whose cache counts no tokens
-        return bool(cache.has_previous_state())
+        return int(cache.get_seq_length())
+    except ValueError:
+        known = _context_of(cache)
+        filled = bool(cache.has_previous_state())
+        return max(1, known.columns if known is not None else 1) if filled else 0
 
 
 def _first_tensor(call: Mapping[str, Any]) -> Tensor:
@@ -165,6 +174,11 @@ class ContextTracker:
     Prompts end at ``prompt_ends`` where a caller has set it, as for teacher-forced answers.
     Otherwise they end at the last attended token of the prefill, or in a decoder with an encoder at
     its start token.
+
+    One call must read a prompt to its end, since decisions look at all of it.  That end is known
+    where a caller has set it, and inside ``generate``, which :class:`BoundedGenerate` tells of.  In
+    a loop of calls of the model itself a first call of several tokens is taken for the prompt, and
+    one of a single token may be either: the next call is refused.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -173,6 +187,10 @@ class ContextTracker:
         config = getattr(model, "config", None)
         self.is_encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
         self.prompt_ends: Tensor | None = None
+        #: Columns of the prompts that ``generate`` continues now.
+        self.prompt_columns: int | None = None
+        #: Whether decisions matter: edits act, and this model does not just guess for another.
+        self.acts = self.answers = True
         self.logit_places: tuple[Tensor, Tensor] | None = None
         #: Context of the current call; ``None`` between calls of the model.
         self.current: RowContext | None = None
@@ -218,27 +236,62 @@ class ContextTracker:
         given = call.get(f"{side}input_ids")
         ids = _first_tensor(call) if given is None else given
         attended = _attended(call.get(f"{side}attention_mask"), ids)
-        if _is_filled(cache):
-            if ids.shape[1] > 1 and self._decides:
-                raise UnsupportedUseError(
-                    f"the model was called with {ids.shape[1]} new tokens on top of a filled "
-                    "key-value cache, and edits with a memory decide at the end of a prompt that "
-                    "is read in one call; start each prompt with an empty cache, do without "
-                    "prefill_chunk_size and assisted decoding, or roll those edits back"
-                )
-            # A cache that was filled before the edit was applied has no context.
-            known = _context_of(cache)
+        start = _columns_in(cache)
+        # A cache that was filled before the edit was applied has no context.
+        known = _context_of(cache) if start else None
+        if self._decides and self.acts and self.answers:
+            self._check_bounds(call, known, start, ids.shape[1])
+        if start:
             self.current = known or RowContext(torch.zeros(len(ids), dtype=torch.long))
             self.current.prefill = False
         else:
             self.current = RowContext(self._prompt_end(attended))
-        self.current.columns += ids.shape[1]
         self.current.logit_places = self.logit_places
-        self.current.read(given, attended)
+        self.current.read(given, attended, start)
         if self.current.prefill:
             if self.is_encoder_decoder:
                 self._read_question(call)
             self._attach(cache)
+
+    def _check_bounds(
+        self, call: Mapping[str, Any], known: RowContext | None, start: int, new: int
+    ) -> None:
+        """Refuse a call of ``new`` columns behind ``start`` others that leaves a prompt's end open.
+
+        Raises:
+            UnsupportedUseError: The message names the ways out.
+        """
+        width = self._prompt_width()
+        told = width is not None
+        if known is not None and width is None:  # a cache may have been cut inside its prompt
+            width = int(known.prompt_end.max()) + 1
+        if "cu_seq_lens_q" in call.get("kwargs", {}):
+            what = "was called with several prompts in one row, as continuous batching does"
+        elif width is not None and (start < width if start else new < width):
+            what = f"was called with {new} new tokens of a prompt of {width} columns"
+        elif not told and start and new > 1:
+            what = f"was called with {new} new tokens on top of a filled key-value cache"
+        elif not told and start == 1:
+            what = (
+                "was called with one new token on top of another, which may be a prompt that is "
+                "read token by token, or the answer to a prompt of one token"
+            )
+        else:
+            return
+        raise UnsupportedUseError(
+            f"the model {what}, and edits with a memory decide at the end of a prompt that is read "
+            "in one call; start each prompt with an empty cache, do without prefill_chunk_size, "
+            "let `generate` write the answers or say where prompts end (`with "
+            "base.edits.prompts_end_at(columns)`), or roll those edits back"
+        )
+
+    def _prompt_width(self) -> int | None:
+        """Columns in which all prompts end, if they are known."""
+        if self.is_encoder_decoder:  # the start token
+            return 1
+        if self.prompt_ends is not None:
+            return int(self.prompt_ends.max()) + 1
+        return self.prompt_columns
 
     def enter_encoder(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Open a context when generation runs the encoder before it calls the model."""
@@ -272,8 +325,9 @@ class ContextTracker:
             return self.prompt_ends.repeat_interleave(len(attended) // len(self.prompt_ends))
         if self.is_encoder_decoder:  # the start token, which follows the padding
             return attended.int().argmax(dim=1)
-        columns = torch.arange(attended.shape[1], device=attended.device)
-        return (columns * attended).argmax(dim=1)
+        # Assisted decoding reads the tokens that it guesses along with the prompt.
+        prompt = attended[:, : self.prompt_columns]
+        return (torch.arange(prompt.shape[1], device=prompt.device) * prompt).argmax(dim=1)
 
     def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """Store the context with a cache that the model created itself, and close it."""

@@ -17,6 +17,7 @@ from kedit_lightning.edits.compilation import forget_compiled_code
 from kedit_lightning.edits.edit import Edit, EditableModel
 from kedit_lightning.edits.effects import E, of_type
 from kedit_lightning.edits.forward_hooks import StackHook, stack_hooks
+from kedit_lightning.edits.generation_bounds import BoundedGenerate
 from kedit_lightning.edits.hook_plan import HookPlan, effects_of
 from kedit_lightning.edits.projections import find_module, places_of
 from kedit_lightning.edits.row_context import ContextTracker, RowContext
@@ -202,11 +203,12 @@ class EditStack:
         """Inside, the base model answers as if it had never been edited."""
         with self.lock:
             before, self._active = self._active, False
+            self._tracker.acts = False
             forget_compiled_code(self._model)
             try:
                 yield
             finally:
-                self._active = before
+                self._active = self._tracker.acts = before
                 forget_compiled_code(self._model)
 
     @contextmanager
@@ -318,5 +320,6 @@ class EditStack:
             if plan.reads_rows:
                 # After the other hooks, so that the context is open when those of the model run.
                 self._handles += self._tracker.register(plan.reads_states, plan.decides)
+            BoundedGenerate.attach(self._model, self._tracker if plan.decides else None)
             EditedSave.attach(self._model, edits)
             forget_compiled_code(self._model)
