@@ -60,6 +60,7 @@ METHODS = {
     "RLEdit": ({}, 32),
     "SERAC": ({}, 1),
     "GRACE": ({}, 1),
+    "TPatcher": ({}, 1),
     "IKE": ({}, 1),
 }
 

@@ -19,10 +19,12 @@ from kedit_lightning.edits import (
     DenseEdit,
     EditOrigin,
     LowRankEdit,
+    NeuronsEdit,
     PromptEdit,
     PromptEntry,
 )
 from kedit_lightning.edits.kinds.codebook.codebook import CodebookEntry, Replacement
+from kedit_lightning.edits.kinds.neurons.neurons import MLPPlace, Neurons
 from kedit_lightning.edits.projections import projection_shape
 
 PROMPTS = [request.prompt for request in REQUESTS]
@@ -140,6 +142,19 @@ def codebook(
     return CodebookEdit(base, module, [entry], replacement, origin_of(base))
 
 
+def neurons(base: BaseModel, layer: int = 1, count: int = 5, seed: int = 60) -> NeuronsEdit:
+    """Neurons beside one MLP, some of which fire on most tokens."""
+    block = base.layout.block(layer)
+    place = MLPPlace(block.projections[0], block.down)
+    d_in = projection_shape(base.module(place.reads))[0]
+    d_out = projection_shape(base.module(place.writes))[1]
+    keys, biases, values, queries = (
+        random(*shape, like=base.dtype, seed=seed + i)
+        for i, shape in enumerate([(count, d_in), (count,), (count, d_out), (2, d_in)])
+    )
+    return NeuronsEdit(base, {place: Neurons(keys, biases, 3 * values, queries)}, origin_of(base))
+
+
 def prompt_edit(base: BaseModel) -> PromptEdit:
     """A fact stated before each prompt."""
     entry = PromptEntry(PROMPTS[0], "New Fact: Lyon is in Norway.\n", ("Rome is in Italy.\n",))
@@ -163,6 +178,7 @@ KINDS: dict[str, Callable[[BaseModel], Edit]] = {
     "dense": dense,
     "adapter": adapter,
     "codebook": codebook,
+    "neurons": neurons,
     "prompt": prompt_edit,
     "bonus": bonus,
     "composite": composite,

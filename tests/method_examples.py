@@ -29,6 +29,7 @@ METHODS = [
     ("ROME", LOCATE),
     ("RROME", LOCATE),
     ("SERAC", {"checkpoint": "none"}),
+    ("TPatcher", {"steps": 3}),
     ("UltraEdit", {"lr": 1e-2}),
 ]
 

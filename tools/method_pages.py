@@ -138,6 +138,13 @@ PAPERS: dict[str, tuple[Paper, ...]] = {
     "SERAC": (
         Paper("Memory-Based Model Editing at Scale", "Mitchell et al., ICML 2022", "2206.06520"),
     ),
+    "TPatcher": (
+        Paper(
+            "Transformer-Patcher: One Mistake worth One Neuron",
+            "Huang et al., ICLR 2023",
+            "2301.09785",
+        ),
+    ),
     "UltraEdit": (
         Paper(
             "UltraEdit: Training-, Subject-, and Memory-Free Lifelong Editing in Language Models",

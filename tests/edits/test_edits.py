@@ -116,7 +116,7 @@ def test_acts_on_direct_calls_and_leaves_weights_alone(kind):
     raw = raw_logits(base.model)
     with KINDS[kind](base):
         # Prompt edits act where the base model builds rows; the codebook knows another prompt.
-        acts = kind in (*WEIGHT_KINDS, "bonus", "composite")
+        acts = kind in (*WEIGHT_KINDS, "bonus", "composite", "neurons")
         assert torch.equal(raw_logits(base.model), raw) != acts
         for name, tensor in base.model.state_dict().items():
             assert torch.equal(tensor, weights[name])

@@ -7,6 +7,7 @@ from kedit_lightning.edits.edit import LATE_KINDS, Edit, MemoryEdit, materialise
 from kedit_lightning.edits.kinds.codebook.codebook_edit import CodebookEdit
 from kedit_lightning.edits.kinds.composite import CompositeEdit
 from kedit_lightning.edits.kinds.decoding import DecodingEdit
+from kedit_lightning.edits.kinds.neurons.neurons_edit import NeuronsEdit
 from kedit_lightning.edits.kinds.prompt.prompt_edit import PromptEdit, PromptEntry
 from kedit_lightning.edits.kinds.weights import AdapterEdit, DenseEdit, LowRankEdit, memories
 from kedit_lightning.edits.low_rank import LowRankDelta
@@ -30,6 +31,7 @@ __all__ = [
     "LowRankDelta",
     "LowRankEdit",
     "MemoryEdit",
+    "NeuronsEdit",
     "PromptEdit",
     "PromptEntry",
     "ScopeEdit",

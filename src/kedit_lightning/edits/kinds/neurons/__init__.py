@@ -1,0 +1,1 @@
+"""Neurons added beside an MLP (T-Patcher, CaliNet)."""
