@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kedit_lightning.base_models.batching import Batching, embedded_tokens
+from kedit_lightning.base_models.blocks import naming_inputs
 from kedit_lightning.base_models.fingerprint import ModelIdentity
 from kedit_lightning.base_models.finiteness import check_finite_weights
 from kedit_lightning.base_models.generation import continuations
@@ -29,6 +29,7 @@ from kedit_lightning.base_models.rows import (
 )
 from kedit_lightning.base_models.spec import BaseModelSpec, load_pretrained
 from kedit_lightning.base_models.taps import gathering
+from kedit_lightning.base_models.text_inputs import call_parameters, check_text_inputs
 from kedit_lightning.chat_turns import prompt_text
 from kedit_lightning.decoding_settings import Generation, generation_config, neutral_options
 from kedit_lightning.edits import EditStack, plain_model
@@ -52,7 +53,7 @@ class BaseModel:
         processor: Processor of a vision-language model, as ``AutoProcessor`` loads it.
 
     Raises:
-        UnsupportedUseError: A part of the model is edited as a base model of its own.
+        UnsupportedUseError: It needs more than token ids, or a part of it is a base model already.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class BaseModel:
         processor: Any = None,
     ) -> None:
         model = plain_model(model)
+        check_text_inputs(model)
         config = model.config
         self.model: Any = model.eval().requires_grad_(False)
         self.tokenizer: Any = tokenizer
@@ -79,7 +81,7 @@ class BaseModel:
         #: Which rows it may read together.
         self.batching = Batching(self)
         #: Whether its ``forward`` takes ``position_ids``.
-        self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+        self.takes_positions = "position_ids" in call_parameters(model)
         #: Whether its passes can start in the middle; ``None`` until ``can_resume`` has tried.
         self.resumes: bool | None = None
         self.edits.adopt(self)
@@ -264,7 +266,7 @@ class BaseModel:
 
     def forward(self, rows: TokenRows, **options: Any) -> Any:
         """Run the model on rows; memory edits learn where the prompts end."""
-        with self.edits.prompts_end_at(rows.prompt_end):
+        with self.edits.prompts_end_at(rows.prompt_end), naming_inputs(self.model, self.edits):
             return self.model(**{**rows.inputs, "use_cache": False, **options})
 
     def answer_logits(self, rows: TokenRows) -> Tensor:

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from kedit_lightning.errors import ModuleNotLocatedError
+from kedit_lightning.base_models.text_inputs import MISSING_INPUT, lacks_inputs
+from kedit_lightning.edits import EditStack
+from kedit_lightning.errors import KEditError, ModuleNotLocatedError
 
 #: Number of tokens of the probe.
 PROBE_TOKENS = 6
@@ -105,12 +107,33 @@ def _that_run(
 
 @torch.no_grad()
 def read_probe(model: Any) -> None:
-    """Run a forward pass on a few tokens."""
+    """Run a forward pass on a few tokens.
+
+    Raises:
+        UnsupportedUseError: The model needs more than these.
+    """
     device = next(model.parameters()).device
     vocabulary = int(text_config(model).vocab_size)
     ids = torch.arange(1, PROBE_TOKENS + 1, device=device)[None] % vocabulary
     encoder_decoder = getattr(model.config, "is_encoder_decoder", False)
-    model(input_ids=ids, use_cache=False, **({"decoder_input_ids": ids} if encoder_decoder else {}))
+    inputs = {"input_ids": ids, **({"decoder_input_ids": ids} if encoder_decoder else {})}
+    try:
+        model(**inputs, use_cache=False)
+    except MISSING_INPUT as error:
+        if isinstance(error, KEditError):
+            raise
+        raise lacks_inputs(model, error) from error
+
+
+@contextmanager
+def naming_inputs(model: nn.Module, edits: EditStack) -> Iterator[None]:
+    """Say so where a call inside the block fails since the model needs more than token ids."""
+    try:
+        yield
+    except MISSING_INPUT:
+        with edits.suspended():
+            read_probe(model)  # raises if it does
+        raise
 
 
 @contextmanager
