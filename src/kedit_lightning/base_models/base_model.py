@@ -27,7 +27,7 @@ from kedit_lightning.base_models.rows import (
     pad_encoder_decoder_rows,
     pad_rows,
 )
-from kedit_lightning.base_models.spec import BaseModelSpec, load_pretrained
+from kedit_lightning.base_models.spec import BaseModelSpec, load_pretrained, longest_row
 from kedit_lightning.base_models.taps import gathering
 from kedit_lightning.base_models.text_inputs import call_parameters, check_text_inputs
 from kedit_lightning.chat_turns import prompt_text
@@ -167,11 +167,7 @@ class BaseModel:
     @property
     def max_tokens(self) -> int:
         """Longest row it can take."""
-        config = self.model.config.get_text_config(decoder=True)
-        for field in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
-            if getattr(config, field, None):
-                return int(getattr(config, field))
-        return 1_000_000
+        return longest_row(self.model.config)
 
     def module(self, name: str) -> nn.Module:
         """The module with a dotted name, which may be that of an expert's projection."""

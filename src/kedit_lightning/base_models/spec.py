@@ -93,6 +93,52 @@ def _bar_for(name: str) -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def longest_row(config: Any) -> int:
+    """The longest row a model of this configuration can take, in tokens."""
+    config = config.get_text_config(decoder=True)
+    for field in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
+        if getattr(config, field, None):
+            return int(getattr(config, field))
+    return 1_000_000
+
+
+def load_tokenizer(spec: BaseModelSpec) -> tuple[Any, int]:
+    """The tokenizer of a base model and the longest row it takes, without loading its weights.
+
+    Raises:
+        BaseModelNotFoundError: There is no such model.
+        UnsupportedUseError: It needs code of its own, which is not trusted.
+    """
+    where, source = resolve(spec.name), _source(spec)
+    with _errors_of(spec):
+        config = AutoConfig.from_pretrained(where, **source)
+        return AutoTokenizer.from_pretrained(where, **source), longest_row(config)
+
+
+def _source(spec: BaseModelSpec) -> dict[str, Any]:
+    return {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
+
+
+@contextmanager
+def _errors_of(spec: BaseModelSpec) -> Iterator[None]:
+    """Inside, what transformers says about files that do not load becomes an error of ours."""
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError) as error:
+        if "trust_remote_code" in str(error) and not spec.trust_remote_code:
+            raise UnsupportedUseError(
+                f"base model '{spec.name}' needs code that comes with it; set "
+                "model.base_model.trust_remote_code to true if you trust its source"
+            ) from error
+        kind = "folder" if Path(resolve(spec.name)).is_dir() else "base model"
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise BaseModelNotFoundError(
+            f"{kind} '{spec.name}' could not be loaded ({reason}); give a folder with config, "
+            "weights and tokenizer, a name on the hub that this machine can reach or has in its "
+            f"cache, or one of the packaged models: {', '.join(PACKAGED)}"
+        ) from error
+
+
 def load_pretrained(spec: BaseModelSpec) -> tuple[Any, Any]:
     """Load model and tokenizer.
 
@@ -103,12 +149,12 @@ def load_pretrained(spec: BaseModelSpec) -> tuple[Any, Any]:
     where = resolve(spec.name)
     # The packaged model is stored in 16 bit and computes in 32.
     dtype = "float32" if spec.dtype == "auto" and spec.name in PACKAGED else spec.dtype
-    source = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
+    source = _source(spec)
     choices = {n: getattr(spec, n) for n in ("device_map", "attn_implementation")}
     options = {name: value for name, value in choices.items() if value is not None}
     options |= {**source, **_quantization(spec)}
     folder = Path(where)
-    try:
+    with _errors_of(spec):
         # For a folder without a tokenizer transformers returns an empty one.
         if folder.is_dir() and not any(any(folder.glob(name)) for name in _TOKENIZER_FILES):
             raise OSError("it holds no tokenizer")
@@ -118,17 +164,4 @@ def load_pretrained(spec: BaseModelSpec) -> tuple[Any, Any]:
         loader = AutoModelForSeq2SeqLM if sequence_to_sequence else AutoModelForCausalLM
         with _bar_for(spec.name):
             model = loader.from_pretrained(where, dtype=dtype, **options)
-    except (OSError, ValueError, SafetensorError) as error:
-        if "trust_remote_code" in str(error) and not spec.trust_remote_code:
-            raise UnsupportedUseError(
-                f"base model '{spec.name}' needs code that comes with it; set "
-                "model.base_model.trust_remote_code to true if you trust its source"
-            ) from error
-        kind = "folder" if folder.is_dir() else "base model"
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise BaseModelNotFoundError(
-            f"{kind} '{spec.name}' could not be loaded ({reason}); give a folder with config, "
-            "weights and tokenizer, a name on the hub that this machine can reach or has in its "
-            f"cache, or one of the packaged models: {', '.join(PACKAGED)}"
-        ) from error
     return model, tokenizer

@@ -33,6 +33,8 @@ commands:
   predict   answer prompts with and without saved edits
 
 also:
+  data [NAME] PATH [--model MODEL] [--limit N]
+            say what a file of facts holds: records, probes, duplicates, conflicts, lengths
   metrics   say what the names of scores mean, such as tf_all
   completion bash|zsh|fish
             print a script by which a shell completes options; it takes some seconds
@@ -90,6 +92,11 @@ def main(args: Any = None, run: bool = True) -> Any:
     if run and arguments == ["metrics"]:
         load_plugins()
         _leave(import_module("kedit_lightning.cli.metric_glossary").metric_glossary(), 0)
+    if run and arguments[:1] == ["data"]:
+        with _errors_in_one_line(), without_notices():
+            load_plugins()
+            report = import_module("kedit_lightning.cli.data_report").data_report(arguments[1:])
+        _leave(report, 0)
     page = help_page(arguments) if args is None and run else None
     if page is not None:
         if text := saved_help(page):
@@ -100,14 +107,22 @@ def main(args: Any = None, run: bool = True) -> Any:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # Lightning 2.6 calls what jsonargparse has deprecated, which a user can do nothing about.
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
-    parser = import_module("kedit_lightning.cli.parser")
-    if args is None:  # importing Lightning has set a format of its own
-        warnings.formatwarning = _warning
-    try:
+    with _errors_in_one_line():
+        parser = import_module("kedit_lightning.cli.parser")
+        if args is None:  # importing Lightning has set a format of its own
+            warnings.formatwarning = _warning
         with caching(page), without_notices():
             command_line = parser.KEditCLI(**parser.cli_arguments(args, run))
+    return None if args is None else command_line
+
+
+@contextmanager
+def _errors_in_one_line() -> Iterator[None]:
+    """Inside, a :class:`KEditError` ends the process in a sentence; a bug keeps its traceback."""
+    try:
+        yield
     except Exception as error:
-        cause: KEditError | None = parser.kedit_error(error)
+        cause: KEditError | None = import_module("kedit_lightning.cli.messages").kedit_error(error)
         if cause is None and any(words in str(error) for words in _LOST_PROCESS):
             # It has said why it ended; the traceback of one that waited for it says nothing.
             cause = KEditError("another process of this run has ended, so this one ends too")
@@ -116,7 +131,6 @@ def main(args: Any = None, run: bool = True) -> Any:
         sentence = "; ".join([str(cause), *getattr(cause, "__notes__", ())])
         sys.stderr.write(f"error: {' '.join(sentence.split())}\n")
         raise SystemExit(cause.exit_code) from error
-    return None if args is None else command_line
 
 
 def _leave(text: str, code: int) -> NoReturn:
