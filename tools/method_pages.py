@@ -77,6 +77,13 @@ PAPERS: dict[str, tuple[Paper, ...]] = {
             "2211.11031",
         ),
     ),
+    "ICE": (
+        Paper(
+            "A Comprehensive Study of Knowledge Editing for Large Language Models (ICE)",
+            "Zhang et al., 2024",
+            "2401.01286",
+        ),
+    ),
     "IKE": (
         Paper(
             "Can We Edit Factual Knowledge by In-Context Learning?",
@@ -121,6 +128,13 @@ PAPERS: dict[str, tuple[Paper, ...]] = {
     "MEND": (Paper("Fast Model Editing at Scale", "Mitchell et al., ICLR 2022", "2110.11309"),),
     "PMET": (
         Paper("PMET: Precise Model Editing in a Transformer", "Li et al., AAAI 2024", "2308.08742"),
+    ),
+    "PROMPT": (
+        Paper(
+            "Can We Edit Factual Knowledge by In-Context Learning? (PROMPT)",
+            "Zheng et al., EMNLP 2023",
+            "2305.12740",
+        ),
     ),
     "RLEdit": (
         Paper(

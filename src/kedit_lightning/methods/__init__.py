@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from kedit_lightning.methods.hypernetwork.malmen.malmen import MALMEN
     from kedit_lightning.methods.hypernetwork.mend.mend import MEND
     from kedit_lightning.methods.hypernetwork.rledit import RLEdit
+    from kedit_lightning.methods.in_context.ice import ICE
     from kedit_lightning.methods.in_context.ike import IKE
+    from kedit_lightning.methods.in_context.prompt import PROMPT
     from kedit_lightning.methods.locate.alphaedit import AlphaEdit
     from kedit_lightning.methods.locate.kn import KN
     from kedit_lightning.methods.locate.memit import EMMET, MEMIT, PMET
@@ -39,6 +41,7 @@ __all__ = [
     "EMMET",
     "FTM",
     "GRACE",
+    "ICE",
     "IKE",
     "KE",
     "KN",
@@ -47,6 +50,7 @@ __all__ = [
     "MEND",
     "METHODS",
     "PMET",
+    "PROMPT",
     "ROME",
     "RROME",
     "SERAC",

@@ -12,10 +12,10 @@ from kedit_lightning.base_models import BaseModel, BaseModelSpec
 from kedit_lightning.base_models.spec import PACKAGED
 from kedit_lightning.data import NanoFacts
 from kedit_lightning.data.datamodule import EditDataModule
-from kedit_lightning.edits import PromptEdit, PromptEntry
+from kedit_lightning.edits import PromptEdit
+from kedit_lightning.edits.kinds.prompt.retriever import LEXICAL
 from kedit_lightning.methods.capabilities import CountOrZero
 from kedit_lightning.methods.in_context.shared.demonstration_pool import (
-    LEXICAL,
     Pool,
     PoolSource,
     load_pool,
@@ -25,17 +25,11 @@ from kedit_lightning.methods.in_context.shared.demonstrations import (
     Demonstration,
     answered_question,
     demonstrations_for,
-    statement,
 )
-from kedit_lightning.methods.method import Capabilities, EditMethod, MethodSettings
-from kedit_lightning.methods.shared.row_lengths import (
-    RowText,
-    Window,
-    probe_rows,
-    refuse_long,
-    too_long_together,
-)
-from kedit_lightning.requests import EditExample, EditRequest, Probe
+from kedit_lightning.methods.in_context.shared.stating_method import StatingMethod
+from kedit_lightning.methods.method import MethodSettings
+from kedit_lightning.methods.shared.row_lengths import refuse_long
+from kedit_lightning.requests import EditExample, EditRequest
 
 #: Demonstrations in the IKE paper, and the context length of its model (GPT-J) in tokens.
 PUBLISHED_COUNT, PUBLISHED_CONTEXT = 32, 2048
@@ -49,7 +43,7 @@ class IKESettings(MethodSettings):
     retriever: str
 
 
-class IKE(EditMethod):
+class IKE(StatingMethod):
     """States the new fact before each question, after demonstrations of edited facts.
 
     Nothing is trained and no weight changes. Demonstrations come from the records of a pool that
@@ -72,7 +66,6 @@ class IKE(EditMethod):
         seed: Seed of the forms of demonstrations, which depend on the request too.
     """
 
-    can: ClassVar[Capabilities] = Capabilities(encoder_decoder=True)
     settings_type: ClassVar[type[MethodSettings]] = IKESettings
     settings: IKESettings
     unsaved: ClassVar[tuple[str, ...]] = ("base_model", "pool")
@@ -129,7 +122,7 @@ class IKE(EditMethod):
         refuse_long(requests, self.too_long)
         chosen = [self.choose(request) for request in requests]
         entries = [
-            PromptEntry(request.prompt, statement(request), _texts(request, demonstrations))
+            replace(self.statement_of(request), demonstrations=_texts(request, demonstrations))
             for request, demonstrations in zip(requests, chosen, strict=True)
         ]
         origin = self.origin(
@@ -139,38 +132,12 @@ class IKE(EditMethod):
         )
         return PromptEdit(self.base, entries, origin)
 
-    # ---- lengths
-
-    def rows_of(self, example: EditExample) -> list[RowText]:
-        """Each question behind the statement of a fact of its example; no demonstration is kept."""
-        statements = map(statement, example.requests)
-        return [row for text in statements for row in _asked(example, text)]
-
-    def too_long(self, examples: Sequence[EditExample]) -> dict[str, str]:
-        """Also those that do not fit together with an example before them.
-
-        Of facts that are in force together, any may be stated before a question.
-        """
-        clauses = super().too_long(examples)
-        if self.run.protocol.grouping != "single":
-            left = [example for example in examples if example.id not in clauses]
-            stated = [[RowText("", statement(r)) for r in example.requests] for example in left]
-            asked = [_asked(example) for example in left]
-            clauses |= too_long_together(Window.of(self.base), left, stated, asked)
-        return clauses
-
     def choose(self, request: EditRequest) -> list[Demonstration]:
         """The demonstrations for one fact, whatever other facts are written with it."""
         count = self.settings.demonstrations
         assert count is not None  # resolved by build()
         nearest = self.pool.nearest(request, count) if self.pool else []
         return demonstrations_for(request, nearest, self.generator([request], "forms"))
-
-
-def _asked(example: EditExample, before: str = "") -> list[RowText]:
-    """Rows of the questions about an example, of which its facts are some, behind a text."""
-    facts = [Probe("rewrite", r.prompt, (r.target_new,)) for r in example.requests]
-    return [row for probe in (*facts, *example.probes) for row in probe_rows(probe, before)]
 
 
 def _texts(request: EditRequest, demonstrations: Sequence[Demonstration]) -> tuple[str, ...]:

@@ -1,1 +1,1 @@
-"""Facts stated in the prompt (IKE)."""
+"""Facts stated in the prompt (IKE, ICE, PROMPT)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import ClassVar, TypedDict
@@ -9,7 +10,7 @@ from typing import ClassVar, TypedDict
 from kedit_lightning.chat_turns import put_before, question_in
 from kedit_lightning.edits.edit import Edit, EditableModel, Tensors, Values
 from kedit_lightning.edits.effects import Effect, PromptFunction, RewritePrompt
-from kedit_lightning.edits.kinds.prompt.tfidf import LexicalIndex
+from kedit_lightning.edits.kinds.prompt.retriever import LEXICAL, text_index
 from kedit_lightning.edits.origin import EditOrigin
 from kedit_lightning.edits.state_schema import check_names, check_value
 
@@ -20,13 +21,27 @@ class PromptEntry:
 
     Args:
         key: The prompt of the fact, by which it is retrieved when there are several.
-        context: The text that states the fact; the question follows directly.
-        demonstrations: Examples before it, the most similar one last.
+        context: The last text before the question, which follows directly.
+        demonstrations: Examples before everything else, the most similar one last.
+        fact: The line that states the fact, before the context; empty where the context does.
+        instruction: Text before the facts.
+        top_k: Number of facts that are stated where this one is the most similar to a question;
+            ``None`` for all.
+        retriever: ``lexical``, or a sentence-transformers model, by which the facts are retrieved.
     """
 
     key: str
     context: str
     demonstrations: tuple[str, ...] = ()
+    fact: str = ""
+    instruction: str = ""
+    top_k: int | None = 1
+    retriever: str = LEXICAL
+
+    @property
+    def statement(self) -> str:
+        """The text before a question, without demonstrations and other facts."""
+        return self.instruction + self.fact + self.context
 
 
 class _Entries(TypedDict):
@@ -34,7 +49,7 @@ class _Entries(TypedDict):
 
 
 class PromptEdit(Edit):
-    """States a fact before each prompt: of several on the stack, the one most similar to it."""
+    """States facts before each prompt: of several on the stack, those most similar to it."""
 
     kind: ClassVar[str] = "prompt"
     rows_apart: ClassVar[bool] = False
@@ -65,17 +80,16 @@ class PromptEdit(Edit):
 
 
 def retrieval(contents: Sequence[Sequence[PromptEntry]]) -> PromptFunction:
-    """A function that puts the fact most similar to a prompt before it; of equals the latest.
+    """A function that puts the facts most similar to a prompt before it; of equals the latest.
 
     Nothing is more similar to a prompt than itself, not even its words in another order.
 
-    Demonstrations are dropped, the least similar first, until the text leaves room for an answer;
-    the fact and the question never are.
+    Demonstrations are dropped, the least similar first, until the text leaves room for an answer,
+    and then other facts; the most similar fact and the question never are.
     """
     entries = [entry for content in contents for entry in content]
-    index = (
-        LexicalIndex([question_in(entry.key) for entry in entries]) if len(entries) > 1 else None
-    )
+    keys = [question_in(entry.key) for entry in entries]
+    index = text_index(keys, entries[-1].retriever) if len(entries) > 1 else None
 
     def rewrite(prompt: str, fits: Callable[[str], bool]) -> str:
         if not entries:
@@ -84,12 +98,52 @@ def retrieval(contents: Sequence[Sequence[PromptEntry]]) -> PromptFunction:
         # Rounded, since the order of words moves the last digits of a score.
         ranked = zip(entries, scores, strict=True)
         ranks = [(entry.key == prompt, round(score, 9)) for entry, score in ranked]
-        best = entries[max(range(len(entries)), key=lambda i: (ranks[i], i))]
-        for skipped in range(len(best.demonstrations) + 1):
-            context = "".join(best.demonstrations[skipped:]) + best.context
-            text = put_before(context, prompt)
-            if fits(text):
-                break
-        return text
+        order = sorted(range(len(entries)), key=lambda i: (ranks[i], i), reverse=True)
+        return _longest(entries[order[0]], _beside(entries, order), prompt, fits)
 
     return rewrite
+
+
+def _beside(entries: Sequence[PromptEntry], order: Sequence[int]) -> tuple[list[str], list[str]]:
+    """Facts stated before and behind the most similar one; of equal prompts the latest.
+
+    They stand in the order of their similarity, the most similar last, or where all are stated in
+    the order in which they were written.
+
+    Args:
+        entries: The facts, oldest first.
+        order: Their numbers, the most similar first.
+    """
+    best, beside = order[0], dict[str, int]()
+    count = entries[best].top_k
+    for at in order[1:]:
+        if count is not None and len(beside) + 1 >= count:
+            break
+        if entries[at].fact and entries[at].key != entries[best].key:
+            beside.setdefault(entries[at].key, at)
+    numbers = sorted(beside.values()) if count is None else list(beside.values())[::-1]
+    before = [at for at in numbers if count is not None or at < best]
+    behind = numbers[len(before) :]
+    return [entries[at].fact for at in before], [entries[at].fact for at in behind]
+
+
+def _longest(
+    best: PromptEntry,
+    beside: tuple[Sequence[str], Sequence[str]],
+    prompt: str,
+    fits: Callable[[str], bool],
+) -> str:
+    """The text with as much as fits of what may be dropped, from the front."""
+    demonstrations, (before, behind) = best.demonstrations, beside
+    most = len(demonstrations) + len(before) + len(behind)
+
+    def text(dropped: int) -> str:
+        facts = max(0, dropped - len(demonstrations))
+        later = max(0, facts - len(before))
+        parts = (*demonstrations[dropped:], best.instruction, *before[facts:], best.fact)
+        return put_before("".join((*parts, *behind[later:], best.context)), prompt)
+
+    whole = text(0)
+    if fits(whole):
+        return whole
+    return text(min(most, bisect_left(range(most + 1), True, key=lambda n: fits(text(n)))))

@@ -10,17 +10,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import torch
-
 from kedit_lightning.data import Requests
 from kedit_lightning.data.datamodule import EditDataModule
+from kedit_lightning.edits.kinds.prompt.retriever import DenseIndex, text_index
 from kedit_lightning.edits.kinds.prompt.tfidf import LexicalIndex
-from kedit_lightning.errors import BaseModelNotFoundError, InvalidRequestError, MissingExtraError
-from kedit_lightning.methods.in_context.shared.demonstrations import same_text, statement
+from kedit_lightning.errors import InvalidRequestError
+from kedit_lightning.methods.in_context.shared.demonstrations import same_text, stated_fact
 from kedit_lightning.requests import EditExample, EditRequest
 
-#: The built-in retriever: tf-idf of words, without a model.
-LEXICAL = "lexical"
 #: A dataset (its training split is used), a file of facts, or records.
 PoolSource: TypeAlias = EditDataModule | Sequence[EditExample] | str | Path
 
@@ -35,16 +32,15 @@ class Pool:
 
     @cached_property
     def _index(self) -> LexicalIndex | DenseIndex:
-        texts = [_text(example.requests[0]) for example in self.examples]
-        lexical = self.retriever == LEXICAL
-        return LexicalIndex(texts) if lexical else DenseIndex(texts, self.retriever)
+        texts = [stated_fact(example.requests[0]) for example in self.examples]
+        return text_index(texts, self.retriever)
 
     def nearest(self, request: EditRequest, count: int) -> list[EditExample]:
         """The records most similar to a fact, best first, without those about the fact itself."""
         if not count:
             return []
         excluded = [any(same_fact(r, request) for r in e.requests) for e in self.examples]
-        ranking = self._index.top(_text(request), count + sum(excluded))
+        ranking = self._index.top(stated_fact(request), count + sum(excluded))
         return [self.examples[i] for i in ranking if not excluded[i]][:count]
 
     @cached_property
@@ -59,10 +55,6 @@ class Pool:
             "hash": digest.hexdigest()[:16],
             "retriever": self.retriever,
         }
-
-
-def _text(request: EditRequest) -> str:
-    return statement(request).removeprefix("New Fact: ").removesuffix("\nPrompt: ")
 
 
 def same_fact(one: EditRequest, other: EditRequest) -> bool:
@@ -94,45 +86,3 @@ def load_pool(source: PoolSource, retriever: str) -> Pool:
             "the pool of demonstrations holds no records; give one that does, or leave it out"
         )
     return Pool(pool_name(source) or "", tuple(examples), retriever)
-
-
-class DenseIndex:
-    """Ranks texts by the cosine of embeddings of a sentence-transformers model, name or folder.
-
-    Raises:
-        MissingExtraError: sentence-transformers is not installed.
-        BaseModelNotFoundError: There is no such encoder.
-    """
-
-    def __init__(self, texts: Sequence[str], encoder: str) -> None:
-        try:
-            from sentence_transformers import SentenceTransformer
-        except ImportError as error:
-            raise MissingExtraError(
-                f"retriever '{encoder}' needs sentence-transformers: "
-                "pip install 'kedit-lightning[retrieval]', or use retriever: lexical"
-            ) from error
-        try:
-            self._encoder = SentenceTransformer(encoder)
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().partition("\n")[0]
-            raise BaseModelNotFoundError(
-                f"sentence encoder '{encoder}' could not be loaded ({reason}); give a folder, a "
-                "name on the hub that this machine can reach or has in its cache, or use "
-                "retriever: lexical"
-            ) from error
-        self._vectors = self._embed(texts)
-
-    def _embed(self, texts: Sequence[str]) -> torch.Tensor:
-        vectors = self._encoder.encode(
-            list(texts),
-            normalize_embeddings=True,
-            convert_to_tensor=True,
-            show_progress_bar=len(texts) > 2000,
-        )
-        return torch.as_tensor(vectors).float().cpu().clone()
-
-    def top(self, query: str, k: int) -> list[int]:
-        """Indices of the ``k`` most similar texts, best first; ties go to the earlier text."""
-        scores = self._vectors @ self._embed([query])[0]
-        return scores.argsort(descending=True, stable=True)[:k].tolist()

@@ -14,6 +14,7 @@ import torch
 
 from kedit_lightning.base_models.rows import join_text
 from kedit_lightning.chat_turns import question_in
+from kedit_lightning.edits import PromptEntry
 from kedit_lightning.requests import EditExample, EditRequest
 
 Form: TypeAlias = Literal["copy", "update", "retain"]
@@ -31,18 +32,27 @@ class Demonstration:
     text: str
 
 
-def statement(request: EditRequest) -> str:
+def stated_fact(request: EditRequest) -> str:
+    """A fact as a sentence.
+
+    >>> stated_fact(EditRequest("The capital of France is", "Lyon"))
+    'The capital of France is Lyon'
+    """
+    return join_text(question_in(request.prompt), request.target_new)
+
+
+def statement(request: EditRequest) -> PromptEntry:
     r"""The statement of a fact, up to where a question follows.
 
-    >>> statement(EditRequest("The capital of France is", "Lyon"))
+    >>> statement(EditRequest("The capital of France is", "Lyon")).statement
     'New Fact: The capital of France is Lyon\nPrompt: '
     """
-    return f"New Fact: {join_text(question_in(request.prompt), request.target_new)}\nPrompt: "
+    return PromptEntry(request.prompt, "Prompt: ", fact=f"New Fact: {stated_fact(request)}\n")
 
 
 def answered_question(request: EditRequest, question: str, answer: str) -> str:
     """The statement of a fact, a question and its answer."""
-    return f"{statement(request)}{join_text(question_in(question), answer)}\n\n"
+    return f"{statement(request).statement}{join_text(question_in(question), answer)}\n\n"
 
 
 def form_counts(count: int) -> dict[Form, int]:

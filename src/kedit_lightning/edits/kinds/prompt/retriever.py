@@ -1,0 +1,64 @@
+"""Retrievers: indices of short texts that rank them by similarity to a query."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from kedit_lightning.edits.kinds.prompt.tfidf import LexicalIndex
+from kedit_lightning.errors import BaseModelNotFoundError, MissingExtraError
+
+#: The built-in retriever: tf-idf of words, without a model.
+LEXICAL = "lexical"
+
+
+class DenseIndex:
+    """Ranks texts by the cosine of embeddings of a sentence-transformers model, name or folder.
+
+    Raises:
+        MissingExtraError: sentence-transformers is not installed.
+        BaseModelNotFoundError: There is no such encoder.
+    """
+
+    def __init__(self, texts: Sequence[str], encoder: str) -> None:
+        try:
+            from sentence_transformers import SentenceTransformer
+        except ImportError as error:
+            raise MissingExtraError(
+                f"retriever '{encoder}' needs sentence-transformers: "
+                "pip install 'kedit-lightning[retrieval]', or use retriever: lexical"
+            ) from error
+        try:
+            self._encoder = SentenceTransformer(encoder)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise BaseModelNotFoundError(
+                f"sentence encoder '{encoder}' could not be loaded ({reason}); give a folder, a "
+                "name on the hub that this machine can reach or has in its cache, or use "
+                "retriever: lexical"
+            ) from error
+        self._vectors = self._embed(texts)
+
+    def _embed(self, texts: Sequence[str]) -> torch.Tensor:
+        vectors = self._encoder.encode(
+            list(texts),
+            normalize_embeddings=True,
+            convert_to_tensor=True,
+            show_progress_bar=len(texts) > 2000,
+        )
+        return torch.as_tensor(vectors).float().cpu().clone()
+
+    def scores(self, query: str) -> list[float]:
+        """Cosine of the query with each text, in the order of the texts."""
+        return (self._vectors @ self._embed([query])[0]).tolist()  # type: ignore[no-any-return]
+
+    def top(self, query: str, k: int) -> list[int]:
+        """Indices of the ``k`` most similar texts, best first; ties go to the earlier text."""
+        scores = torch.tensor(self.scores(query))
+        return scores.argsort(descending=True, stable=True)[:k].tolist()  # type: ignore[no-any-return]
+
+
+def text_index(texts: Sequence[str], retriever: str) -> LexicalIndex | DenseIndex:
+    """An index of texts; ``retriever``: ``lexical``, or a sentence-transformers model."""
+    return LexicalIndex(texts) if retriever == LEXICAL else DenseIndex(texts, retriever)
