@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from support import TASKS
 
 from kedit_lightning import BaseModel, EditRequest, methods
@@ -9,6 +11,7 @@ from kedit_lightning.methods import EditMethod
 from kedit_lightning.requests import EditExample
 
 POOL = [EditExample.from_request(EditRequest("Oslo is in", "Peru", "Oslo"), "oslo")]
+DECOMPOSITIONS = str(Path(__file__).parent / "samples" / "decompositions.json")
 #: Name and settings of each method; settings that make it quick, not good.
 LOCATE = {"statistics": "identity", "contexts": 2, "steps": 4}
 METHODS = [
@@ -25,6 +28,7 @@ METHODS = [
     ("MALMEN", {"checkpoint": "none", "edit_lr": 1e-2}),
     ("MEMIT", {**LOCATE, "preserve": 1.0}),
     ("MEND", {"checkpoint": "none", "edit_lr": 1e-2}),
+    ("MeLLo", {"decompositions": DECOMPOSITIONS}),
     ("PMET", {**LOCATE, "preserve": 1.0}),
     ("PROMPT", {}),
     ("RLEdit", {"checkpoint": "none", "edit_lr": 1e-2}),

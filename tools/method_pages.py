@@ -126,6 +126,13 @@ PAPERS: dict[str, tuple[Paper, ...]] = {
         Paper("Mass-Editing Memory in a Transformer", "Meng et al., ICLR 2023", "2210.07229"),
     ),
     "MEND": (Paper("Fast Model Editing at Scale", "Mitchell et al., ICLR 2022", "2110.11309"),),
+    "MeLLo": (
+        Paper(
+            "MQuAKE: Assessing Knowledge Editing in Language Models via Multi-Hop Questions",
+            "Zhong et al., EMNLP 2023",
+            "2305.14795",
+        ),
+    ),
     "PMET": (
         Paper("PMET: Precise Model Editing in a Transformer", "Li et al., AAAI 2024", "2308.08742"),
     ),

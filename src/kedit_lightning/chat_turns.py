@@ -102,9 +102,18 @@ def put_before(text: str, prompt: str) -> str:
     >>> put_before("Now. ", "Where is Lyon?")
     'Now. Where is Lyon?'
     """
+    return with_question(prompt, text + question_in(prompt)) if text else prompt
+
+
+def with_question(prompt: str, question: str) -> str:
+    """A prompt that asks something else, in the same turns.
+
+    >>> with_question('[{"role": "user", "content": "Where is Lyon?"}]', "Who?")
+    '[{"role": "user", "content": "Who?"}]'
+    """
     messages = messages_in(prompt)
-    if messages is None or not text:
-        return text + prompt
+    if messages is None:
+        return question
     at = _asked(messages)
-    asked = {"role": messages[at]["role"], "content": text + messages[at]["content"]}
+    asked = {"role": messages[at]["role"], "content": question}
     return _json([*messages[:at], asked, *messages[at + 1 :]])

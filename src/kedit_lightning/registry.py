@@ -112,6 +112,7 @@ _OWN: dict[tuple[Kind, str], dict[str, tuple[str, str, str]]] = {
         "MALMEN": ("hypernetwork.malmen", "malmen", "MEND for many facts, by ridge regression"),
         "MEMIT": ("locate.memit", "memit", "many facts over a few layers, closed form"),
         "MEND": ("hypernetwork.mend", "mend", "hypernetwork that transforms a gradient; T5 too"),
+        "MeLLo": ("in_context.mello", "mello", "a store of facts for multi-hop questions"),
         "PMET": ("locate.memit", "pmet", "MEMIT with values of attention and MLP"),
         "PROMPT": ("in_context.prompt", "prompt", "the fact in the prompt"),
         "RLEdit": ("hypernetwork.rledit", "rledit", "MALMEN fitted on sequences of edits"),

@@ -75,6 +75,16 @@ class EditableModel(IdentifiedModel, Protocol):
     def edits(self) -> AppliedEdits:
         """The edits now applied to it."""
 
+    def generate(
+        self,
+        prompts: Sequence[str],
+        max_new_tokens: int = 64,
+        batch_size: int = 32,
+        stop_at_sentence: bool = False,
+        **options: Any,
+    ) -> list[str]:
+        """Continue prompts greedily."""
+
 
 class Edit(ABC):
     """A reversible change of a base model; a context manager that applies it and rolls it back.

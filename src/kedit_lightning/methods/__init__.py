@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from kedit_lightning.methods.hypernetwork.rledit import RLEdit
     from kedit_lightning.methods.in_context.ice import ICE
     from kedit_lightning.methods.in_context.ike import IKE
+    from kedit_lightning.methods.in_context.mello import MeLLo
     from kedit_lightning.methods.in_context.prompt import PROMPT
     from kedit_lightning.methods.locate.alphaedit import AlphaEdit
     from kedit_lightning.methods.locate.kn import KN
@@ -59,6 +60,7 @@ __all__ = [
     "EditMethod",
     "InstructEdit",
     "LoRA",
+    "MeLLo",
     "MethodSettings",
     "RLEdit",
     "TPatcher",

@@ -1,1 +1,1 @@
-"""Facts stated in the prompt (IKE, ICE, PROMPT)."""
+"""Facts stated in the prompt, and stores of facts (IKE, ICE, PROMPT, MeLLo)."""
