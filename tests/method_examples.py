@@ -15,7 +15,9 @@ DECOMPOSITIONS = str(Path(__file__).parent / "samples" / "decompositions.json")
 #: Name and settings of each method; settings that make it quick, not good.
 LOCATE = {"statistics": "identity", "contexts": 2, "steps": 4}
 METHODS = [
+    ("AdaLoRA", {"lr": 1e-2, "steps": 5}),
     ("AlphaEdit", LOCATE),
+    ("DPOEdit", {"lr": 1e-2, "steps": 5}),
     ("EMMET", LOCATE),
     ("FTM", {"lr": 1e-2, "steps": 3}),
     ("GRACE", {"radius": 1e-2, "steps": 3}),

@@ -49,11 +49,25 @@ ROME = Paper(
     "Locating and Editing Factual Associations in GPT", "Meng et al., NeurIPS 2022", "2202.05262"
 )
 PAPERS: dict[str, tuple[Paper, ...]] = {
+    "AdaLoRA": (
+        Paper(
+            "AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning",
+            "Zhang et al., ICLR 2023",
+            "2303.10512",
+        ),
+    ),
     "AlphaEdit": (
         Paper(
             "AlphaEdit: Null-Space Constrained Knowledge Editing for Language Models",
             "Fang et al., ICLR 2025",
             "2410.02355",
+        ),
+    ),
+    "DPOEdit": (
+        Paper(
+            "Direct Preference Optimization: Your Language Model is Secretly a Reward Model",
+            "Rafailov et al., NeurIPS 2023",
+            "2305.18290",
         ),
     ),
     "EMMET": (

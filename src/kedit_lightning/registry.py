@@ -99,7 +99,13 @@ def lazy_exports(kind: Kind | None, others: dict[str, str]) -> Callable[[str], A
 #: The classes of each package: module, file of the packaged config or "", and summary.
 _OWN: dict[tuple[Kind, str], dict[str, tuple[str, str, str]]] = {
     ("method", "methods"): {
+        "AdaLoRA": ("finetune.adalora", "adalora", "low-rank adapter that shares out its rank"),
         "AlphaEdit": ("locate.alphaedit", "alphaedit", "MEMIT in the null space of typical keys"),
+        "DPOEdit": (
+            "finetune.lora",
+            "dpoedit",
+            "adapter that prefers the new answer to the old",
+        ),
         "EMMET": ("locate.memit", "emmet", "MEMIT with equality, at one layer"),
         "FTM": ("finetune.ftm", "ftm", "fine-tuning one layer (FT-M, FT-L)"),
         "GRACE": ("memory.grace", "grace", "codebook memory of keys and values"),

@@ -326,6 +326,44 @@ def test_an_adapter_trained_with_peft_is_the_same_as_an_edit(options, tmp_path):
     torch.testing.assert_close(seen, wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
 
 
+# peft takes a projection that lost all of its rank for a broken one
+@pytest.mark.filterwarnings("ignore:.*have invalid shape")
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_an_adalora_adapter_trained_with_peft_is_the_same_as_an_edit(family, tmp_path):
+    from peft import AdaLoraConfig, get_peft_model
+
+    targets = ["c_attn", "mlp.c_proj"] if family == "gpt2" else ["q_proj", "down_proj"]
+    config = AdaLoraConfig(
+        init_r=4,
+        target_r=2,
+        total_step=2,
+        lora_alpha=8,
+        target_modules=targets,
+        fan_in_fan_out=family == "gpt2",
+    )
+    torch.manual_seed(0)
+    wrapped = get_peft_model(tiny_model(family, torch.float32), config).eval()
+    trained = [p for p in wrapped.parameters() if p.requires_grad]
+    for step in (1, 2):
+        with torch.no_grad():
+            for tensor in trained:
+                tensor.add_(torch.randn_like(tensor))
+        raw_logits(wrapped)
+        for tensor in trained:
+            tensor.grad = torch.randn_like(tensor)
+        wrapped.base_model.update_and_allocate(step)
+    wanted = raw_logits(wrapped)
+    wrapped.save_pretrained(tmp_path)
+    base = tiny_base(family, torch.float32)
+    edit = load_adapter(base, tmp_path)
+    adapted = sum("lora_E" in name for name, _ in wrapped.named_parameters())
+    assert sum(delta.rank for delta in edit.factors.values()) == 2 * adapted
+    assert len(edit.factors) < adapted  # the random importance leaves some without rank
+    with edit:
+        seen = raw_logits(base.model)
+    torch.testing.assert_close(seen, wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
+
+
 @pytest.mark.parametrize(
     "options", [{"use_dora": True}, {"bias": "all"}, {"modules_to_save": ["norm"]}], ids=str
 )

@@ -33,6 +33,7 @@ from kedit_lightning.base_models.text_inputs import call_parameters, check_text_
 from kedit_lightning.chat_turns import prompt_text
 from kedit_lightning.decoding_settings import Generation, generation_config, neutral_options
 from kedit_lightning.edits import EditStack, plain_model
+from kedit_lightning.edits.adapter_state import model_inside
 from kedit_lightning.edits.projections import compute_dtype, expert_projection
 from kedit_lightning.errors import InvalidRequestError
 
@@ -45,7 +46,8 @@ class BaseModel:
 
     Args:
         model: The model; it is put into evaluation mode and its weights are frozen.  What
-            ``torch.compile(model)`` returned is unwrapped.
+            ``torch.compile(model)`` returned is unwrapped, and so is a ``PeftModel``; its adapters
+            stay in force.
         tokenizer: Its tokenizer.
         name: Name in reports; taken from the model's configuration if not given.
         chat: Put prompts into the user turn of the tokenizer's chat template.
@@ -65,7 +67,7 @@ class BaseModel:
         padding_side: PaddingSide = "right",
         processor: Any = None,
     ) -> None:
-        model = plain_model(model)
+        model = model_inside(plain_model(model))
         check_text_inputs(model)
         config = model.config
         self.model: Any = model.eval().requires_grad_(False)

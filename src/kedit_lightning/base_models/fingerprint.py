@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kedit_lightning.edits.adapter_state import adapters_in_force, tensors_in_force
+
 #: Words of eight bytes summed at a time.
 _CHUNK = 1 << 17
 _WRAP = 1 << 64
@@ -40,12 +42,15 @@ def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _configuration(model: nn.Module) -> bytes:
     config: Any = model.config
-    return json.dumps(_settings(config.to_dict()), sort_keys=True, default=str).encode()
+    settings = _settings(config.to_dict())
+    if adapters := adapters_in_force(model):
+        settings["adapters"] = adapters
+    return json.dumps(settings, sort_keys=True, default=str).encode()
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[bytes, Tensor]]:
     """Names with shapes and dtypes, and the whole tensors, one at a time."""
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(tensors_in_force(model).items()):
         described = f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode()
         # Sharded over processes; fetched one at a time.
         yield described, tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
@@ -130,7 +135,7 @@ class ModelIdentity:
     def fingerprint(self) -> str:
         """Hash of configuration and a sample of the weights."""
         _settle(self._model)
-        state = self._model.state_dict()
+        state = tensors_in_force(self._model)
         if not any(hasattr(tensor, "full_tensor") for tensor in state.values()):
             return model_fingerprint(self._model)
         # Reading a sharded model takes all processes, and this one may ask by itself.
@@ -142,7 +147,7 @@ class ModelIdentity:
     @property
     def full_fingerprint(self) -> str:
         """Hash of configuration and all weights."""
-        known = (self.fingerprint, _counts(self._model.state_dict()))
+        known = (self.fingerprint, _counts(tensors_in_force(self._model)))
         if self._full is None or self._full[0] != known:
             self._full = known, full_fingerprint(self._model)
         return self._full[1]

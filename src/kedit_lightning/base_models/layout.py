@@ -34,8 +34,8 @@ from kedit_lightning.edits.projections import (
     as_rows,
     find_module,
     first_tensor,
-    is_projection,
     projection_shape,
+    projections_in,
     with_first,
 )
 from kedit_lightning.errors import ModuleNotLocatedError
@@ -259,7 +259,7 @@ class Layout:
         block = self.mlp_block(index)
         owner = self.model.get_submodule(block.name)
         mlp = {name.removeprefix(f"{block.name}.") for name in block.projections}
-        matrices = {k: m for k, m in owner.named_modules() if is_projection(m)}
+        matrices = projections_in(owner)
         ran = self._inputs_of(matrices)
         # A mixer that runs behind the MLP, as in Zamba, gives it nothing.
         before_mlp = takewhile(lambda key: key != block.down.removeprefix(f"{block.name}."), ran)
@@ -281,7 +281,7 @@ class Layout:
     # ---- location by structure
 
     def _describe(self, name: str, block: nn.Module) -> Block | None:
-        matrices = {key: m for key, m in block.named_modules() if is_projection(m)}
+        matrices = projections_in(block)
         structure = tuple((key, type(m), projection_shape(m)) for key, m in matrices.items())
         if structure not in self._structures:
             self._structures[structure] = self._locate(matrices)

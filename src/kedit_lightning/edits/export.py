@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig
+from peft import AdaLoraConfig, LoraConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -33,7 +33,14 @@ _READ = (
     | {"use_rslora", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
     | {"lora_dropout", "fan_in_fan_out", "init_lora_weights", "eva_config", "megatron_core"}
     | {"qalora_group_size", "ensure_weight_tying"}
+    | {"init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight"}
+    | {"total_step"}
 )
+#: Ends of the names of the factors, by the type of the adapter.
+_FACTORS = {
+    "LORA": (".lora_A.weight", ".lora_B.weight"),
+    "ADALORA": (".lora_A", ".lora_B", ".lora_E"),
+}
 #: Ways to start the factors that leave the base model's weights as they are.
 _PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
 
@@ -116,7 +123,7 @@ def _other_meaning(config: Mapping[str, Any]) -> list[str]:
 def load_adapter(
     base: EditableModel, folder: str | Path, origin: EditOrigin | None = None
 ) -> AdapterEdit:
-    """Read a LoRA adapter in peft's format as an edit.
+    """Read a LoRA or AdaLoRA adapter in peft's format as an edit.
 
     Raises:
         EditFileError: The folder holds no adapter.
@@ -133,9 +140,9 @@ def load_adapter(
         kind = config.get("peft_type")
     except (ValueError, SafetensorError, AttributeError) as error:
         raise EditFileError(f"the adapter in {folder} is damaged: {error}") from error
-    others = [k for k in tensors if not k.endswith((".lora_A.weight", ".lora_B.weight"))]
+    others = [k for k in tensors if not k.endswith(_FACTORS.get(str(kind), ()))]
     strange = _other_meaning(config)
-    if kind != "LORA" or strange or others:
+    if kind not in _FACTORS or strange or others:
         settings = [f"'{name}': {reprlib.repr(config[name])}" for name in strange]
         raise UnsupportedUseError(
             f"the adapter in {folder} is no plain LoRA (type {kind}; settings that change what its "
@@ -143,14 +150,31 @@ def load_adapter(
             f"{article_list(others, 3) or 'none'}); only plain LoRA adds low-rank matrices, so "
             "merge it into a full model with peft and load that as base model"
         )
+    end, read = _FACTORS[kind][0], _lora_factors if kind == "LORA" else _adalora_factors
+    names = [key.removesuffix(end) for key in tensors if key.endswith(end)]
+    try:
+        factors = {n.removeprefix("base_model.model."): read(config, tensors, n) for n in names}
+    except KeyError as error:
+        raise EditFileError(f"the adapter in {folder} is damaged: it has no {error}") from error
+    return AdapterEdit(base, {n: delta for n, delta in factors.items() if delta.rank}, origin)
+
+
+def _lora_factors(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], name: str
+) -> LowRankDelta:
+    """``B A`` of a module with the scale of LoRA in ``B``."""
+    a, b = (tensors[f"{name}{end}"] for end in _FACTORS["LORA"])
     alphas: dict[str, float] = config.get("alpha_pattern") or {}
-    factors: dict[str, LowRankDelta] = {}
-    for key in (k for k in tensors if k.endswith(".lora_A.weight")):
-        a, b = tensors[key], tensors[key.replace("lora_A", "lora_B")]
-        name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-        # The keys are patterns for the end of a module's name, as in peft.
-        matching = (v for k, v in alphas.items() if re.match(rf"(.*\.)?({k})$", name))
-        alpha = next(matching, config.get("lora_alpha", 8))
-        scale = alpha / (a.shape[0] ** 0.5 if config.get("use_rslora") else a.shape[0])
-        factors[name] = LowRankDelta(a, b * scale)
-    return AdapterEdit(base, factors, origin)
+    # The keys are patterns for the end of a module's name, as in peft.
+    matching = (v for k, v in alphas.items() if re.match(rf"(.*\.)?({k})$", name))
+    alpha = next(matching, config.get("lora_alpha", 8))
+    return LowRankDelta(a, b * (alpha / (len(a) ** 0.5 if config.get("use_rslora") else len(a))))
+
+
+def _adalora_factors(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], name: str
+) -> LowRankDelta:
+    """``P (Λ Q)`` of a module; its scale is that of the rank at the start, as peft divides."""
+    a, b, values = (tensors[f"{name}{end}"] for end in _FACTORS["ADALORA"])
+    rank = config.get("init_r", AdaLoraConfig.init_r)
+    return LowRankDelta(a * values, b * (config.get("lora_alpha", 8) / (rank + 1e-5)))

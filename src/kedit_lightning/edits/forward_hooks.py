@@ -93,14 +93,15 @@ class ModuleHook:
         if low:
             rows_of_low = torch.tensor([row for at, _ in low for row in at], device=device)
             self._carried.append((rows_of_low, LowRankBatch.of(low)))
-        self._routes = bool(self._functions or self._carried_functions)
+        #: Whether it looks at rows, rather than change weights alone.
+        self.routes = bool(self._functions or self._carried_functions)
 
     def __call__(self, args: tuple[Any, ...], output: Any, context: RowContext | None) -> Any:
         """Return the changed output of the module."""
         x, y = first_tensor(args), first_tensor(output)
-        if not self._rows and not self._routes:
+        if not self._rows and not self.routes:
             return with_first(output, y if self.delta is None else self.delta(x, y))
-        if context is None and x.dim() == 3 and not self._routes:
+        if context is None and x.dim() == 3 and not self.routes:
             batch = len(x)  # an encoder, which generation runs before the model itself
         else:
             context = known_context(context)

@@ -89,6 +89,11 @@ def _module_hooks(
     return hooks
 
 
+def _changes_weights_alone(hook: ForwardHook) -> bool:
+    """Whether a hook only adds to the output what other weights would."""
+    return isinstance(hook, ExpertsHook) or (isinstance(hook, ModuleHook) and not hook.routes)
+
+
 @dataclass(frozen=True)
 class HookPlan:
     """What a stack of edits does to a model.
@@ -106,6 +111,22 @@ class HookPlan:
     reads_rows: bool = False
     reads_states: bool = False
     decides: bool = False
+
+    @property
+    def names(self) -> list[str]:
+        """Name of the module of each hook."""
+        return [name for name, _ in self.hooks]
+
+    def modules(self, model: nn.Module) -> list[nn.Module]:
+        """The module that each hook is on.
+
+        Where peft has put an adapter around it, changes of weights go inside, and so stay when the
+        adapter is merged and taken off. All others see what the module and its adapter give.
+        """
+        return [
+            find_module(model, name, adapted=not _changes_weights_alone(hook))
+            for name, hook in self.hooks
+        ]
 
     @classmethod
     def of(

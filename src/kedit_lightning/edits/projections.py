@@ -17,16 +17,18 @@ from kedit_lightning.errors import UnsupportedUseError
 def is_transposed(module: nn.Module) -> bool:
     """Whether the module stores its weight as ``[d_in, d_out]``, as GPT-2's ``Conv1D`` does."""
     # By type, as shapes cannot tell for square matrices.
-    return type(module).__name__ == "Conv1D"
+    return type(base_layer(module)).__name__ == "Conv1D"
 
 
 def is_projection(module: nn.Module) -> bool:
     """Whether the module is a matrix that weight edits know how to change."""
+    module = base_layer(module)
     return isinstance(module, (nn.Linear, ExpertProjection)) or is_transposed(module)
 
 
 def projection_shape(module: nn.Module) -> tuple[int, int]:
     """``(d_in, d_out)`` of a Linear, Conv1D or expert, quantised ones included."""
+    module = base_layer(module)
     if isinstance(module, ExpertProjection):
         return module.shape
     if isinstance(module, nn.Linear):
@@ -81,8 +83,19 @@ def base_layer(module: nn.Module) -> nn.Module:
     return module
 
 
-def find_module(model: nn.Module, name: str) -> nn.Module:
-    """The module called ``name``, without an adapter that peft has put around it.
+def projections_in(module: nn.Module) -> dict[str, nn.Module]:
+    """All projections inside a module by name, without adapters that peft has put around them."""
+    parts = dict(module.named_modules())
+    adapted = tuple(f"{name}." for name, part in parts.items() if base_layer(part) is not part)
+    return {
+        name: base_layer(part)
+        for name, part in parts.items()
+        if name and is_projection(part) and not name.startswith(adapted)
+    }
+
+
+def find_module(model: nn.Module, name: str, adapted: bool = False) -> nn.Module:
+    """The module called ``name``, without an adapter around it unless ``adapted`` asks for that.
 
     Names of a parameter that holds experts, and of one of them (``….down_proj.3``), are those of
     :class:`ExpertProjection`.
@@ -91,7 +104,8 @@ def find_module(model: nn.Module, name: str) -> nn.Module:
         UnsupportedUseError: There is none.
     """
     try:
-        return base_layer(model.get_submodule(name))
+        module = model.get_submodule(name)
+        return module if adapted else base_layer(module)
     except AttributeError as error:
         found = expert_projection(model, name)
         if found is None:

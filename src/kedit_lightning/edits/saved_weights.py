@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from kedit_lightning.edits.adapter_state import refuse_adapted
 from kedit_lightning.edits.edit import Edit, sum_of_deltas, with_delta
 from kedit_lightning.errors import UnsupportedUseError
 
@@ -43,9 +44,11 @@ class EditedSave:
         """Save as the model's own method does, with the edits added to the weights.
 
         Raises:
-            UnsupportedUseError: An edit changes no weights, or the weights are quantised.
+            UnsupportedUseError: An edit changes no weights, or the weights are quantised, or the
+                model has adapters.
         """
         model: Any = self._model
+        refuse_adapted(model, "save_pretrained")
         try:
             totals = sum_of_deltas(self._edits)
         except UnsupportedUseError as error:

@@ -19,7 +19,7 @@ from kedit_lightning.edits.effects import E, of_type
 from kedit_lightning.edits.forward_hooks import StackHook, stack_hooks
 from kedit_lightning.edits.generation_bounds import BoundedGenerate
 from kedit_lightning.edits.hook_plan import HookPlan, effects_of
-from kedit_lightning.edits.projections import find_module, places_of
+from kedit_lightning.edits.projections import places_of
 from kedit_lightning.edits.row_context import ContextTracker, RowContext
 from kedit_lightning.edits.saved_weights import EditedSave
 from kedit_lightning.errors import EditOrderError, UnsupportedUseError, article_list
@@ -48,7 +48,7 @@ class EditStack:
         self._edits: list[Edit] = []
         self._carried: list[Edit | None] = []
         self._handles: list[RemovableHandle] = []
-        self._hooked: dict[str, nn.Module] = {}
+        self._hooked: list[nn.Module] = []
         self._places = places_of(model, [])
         self._plan = HookPlan()
         self._active = True
@@ -292,9 +292,9 @@ class EditStack:
         """Move hooks to the modules that somebody has put in the place of hooked ones."""
         if all(siblings.get(name) is module for siblings, name, module in self._places):
             return
-        self._places = places_of(self._model, self._hooked)
-        hooked = self._hooked.items()
-        new = [name for name, module in hooked if find_module(self._model, name) is not module]
+        self._places = places_of(self._model, self._plan.names)
+        hooked = zip(self._plan.names, self._plan.modules(self._model), self._hooked, strict=True)
+        new = [name for name, module, before in hooked if module is not before]
         if new:
             warnings.warn(
                 f"another module is now in the place of {article_list(new, 3)}, which "
@@ -311,11 +311,11 @@ class EditStack:
             for handle in self._handles:
                 handle.remove()
             self._edits, self._carried, self._plan = edits, carried, plan
-            self._hooked = {name: find_module(self._model, name) for name, _ in plan.hooks}
-            self._places = places_of(self._model, self._hooked)
+            self._hooked = plan.modules(self._model)
+            self._places = places_of(self._model, plan.names)
             self._handles = [
-                self._hooked[name].register_forward_hook(StackHook(self, hook))
-                for name, hook in plan.hooks
+                module.register_forward_hook(StackHook(self, hook))
+                for module, (_, hook) in zip(self._hooked, plan.hooks, strict=True)
             ]
             if plan.reads_rows:
                 # After the other hooks, so that the context is open when those of the model run.

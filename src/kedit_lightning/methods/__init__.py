@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 from kedit_lightning.registry import entries, lazy_exports
 
 if TYPE_CHECKING:
+    from kedit_lightning.methods.finetune.adalora import AdaLoRA
     from kedit_lightning.methods.finetune.ftm import FTM
-    from kedit_lightning.methods.finetune.lora import LoRA
+    from kedit_lightning.methods.finetune.lora import DPOEdit, LoRA
     from kedit_lightning.methods.hypernetwork.instructedit import InstructEdit
     from kedit_lightning.methods.hypernetwork.ke.ke import KE
     from kedit_lightning.methods.hypernetwork.malmen.malmen import MALMEN
@@ -55,8 +56,10 @@ __all__ = [
     "ROME",
     "RROME",
     "SERAC",
+    "AdaLoRA",
     "AlphaEdit",
     "Capabilities",
+    "DPOEdit",
     "EditMethod",
     "InstructEdit",
     "LoRA",

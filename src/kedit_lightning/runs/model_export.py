@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeAlias
 import kedit_lightning.edits
 from kedit_lightning.base_models import BaseModel
 from kedit_lightning.edits import Edit, materialise
+from kedit_lightning.edits.adapter_state import refuse_adapted
 from kedit_lightning.errors import UnsupportedUseError
 
 Export: TypeAlias = Literal["model", "adapter"]
@@ -43,6 +44,7 @@ def export_edits(base: BaseModel, edits: Sequence[Edit], folder: Path, export: E
     if export == "adapter":
         # By its full name: it imports peft, which takes seconds.
         return kedit_lightning.edits.save_adapter(base, edits, target)
+    refuse_adapted(base.model, "--export model")
     model: Any = materialise(base, edits)
     model.save_pretrained(target)
     base.tokenizer.save_pretrained(target)

@@ -17,7 +17,7 @@ KINDS = {
     "UltraEdit": UltraEditDefaults,
     "FTM": FinetuneDefaults,
     "GRACE": CodebookPlace,
-    "LoRA": AdapterDefaults,
+    **dict.fromkeys(("LoRA", "AdaLoRA", "DPOEdit"), AdapterDefaults),
 }
 ENTRIES = [
     pytest.param(method, key, values, id=f"{method}-{'-'.join(map(str, key))}")

@@ -1,16 +1,26 @@
-"""Low-rank adaptation of a model to its requests."""
+"""Low-rank adaptation of a model to its requests: LoRA and DPO."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import torch
 from peft import LoraConfig
+from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from kedit_lightning.base_models import BaseModel, BaseModelSpec
-from kedit_lightning.methods.capabilities import NotNegative
-from kedit_lightning.methods.finetune.shared.adapter_method import AdapterMethod, AdapterSettings
+from kedit_lightning.methods.capabilities import NotNegative, Positive, Share
+from kedit_lightning.methods.finetune.shared.adapter_method import (
+    AdapterMethod,
+    AdapterSettings,
+    Objective,
+)
 from kedit_lightning.methods.method import MethodSettings
+from kedit_lightning.methods.shared.losses import mean_nll
+from kedit_lightning.requests import EditRequest
 
 
 @dataclass(frozen=True)
@@ -75,3 +85,89 @@ class LoRA(AdapterMethod):
         """Rank, scale and dropout."""
         settings = self.settings
         return LoraConfig(r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout)
+
+
+@dataclass(frozen=True)
+class DPOEditSettings(LoRASettings):
+    """Settings of :class:`DPOEdit`."""
+
+    beta: Positive
+    likelihood: Share
+
+
+class DPOEdit(LoRA):
+    """Trains a low-rank adapter to prefer the new answer to the old one, with peft.
+
+    The loss of a request is ``-log σ(beta (gain of the new answer - gain of the old one))``, where
+    a gain is how much the log-probability of an answer has grown since before the edit, mixed with
+    the negative log-likelihood of the new answer. The old answer is ``target_old``, or what the
+    model says by itself. The released code of EasyEdit adds up log-probabilities of the whole
+    vocabulary where those of the answers belong. Paper: https://arxiv.org/abs/2305.18290.
+
+    Args:
+        base_model: The model to edit: an object, a specification, or a name.
+        beta: How much a gain counts.
+        likelihood: Share of the new answer's likelihood in the loss. With 0 the loss asks for a
+            preference alone, under which both answers may become unlikely.
+        **settings: Those of LoRA.
+    """
+
+    settings_type: ClassVar[type[MethodSettings]] = DPOEditSettings
+    settings: DPOEditSettings
+
+    def __init__(
+        self,
+        base_model: BaseModel | BaseModelSpec | str = "nano",
+        beta: float = 0.1,
+        likelihood: float = 0.99,
+        **settings: Any,
+    ) -> None:
+        super().__init__(base_model, **settings)
+
+    def objective(self, requests: Sequence[EditRequest]) -> Objective:
+        """Likelihood of the new answers, and preference over the old ones since before the edit."""
+        base, settings = self.base, self.settings
+        new = [base.encode(r.prompt, r.target_new) for r in requests]
+        old = [
+            base.encode(r.prompt, answer)
+            for r, answer in zip(requests, self.old_answers(requests), strict=True)
+        ]
+        with torch.no_grad():
+            before = [
+                base.answer_log_probs(base.pad([pair])).sum()
+                for row in zip(new, old, strict=True)
+                for pair in row
+            ]
+        reference = torch.stack(before).reshape(-1, 2)
+
+        def loss(batch: list[int]) -> Tensor:
+            # On one side, so that dropout hides the same inputs whatever the model pads.
+            rows = base.pad([answers[i] for answers in (new, old) for i in batch], "right")
+            log_probs = base.answer_log_probs(rows)
+            nll = mean_nll(log_probs, rows.answer_mask)[: len(batch)]
+            gains = log_probs.sum(-1).reshape(2, -1) - reference[batch].T
+            share = settings.likelihood
+            return (share * nll + (1 - share) * preference_loss(gains, settings.beta)).mean()
+
+        return loss
+
+    def old_answers(self, requests: Sequence[EditRequest]) -> list[str]:
+        """``target_old``, or else what the model says, as many tokens as the new answer has."""
+        answers = []
+        for request in requests:
+            if (old := request.target_old) is None:
+                length = self.base.encoder.count(request.target_new)
+                (old,) = self.base.generate([request.prompt], max_new_tokens=length)
+            answers.append(old)
+        return answers
+
+
+def preference_loss(gains: Tensor, beta: float) -> Tensor:
+    """``-log σ(beta (g_new - g_old))``, the loss of DPO. Shape ``[batch]``.
+
+    Args:
+        gains: Growth of the log-probability of the new answers, and of the old ones, against the
+            reference. Shape ``[2, batch]``.
+        beta: Weight of the difference.
+    """
+    return -logsigmoid(beta * (gains[0] - gains[1]))

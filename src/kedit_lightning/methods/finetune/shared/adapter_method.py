@@ -17,7 +17,7 @@ from torch import Tensor
 from kedit_lightning.base_models import BaseModel
 from kedit_lightning.edits import AdapterEdit
 from kedit_lightning.edits.edit import check_finite
-from kedit_lightning.edits.projections import base_layer, check_editable, is_projection
+from kedit_lightning.edits.projections import check_editable, projections_in
 from kedit_lightning.errors import ModuleNotLocatedError, UnsupportedUseError, article_list
 from kedit_lightning.methods.capabilities import Count, Positive, Share
 from kedit_lightning.methods.finetune.shared.adapter_training import (
@@ -109,7 +109,9 @@ class AdapterMethod(EditMethod):
             passes = AnswerPasses.of(base, requests, self.modules_trained)
             return lambda batch: passes.losses().mean()
         encoded = [base.encode(request.prompt, request.target_new) for request in requests]
-        return lambda batch: answer_loss(base, base.pad([encoded[i] for i in batch])).mean()
+        return lambda batch: answer_loss(
+            base, base.pad([encoded[i] for i in batch], "right")
+        ).mean()
 
     def penalty(self, adapter: TrainedAdapter) -> Tensor | float:
         """What is added to the loss for the adapter's own sake."""
@@ -176,12 +178,7 @@ def projections_fitting(base: BaseModel, targets: Sequence[str]) -> list[str]:
 def block_projections(base: BaseModel) -> list[str]:
     """Names of all projections in the blocks, in order."""
     blocks = (base.layout.block_name(index) for index in range(len(base.layout)))
-    return [
-        f"{block}.{name}"
-        for block in blocks
-        for name, module in base.module(block).named_modules()
-        if name and is_projection(base_layer(module)) and "base_layer" not in name.split(".")
-    ]
+    return [f"{block}.{name}" for block in blocks for name in projections_in(base.module(block))]
 
 
 def projections_named(
