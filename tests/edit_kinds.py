@@ -22,6 +22,8 @@ from kedit_lightning.edits import (
     NeuronsEdit,
     PromptEdit,
     PromptEntry,
+    SideEdit,
+    SidePlan,
 )
 from kedit_lightning.edits.kinds.codebook.codebook import CodebookEntry, Replacement
 from kedit_lightning.edits.kinds.neurons.neurons import MLPPlace, Neurons
@@ -155,6 +157,18 @@ def neurons(base: BaseModel, layer: int = 1, count: int = 5, seed: int = 60) -> 
     return NeuronsEdit(base, {place: Neurons(keys, biases, 3 * values, queries)}, origin_of(base))
 
 
+def side(base: BaseModel, prompt: str = PROMPTS[0], seed: int = 60, layer: int = 1) -> SideEdit:
+    """A side memory that recognises one prompt."""
+    plan = SidePlan(base.layout.block(layer).down, mask_ratio=0.5)
+    d_in, d_out = projection_shape(base.module(plan.module))
+    key = last_key(base, prompt, plan.module)[None].to(
+        torch.promote_types(base.dtype, torch.float32)
+    )
+    change = torch.outer(random(d_out, like=base.dtype, seed=seed), key[0]) / key.norm()
+    values = change[plan.mask((d_out, d_in), 0)]
+    return SideEdit(base, plan, 0, values, key.to(values.dtype), origin_of(base))
+
+
 def prompt_edit(base: BaseModel) -> PromptEdit:
     """A fact stated before each prompt."""
     entry = PromptEntry(PROMPTS[0], "New Fact: Lyon is in Norway.\n", ("Rome is in Italy.\n",))
@@ -179,6 +193,7 @@ KINDS: dict[str, Callable[[BaseModel], Edit]] = {
     "adapter": adapter,
     "codebook": codebook,
     "neurons": neurons,
+    "side": side,
     "prompt": prompt_edit,
     "bonus": bonus,
     "composite": composite,

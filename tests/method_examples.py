@@ -39,6 +39,7 @@ METHODS = [
     ("SERAC", {"checkpoint": "none"}),
     ("TPatcher", {"steps": 3}),
     ("UltraEdit", {"lr": 1e-2}),
+    ("WISE", {"steps": 8, "contexts": 1, "lr": 2.0}),
 ]
 
 

@@ -187,6 +187,13 @@ PAPERS: dict[str, tuple[Paper, ...]] = {
             "2505.14679",
         ),
     ),
+    "WISE": (
+        Paper(
+            "WISE: Rethinking the Knowledge Memory for Lifelong Model Editing",
+            "Wang et al., NeurIPS 2024",
+            "2405.14768",
+        ),
+    ),
 }
 #: Packages and modules of the API reference, from the lowest floor to the highest.
 REFERENCE = {

@@ -126,6 +126,7 @@ _OWN: dict[tuple[Kind, str], dict[str, tuple[str, str, str]]] = {
         "RROME": ("locate.rome", "rrome", "ROME with the mean key"),
         "SERAC": ("memory.serac", "serac", "memory with scope and counterfactual model; T5 too"),
         "TPatcher": ("memory.tpatcher", "tpatcher", "one neuron a mistake in the last MLP"),
+        "WISE": ("memory.wise", "wise", "side memories with a routing by activations"),
         "UltraEdit": ("locate.ultraedit", "ultraedit", "regression of normalised gradients"),
     },
     ("dataset", "data"): {

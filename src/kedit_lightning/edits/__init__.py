@@ -18,6 +18,7 @@ from kedit_lightning.registry import lazy_exports
 if TYPE_CHECKING:
     from kedit_lightning.edits.export import load_adapter, save_adapter
     from kedit_lightning.edits.kinds.scope.scope_edit import ScopeEdit, ScopeEntry
+    from kedit_lightning.edits.kinds.side.side_edit import SideEdit, SidePlan
 
 __all__ = [
     "AdapterEdit",
@@ -36,6 +37,8 @@ __all__ = [
     "PromptEntry",
     "ScopeEdit",
     "ScopeEntry",
+    "SideEdit",
+    "SidePlan",
     "load_adapter",
     "materialise",
     "memories",
@@ -44,7 +47,10 @@ __all__ = [
 ]
 
 # These import transformers and peft, which take seconds.
-_EXPORT, _SCOPE = (f"kedit_lightning.edits.{name}" for name in ("export", "kinds.scope.scope_edit"))
-LATE_KINDS["scope"] = _SCOPE
-_LATE = {"ScopeEdit": _SCOPE, "ScopeEntry": _SCOPE}
-__getattr__ = lazy_exports(None, {**_LATE, "load_adapter": _EXPORT, "save_adapter": _EXPORT})
+_EXPORT = "kedit_lightning.edits.export"
+_SCOPE = "kedit_lightning.edits.kinds.scope.scope_edit"
+_SIDE = "kedit_lightning.edits.kinds.side.side_edit"
+LATE_KINDS.update(scope=_SCOPE, side=_SIDE)
+_LATE = {"load_adapter": _EXPORT, "save_adapter": _EXPORT}
+_LATE |= {"ScopeEdit": _SCOPE, "ScopeEntry": _SCOPE, "SideEdit": _SIDE, "SidePlan": _SIDE}
+__getattr__ = lazy_exports(None, _LATE)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeAlias
@@ -34,6 +34,11 @@ RowEffects: TypeAlias = tuple[list[int], Sequence[Effect]]
 def effects_of(edits: Iterable[Edit]) -> list[Effect]:
     """Effects of edits, in the order they act."""
     return [effect for edit in edits for effect in edit.effects()]
+
+
+def _heard(effects: Sequence[Effect], silent: Collection[Hashable]) -> list[Effect]:
+    """The effects without the row functions of silent families."""
+    return [e for e in effects if not (isinstance(e, RouteRows) and e.family in silent)]
 
 
 def _by_module(effects: Sequence[Effect]) -> dict[str, list[Effect]]:
@@ -130,15 +135,22 @@ class HookPlan:
 
     @classmethod
     def of(
-        cls, model: nn.Module, edits: Sequence[Edit], carried: Sequence[Edit | None]
+        cls,
+        model: nn.Module,
+        edits: Sequence[Edit],
+        carried: Sequence[Edit | None],
+        silent: Collection[Hashable] = (),
     ) -> HookPlan:
-        """The plan of edits on all rows, and of those that a row each carries."""
+        """The plan of edits on all rows, and of those that a row each carries.
+
+        Row functions of the ``silent`` families are left out.
+        """
         rows_of: dict[Edit, list[int]] = {}
         for row, edit in enumerate(carried):
             if edit is not None:
                 rows_of.setdefault(edit, []).append(row)
-        shared = effects_of(edits)
-        apart = [(rows, edit.effects()) for edit, rows in rows_of.items()]
+        shared = _heard(effects_of(edits), silent)
+        apart = [(rows, _heard(edit.effects(), silent)) for edit, rows in rows_of.items()]
         every = [*shared, *(effect for _, effects in apart for effect in effects)]
         states = _states_hooks(every, apart, len(carried))
         hooks = [*_module_hooks(model, shared, apart, len(carried)), *states]

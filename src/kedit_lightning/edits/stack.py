@@ -6,7 +6,7 @@ import copy
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from kedit_lightning.edits.compilation import forget_compiled_code
 from kedit_lightning.edits.edit import Edit, EditableModel
-from kedit_lightning.edits.effects import E, of_type
+from kedit_lightning.edits.effects import E, RouteRows, of_type
 from kedit_lightning.edits.forward_hooks import StackHook, stack_hooks
 from kedit_lightning.edits.generation_bounds import BoundedGenerate
 from kedit_lightning.edits.hook_plan import HookPlan, effects_of
@@ -51,6 +51,7 @@ class EditStack:
         self._hooked: list[nn.Module] = []
         self._places = places_of(model, [])
         self._plan = HookPlan()
+        self._silent: frozenset[Hashable] = frozenset()
         self._active = True
         self._tracker = ContextTracker(model)
         self.lock = threading.RLock()
@@ -212,6 +213,22 @@ class EditStack:
                 forget_compiled_code(self._model)
 
     @contextmanager
+    def without(self, family: Hashable) -> Iterator[None]:
+        """Inside, one family of row functions is silent: a memory that learns replaces itself."""
+        with self.lock:
+            before = self._silent
+            if all(effect.family != family for effect in self.effects(RouteRows)):
+                yield
+                return
+            self._silent = before | {family}
+            try:
+                self._change(self._edits)
+                yield
+            finally:
+                self._silent = before
+                self._change(self._edits)
+
+    @contextmanager
     def restored(self) -> Iterator[None]:
         """On leaving, the stack is as it was on entering, whatever happened inside."""
         with self.lock:
@@ -306,7 +323,7 @@ class EditStack:
     def _change(self, edits: list[Edit], carried: list[Edit | None] | None = None) -> None:
         """Make ``edits`` the stack; on failure the old stack stays in force."""
         carried = self._carried if carried is None else carried
-        plan = HookPlan.of(self._model, edits, carried)
+        plan = HookPlan.of(self._model, edits, carried, self._silent)
         with self.lock:
             for handle in self._handles:
                 handle.remove()

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from kedit_lightning.methods.memory.grace import GRACE
     from kedit_lightning.methods.memory.serac.serac import SERAC
     from kedit_lightning.methods.memory.tpatcher.tpatcher import TPatcher
+    from kedit_lightning.methods.memory.wise import WISE
     from kedit_lightning.methods.method import Capabilities, EditMethod, MethodSettings
 
 __getattr__ = lazy_exports(
@@ -56,6 +57,7 @@ __all__ = [
     "ROME",
     "RROME",
     "SERAC",
+    "WISE",
     "AdaLoRA",
     "AlphaEdit",
     "Capabilities",

@@ -26,7 +26,6 @@ from kedit_lightning.methods.locate.shared.closed_form_settings import (
     Targets,
     default_weight,
 )
-from kedit_lightning.methods.locate.shared.contexts import sample_contexts
 from kedit_lightning.methods.locate.shared.covariance_factors import CovarianceFactors
 from kedit_lightning.methods.locate.shared.edit_groups import EditGroups
 from kedit_lightning.methods.locate.shared.statistics_fit import StatisticsFit
@@ -45,6 +44,7 @@ from kedit_lightning.methods.locate.shared.value_targets import (
 )
 from kedit_lightning.methods.locate.shared.weight_constraints import WeightConstraints
 from kedit_lightning.methods.method import Capabilities, EditMethod
+from kedit_lightning.methods.shared.contexts import sample_contexts
 from kedit_lightning.methods.shared.published_settings import published_settings
 from kedit_lightning.requests import EditRequest
 

@@ -16,7 +16,7 @@ from kedit_lightning.base_models.taps import Visit, add_at, capture, stop_after,
 from kedit_lightning.chat_turns import put_before
 from kedit_lightning.edits import Edit
 from kedit_lightning.edits.projections import compute_dtype
-from kedit_lightning.methods.locate.shared.contexts import contexts_of
+from kedit_lightning.methods.shared.contexts import contexts_of
 from kedit_lightning.requests import EditRequest
 
 #: Rows of a forward pass; they are short, and nothing is kept but states at the subject.

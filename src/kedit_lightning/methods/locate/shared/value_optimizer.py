@@ -19,8 +19,8 @@ from kedit_lightning.edits.edit import check_finite
 from kedit_lightning.edits.projections import compute_dtype, projection_shape
 from kedit_lightning.methods.locate.shared.alignment import ALIGNED_TOGETHER, Alignment
 from kedit_lightning.methods.locate.shared.closed_form_settings import LocateSettings
-from kedit_lightning.methods.locate.shared.contexts import contexts_of
 from kedit_lightning.methods.locate.shared.subject_states import up_to_subject
+from kedit_lightning.methods.shared.contexts import contexts_of
 from kedit_lightning.requests import EditRequest
 
 #: PMET: once the new answer is the likeliest, its loss counts this much, ...

@@ -10,7 +10,7 @@ from support import REQUESTS, tiny_base
 
 from kedit_lightning import EditRequest
 from kedit_lightning.methods import MEMIT, ROME
-from kedit_lightning.methods.locate.shared.contexts import contexts_of
+from kedit_lightning.methods.shared.contexts import contexts_of
 
 QUICK = {"statistics": "identity", "steps": 3, "preserve": 1.0}
 CONTEXTS = ["He said so. ", "It is a long way from there to here. " * 2]

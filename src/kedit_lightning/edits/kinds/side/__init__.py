@@ -1,0 +1,1 @@
+"""Side memories beside one projection, in shards that are merged (WISE)."""

@@ -1,0 +1,336 @@
+"""WISE: side memories beside one projection, with a routing by activations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kedit_lightning.base_models import BaseModel, BaseModelSpec
+from kedit_lightning.base_models.taps import visiting
+from kedit_lightning.chat_turns import put_before
+from kedit_lightning.edits import SideEdit, SidePlan
+from kedit_lightning.edits.edit import check_finite
+from kedit_lightning.edits.kinds.side.merging import Merge
+from kedit_lightning.edits.kinds.side.side_edit import (
+    shard_changes,
+    side_output,
+    stacked_side_edits,
+)
+from kedit_lightning.edits.projections import check_editable, compute_dtype, projection_shape
+from kedit_lightning.edits.row_context import from_prompt_end
+from kedit_lightning.methods.capabilities import (
+    Count,
+    CountOrZero,
+    NotNegative,
+    Positive,
+    PositiveShare,
+)
+from kedit_lightning.methods.memory.shared.background import Background
+from kedit_lightning.methods.memory.shared.memory_passes import last_keys, last_states
+from kedit_lightning.methods.method import EditMethod, MethodSettings
+from kedit_lightning.methods.shared.answer_passes import AnswerPasses
+from kedit_lightning.methods.shared.contexts import contexts_of, sample_contexts
+from kedit_lightning.methods.shared.published_settings import published_settings
+from kedit_lightning.requests import EditRequest
+
+#: Depth, as a share of the blocks, in models without published settings.
+USUAL_DEPTH = 0.84
+#: Lengths of the contexts, in tokens, and irrelevant prompts of a request.
+_LENGTHS = (5, 10)
+_IRRELEVANT = 8
+
+
+@dataclass(frozen=True)
+class WISEDefaults:
+    """Settings of :class:`WISE` that follow the base model."""
+
+    layer: int
+    projection: int = -1
+    steps: int = 70
+    lr: float = 1.0
+    alpha: float = 5.0
+    beta: float = 20.0
+    gamma: float = 10.0
+    activation_ratio: float = 0.88
+    shard_size: int = 500
+    contexts: int = 10
+
+
+@dataclass(frozen=True)
+class WISESettings(MethodSettings):
+    """Settings of :class:`WISE`; those that follow the base model once it is built."""
+
+    layer: int | None
+    steps: Count | None
+    lr: Positive | None
+    alpha: NotNegative | None
+    beta: NotNegative | None
+    gamma: NotNegative | None
+    activation_ratio: PositiveShare | None
+    mask_ratio: PositiveShare
+    norm_constraint: Positive
+    shard_size: Count | None
+    shards_per_memory: Count
+    merge: Merge
+    density: PositiveShare
+    retrieve: bool
+    replay: CountOrZero
+    contexts: CountOrZero | None
+    background: str | None
+    stop_loss: NotNegative
+
+
+class Shard(NamedTuple):
+    """What an edit is trained on: the shard's number, its change so far, and facts to replay."""
+
+    number: int
+    start: Tensor
+    earlier: list[EditRequest]
+
+
+class WISE(EditMethod):
+    """Writes facts into a side memory, a change beside one projection that some prompts get.
+
+    The change acts on a prompt, from its last token on, if its norm there, the routing activation,
+    is above a threshold; all other prompts pass bit for bit. Training lowers the loss of the
+    answers and keeps activations of the facts' prompts apart from those of irrelevant ones. Each
+    shard of facts may change a random share of the entries. Shards are merged into memories, and of
+    several memories the one with the largest activation answers. Unlike in the released code,
+    nothing outside a mask decays, each row is routed by itself, and its decision is kept for the
+    answer. Irrelevant prompts need no data: they are a request's own prompt about subjects that the
+    model itself names, and plain text.
+    Paper: https://arxiv.org/abs/2405.14768.
+
+    Args:
+        base_model: The model to edit: an object, a specification, or a name.
+        layer: Block whose down projection gets the side memory, negative numbers from the end. When
+            absent the published one of a known model, or else one in the upper fifth.
+        steps: Steps of plain gradient descent at most; 70 when absent, unless published otherwise.
+        lr: Learning rate; 1 when absent, unless published otherwise.
+        alpha: Largest activation of irrelevant prompts that costs nothing; 5 when absent, unless
+            published otherwise, as ``beta`` and ``gamma``, 20 and 10.
+        beta: Smallest activation of the facts' prompts that costs nothing.
+        gamma: Smallest difference between the two that costs nothing.
+        activation_ratio: A memory answers if the activation is above this share of the smallest one
+            among its own facts; 0.88 when absent, unless published otherwise.
+        mask_ratio: Share of the projection's entries that a shard may change.
+        norm_constraint: Largest change of an entry.
+        shard_size: Facts of a shard; facts that are written together stay together. 500 when
+            absent, unless known otherwise for the model.
+        shards_per_memory: Shards that are merged into one memory.
+        merge: How: ``ties``, ``dare_ties``, ``dare_linear``, ``linear``, ``sign`` or ``slerp``.
+        density: Share of the entries that TIES and DARE keep.
+        retrieve: Keep several memories and retrieve one; else all shards are merged into one.
+        replay: Earlier facts of the shard that are trained along with new ones.
+        contexts: Texts by the model that stand before prompts in training; 10 when absent, unless
+            known otherwise for the model.
+        background: File of irrelevant prompts, one a line, in place of the usual ones.
+        stop_loss: Training ends below this loss, the penalty of the activations included.
+        seed: Seed of masks and contexts, and, together with the requests, of irrelevant prompts.
+    """
+
+    settings_type: ClassVar[type[MethodSettings]] = WISESettings
+    settings: WISESettings
+
+    def __init__(
+        self,
+        base_model: BaseModel | BaseModelSpec | str = "nano",
+        layer: int | None = None,
+        steps: int | None = None,
+        lr: float | None = None,
+        alpha: float | None = None,
+        beta: float | None = None,
+        gamma: float | None = None,
+        activation_ratio: float | None = None,
+        mask_ratio: float = 0.2,
+        norm_constraint: float = 1.0,
+        shard_size: int | None = None,
+        shards_per_memory: int = 2,
+        merge: Merge = "ties",
+        density: float = 0.53,
+        retrieve: bool = True,
+        replay: int = 0,
+        contexts: int | None = None,
+        background: str | None = None,
+        stop_loss: float = 0.02,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__(base_model, seed)
+
+    def build(self) -> None:
+        """Find the projection, take the settings left to the base model, and write contexts.
+
+        Raises:
+            UnsupportedUseError: The projection cannot be edited.
+            ModuleNotLocatedError: The block does not exist or has no dense MLP.
+        """
+        settings, usual = self.settings, wise_defaults(self.base)
+        names = (
+            "steps",
+            "lr",
+            "alpha",
+            "beta",
+            "gamma",
+            "activation_ratio",
+            "shard_size",
+            "contexts",
+        )
+        absent = {n: getattr(usual, n) for n in names if getattr(settings, n) is None}
+        layer = usual.layer if settings.layer is None else settings.layer
+        self.settings = settings = replace(settings, layer=layer, **absent)
+        projection = usual.projection if self.given.layer is None else -1
+        module = self.base.layout.block(layer).projections[projection]
+        check_editable(self.base.model, module)
+        assert settings.activation_ratio is not None
+        assert settings.contexts is not None
+        self.plan = SidePlan(
+            module=module,
+            mask_ratio=settings.mask_ratio,
+            mask_seed=settings.start,
+            shards_per_memory=settings.shards_per_memory if settings.retrieve else 0,
+            merge=settings.merge,
+            density=settings.density,
+            activation_ratio=settings.activation_ratio,
+        )
+        self._background = Background(self.base, settings.start, settings.background)
+        self._contexts = sample_contexts(
+            self.base, settings.contexts, settings.start, _LENGTHS if settings.contexts else ()
+        )
+
+    def compute_edit(self, requests: Sequence[EditRequest]) -> SideEdit:
+        """Train what the requests add to the shard that comes next."""
+        base, plan = self.base, self.plan
+        shard = self._shard(requests)
+        with base.edits.without(SideEdit.family_of(plan)):
+            trained, keys, losses = self._train([*requests, *shard.earlier], shard)
+        added = trained - shard.start
+        mask = plan.mask((added.shape[0], added.shape[1]), shard.number).to(added.device)
+        origin = self.origin(requests, shard=shard.number, steps=len(losses), loss=losses[-1])
+        return SideEdit(base, plan, shard.number, added[mask], keys[: len(requests)], origin)
+
+    def _shard(self, requests: Sequence[EditRequest]) -> Shard:
+        """The last shard on the stack, or a new one if that is full."""
+        edits = stacked_side_edits(self.base, self.plan)
+        number = max((edit.shard for edit in edits), default=0)
+        members = [edit for edit in edits if edit.shard == number]
+        assert self.settings.shard_size is not None
+        if sum(len(edit.keys) for edit in members) >= self.settings.shard_size:
+            number, members = number + 1, []
+        weight = self.base.module(self.plan.module)
+        d_in, d_out = projection_shape(weight)
+        device = next(weight.parameters()).device
+        start = torch.zeros(d_out, d_in, dtype=compute_dtype(self.base.dtype), device=device)
+        start = shard_changes(members)[number].to(start) if members else start
+        facts = [request for edit in members for request in edit.origin.requests]
+        order = torch.randperm(len(facts), generator=self.generator(requests, "replay"))
+        return Shard(number, start, [facts[i] for i in order[: self.settings.replay].tolist()])
+
+    def _train(
+        self, requests: Sequence[EditRequest], shard: Shard
+    ) -> tuple[Tensor, Tensor, list[float]]:
+        """The shard's change after training, keys of the bare prompts ``[n, d_in]``, and losses."""
+        base, plan, settings = self.base, self.plan, self.settings
+        assert settings.steps is not None
+        assert settings.lr is not None
+        assert settings.alpha is not None
+        assert settings.beta is not None
+        assert settings.gamma is not None
+        passes, relevant = self._passes(requests)
+        irrelevant = self._irrelevant_keys(requests)
+        change = shard.start.clone().requires_grad_()
+        mask = plan.mask((change.shape[0], change.shape[1]), shard.number).to(change)
+        losses: list[float] = []
+
+        def side(part: AnswerPasses, x: Tensor, y: Tensor) -> Tensor:
+            return from_prompt_end(y, side_output(x, y, change), part.rows.prompt_end)
+
+        for step in range(settings.steps):
+            part = passes.select(step_rows(*relevant.shape[:2], step))
+            with visiting(base.model, {plan.module: partial(side, part)}):
+                nll = part.losses().mean()
+            routing = margin_loss(
+                routing_activations(relevant, change),
+                routing_activations(irrelevant, change),
+                settings.alpha,
+                settings.beta,
+                settings.gamma,
+            )
+            loss = check_finite("loss", plan.module, nll + routing)
+            losses.append(float(loss.detach()))
+            if losses[-1] <= settings.stop_loss:
+                break
+            (gradient,) = torch.autograd.grad(loss, change)
+            with torch.no_grad():
+                change -= settings.lr * gradient * mask
+                change.clamp_(-settings.norm_constraint, settings.norm_constraint)
+        return change.detach(), relevant[:, 0], losses
+
+    def _passes(self, requests: Sequence[EditRequest]) -> tuple[AnswerPasses, Tensor]:
+        """Rows of each request, the bare one first, one after another; keys ``[n, rows, d_in]``."""
+        rows = [
+            self.base.encode(put_before(context, request.prompt), request.target_new)
+            for request in requests
+            for context in contexts_of(self.base, request, self._contexts)
+        ]
+        passes = AnswerPasses(self.base, rows, [self.plan.module], "prompt_end")
+        keys = last_keys(passes, self.plan.module)
+        return passes, keys.reshape(len(requests), -1, keys.shape[-1])
+
+    def _irrelevant_keys(self, requests: Sequence[EditRequest]) -> Tensor:
+        """Keys of prompts that have nothing to do with each request, ``[n, prompts, d_in]``."""
+        prompts = self._background.of(requests, _IRRELEVANT)
+        every = [prompt for own in prompts for prompt in own]
+        keys = last_states(self.base, self.plan.module, every).inputs
+        return keys.reshape(len(prompts), -1, keys.shape[-1])
+
+
+def step_rows(requests: int, rows: int, step: int) -> Tensor:
+    """Rows of a step: each request's first, and one of its others, another in each step.
+
+    Args:
+        requests: Number of requests.
+        rows: Rows of each; they stand one after another.
+        step: Number of the step.
+    """
+    first = torch.arange(requests) * rows
+    if rows == 1:
+        return first
+    return torch.cat([first, first + 1 + (torch.arange(requests) + step) % (rows - 1)])
+
+
+def routing_activations(keys: Tensor, change: Tensor) -> Tensor:
+    """Norm of the change of the output, ``[n, rows]``, of keys ``[n, rows, d_in]``."""
+    # The square root has no gradient at zero, where training starts.
+    return (keys @ change.T).pow(2).sum(-1).clamp(min=1e-12).sqrt()
+
+
+def margin_loss(
+    relevant: Tensor, irrelevant: Tensor, alpha: float, beta: float, gamma: float
+) -> Tensor:
+    """WISE's loss on activations: zero where all three margins hold.
+
+    ``max(0, Δ(x_i) - α) + max(0, β - Δ(x_e)) + max(0, γ - (Δ(x_e) - Δ(x_i)))``, each averaged.
+
+    Args:
+        relevant: Activations of the facts' prompts, ``Δ(x_e)``. Shape ``[n, rows]``.
+        irrelevant: Those of irrelevant prompts, ``Δ(x_i)``. Shape ``[n, prompts]``.
+        alpha: Largest one of irrelevant prompts.
+        beta: Smallest one of the facts' prompts.
+        gamma: Smallest difference.
+    """
+    apart = relevant[:, :, None] - irrelevant[:, None, :]
+    parts = (irrelevant - alpha, beta - relevant, gamma - apart)
+    return torch.stack([part.clamp(min=0).mean() for part in parts]).sum()
+
+
+def wise_defaults(base: BaseModel) -> WISEDefaults:
+    """Published settings of a known model, else defaults for its number of blocks."""
+    blocks = len(base.layout)
+    # At least one block must follow, as for a codebook.
+    usual = WISEDefaults(max(0, min(round(USUAL_DEPTH * blocks), blocks - 2)))
+    return published_settings(base, "WISE", WISEDefaults) or usual
