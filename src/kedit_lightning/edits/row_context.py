@@ -105,20 +105,6 @@ class RowContext:
         self.decisions.update(stored)
 
 
-def from_prompt_end(old: Tensor, new: Tensor, end: Tensor | None) -> Tensor:
-    """The old states before the last prompt token, and the new ones from there on.
-
-    Args:
-        old: Shape ``[batch, tokens, width]``.
-        new: The same.
-        end: Column of the last prompt token, ``[batch]``; ``None`` in decode steps.
-    """
-    if end is None:
-        return new
-    columns = torch.arange(old.shape[1], device=old.device)
-    return torch.where((columns >= end.to(old.device)[:, None])[..., None], new, old)
-
-
 def copies_of_rows(batch: int, rows: int) -> int:
     """How often a call of ``batch`` rows repeats each of the ``rows`` that edits were given for.
 

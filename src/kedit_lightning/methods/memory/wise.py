@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import ClassVar, NamedTuple
 
@@ -22,7 +22,7 @@ from kedit_lightning.edits.kinds.side.side_edit import (
     stacked_side_edits,
 )
 from kedit_lightning.edits.projections import check_editable, compute_dtype, projection_shape
-from kedit_lightning.edits.row_context import from_prompt_end
+from kedit_lightning.edits.prompt_routing import from_prompt_end
 from kedit_lightning.methods.capabilities import (
     Count,
     CountOrZero,
@@ -31,7 +31,11 @@ from kedit_lightning.methods.capabilities import (
     PositiveShare,
 )
 from kedit_lightning.methods.memory.shared.background import Background
-from kedit_lightning.methods.memory.shared.memory_passes import last_keys, last_states
+from kedit_lightning.methods.memory.shared.memory_passes import (
+    followed_layer,
+    last_keys,
+    last_states,
+)
 from kedit_lightning.methods.method import EditMethod, MethodSettings
 from kedit_lightning.methods.shared.answer_passes import AnswerPasses
 from kedit_lightning.methods.shared.contexts import contexts_of, sample_contexts
@@ -58,6 +62,8 @@ class WISEDefaults:
     gamma: float = 10.0
     activation_ratio: float = 0.88
     shard_size: int = 500
+    shards_per_memory: int = 2
+    mask_ratio: float = 0.2
     contexts: int = 10
 
 
@@ -72,10 +78,10 @@ class WISESettings(MethodSettings):
     beta: NotNegative | None
     gamma: NotNegative | None
     activation_ratio: PositiveShare | None
-    mask_ratio: PositiveShare
+    mask_ratio: PositiveShare | None
     norm_constraint: Positive
     shard_size: Count | None
-    shards_per_memory: Count
+    shards_per_memory: Count | None
     merge: Merge
     density: PositiveShare
     retrieve: bool
@@ -118,11 +124,13 @@ class WISE(EditMethod):
         gamma: Smallest difference between the two that costs nothing.
         activation_ratio: A memory answers if the activation is above this share of the smallest one
             among its own facts; 0.88 when absent, unless published otherwise.
-        mask_ratio: Share of the projection's entries that a shard may change.
+        mask_ratio: Share of the projection's entries that a shard may change; 0.2 when absent,
+            unless known otherwise for the model.
         norm_constraint: Largest change of an entry.
         shard_size: Facts of a shard; facts that are written together stay together. 500 when
             absent, unless known otherwise for the model.
-        shards_per_memory: Shards that are merged into one memory.
+        shards_per_memory: Shards that are merged into one memory; 2 when absent, unless known
+            otherwise for the model.
         merge: How: ``ties``, ``dare_ties``, ``dare_linear``, ``linear``, ``sign`` or ``slerp``.
         density: Share of the entries that TIES and DARE keep.
         retrieve: Keep several memories and retrieve one; else all shards are merged into one.
@@ -147,10 +155,10 @@ class WISE(EditMethod):
         beta: float | None = None,
         gamma: float | None = None,
         activation_ratio: float | None = None,
-        mask_ratio: float = 0.2,
+        mask_ratio: float | None = None,
         norm_constraint: float = 1.0,
         shard_size: int | None = None,
-        shards_per_memory: int = 2,
+        shards_per_memory: int | None = None,
         merge: Merge = "ties",
         density: float = 0.53,
         retrieve: bool = True,
@@ -170,36 +178,26 @@ class WISE(EditMethod):
             ModuleNotLocatedError: The block does not exist or has no dense MLP.
         """
         settings, usual = self.settings, wise_defaults(self.base)
-        names = (
-            "steps",
-            "lr",
-            "alpha",
-            "beta",
-            "gamma",
-            "activation_ratio",
-            "shard_size",
-            "contexts",
-        )
-        absent = {n: getattr(usual, n) for n in names if getattr(settings, n) is None}
-        layer = usual.layer if settings.layer is None else settings.layer
-        self.settings = settings = replace(settings, layer=layer, **absent)
+        names = [f.name for f in fields(usual) if f.name in vars(settings)]
+        given = {n: getattr(settings, n) for n in names if getattr(settings, n) is not None}
+        #: The settings that follow the base model.
+        self.resolved = resolved = replace(usual, **given)
+        self.settings = settings = replace(settings, **{n: getattr(resolved, n) for n in names})
         projection = usual.projection if self.given.layer is None else -1
-        module = self.base.layout.block(layer).projections[projection]
+        module = self.base.layout.block(resolved.layer).projections[projection]
         check_editable(self.base.model, module)
-        assert settings.activation_ratio is not None
-        assert settings.contexts is not None
         self.plan = SidePlan(
             module=module,
-            mask_ratio=settings.mask_ratio,
+            mask_ratio=resolved.mask_ratio,
             mask_seed=settings.start,
-            shards_per_memory=settings.shards_per_memory if settings.retrieve else 0,
+            shards_per_memory=resolved.shards_per_memory if settings.retrieve else 0,
             merge=settings.merge,
             density=settings.density,
-            activation_ratio=settings.activation_ratio,
+            activation_ratio=resolved.activation_ratio,
         )
         self._background = Background(self.base, settings.start, settings.background)
         self._contexts = sample_contexts(
-            self.base, settings.contexts, settings.start, _LENGTHS if settings.contexts else ()
+            self.base, resolved.contexts, settings.start, _LENGTHS if resolved.contexts else ()
         )
 
     def compute_edit(self, requests: Sequence[EditRequest]) -> SideEdit:
@@ -218,8 +216,7 @@ class WISE(EditMethod):
         edits = stacked_side_edits(self.base, self.plan)
         number = max((edit.shard for edit in edits), default=0)
         members = [edit for edit in edits if edit.shard == number]
-        assert self.settings.shard_size is not None
-        if sum(len(edit.keys) for edit in members) >= self.settings.shard_size:
+        if sum(len(edit.keys) for edit in members) >= self.resolved.shard_size:
             number, members = number + 1, []
         weight = self.base.module(self.plan.module)
         d_in, d_out = projection_shape(weight)
@@ -234,12 +231,7 @@ class WISE(EditMethod):
         self, requests: Sequence[EditRequest], shard: Shard
     ) -> tuple[Tensor, Tensor, list[float]]:
         """The shard's change after training, keys of the bare prompts ``[n, d_in]``, and losses."""
-        base, plan, settings = self.base, self.plan, self.settings
-        assert settings.steps is not None
-        assert settings.lr is not None
-        assert settings.alpha is not None
-        assert settings.beta is not None
-        assert settings.gamma is not None
+        base, plan, settings, resolved = self.base, self.plan, self.settings, self.resolved
         passes, relevant = self._passes(requests)
         irrelevant = self._irrelevant_keys(requests)
         change = shard.start.clone().requires_grad_()
@@ -249,16 +241,16 @@ class WISE(EditMethod):
         def side(part: AnswerPasses, x: Tensor, y: Tensor) -> Tensor:
             return from_prompt_end(y, side_output(x, y, change), part.rows.prompt_end)
 
-        for step in range(settings.steps):
+        for step in range(resolved.steps):
             part = passes.select(step_rows(*relevant.shape[:2], step))
             with visiting(base.model, {plan.module: partial(side, part)}):
                 nll = part.losses().mean()
             routing = margin_loss(
                 routing_activations(relevant, change),
                 routing_activations(irrelevant, change),
-                settings.alpha,
-                settings.beta,
-                settings.gamma,
+                resolved.alpha,
+                resolved.beta,
+                resolved.gamma,
             )
             loss = check_finite("loss", plan.module, nll + routing)
             losses.append(float(loss.detach()))
@@ -266,7 +258,7 @@ class WISE(EditMethod):
                 break
             (gradient,) = torch.autograd.grad(loss, change)
             with torch.no_grad():
-                change -= settings.lr * gradient * mask
+                change -= resolved.lr * gradient * mask
                 change.clamp_(-settings.norm_constraint, settings.norm_constraint)
         return change.detach(), relevant[:, 0], losses
 
@@ -330,7 +322,5 @@ def margin_loss(
 
 def wise_defaults(base: BaseModel) -> WISEDefaults:
     """Published settings of a known model, else defaults for its number of blocks."""
-    blocks = len(base.layout)
-    # At least one block must follow, as for a codebook.
-    usual = WISEDefaults(max(0, min(round(USUAL_DEPTH * blocks), blocks - 2)))
-    return published_settings(base, "WISE", WISEDefaults) or usual
+    known = published_settings(base, "WISE", WISEDefaults)
+    return known or WISEDefaults(followed_layer(base, USUAL_DEPTH))

@@ -18,8 +18,8 @@ from kedit_lightning.edits.projections import (
     find_module,
     projection_shape,
 )
+from kedit_lightning.edits.prompt_routing import put_rows, routed
 from kedit_lightning.edits.rounding import state_rounding
-from kedit_lightning.edits.row_context import RowContext, from_prompt_end
 from kedit_lightning.edits.state_schema import (
     FULL_PRECISION,
     check_names,
@@ -82,7 +82,7 @@ class SideMemories(NamedTuple):
 
         Of several memories whose threshold is exceeded the one with the largest activation answers.
         """
-        found = activations(self.changes, queries)
+        found = activations(self.changes, queries.to(self.changes))
         largest = found.masked_fill(found <= self.thresholds, -torch.inf).max(dim=1)
         return torch.where(largest.values.isfinite(), largest.indices, -1)
 
@@ -94,9 +94,7 @@ class SideMemories(NamedTuple):
         """
         for memory in index[index >= 0].unique().tolist():
             rows = (index == memory).nonzero()[:, 0]
-            changed = side_output(x[rows], y[rows], self.changes[memory])
-            ends = None if end is None else end[rows.to(end.device)]
-            y = y.index_copy(0, rows, from_prompt_end(y[rows], changed, ends))
+            y = put_rows(y, rows, side_output(x[rows], y[rows], self.changes[memory]), end)
         return y
 
 
@@ -178,20 +176,9 @@ class SideEdit(MemoryEdit):
         return [RouteRows(self.plan.module, self.family, self._build, self)]
 
     def _build(self, edits: Sequence[SideEdit]) -> RowFunction:
-        module, family = find_module(self.base.model, self.plan.module), self.family
-        device = next(module.parameters()).device
+        device = next(find_module(self.base.model, self.plan.module).parameters()).device
         memories = side_memories(self.plan, edits, device, state_rounding(self.base.dtype))
-
-        def consult(x: Tensor, y: Tensor, context: RowContext) -> Tensor:
-            end = context.prompt_end.to(x.device) if context.prefill else None
-            if end is not None:
-                queries = x[torch.arange(len(x), device=x.device), end]
-                context.decisions[family] = memories.route(queries.to(memories.changes))
-            if family not in context.decisions:  # applied in the middle of an answer
-                return y
-            return memories.add(x, y, context.decisions[family], end)
-
-        return consult
+        return routed(self.family, memories.route, memories.add)
 
     def state(self) -> tuple[Tensors, Values]:
         """Values and keys; plan and shard as plain values."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kedit_lightning.base_models import BaseModel
+from kedit_lightning.base_models.layer_choice import nearest_layers
 from kedit_lightning.base_models.taps import capture, stop_after
 from kedit_lightning.data.dataloader import chunks
 from kedit_lightning.edits.projections import compute_dtype
@@ -50,3 +51,13 @@ def last_keys(passes: AnswerPasses, module: str) -> Tensor:
     ends = rows.prompt_end.to(states.device)
     at = torch.arange(len(rows), device=states.device)
     return states[at, ends].to(compute_dtype(base.dtype))
+
+
+def followed_layer(base: BaseModel, depth: float) -> int:
+    """The block with a dense MLP nearest to a depth, a share of the blocks, with a block above it.
+
+    Without one above it, later answer tokens could not attend to what a memory changes.
+    """
+    blocks, dense = len(base.layout), base.layout.dense_layers
+    followed = [layer for layer in dense if layer < blocks - 1] or dense
+    return nearest_layers(followed, [round(depth * blocks)])[0]
