@@ -64,3 +64,8 @@ def mixture(base: BaseModel, layer: int) -> ExpertProjection:
     module = base.module(base.layout.mlp_block(layer).down)
     assert isinstance(module, ExpertProjection)
     return module
+
+
+def first_routed_layer(base: BaseModel) -> int:
+    """Number of the first block with routed experts alone: later ones read what it writes."""
+    return min(i for i in range(len(base.layout)) if has_experts(base, i))

@@ -31,7 +31,7 @@ The write path says how a change of the down projection reaches the block's outp
 scaled copy (with its gain in the tiny model, which the configuration may set), or *normalised or
 gated*, so that no single factor describes it. In a mixture of experts, the dense layers and the
 shared experts are located, and in blocks without them the routed experts (`…experts.down_proj`,
-`…experts.mlp.w2`, `…output_linear.weight`), which FTM edits.
+`…experts.mlp.w2`, `…output_linear.weight`), which FTM and the closed-form methods edit.
 
 | model type | blocks | down projection | write path |
 |---|---|---|---|

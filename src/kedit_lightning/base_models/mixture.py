@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from kedit_lightning.base_models.blocks import Block, removing
 from kedit_lightning.edits.expert_projection import ExpertProjection
 from kedit_lightning.edits.experts import RoutedExperts, routed_experts
+from kedit_lightning.edits.low_rank import LowRankDelta
 from kedit_lightning.edits.projections import find_module
 from kedit_lightning.errors import ModuleNotLocatedError
 
@@ -42,13 +43,33 @@ def no_dense_mlp(name: str, model_type: str, is_routed: bool) -> ModuleNotLocate
     )
     if is_routed:
         return ModuleNotLocatedError(
-            f"{said}, but routed experts, so methods that edit one cannot be used on it; use FTM, "
-            "which trains experts, or IKE, which edits no weights"
+            f"{said}, but routed experts, so methods that edit one cannot be used on it; use FTM "
+            "or a closed-form method, which edit experts, or IKE, which edits no weights"
         )
     return ModuleNotLocatedError(
         f"{said} (a state-space mixer has none), so methods that edit one cannot be used on it; "
         "use another block or model, or IKE, which edits no weights"
     )
+
+
+def single_experts(model: nn.Module, name: str) -> list[str]:
+    """Names of the projections of single experts that a projection of all is made of, else it."""
+    projection = find_module(model, name)
+    if not isinstance(projection, ExpertProjection) or projection.expert is not None:
+        return [name]
+    return [projection.name_of(expert) for expert in projection.numbers]
+
+
+def split_by_expert(projection: nn.Module, delta: LowRankDelta) -> dict[str, LowRankDelta]:
+    """A change of all experts of a block as changes of those that it acts on, by name."""
+    assert isinstance(projection, ExpertProjection)
+    width = projection.shape[0] // projection.experts.count
+    changes = {}
+    for expert, a in enumerate(delta.a.split(width, dim=1)):
+        acting = a.any(dim=1)
+        if bool(acting.any()):
+            changes[projection.name_of(expert)] = LowRankDelta(a[acting], delta.b[:, acting])
+    return changes
 
 
 def is_mixture(module: nn.Module) -> bool:

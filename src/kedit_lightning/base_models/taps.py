@@ -20,6 +20,7 @@ from kedit_lightning.edits.experts import routed_experts
 from kedit_lightning.edits.projections import (
     as_rows,
     batch_size,
+    expert_projection,
     find_module,
     first_tensor,
     with_first,
@@ -65,18 +66,23 @@ def visiting(model: nn.Module, visits: Mapping[str, Visit]) -> Iterator[None]:
     Args:
         model: The model.
         visits: A function for each module name. Its tensors have shape ``[batch, tokens, width]``;
-            outputs are those after the edits that are applied.
+            outputs are those after the edits that are applied. For a projection of experts they are
+            its keys times the router's weights, and the output of all experts of the block.
     """
 
-    def call(visit: Visit, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        x, y = args[0] if args else kwargs["hidden_states"], first_tensor(output)
+    def call(visit: Visit, experts: ExpertProjection | None, module: nn.Module, *seen: Any) -> Any:
+        args, kwargs, output = seen
+        x = args[0] if args else kwargs["hidden_states"]
+        x, y = x if experts is None else experts.gated_keys(args), first_tensor(output)
         new = visit(as_rows(x, batch()), as_rows(y, batch()))
         return None if new is None else with_first(output, new.reshape(y.shape))
 
     with _called(model) as batch, ExitStack() as hooks:
         for name, visit in visits.items():
-            module = model.get_submodule(name)
-            handle = module.register_forward_hook(partial(call, visit), with_kwargs=True)
+            experts = expert_projection(model, name)
+            module = model.get_submodule(name if experts is None else experts.owner)
+            hook = partial(call, visit, experts)
+            handle = module.register_forward_hook(hook, with_kwargs=True)
             hooks.callback(handle.remove)
         yield
 
@@ -149,7 +155,8 @@ def stop_after(model: nn.Module, name: str) -> Iterator[None]:
     def halt(x: Tensor, y: Tensor) -> None:
         raise _Stopped
 
-    with suppress(_Stopped), visiting(model, {name: halt}):
+    experts = expert_projection(model, name)
+    with suppress(_Stopped), visiting(model, {experts.owner if experts else name: halt}):
         yield
 
 

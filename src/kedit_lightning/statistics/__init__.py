@@ -11,7 +11,7 @@ from kedit_lightning.statistics.covariance_cache import (
     save_to_cache,
 )
 from kedit_lightning.statistics.covariance_import import import_second_moment
-from kedit_lightning.statistics.key_collector import KeyCollector
+from kedit_lightning.statistics.key_collector import KeyCollector, keyed_projections
 from kedit_lightning.statistics.moment_file import MomentFile, Provenance, write_statistics
 from kedit_lightning.statistics.null_space import main_directions
 from kedit_lightning.statistics.text_pass import TextPass
@@ -29,6 +29,7 @@ __all__ = [
     "few_sample_texts",
     "find_statistics",
     "import_second_moment",
+    "keyed_projections",
     "main_directions",
     "packaged_statistics",
     "save_to_cache",

@@ -23,15 +23,21 @@ class SecondMoment:
     error: float | None = None
 
 
-def shrunk(moment: SecondMoment) -> Tensor:
+def shrunk(moment: SecondMoment, parts: int = 1, diagonal: float | None = None) -> Tensor:
     """Second moment shrunk towards a multiple of the identity, for small samples.
 
     With ``n`` keys of width ``d`` the weight of the identity is ``d / (d + n)``: half when there
     are as many keys as dimensions, almost zero when there are many more. Shape ``[d, d]``, float64.
+
+    Args:
+        moment: The estimate.
+        parts: Number of such keys that stand in a row: those of all experts of a block.
+        diagonal: Mean of the diagonal over all parts, if there are several.
     """
-    mean, width = moment.mean, moment.mean.shape[0]
+    mean, width = moment.mean, parts * moment.mean.shape[0]
     weight = width / (width + moment.count)
-    return (1 - weight) * mean + weight * mean.diagonal().mean() * torch.eye(width).to(mean)
+    diagonal = float(mean.diagonal().mean()) if diagonal is None else diagonal
+    return (1 - weight) * mean + weight * diagonal * torch.eye(len(mean)).to(mean)
 
 
 def factorise(matrix: Tensor, layer: str) -> Tensor:

@@ -6,8 +6,9 @@ dtype.  They are in its name, and its header is checked when it is read.
 
 from __future__ import annotations
 
+import hashlib
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -17,6 +18,7 @@ from rich.progress import track
 from kedit_lightning.base_models import BaseModel
 from kedit_lightning.base_models.spec import PACKAGED, resolve
 from kedit_lightning.cache_folder import cache_dir
+from kedit_lightning.edits.expert_projection import ExpertProjection
 from kedit_lightning.edits.projections import projection_shape
 from kedit_lightning.errors import DataFileError, DataFileNotFoundError, article_list
 from kedit_lightning.statistics.covariance import SecondMoment
@@ -153,6 +155,10 @@ def save_to_cache(collector: KeyCollector, source: str) -> Path:
     read = {"max_tokens": collector.max_tokens, "texts": collector.texts, "split": True}
     provenance = Provenance.of(collector.base, collector.corpus, source, **read)
     path = statistics_dir() / provenance.file_name(collector.tokens)
+    if any(isinstance(collector.base.module(name), ExpertProjection) for name in collector.modules):
+        # Those of the experts of other blocks stand in files of their own.
+        names = hashlib.sha256(" ".join(collector.modules).encode()).hexdigest()
+        path = path.with_stem(f"{path.stem}-{names[:8]}")
     return write_statistics(path, collector.moments, provenance)
 
 
@@ -162,13 +168,17 @@ def few_sample_texts() -> list[str]:
     return [line for line in text.splitlines() if line.strip()]
 
 
-def estimate_from_few_samples(base: BaseModel, batch_size: int = 8) -> Path:
-    """Estimate covariances of all layers from the small packaged text and write them to the cache.
+def estimate_from_few_samples(
+    base: BaseModel, modules: Sequence[str] | None = None, batch_size: int = 8
+) -> Path:
+    """Estimate covariances from the small packaged text and write them to the cache.
+
+    They are those of all dense MLPs unless ``modules`` are given.
 
     It reads until there are 10 tokens a dimension and the relative standard error of every moment
     is below 5 %, or to the end of the text.
     """
-    collector = KeyCollector(base, [block.down for block in base.layout.dense_blocks])
+    collector = KeyCollector(base, modules or [b.down for b in base.layout.dense_blocks])
     texts = few_sample_texts()
     starts = range(0, len(texts), batch_size)
     for start in track(starts, description="Estimating key statistics", transient=True):

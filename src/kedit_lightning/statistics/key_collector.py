@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from kedit_lightning.base_models import BaseModel
+from kedit_lightning.base_models import BaseModel, Layout
+from kedit_lightning.base_models.mixture import single_experts
 from kedit_lightning.base_models.rows import EncodedRow, RowEncoder
 from kedit_lightning.base_models.taps import Visit, stop_after, visiting
 from kedit_lightning.edits.projections import projection_shape
+from kedit_lightning.errors import ModuleNotLocatedError
 from kedit_lightning.statistics.covariance import SecondMoment
 from kedit_lightning.statistics.key_sums import KeySums, hash_name, hash_texts, no_texts
 
@@ -27,7 +30,8 @@ class KeyCollector:
 
     A text of more than ``max_tokens`` is read in several rows. A forward pass takes as many rows as
     there are texts in the batch. Edits of the base model are suspended. ``modules`` are names in
-    the order in which they run.
+    the order in which they run; the key of an expert counts times its weight, and as 0 at tokens
+    that go elsewhere.
     """
 
     def __init__(self, base: BaseModel, modules: Sequence[str], max_tokens: int = 512) -> None:
@@ -151,6 +155,23 @@ class KeyCollector:
         """Replace every sum by its ``total`` over processes, in the same order in all of them."""
         for tensor in self.state().values():
             tensor.copy_(total(tensor.clone()))
+
+
+def keyed_projections(layout: Layout, routed: Collection[int]) -> list[str]:
+    """Projections whose keys have statistics, in the order they run.
+
+    They are the down projections of all dense MLPs and, of the blocks in ``routed`` without one,
+    those of single experts: all experts of all blocks would be more than a model itself holds.
+    """
+    names: list[str] = []
+    for index in range(len(layout)):
+        with suppress(ModuleNotLocatedError):
+            block = layout.mlp_block(index)
+            if not block.is_routed:
+                names.append(block.down)
+            elif index in routed:
+                names += single_experts(layout.model, block.down)
+    return names
 
 
 def split_tokens(tokens: Tokens, prefix: Tokens, length: int) -> list[Tokens]:

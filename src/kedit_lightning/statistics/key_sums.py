@@ -106,6 +106,8 @@ class KeySums:
         sums = self.tensors
         mean = sums["probed"] / keys
         size = mean.square().sum()
+        if not float(size):  # no token has come to an expert
+            return None
         residual = sums["squares"] - 2 * (sums["weighted"] * mean).sum() + squared * size
         variance = residual.clamp(min=0) * texts / (texts - 1) / keys**2
         return float((variance / size).sqrt())

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from kedit_lightning.base_models import BaseModel, BaseModelSpec
+from kedit_lightning.base_models.mixture import single_experts
 from kedit_lightning.methods.capabilities import NotNegative, Share
 from kedit_lightning.methods.locate.shared.closed_form import ClosedForm
 from kedit_lightning.methods.locate.shared.closed_form_settings import LayersSettings
@@ -60,8 +61,15 @@ class AlphaEdit(ClosedForm):
 
     def prior(self, layer: int) -> Prior:
         """A change lies in the null space, and costs its size there."""
-        settings, module = self.settings, self.base.layout.block(layer).down
-        basis, scale = self.covariances.null_space(module, settings.energy, settings.threshold)
+        settings, down = self.settings, self.base.layout.mlp_block(layer).down
+        parts = single_experts(self.base.model, down)
+        # The keys of experts stand in a row, so that their norms add up.
+        scale = self.covariances.scale_inside(parts, settings.energy, settings.threshold)
         cost = settings.legacy_size_cost
         cost = settings.size_cost * scale if cost is None else cost
-        return null_space_prior(basis.to(self.base.device), cost)
+
+        def of_one(module: str) -> Prior:
+            basis, _ = self.covariances.null_space(module, settings.energy, settings.threshold)
+            return null_space_prior(basis.to(self.base.device), cost)
+
+        return self.covariances.blockwise(down, of_one)

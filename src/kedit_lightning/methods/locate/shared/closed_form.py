@@ -163,9 +163,9 @@ class ClosedForm(EditMethod):
             layers = [layers[0], layers[-1]]
         layers = given.chosen_layers or layers
         # Each once, in the order they run; ``block`` refuses one that does not exist.
-        modules = {layer % len(layout): layout.block(layer).down for layer in layers}
-        self.layers = tuple(sorted(modules))
-        self.edited = tuple(modules[layer] for layer in self.layers)
+        blocks = {layer % len(layout): layout.mlp_block(layer) for layer in layers}
+        self.layers = tuple(sorted(blocks))
+        self.edited = tuple(blocks[layer].down for layer in self.layers)
         if self.site_of_values == "block":
             with self.base.edits.suspended():
                 for layer in self.layers:
@@ -175,6 +175,7 @@ class ClosedForm(EditMethod):
         history = self.keeps_history if given.history is None else given.history
         self.settings = given.resolved(self.locate, history)
         self.constraints = WeightConstraints(given.off_main, given.restrain, given.keep_share)
+        self.constraints.check(self.base, self.edited)
 
     def site(self, layer: int) -> Site:
         """Where the values of a layer are outputs."""
@@ -184,11 +185,10 @@ class ClosedForm(EditMethod):
 
     def prior(self, layer: int) -> least_squares.Prior:
         """The cost of a change of a layer, without history; keys of facts scale it (``_cost``)."""
-        preserve, module = self.settings.preserve, self.base.layout.block(layer).down
+        preserve, module = self.settings.preserve, self.base.layout.mlp_block(layer).down
         weight = default_weight(self.base, layer) if preserve is None else preserve
-        factor = self.covariances.cholesky(module, self.settings.ridge / weight)
-        factor = factor.to(self.base.device)
-        return least_squares.covariance_prior(factor, 1.0 if preserve is None else preserve)
+        ridge = self.settings.ridge / weight
+        return self.covariances.prior(module, 1.0 if preserve is None else preserve, ridge)
 
     def mean_keys(self, inputs: Tensor) -> Tensor:
         """Mean of ``[n, contexts, d_in]`` over contexts, of which the bare prompt is half."""
@@ -247,7 +247,7 @@ class ClosedForm(EditMethod):
                 own = states.part(part)
                 cost = self._cost(prior, self.mean_keys(own.inputs[module]).T, history, weights)
                 delta = self.update(module, own, residuals[part], cost)
-                changes[module] = self.constraints.constrained(self.base, module, delta)
+                changes |= self.constraints.changes(self.base, module, delta)
             del prior  # wide layers have large ones
         self._remember(batch, values.anchor)
         notes: dict[str, Any] = {"statistics": self.covariances.note, "layers": [*self.edited]}
@@ -321,7 +321,7 @@ class ClosedForm(EditMethod):
 
     def on_train_start(self) -> None:
         """Start a pass over text, or continue an interrupted one."""
-        self._fit = StatisticsFit(self, self.settings)
+        self._fit = StatisticsFit(self, self.settings, self.layers)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
         """End the pass once it has read enough."""

@@ -67,7 +67,7 @@ def one_layer(base: BaseModel) -> tuple[int, ...]:
 
     In a shallow model it is the first.
     """
-    depth, dense = len(base.layout), base.layout.dense_layers
+    depth, dense = len(base.layout), base.layout.mlp_layers
     if depth < SHALLOW:
         return nearest_layers(dense, (0,))
     return nearest_layers(dense, (round((0.17 if base.layout.is_gated else 0.35) * depth),))
@@ -78,7 +78,7 @@ def several_layers(base: BaseModel) -> tuple[int, ...]:
 
     In a shallow model it is the first eighth.
     """
-    return nearest_layers(base.layout.dense_layers, _usual_range(base))
+    return nearest_layers(base.layout.mlp_layers, _usual_range(base))
 
 
 def _usual_range(base: BaseModel) -> range:
@@ -190,4 +190,4 @@ LocatedSettings: TypeAlias = LayerSettings | LayersSettings
 
 def default_weight(base: BaseModel, layer: int) -> float:
     """Weight ``λ`` of keys of plain text that a ``ridge`` is compared with."""
-    return WIDTHS * projection_shape(base.module(base.layout.block(layer).down))[0]
+    return WIDTHS * projection_shape(base.module(base.layout.mlp_block(layer).down))[0]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 
@@ -11,8 +12,15 @@ import torch
 from torch import Tensor
 
 from kedit_lightning.base_models import BaseModel
+from kedit_lightning.base_models.mixture import single_experts
+from kedit_lightning.edits.expert_projection import ExpertProjection
 from kedit_lightning.edits.projections import projection_shape
 from kedit_lightning.errors import StatisticsNotFoundError, UnsupportedUseError
+from kedit_lightning.methods.locate.shared.least_squares import (
+    Prior,
+    blockwise_prior,
+    covariance_prior,
+)
 from kedit_lightning.statistics import (
     KeyStatistics,
     chosen_statistics,
@@ -51,6 +59,7 @@ class CovarianceFactors:
         #: Which statistics were used last, for the record of an edit.
         self.note = ""
         self._factors: dict[Hashable, Factor] = {}
+        self._diagonals: dict[str, float] = {}
 
     def cholesky(self, module: str, ridge: float = 0.0) -> Tensor:
         """Lower Cholesky factor of ``C + ridge · I``, ``[d_in, d_in]`` in float64 on the CPU."""
@@ -92,6 +101,30 @@ class CovarianceFactors:
 
         return self.cached(("null space", module, energy, threshold), compute)
 
+    def prior(self, module: str, weight: float, ridge: float = 0.0) -> Prior:
+        """The cost ``weight · (C + ridge · I)`` of a change of a projection, or of all experts."""
+
+        def of_one(part: str) -> Prior:
+            return covariance_prior(self.cholesky(part, ridge).to(self.base.device), weight)
+
+        return self.blockwise(module, of_one)
+
+    def blockwise(self, module: str, of_one: Callable[[str], Prior]) -> Prior:
+        """The prior of a projection from that of itself, or of each expert if it is all experts'.
+
+        Products of keys of different experts are left out: all of them would be a matrix of the
+        width of all experts together.
+        """
+        parts = single_experts(self.base.model, module)
+        if parts == [module]:
+            return of_one(module)
+        return blockwise_prior([partial(of_one, name) for name in parts])
+
+    def scale_inside(self, modules: Sequence[str], energy: float, threshold: float | None) -> float:
+        """Mean squared norm inside null spaces of the keys of modules in a row."""
+        inside = [self.null_space(module, energy, threshold)[1] for module in modules]
+        return inside[0] if self.mode == "identity" else sum(inside)
+
     def second_moment(self, module: str) -> Tensor:
         """``C = E[k kᵀ]`` of the keys of a projection. Shape ``[d_in, d_in]``, float64.
 
@@ -102,10 +135,7 @@ class CovarianceFactors:
         if self.mode == "identity":
             self.note = "identity"
             return torch.eye(projection_shape(self.base.module(module))[0], dtype=torch.float64)
-        if self.mode in MODES:
-            statistics = self._found(module)
-        else:
-            statistics = chosen_statistics(self.base, module, self.mode)
+        statistics = self._statistics(module)
         self.note = statistics.note
         if statistics.is_few_sample and self.mode in MODES:
             warnings.warn(
@@ -114,7 +144,9 @@ class CovarianceFactors:
                 "--data Texts --data.path FOLDER`",
                 stacklevel=4,
             )
-        moment = statistics.moment
+        moment, experts = statistics.moment, self._experts(module)
+        if len(experts) > 1:
+            return shrunk(moment, len(experts), self._mean_diagonal(module, experts))
         # Fewer keys than dimensions leave directions of which nothing is known.
         few = statistics.is_few_sample or moment.count < len(moment.mean)
         return shrunk(moment) if few else moment.mean
@@ -129,10 +161,31 @@ class CovarianceFactors:
                     f"been collected; run `kedit fit` with {self.method} and --data Texts, or set "
                     "statistics to auto to estimate them from a small packaged text"
                 )
-            estimate_from_few_samples(self.base)
+            experts = self._experts(module)
+            estimate_from_few_samples(self.base, experts if len(experts) > 1 else None)
             statistics = find_statistics(self.base, module)
             assert statistics is not None
         return statistics
+
+    def _experts(self, module: str) -> list[str]:
+        """All experts of the block that a module is an expert of, else the module alone."""
+        projection = self.base.module(module)
+        if not isinstance(projection, ExpertProjection):
+            return [module]
+        return single_experts(self.base.model, projection.fused_name)
+
+    def _mean_diagonal(self, module: str, experts: Sequence[str]) -> float:
+        """Mean of the diagonal over all experts of a block, some of which few tokens come to."""
+        block = module.rpartition(".")[0]
+        if block not in self._diagonals:
+            moments = (self._statistics(name).moment.mean for name in experts)
+            self._diagonals[block] = float(sum(m.diagonal().mean() for m in moments)) / len(experts)
+        return self._diagonals[block]
+
+    def _statistics(self, module: str) -> KeyStatistics:
+        if self.mode in MODES:
+            return self._found(module)
+        return chosen_statistics(self.base, module, self.mode)
 
     def cached(self, key: Hashable, compute: Callable[[], Factor]) -> Factor:
         """A factor, computed unless kept: those of all layers while small, else of one alone."""
@@ -145,3 +198,4 @@ class CovarianceFactors:
     def clear(self) -> None:
         """Drop all factors: the statistics they come from have been replaced."""
         self._factors.clear()
+        self._diagonals.clear()

@@ -7,7 +7,7 @@ that priors compose and no ``d × d`` system is solved for a batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import torch
@@ -54,6 +54,20 @@ def null_space_prior(basis: Tensor, weight: float) -> Prior:
     def whiten(keys: Tensor) -> Tensor:
         local = keys.to(basis)
         return ((local - basis @ (basis.T @ local)) / weight).to(keys)
+
+    return whiten
+
+
+def blockwise_prior(parts: Sequence[Callable[[], Prior]]) -> Prior:
+    """``G`` of blocks on the diagonal: those of experts of a mixture, whose keys stand in a row.
+
+    A block that no key reaches is not asked for: its part of ``G⁻¹ K`` is zero.
+    """
+
+    def whiten(keys: Tensor) -> Tensor:
+        blocks = keys.tensor_split(len(parts))
+        solved = (p()(k) if bool(k.any()) else k for p, k in zip(parts, blocks, strict=True))
+        return torch.cat(list(solved))
 
     return whiten
 

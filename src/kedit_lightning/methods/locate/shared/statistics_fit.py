@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -10,18 +11,21 @@ from kedit_lightning.data.text.texts import TextBatch, Texts
 from kedit_lightning.errors import UnsupportedUseError
 from kedit_lightning.methods.locate.shared.closed_form_settings import ClosedFormSettings
 from kedit_lightning.methods.method import EditMethod
-from kedit_lightning.statistics import KeyCollector, TextPass, save_to_cache
+from kedit_lightning.statistics import KeyCollector, TextPass, keyed_projections, save_to_cache
 
 
 class StatisticsFit:
     """One pass over text that sums the second moments of the keys of every layer in the cache.
 
-    A pass that was interrupted is continued.
+    Of blocks with routed experts alone it is those that the method edits.  A pass that was
+    interrupted is continued.
     """
 
-    def __init__(self, method: EditMethod, settings: ClosedFormSettings) -> None:
+    def __init__(
+        self, method: EditMethod, settings: ClosedFormSettings, layers: Sequence[int]
+    ) -> None:
         self._method, self._settings, self._trainer = method, settings, method.trainer
-        modules = [block.down for block in method.base.layout.dense_blocks]
+        modules = keyed_projections(method.base.layout, layers)
         self._collector = KeyCollector(method.base, modules, settings.fit_length)
         loader: Any = self._trainer.train_dataloader
         state = loader.state_dict() if hasattr(loader, "state_dict") else {}

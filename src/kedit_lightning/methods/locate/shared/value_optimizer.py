@@ -54,13 +54,13 @@ class Site:
     @classmethod
     def of(cls, layout: Layout, layer: int, values: SiteOfValues) -> Site:
         """The site of a layer whose values are outputs of the block, or of parts of it."""
-        block, index = layout.block(layer), layer % len(layout)
+        block, index = layout.mlp_block(layer), layer % len(layout)
         if values == "attention and mlp":
-            return cls((layout.attention(layer), block.down), index)
+            return cls((layout.attention(layer), block.writer), index)
         if values == "block" and layout.write_path(layer).is_linear:
             return cls((block.name,), index, inside=False)
         # A block that normalises the MLP's output does not pass on what is added to it.
-        return cls((block.down,), index)
+        return cls((block.writer,), index)
 
     @property
     def resumes_at(self) -> int:
@@ -182,7 +182,8 @@ class _ForwardPass:
 
 def requests_at_a_time(base: BaseModel, block: int, encoded: Sequence[Sequence[EncodedRow]]) -> int:
     """Number of requests whose activations from a block on fit into memory together; at least 1."""
-    inner = projection_shape(base.module(base.layout.dense_blocks[0].down))[0]
+    first = base.layout.mlp_block(base.layout.mlp_layers[0])
+    inner = projection_shape(base.module(first.down))[0]
     width = _HIDDEN * base.layout.hidden_size + _INNER * inner
     token = base.dtype.itemsize * (len(base.layout) - block) * width
     vocabulary = int(base.model.config.get_text_config(decoder=True).vocab_size)

@@ -98,7 +98,7 @@ class LastLayerValues:
         initial = torch.stack([outputs[name][:, 0] for name in site.modules], dim=1)
         optimizer = ValueOptimizer(self.base, site, self.contexts, self.settings)
         if self.mean_keys is not None:
-            keys = self.mean_keys(self.base.layout.block(site.block).down)
+            keys = self.mean_keys(self.base.layout.mlp_block(site.block).down)
             alignment = Alignment(keys, self.settings.clamp)
         delta = optimizer.run(self.requests, initial, alignment)
         values = initial[:, -1].double() + delta[:, -1].double()

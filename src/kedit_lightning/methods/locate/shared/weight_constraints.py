@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from kedit_lightning.base_models import BaseModel
+from kedit_lightning.base_models.mixture import is_mixture, split_by_expert
 from kedit_lightning.edits import LowRankDelta
 from kedit_lightning.edits.effects import AddToOutput, WeightDelta
 from kedit_lightning.edits.projections import compute_dtype, oriented
@@ -21,6 +23,25 @@ class WeightConstraints:
     off_main: float = 0.0
     restrain: bool = False
     keep_share: float | None = None
+
+    def check(self, base: BaseModel, modules: Sequence[str]) -> None:
+        """Raise an ``UnsupportedUseError`` if there is one and a module is that of experts."""
+        some = bool(self.off_main) or self.restrain or self.keep_share is not None
+        routed = [name for name in modules if is_mixture(base.module(name))]
+        if some and routed:
+            raise UnsupportedUseError(
+                "keep_share, restrain and off_main compare a change with one weight, and the "
+                f"experts in '{routed[0]}' have one each; leave them out"
+            )
+
+    def changes(self, base: BaseModel, module: str, delta: LowRankDelta) -> dict[str, WeightDelta]:
+        """A change of a projection by name; of all experts of a block, those of single ones."""
+        projection = base.module(module)
+        if not is_mixture(projection):
+            return {module: self.constrained(base, module, delta)}
+        dtype = compute_dtype(base.dtype)
+        parts = split_by_expert(projection, delta)
+        return {name: WeightDelta(part.to(dtype)) for name, part in parts.items()}
 
     def constrained(self, base: BaseModel, module: str, delta: LowRankDelta) -> WeightDelta:
         """The constrained update of one projection, dense if few entries stay."""
