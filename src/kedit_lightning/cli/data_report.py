@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import io
 import warnings
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from rich.table import Table
 
 from kedit_lightning.base_models.rows import RowEncoder
 from kedit_lightning.base_models.spec import BaseModelSpec, load_tokenizer
-from kedit_lightning.cli.messages import UsageError
+from kedit_lightning.cli.messages import UsageError, UsageParser
 from kedit_lightning.data import EditDataModule
 from kedit_lightning.data.description import Description, described
 from kedit_lightning.data.file_formats import recognised
@@ -24,11 +23,6 @@ from kedit_lightning.registry import entries
 USAGE = "kedit data [NAME] PATH [--model MODEL] [--limit N]"
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:  # type: ignore[override]
-        raise UsageError(f"{message}; usage: {USAGE}")
-
-
 def data_report(arguments: Sequence[str]) -> str:
     """Text of ``kedit data``.
 
@@ -36,7 +30,7 @@ def data_report(arguments: Sequence[str]) -> str:
         UsageError: The arguments do not fit.
         DataFileError: The file cannot be read.
     """
-    parser = _Parser(prog="kedit data", add_help=False)
+    parser = UsageParser(USAGE)
     parser.add_argument("words", nargs="+")
     parser.add_argument("--model")
     parser.add_argument("--limit", type=int)

@@ -35,6 +35,8 @@ commands:
 also:
   data [NAME] PATH [--model MODEL] [--limit N]
             say what a file of facts holds: records, probes, duplicates, conflicts, lengths
+  compare RUN RUN ... [--output DIR] [--groups]
+            put finished runs side by side, with intervals, and say which cannot be told apart
   metrics   say what the names of scores mean, such as tf_all
   completion bash|zsh|fish
             print a script by which a shell completes options; it takes some seconds
@@ -56,6 +58,12 @@ examples:
       --trainer.protocol.mode sequential --trainer.protocol.chunk_size 100 --output scores/
   kedit test --resume scores/
 """
+
+#: Commands that print a text and run nothing: their modules, and the functions in them.
+REPORTS = {
+    "compare": ("run_comparison", "run_comparison"),
+    "data": ("data_report", "data_report"),
+}
 
 #: What gloo and NCCL say when a process waits for another one that has ended.
 _LOST_PROCESS = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
@@ -92,10 +100,12 @@ def main(args: Any = None, run: bool = True) -> Any:
     if run and arguments == ["metrics"]:
         load_plugins()
         _leave(import_module("kedit_lightning.cli.metric_glossary").metric_glossary(), 0)
-    if run and arguments[:1] == ["data"]:
+    if run and arguments and arguments[0] in REPORTS:
+        name, function = REPORTS[arguments[0]]
         with _errors_in_one_line(), without_notices():
             load_plugins()
-            report = import_module("kedit_lightning.cli.data_report").data_report(arguments[1:])
+            module = import_module(f"kedit_lightning.cli.{name}")
+            report = getattr(module, function)(arguments[1:])
         _leave(report, 0)
     page = help_page(arguments) if args is None and run else None
     if page is not None:

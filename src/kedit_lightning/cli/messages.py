@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import inspect
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from lightning.pytorch import Callback, LightningDataModule
 
@@ -30,6 +31,18 @@ _UNION = r".*" + _KEY + r"[^:]*Subtypes: \[((?:(?!Parser key).)*?)\] Errors: .*?
 
 class UsageError(KEditError, ValueError):
     """The command line or a config names something unknown."""
+
+
+class UsageParser(argparse.ArgumentParser):
+    """Parser of a command that takes plain words; what does not fit is a :class:`UsageError`."""
+
+    def __init__(self, usage: str) -> None:
+        super().__init__(add_help=False)
+        self._words = usage
+
+    def error(self, message: str) -> NoReturn:
+        """Raise the complaint with the usage."""
+        raise UsageError(f"{message}; usage: {self._words}")
 
 
 def kedit_error(error: BaseException | None) -> KEditError | None:

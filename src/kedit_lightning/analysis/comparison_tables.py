@@ -1,0 +1,83 @@
+"""A comparison of runs as text, CSV and LaTeX."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections import defaultdict
+
+from rich.table import Table
+
+from kedit_lightning.analysis.comparison import Comparison, Difference
+from kedit_lightning.metrics import SummaryRow
+
+#: Pairs that a sentence names.
+_NAMED = 12
+
+
+def cell(row: SummaryRow) -> str:
+    """Mean and interval of a score.
+
+    >>> cell(SummaryRow("rewrite/gen_em", 0.5, 0.25, 0.75, 4))
+    '0.500 (0.250 – 0.750)'
+    """
+    return f"{row.mean:.3f} ({row.low:.3f} – {row.high:.3f})"
+
+
+def text_table(comparison: Comparison) -> Table:
+    """Scores by run, with intervals, for the terminal."""
+    table = Table("score", "cases", *comparison.labels, caption="mean (95% interval)")
+    for key, rows in comparison.scores.items():
+        cases = sorted({row.n for row in rows.values()})
+        shown = [cell(rows[label]) for label in comparison.labels]
+        table.add_row(key, " / ".join(map(str, cases)), *shown)
+    return table
+
+
+def told_apart(comparison: Comparison) -> str:
+    """Which pairs cannot be told apart, a line for each score."""
+    by_score: dict[str, list[Difference]] = defaultdict(list)
+    for one in comparison.differences:
+        by_score[one.score].append(one)
+    lines = []
+    for score, found in by_score.items():
+        alike = [f"{one.first} and {one.second}" for one in found if not one.told_apart]
+        if not alike:
+            lines.append(f"{score}: all pairs differ")
+            continue
+        more = f" and {len(alike) - _NAMED} more pairs" if len(alike) > _NAMED else ""
+        lines.append(f"{score}: not told apart: {', '.join(alike[:_NAMED])}{more}")
+    return "\n".join(lines)
+
+
+def csv_table(comparison: Comparison) -> str:
+    """Scores, and behind them the differences of pairs with their p-values, as CSV."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["score", "run", "minus", "mean", "low", "high", "cases", "p", "p_holm"])
+    for key, rows in comparison.scores.items():
+        for label, row in rows.items():
+            writer.writerow([key, label, "", row.mean, row.low, row.high, row.n, "", ""])
+    for one in comparison.differences:
+        numbers = (one.mean, one.low, one.high, one.cases, one.p, one.adjusted)
+        writer.writerow([one.score, one.first, one.second, *numbers])
+    return text.getvalue()
+
+
+def latex_table(comparison: Comparison) -> str:
+    """Scores as a LaTeX table for the package booktabs; intervals stand below the means."""
+    columns = "l" + "c" * len(comparison.labels)
+    lines = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule"]
+    lines += [" & ".join(["score", *map(_escaped, comparison.labels)]) + r" \\", r"\midrule"]
+    for key, rows in comparison.scores.items():
+        shown = [rows[label] for label in comparison.labels]
+        means = " & ".join(f"{row.mean:.3f}" for row in shown)
+        bounds = " & ".join(rf"{{\small [{row.low:.3f}, {row.high:.3f}]}}" for row in shown)
+        lines += [rf"{_escaped(key)} & {means} \\", rf" & {bounds} \\"]
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
+
+
+def _escaped(text: str) -> str:
+    for sign in "_%&#$":
+        text = text.replace(sign, rf"\{sign}")
+    return text
