@@ -48,6 +48,8 @@ def _nothing_left_behind(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fail a test that leaves an edit, a hook or a changed weight on a base model it made."""
     import torch
 
+    from kedit_lightning.edits.weight_storage import stored_tensors
+
     BaseModel = kedit_lightning.BaseModel
     made: list[tuple[kedit_lightning.BaseModel, dict[str, torch.Tensor]]] = []
     original = BaseModel.__init__
@@ -55,7 +57,7 @@ def _nothing_left_behind(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def remember(self: kedit_lightning.BaseModel, *args: object, **kwargs: object) -> None:
         original(self, *args, **kwargs)  # type: ignore[arg-type]
         if sum(p.numel() for p in self.model.parameters()) < 20_000_000:
-            made.append((self, {n: t.clone() for n, t in self.model.state_dict().items()}))
+            made.append((self, {n: t.clone() for n, t in stored_tensors(self.model)}))
 
     monkeypatch.setattr(BaseModel, "__init__", remember)
     yield
@@ -69,7 +71,7 @@ def _nothing_left_behind(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             if not hook.__module__.startswith("transformers.")
         ]
         assert not hooked, f"hooks left on {hooked}"
-        for name, tensor in base.model.state_dict().items():
+        for name, tensor in stored_tensors(base.model):
             same = torch.equal(tensor.nan_to_num(), weights[name].nan_to_num())
             assert same, f"{name} changed"
 

@@ -6,7 +6,7 @@ module on first use, so that ``kedit --help`` and plain imports are fast.
 
 from typing import TYPE_CHECKING
 
-from kedit_lightning.notices import import_progress_bars
+from kedit_lightning.notices import import_progress_bars, quieten_imports
 from kedit_lightning.registry import lazy_exports
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ _MODULE_OF = {name: module for module, names in _NAMES_IN.items() for name in na
 __getattr__ = lazy_exports(None, {n: f"{__name__}.{module}" for n, module in _MODULE_OF.items()})
 
 import_progress_bars()
+quieten_imports()
 
 
 def __dir__() -> list[str]:

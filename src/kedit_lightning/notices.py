@@ -25,6 +25,13 @@ _LOGGERS = (
     "lightning.fabric.utilities.seed",
     "lightning.fabric.utilities.distributed",
 )
+#: Loggers of libraries that quantise, and starts of what they say when transformers or peft import
+#: them: which kernels, for other processors, they lack.
+_IMPORTS = {
+    "torchao": "Failed to load",
+    "torch.utils._pytree": "<enum",
+    "bitsandbytes.backends.cpu.ops": "Failed to load",
+}
 #: Starts of what a ``ModelCheckpoint`` says if it was told to.
 _ASKED_FOR = ("Epoch ",)
 
@@ -53,6 +60,21 @@ def without_notices() -> Iterator[None]:
         finally:
             for logger in loggers:
                 logger.removeFilter(_matters)
+
+
+class _Unsaid(logging.Filter):
+    """Leaves out messages that begin with a text."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(self.name)
+
+
+def quieten_imports() -> None:
+    """Leave out what libraries that quantise say when transformers or peft import them."""
+    for name, start in _IMPORTS.items():
+        logger = logging.getLogger(name)
+        if not any(isinstance(known, _Unsaid) for known in logger.filters):
+            logger.addFilter(_Unsaid(start))
 
 
 def import_progress_bars() -> None:

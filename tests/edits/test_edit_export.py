@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from support import FAMILIES, tiny_base, tiny_model, tiny_tokenizer
 
 from kedit_lightning import BaseModel
-from kedit_lightning.edits import AdapterEdit, CompositeEdit, DenseEdit, LowRankEdit
-from kedit_lightning.edits.export import load_adapter, materialise, save_adapter
+from kedit_lightning.edits import AdapterEdit, CompositeEdit, DenseEdit, LowRankEdit, materialise
+from kedit_lightning.edits.export import load_adapter, save_adapter
 from kedit_lightning.edits.forward_hooks import ModuleHook
 from kedit_lightning.edits.projections import oriented, projection_shape
 from kedit_lightning.errors import EditFileError, UnsupportedUseError

@@ -35,6 +35,7 @@ from kedit_lightning.decoding_settings import Generation, generation_config, neu
 from kedit_lightning.edits import EditStack, plain_model
 from kedit_lightning.edits.adapter_state import model_inside
 from kedit_lightning.edits.projections import compute_dtype, expert_projection
+from kedit_lightning.edits.weight_storage import device_of
 from kedit_lightning.errors import InvalidRequestError
 
 
@@ -109,8 +110,8 @@ class BaseModel:
 
     @property
     def device(self) -> torch.device:
-        """Device of its first weights."""
-        return next(self.model.parameters()).device  # type: ignore[no-any-return]
+        """Device that its first weights are computed with."""
+        return device_of(self.model)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -13,6 +13,7 @@ from torch import Tensor
 from kedit_lightning.base_models.rows import EncodedRow, TokenRows, pad_rows
 from kedit_lightning.decoding_settings import generation_config, neutral_options
 from kedit_lightning.edits import EditStack
+from kedit_lightning.edits.weight_storage import device_of
 
 #: Largest relative difference between a padded row and the same row alone, by bytes of the dtype.
 _SAME = {8: 1e-6, 4: 1e-4, 2: 5e-2}
@@ -119,7 +120,7 @@ def rows_decode_apart(model: Any, pad_id: int) -> bool:
     """Whether two rows of one length are continued together as each is alone."""
     options = {**neutral_options(generation_config(model)), "pad_token_id": pad_id}
     entries = min(embedded_tokens(model), 1000)
-    ids = torch.tensor([(7 * i + 3) % entries for i in range(8)], device=model.device)
+    ids = torch.tensor([(7 * i + 3) % entries for i in range(8)], device=device_of(model))
 
     def continued(rows: Tensor) -> Tensor:
         mask, length = torch.ones_like(rows), {"min_new_tokens": 4, "max_new_tokens": 4}

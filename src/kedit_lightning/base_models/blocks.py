@@ -12,6 +12,7 @@ from torch import nn
 
 from kedit_lightning.base_models.text_inputs import MISSING_INPUT, lacks_inputs
 from kedit_lightning.edits import EditStack
+from kedit_lightning.edits.weight_storage import device_of
 from kedit_lightning.errors import KEditError, ModuleNotLocatedError
 
 #: Number of tokens of the probe.
@@ -112,7 +113,7 @@ def read_probe(model: Any) -> None:
     Raises:
         UnsupportedUseError: The model needs more than these.
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     vocabulary = int(text_config(model).vocab_size)
     ids = torch.arange(1, PROBE_TOKENS + 1, device=device)[None] % vocabulary
     encoder_decoder = getattr(model.config, "is_encoder_decoder", False)

@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from kedit_lightning.edits.adapter_state import adapters_in_force, tensors_in_force
+from kedit_lightning.edits.weight_storage import settle_weights, stored_tensors
 
 #: Words of eight bytes summed at a time.
 _CHUNK = 1 << 17
@@ -50,7 +52,7 @@ def _configuration(model: nn.Module) -> bytes:
 
 def _tensors(model: nn.Module) -> Iterator[tuple[bytes, Tensor]]:
     """Names with shapes and dtypes, and the whole tensors, one at a time."""
-    for name, tensor in sorted(tensors_in_force(model).items()):
+    for name, tensor in stored_tensors(model, tensors_in_force(model)):
         described = f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode()
         # Sharded over processes; fetched one at a time.
         yield described, tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
@@ -125,7 +127,7 @@ class ModelIdentity:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        _settle(model)
+        settle_weights(model)
         self._model = model
         self._known: tuple[object, str] | None = None
         self._full: tuple[object, str] | None = None
@@ -134,11 +136,12 @@ class ModelIdentity:
     @property
     def fingerprint(self) -> str:
         """Hash of configuration and a sample of the weights."""
-        _settle(self._model)
+        settle_weights(self._model)
         state = tensors_in_force(self._model)
-        if not any(hasattr(tensor, "full_tensor") for tensor in state.values()):
+        if not any(map(_is_far, state.values())):
             return model_fingerprint(self._model)
-        # Reading a sharded model takes all processes, and this one may ask by itself.
+        # Reading a sharded model takes all processes, and this one may ask by itself; reading an
+        # offloaded one takes as long as moving all of it.
         counts = _counts(state)
         if self._known is None or self._known[0] != counts:
             self._known = counts, model_fingerprint(self._model)
@@ -160,12 +163,9 @@ class ModelIdentity:
         return self._tokenizer[2]
 
 
-def _settle(model: nn.Module) -> None:
-    """Rescale weights as the next pass would; RWKV rescales its own in the first pass of a mode."""
-    for module in model.modules():
-        rescale = getattr(module, "_rescale_layers", None)
-        if callable(rescale):
-            rescale()
+def _is_far(tensor: Any) -> bool:
+    """Whether a tensor is spread over processes or offloaded."""
+    return hasattr(tensor, "full_tensor") or getattr(tensor, "is_meta", False)
 
 
 def _counts(state: Mapping[str, Tensor]) -> tuple[object, ...]:
@@ -177,9 +177,12 @@ def _counts(state: Mapping[str, Tensor]) -> tuple[object, ...]:
     )
 
 
-def _address(tensor: Tensor) -> int:
+def _address(tensor: Tensor) -> tuple[int, ...]:
     local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return local.data_ptr()
+    if is_traceable_wrapper_subclass(local):
+        inner, _ = local.__tensor_flatten__()  # type: ignore[attr-defined]
+        return tuple(getattr(local, name).data_ptr() for name in inner)
+    return (local.data_ptr(),)
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:

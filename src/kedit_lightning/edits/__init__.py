@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from kedit_lightning.edits.compilation import plain_model
-from kedit_lightning.edits.edit import LATE_KINDS, Edit, MemoryEdit, materialise
+from kedit_lightning.edits.edit import LATE_KINDS, Edit, MemoryEdit
 from kedit_lightning.edits.kinds.codebook.codebook_edit import CodebookEdit
 from kedit_lightning.edits.kinds.composite import CompositeEdit
 from kedit_lightning.edits.kinds.decoding import DecodingEdit
@@ -11,6 +11,7 @@ from kedit_lightning.edits.kinds.neurons.neurons_edit import NeuronsEdit
 from kedit_lightning.edits.kinds.prompt.prompt_edit import PromptEdit, PromptEntry
 from kedit_lightning.edits.kinds.weights import AdapterEdit, DenseEdit, LowRankEdit, memories
 from kedit_lightning.edits.low_rank import LowRankDelta
+from kedit_lightning.edits.materialisation import materialise
 from kedit_lightning.edits.origin import EditOrigin
 from kedit_lightning.edits.stack import EditStack
 from kedit_lightning.registry import lazy_exports

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import reprlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from importlib import import_module
@@ -19,8 +18,9 @@ from torch import Tensor, nn
 from kedit_lightning.edits.edit_file import content_id, read_edit, write_edit
 from kedit_lightning.edits.effects import AddToOutput, E, Effect, KeepMemory, of_type
 from kedit_lightning.edits.expert_projection import ExpertProjection
+from kedit_lightning.edits.materialisation import materialise
 from kedit_lightning.edits.origin import EditOrigin, IdentifiedModel, check_same_base
-from kedit_lightning.edits.projections import compute_dtype, find_module
+from kedit_lightning.edits.projections import find_module
 from kedit_lightning.errors import (
     BaseModelMismatchError,
     EditFileError,
@@ -218,9 +218,12 @@ class Edit(ABC):
         if not self._applied_before.pop():
             self.rollback()
 
-    def materialise(self) -> nn.Module:
-        """A copy of the base model with this edit written into its weights, for export."""
-        return materialise(self.base, [self])
+    def materialise(self, dequantise: bool = False) -> nn.Module:
+        """A copy of the base model with this edit written into its weights, for export.
+
+        Quantised weights cannot hold it; with ``dequantise`` the copy is a plain model.
+        """
+        return materialise(self.base, [self], dequantise)
 
     def save(self, path: str | Path) -> Path:
         """Write the edit to a safetensors file with a JSON header."""
@@ -287,50 +290,6 @@ def edit_class(kind: str) -> type[Edit]:
         known = ", ".join(sorted({*Edit._kinds, *LATE_KINDS}))
         raise EditFileError(f"unknown kind of edit {reprlib.repr(kind)}; known are {known}")
     return Edit._kinds[kind]
-
-
-def sum_of_deltas(edits: Iterable[Edit]) -> dict[str, Tensor]:
-    """Changes of parameters by edits, added up in at least float32.
-
-    Raises:
-        UnsupportedUseError: An edit changes no weights, or the weights are quantised.
-    """
-    totals: dict[str, Tensor] = {}
-    for edit in edits:
-        if getattr(edit.base.model, "is_quantized", False):
-            raise UnsupportedUseError(
-                f"the weights of '{edit.base.name}' are quantised and cannot hold an edit exactly; "
-                "keep it as a file and apply it, or load the model without quantization to export "
-                "it"
-            )
-        for name, delta in edit.deltas().items():
-            delta = delta.to(compute_dtype(delta.dtype))
-            totals[name] = totals[name] + delta if name in totals else delta
-    return totals
-
-
-@torch.no_grad()
-def with_delta(parameter: Tensor, delta: Tensor) -> Tensor:
-    """A parameter changed by a delta and rounded once, after all edits have been added up."""
-    total = parameter.to(compute_dtype(parameter.dtype)) + delta.to(parameter.device)
-    return total.to(parameter.dtype)
-
-
-@torch.no_grad()
-def materialise(base: EditableModel, edits: Iterable[Edit]) -> nn.Module:
-    """A copy of the base model with the edits written into its weights.
-
-    Raises:
-        UnsupportedUseError: An edit changes no weights, or the weights are quantised.
-    """
-    totals = sum_of_deltas(edits)
-    with base.edits.restored():
-        base.edits.clear()
-        clone = copy.deepcopy(base.model)
-    for name, delta in totals.items():
-        parameter = clone.get_parameter(name)
-        parameter.copy_(with_delta(parameter, delta))
-    return clone
 
 
 def check_finite(quantity: str, layer: str, tensor: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from kedit_lightning.edits.expert_projection import ExpertProjection
 from kedit_lightning.edits.low_rank import LowRankDelta
 from kedit_lightning.edits.projections import compute_dtype, oriented, projection_shape
 from kedit_lightning.edits.row_context import RowContext
+from kedit_lightning.edits.weight_storage import device_of
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,7 @@ def sum_deltas(deltas: Sequence[WeightDelta], module: nn.Module) -> WeightDelta 
     """
     if not deltas:
         return None
-    device = next(module.parameters()).device
+    device = device_of(module)
     factors = [delta.low_rank.to(device) for delta in deltas if delta.low_rank is not None]
     low_rank = LowRankDelta.sum(factors) if factors else None
     dense = _sum([delta.dense for delta in deltas if delta.dense is not None], device)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import pad
 
-from kedit_lightning.edits.edit import Edit, EditableModel, materialise
+from kedit_lightning.edits.edit import Edit, EditableModel
 from kedit_lightning.edits.effects import AddToOutput, KeepMemory
 from kedit_lightning.edits.kinds.weights import AdapterEdit
 from kedit_lightning.edits.low_rank import LowRankDelta
@@ -24,7 +24,7 @@ from kedit_lightning.edits.origin import EditOrigin
 from kedit_lightning.edits.projections import find_module, is_transposed
 from kedit_lightning.errors import EditFileError, UnsupportedUseError, article_list
 
-__all__ = ["load_adapter", "materialise", "save_adapter"]
+__all__ = ["load_adapter", "save_adapter"]
 
 #: Fields of peft's config that are read here, or that change nothing about finished factors.
 _READ = (

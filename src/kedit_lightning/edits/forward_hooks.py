@@ -27,6 +27,7 @@ from kedit_lightning.edits.effects import (
 from kedit_lightning.edits.low_rank import LowRankBatch, LowRankDelta
 from kedit_lightning.edits.projections import as_rows, compute_dtype, first_tensor, with_first
 from kedit_lightning.edits.row_context import RowContext, copies_of_rows
+from kedit_lightning.edits.weight_storage import device_of
 from kedit_lightning.errors import UnsupportedUseError
 
 #: Arguments and output of a module, and the row context -> its new output; ``None`` leaves it.
@@ -75,7 +76,7 @@ class ModuleHook:
         self._rows = rows
         self.delta = _delta(shared, module)
         self._functions = _row_functions(shared)
-        device = next((parameter.device for parameter in module.parameters()), None)
+        device = device_of(module)
         #: Rows, and the change of weights that they carry.
         self._carried: list[tuple[Tensor, WeightDelta | LowRankBatch]] = []
         #: Rows, the key of their context, and their row functions.

@@ -21,9 +21,15 @@ def is_transposed(module: nn.Module) -> bool:
 
 
 def is_projection(module: nn.Module) -> bool:
-    """Whether the module is a matrix that weight edits know how to change."""
+    """Whether the module maps its input by one matrix, which weight edits know how to change.
+
+    Libraries that quantise have classes of their own, with the names of sizes that ``Linear`` has.
+    """
     module = base_layer(module)
-    return isinstance(module, (nn.Linear, ExpertProjection)) or is_transposed(module)
+    if isinstance(module, (nn.Linear, ExpertProjection)) or is_transposed(module):
+        return True
+    sizes = (getattr(module, name, None) for name in ("in_features", "out_features"))
+    return all(type(size) is int for size in sizes) and not module._modules
 
 
 def projection_shape(module: nn.Module) -> tuple[int, int]:
@@ -31,8 +37,8 @@ def projection_shape(module: nn.Module) -> tuple[int, int]:
     module = base_layer(module)
     if isinstance(module, ExpertProjection):
         return module.shape
-    if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features
+    if not is_transposed(module):
+        return module.in_features, module.out_features  # type: ignore[return-value]
     weight = module.weight
     assert isinstance(weight, Tensor)
     return weight.shape[0], weight.shape[1]
@@ -160,14 +166,24 @@ def check_editable(model: nn.Module, name: str) -> nn.Module:
             f"module {name!r} is of type {type(module).__name__}, and weight edits change Linear "
             "and Conv1D modules and experts only; choose a projection of a block"
         )
-    weight = module.weight
+    weight = getattr(module, "weight", module)
+    tied = _tied_by_name(model, name) if getattr(weight, "is_meta", False) else ()
     for other_name, other in model.named_modules():
-        if base_layer(other) is not module and getattr(other, "weight", None) is weight:
+        if base_layer(other) is module:
+            continue
+        if getattr(other, "weight", None) is weight or other_name in tied:
             raise UnsupportedUseError(
                 f"the weight of {name!r} is tied to {other_name!r}, so changing one would change "
                 "both; choose a projection inside a block"
             )
     return module
+
+
+def _tied_by_name(model: nn.Module, name: str) -> set[str]:
+    """Modules tied to one: offloaded weights are placeholders, which are not the same tensor."""
+    tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", {})
+    pairs = [{k.removesuffix(".weight") for k in pair} for pair in tied.items()]
+    return {other for pair in pairs if name in pair for other in pair}
 
 
 def float_dtype(model: nn.Module) -> torch.dtype:

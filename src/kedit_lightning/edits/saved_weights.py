@@ -9,7 +9,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from kedit_lightning.edits.adapter_state import refuse_adapted
-from kedit_lightning.edits.edit import Edit, sum_of_deltas, with_delta
+from kedit_lightning.edits.edit import Edit
+from kedit_lightning.edits.materialisation import check_plain_weights, sum_of_deltas, with_delta
+from kedit_lightning.edits.projections import find_module
+from kedit_lightning.edits.weight_storage import loaded
 from kedit_lightning.errors import UnsupportedUseError
 
 
@@ -51,6 +54,7 @@ class EditedSave:
         refuse_adapted(model, "save_pretrained")
         try:
             totals = sum_of_deltas(self._edits)
+            check_plain_weights(model, self._edits[0].base.name)
         except UnsupportedUseError as error:
             raise UnsupportedUseError(
                 f"save_pretrained cannot write the {len(self._edits)} applied edit(s) into weights "
@@ -58,7 +62,12 @@ class EditedSave:
             ) from error
         state = dict(model.state_dict() if state_dict is None else state_dict)
         for name, delta in totals.items():
-            state[name] = with_delta(state[name], delta)
+            if not state[name].is_meta:
+                state[name] = with_delta(state[name], delta)
+                continue
+            owner, _, own = name.rpartition(".")
+            with loaded(find_module(model, owner)) as module:
+                state[name] = with_delta(module.get_parameter(own), delta).cpu()
         saved = type(model).save_pretrained(model, folder, *args, state_dict=state, **options)
         warnings.warn(
             f"the weights in {folder} hold the {len(self._edits)} edit(s) that are applied; to "

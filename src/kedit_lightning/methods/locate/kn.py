@@ -18,6 +18,7 @@ from kedit_lightning.base_models.taps import capture, change_inputs
 from kedit_lightning.edits import Edit, LowRankDelta, LowRankEdit
 from kedit_lightning.edits.edit import check_finite
 from kedit_lightning.edits.projections import compute_dtype, projection_shape
+from kedit_lightning.edits.weight_storage import rows_of
 from kedit_lightning.errors import UnsupportedUseError
 from kedit_lightning.methods.capabilities import Count, NotNegative, Share
 from kedit_lightning.methods.method import Capabilities, EditMethod, MethodSettings
@@ -114,9 +115,7 @@ class KN(EditMethod):
 
     def _embedding(self, tokens: Sequence[int]) -> Tensor:
         """Output embedding of an answer, summed over its tokens. Shape ``[hidden]``."""
-        weight: Tensor = self.base.model.get_output_embeddings().weight
-        at = torch.tensor(tokens, device=weight.device)
-        return weight[at].detach().to(compute_dtype(weight.dtype)).sum(0)
+        return rows_of(self.base.model.get_output_embeddings(), torch.tensor(tokens)).sum(0)
 
     def _delta(self, module: str, neurons: Tensor, change: Tensor) -> LowRankDelta:
         """The update that adds a change ``[d_out]`` to the columns of some neurons."""

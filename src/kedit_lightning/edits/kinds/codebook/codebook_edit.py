@@ -38,6 +38,7 @@ from kedit_lightning.edits.state_schema import (
     check_tensor,
     check_value,
 )
+from kedit_lightning.edits.weight_storage import device_of
 from kedit_lightning.errors import EditFileError, UnsupportedUseError
 
 
@@ -98,8 +99,8 @@ class CodebookEdit(MemoryEdit):
         return [RouteRows(self.module, self.family, self._build, self.entries)]
 
     def _build(self, contents: Sequence[Sequence[CodebookEntry]]) -> RowFunction:
-        parameter = next(self.base.model.get_submodule(self.module).parameters())
-        entries = [entry.to(parameter.device) for content in contents for entry in content]
+        device = device_of(self.base.model.get_submodule(self.module))
+        entries = [entry.to(device) for content in contents for entry in content]
         book = build_codebook(entries, state_rounding(self.base.dtype))
         assert book is not None
         family, where = self.family, self.replacement

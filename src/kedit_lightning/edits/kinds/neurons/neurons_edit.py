@@ -20,6 +20,7 @@ from kedit_lightning.edits.state_schema import (
     check_tensor,
     check_value,
 )
+from kedit_lightning.edits.weight_storage import device_of
 from kedit_lightning.errors import EditFileError
 
 _PARTS = tuple(field.name for field in fields(Neurons))
@@ -107,7 +108,7 @@ class _NeuronsAt:
         self._name = NeuronsEdit.family_of(place)
 
     def _joined(self, contents: Sequence[Neurons], module: str) -> Neurons:
-        device = next(self._base.model.get_submodule(module).parameters()).device
+        device = device_of(self._base.model.get_submodule(module))
         return Neurons.joined([neurons.to(device) for neurons in contents])
 
     def reader(self, contents: Sequence[Neurons]) -> RowFunction:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import ClassVar, TypedDict
+from typing import Any, ClassVar, TypedDict
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from kedit_lightning.edits.state_schema import (
     check_tensor,
     check_value,
 )
+from kedit_lightning.edits.weight_storage import loaded
 from kedit_lightning.errors import EditFileError, UnsupportedUseError
 
 _NETWORK = "network."
@@ -98,8 +99,9 @@ class ScopeEdit(MemoryEdit):
     @property
     def embedding(self) -> Tensor:
         """Token embeddings of the base model. Shape ``[vocab, token_width]``."""
-        weight: Tensor = self.base.model.get_input_embeddings().weight  # type: ignore[operator]
-        return weight
+        module: Any = self.base.model.get_input_embeddings()  # type: ignore[operator]
+        with loaded(module):
+            return module.weight  # type: ignore[no-any-return]
 
     def effects(self) -> Sequence[Effect]:
         """The routing of questions at a block, and the answers to those in scope."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from kedit_lightning.edits.effects import WeightDelta
 from kedit_lightning.edits.projections import compute_dtype, projection_shape
+from kedit_lightning.edits.weight_storage import device_of
 
 #: Optimizer steps from which on a progress bar is shown.
 _LONG = 300
@@ -24,7 +25,7 @@ def zero_change(module: nn.Module, dtype: torch.dtype) -> WeightDelta:
     It is kept in at least float32: in bfloat16 an entry of 0.02 could not move by less than 6e-5.
     """
     d_in, d_out = projection_shape(module)
-    device = next(module.parameters()).device
+    device = device_of(module)
     zeros = partial(torch.zeros, dtype=compute_dtype(dtype), device=device, requires_grad=True)
     bias = None if getattr(module, "bias", None) is None else zeros(d_out)
     return WeightDelta(None, zeros(d_out, d_in), bias)

@@ -12,8 +12,8 @@ from kedit_lightning.base_models import BaseModel
 from kedit_lightning.base_models.mixture import is_mixture, split_by_expert
 from kedit_lightning.edits import LowRankDelta
 from kedit_lightning.edits.effects import AddToOutput, WeightDelta
-from kedit_lightning.edits.projections import compute_dtype, oriented
-from kedit_lightning.errors import UnsupportedUseError
+from kedit_lightning.edits.projections import compute_dtype
+from kedit_lightning.edits.weight_storage import matrix_of
 
 
 @dataclass(frozen=True)
@@ -122,17 +122,9 @@ def weight_of(base: BaseModel, module: str, edited: bool) -> Tensor:
     """Weight of a projection, with or without edits. ``[d_out, d_in]``, float64, on its device.
 
     Raises:
-        UnsupportedUseError: The weight is quantised, so an update cannot be compared with it.
+        UnsupportedUseError: The weight is quantised in a way that cannot be read.
     """
-    owner = base.module(module)
-    weight = owner.weight
-    assert isinstance(weight, Tensor)
-    if not weight.is_floating_point():
-        raise UnsupportedUseError(
-            f"the weight of '{module}' is quantised; keep_share, restrain and off_main compare a "
-            "change with it, so load the base model without quantization, or leave them out"
-        )
-    total = oriented(weight.double(), owner)
+    total = matrix_of(base.module(module)).double()
     for effect in base.edits.effects(AddToOutput) if edited else ():
         if effect.module != module:
             continue

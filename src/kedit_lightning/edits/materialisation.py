@@ -1,0 +1,137 @@
+"""Copies of a base model with edits written into its weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from kedit_lightning.edits.projections import compute_dtype, find_module
+from kedit_lightning.edits.weight_storage import (
+    dense_copy,
+    loaded,
+    quantisation,
+    quantisation_of,
+    write_weight,
+)
+from kedit_lightning.errors import UnsupportedUseError
+
+
+class WeightChange(Protocol):
+    """The part of an edit that can be written into weights."""
+
+    def deltas(self) -> dict[str, Tensor]:
+        """Change of each parameter, dense and in the parameter's own orientation."""
+
+
+class RestorableStack(Protocol):
+    """The part of a stack of edits by which a clean model is copied."""
+
+    def restored(self) -> AbstractContextManager[None]:
+        """On leaving, the stack is as it was on entering."""
+
+    def clear(self) -> None:
+        """Roll all edits back."""
+
+
+class WritableModel(Protocol):
+    """The part of a base model that can be copied and written to."""
+
+    name: str
+    model: nn.Module
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Number type of its hidden states."""
+
+    @property
+    def edits(self) -> RestorableStack:
+        """The edits now applied to it."""
+
+
+def sum_of_deltas(edits: Iterable[WeightChange]) -> dict[str, Tensor]:
+    """Changes of parameters by edits, added up in at least float32.
+
+    Raises:
+        UnsupportedUseError: An edit changes no weights.
+    """
+    totals: dict[str, Tensor] = {}
+    for edit in edits:
+        for name, delta in edit.deltas().items():
+            delta = delta.to(compute_dtype(delta.dtype))
+            totals[name] = totals[name] + delta if name in totals else delta
+    return totals
+
+
+def check_plain_weights(model: nn.Module, label: str) -> None:
+    """Make sure that the weights of a model, called ``label`` in messages, can hold an edit.
+
+    Raises:
+        UnsupportedUseError: They are quantised; the message says how.
+    """
+    kind = quantisation_of(model)
+    if kind is not None:
+        raise UnsupportedUseError(
+            f"the weights of '{label}' are quantised ({kind}) and cannot hold an edit exactly; "
+            "keep it as a file and apply it, load the model without quantization to export it, or "
+            "write a dequantised copy: materialise(base, edits, dequantise=True) in Python"
+        )
+
+
+@torch.no_grad()
+def with_delta(parameter: Tensor, delta: Tensor) -> Tensor:
+    """A parameter changed by a delta and rounded once, after all edits have been added up."""
+    total = parameter.to(compute_dtype(parameter.dtype)) + delta.to(parameter.device)
+    return total.to(parameter.dtype)
+
+
+@torch.no_grad()
+def materialise(
+    base: WritableModel, edits: Iterable[WeightChange], dequantise: bool = False
+) -> nn.Module:
+    """A copy of the base model with the edits written into its weights.
+
+    What is offloaded stays so, but for the tensors that are written.
+
+    Args:
+        base: The base model.
+        edits: The edits; they need not be applied.
+        dequantise: Write a quantised model as a plain one, in the number type it computes in.
+
+    Raises:
+        UnsupportedUseError: An edit changes no weights, or the weights are quantised and are not to
+            be dequantised.
+    """
+    if not dequantise:
+        check_plain_weights(base.model, base.name)
+    totals = sum_of_deltas(edits)
+    with base.edits.restored():
+        base.edits.clear()
+        clone = copy.deepcopy(base.model)
+    if dequantise:
+        clone = _dequantised(clone, base.dtype)
+    for name, delta in totals.items():
+        owner, _, own = name.rpartition(".")
+        module = find_module(clone, owner)
+        with loaded(module):
+            changed = with_delta(module.get_parameter(own), delta)
+        write_weight(module, own, changed)
+    return clone
+
+
+def _dequantised(model: Any, dtype: torch.dtype) -> Any:
+    """The model with plain projections in place of quantised ones, and no word of quantisation."""
+    for name, module in list(model.named_modules()):
+        if quantisation(module) is not None:
+            model.set_submodule(name, dense_copy(module, dtype))
+    for name in ("hf_quantizer", "quantization_method", "is_loaded_in_8bit", "is_loaded_in_4bit"):
+        if name in vars(model):
+            delattr(model, name)
+    model.is_quantized = False
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    return model
