@@ -14,6 +14,7 @@ from kedit_lightning.edits import LowRankDelta
 from kedit_lightning.edits.effects import AddToOutput, WeightDelta
 from kedit_lightning.edits.projections import compute_dtype
 from kedit_lightning.edits.weight_storage import matrix_of
+from kedit_lightning.errors import UnsupportedUseError
 
 
 @dataclass(frozen=True)
