@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from method_examples import METHODS, make
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, PromptTuningConfig, get_peft_model
 from support import REQUESTS, tiny_base, tiny_model, tiny_tokenizer
 
 from kedit_lightning import BaseModel, Edit
@@ -157,3 +157,13 @@ def test_adapters_that_act_outside_of_the_model_are_refused():
     activated = wrapped_model("llama", "get_peft_model", alora_invocation_tokens=[5])
     with pytest.raises(UnsupportedUseError, match="behind invocation tokens"):
         BaseModel(activated, tiny_tokenizer(bos=True))
+
+
+def test_a_wrapper_that_passes_edits_by_is_named():
+    config = AdaLoraConfig(init_r=2, target_r=1, total_step=9, target_modules=["down_proj"])
+    held = get_peft_model(tiny_model("llama"), config)
+    with pytest.warns(UserWarning, match=r"AdaLoRA adapter.*call base\.model instead"):
+        base = BaseModel(held, tiny_tokenizer(bos=True))
+    with make("FTM", SETTINGS["FTM"], base).edit(REQUESTS[:1]):  # its modules are edited
+        rows = base.rows([REQUESTS[0].prompt])
+        assert torch.equal(held(**rows.inputs).logits, base.model(**rows.inputs).logits)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,8 +29,16 @@ def model_inside(model: Any) -> Any:
                 "PeftModel, through virtual tokens or behind invocation tokens, and edits act "
                 "inside the model; edit the model without it, or one that has a LoRA adapter"
             )
-    # What the PeftModel itself is asked, it asks this model, so that edits act there as well.
-    return model.get_base_model() if wrapped else model
+    if not wrapped:
+        return model
+    # Most ask this model what they are asked, so that edits act there as well.
+    if isinstance(model.base_model, peft.AdaLoraModel):
+        warnings.warn(
+            "the PeftModel of an AdaLoRA adapter runs the forward function of its model, past "
+            "edits that act on prompts, rows or logits; call base.model instead",
+            stacklevel=3,
+        )
+    return model.get_base_model()
 
 
 def adapted_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
