@@ -21,7 +21,7 @@ from kedit_lightning.edits.projections import first_tensor, with_first
 #: Errors of models whose caches or blocks have another form.
 _OTHER_FORM = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 #: Largest relative difference of logits of resumed and complete passes, by bytes of the dtype.
-_SAME = {8: 1e-9, 4: 1e-4, 2: 5e-2}
+SAME = {8: 1e-9, 4: 1e-4, 2: 5e-2}
 
 
 class Continuation:
@@ -123,7 +123,7 @@ def _tried(base: BaseModel) -> bool:
         EncodedRow(tuple(ids[:7]), tuple(ids[7:9]), subject_end=4, subject_start=4),
         EncodedRow(tuple(ids[2:6]), tuple(ids[6:7]), subject_end=1, subject_start=1),
     ]
-    depth, tolerance = len(base.layout), _SAME[base.dtype.itemsize]
+    depth, tolerance = len(base.layout), SAME[base.dtype.itemsize]
     cuts = [row.subject_end for row in rows]
     for block, at in [(0, cuts), (depth // 2, cuts), (depth, cuts), (depth // 2, [0, 0])]:
         try:

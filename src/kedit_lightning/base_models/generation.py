@@ -51,6 +51,13 @@ class Generator(Decoder, Protocol):
         """Align and pad rows."""
 
 
+class PrefixReader(Protocol):
+    """What is known of the beginning of prompts; see ``prefix_states``."""
+
+    def prompts(self, encoded: Sequence[EncodedRow]) -> tuple[TokenRows, Any] | None:
+        """Padded prompts and the cache of their common beginning, where they have one."""
+
+
 def continuations(
     base: Generator,
     encoded: Sequence[EncodedRow],
@@ -58,11 +65,21 @@ def continuations(
     stop_at_sentence: bool,
     options: dict[str, Any],
 ) -> list[str]:
-    """Continue prompts, ``size`` together at most; see :meth:`BaseModel.generate`."""
+    """Continue prompts, ``size`` together at most; see :meth:`BaseModel.generate`.
+
+    Among the options, ``prefix_states`` reads the common beginning of prompts once.
+    """
+    states: PrefixReader | None = options.pop("prefix_states", None)
+    beams = options.get("num_beams", generation_config(base.model).get("num_beams"))
     texts: list[tuple[int, str]] = []
     for part in base.batching.parts([len(row.prompt) for row in encoded], size):
-        rows = base.pad([encoded[i] for i in part], "left")
+        own = [encoded[i] for i in part]
         settings = {"pad_token_id": base.pad_id, **options}
+        known = states.prompts(own) if states is not None and beams in (None, 1) else None
+        if known is None:
+            rows = base.pad(own, "left")
+        else:
+            rows, settings["past_key_values"] = known
         if not base.is_encoder_decoder:
             room = base.max_tokens - rows.inputs["input_ids"].shape[1]
             settings["max_new_tokens"] = max(1, min(settings["max_new_tokens"], room))

@@ -13,6 +13,7 @@ import torch
 
 from kedit_lightning.base_models import BaseModel, EncodedRow
 from kedit_lightning.base_models.foreign_hooks import foreign_hooks
+from kedit_lightning.base_models.prefix_states import PrefixStates
 from kedit_lightning.benchmark.answer_cache import AnswersCache, key_of
 from kedit_lightning.benchmark.protocol import READING_VERSION, Protocol
 from kedit_lightning.data.dataloader import chunks
@@ -63,6 +64,8 @@ class Reader:
     def __init__(self, base: BaseModel, protocol: Protocol, dataset: str = "") -> None:
         self.base = base
         self.protocol = protocol
+        #: What prompts begin with under in-context edits is read once.
+        self.prefixes = PrefixStates(base)
         #: Measurements of a probe, by its kind.
         self.measurements = SCORINGS[protocol.scoring].measurements()
         self.cache = AnswersCache(
@@ -163,13 +166,19 @@ class Reader:
             forced = dict.fromkeys(row for own in rows for name in sources for row in own[name])
             for batch in self._batches(forced):
                 with self._carrying([row.edit for row in batch]):
-                    tokens = self.base.pad([row.tokens for row in batch])
-                    logits = widened(self.base.answer_logits(tokens))  # [batch, width, vocab]
+                    edited, plain = [row.tokens for row in batch], [row.plain for row in batch]
+                    compared = [row for row in plain if row is not None]
+                    # In the same pass on the same rows, so that no change gives exactly 0.
+                    if edited == plain:
+                        tokens = base_tokens = self.base.pad(edited)
+                        logits = self.base.answer_logits(tokens)
+                    else:
+                        tokens, logits = self.prefixes.answer_logits(edited)
+                    logits = widened(logits)  # [batch, width, vocab]
                     base_logits = None
-                    if plain := [row.plain for row in batch if row.plain is not None]:
-                        # In the same pass on the same rows, so that no change gives exactly 0.
-                        same = all(row.tokens == row.plain for row in batch)
-                        base_tokens = tokens if same else self.base.pad(plain)
+                    if compared:
+                        if edited != plain:
+                            base_tokens = self.base.pad(compared)
                         with self.base.edits.suspended():
                             base_logits = widened(self.base.answer_logits(base_tokens))
                 forward = ForwardPass(logits, tokens.answer_ids, tokens.answer_mask, base_logits)
@@ -213,7 +222,12 @@ class Reader:
             prompts = [prompt for _, prompt in batch]
             with self._carrying([edit for edit, _ in batch]):
                 answers = self.base.generate(
-                    prompts, length, size, True, generation=self.protocol.generation
+                    prompts,
+                    length,
+                    size,
+                    stop_at_sentence=True,
+                    generation=self.protocol.generation,
+                    prefix_states=self.prefixes,
                 )
             texts |= zip(batch, answers, strict=True)
         return texts
