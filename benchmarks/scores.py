@@ -5,9 +5,11 @@
     python benchmarks/scores.py --mode batch --limit 200         200 facts in one edit
     python benchmarks/scores.py --mode sequential --limit 200 --chunk-size 20 --against MEMIT
     python benchmarks/scores.py --methods MEND MEND:checkpoint=none variants/eamet
+    python benchmarks/scores.py --models nano nano:dtype=bfloat16 nano:quantization=4bit
 
 Every method runs with its defaults, unless settings follow its name or it is named as a packaged
-config; those that must be fitted first run only when they are named.  Sequences are scored at their
+config; those that must be fitted first run only when they are named.  Models are named with the
+options of ``BaseModelSpec`` that they are loaded with.  Sequences are scored at their
 end.  ``rewrite`` and ``rephrase`` are the share of cases whose answer tokens are all arg-max,
 ``free`` the share of free answers that are exactly the wanted one, ``known`` the share of
 neighbouring facts that were right before and still are, ``kept`` the share of arg-max tokens along
@@ -102,10 +104,19 @@ def run(
 ) -> Iterator[Line]:
     """Test every method on every data set and model."""
     for model in models:
-        base = BaseModel.load(model)
+        base = load(model)
         for label, datamodule in data.items():
             for name in names:
                 yield score(base, label, datamodule, name, protocol)
+
+
+def load(model: str) -> BaseModel:
+    """A base model by its name, or ``NAME:option=value:...``."""
+    name, *given = model.split(":")
+    options: dict[str, str] = dict(option.split("=", 1) for option in given)  # type: ignore[misc]
+    base = BaseModel.load(name, **options)
+    base.name = model
+    return base
 
 
 def create(base: BaseModel, name: str) -> EditMethod:
@@ -185,7 +196,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--methods", nargs="+", default=ready(), help="see above")
-    parser.add_argument("--models", nargs="+", help="names or folders; nano if not given")
+    parser.add_argument(
+        "--models", nargs="+", help="names or folders, and options; nano if not given"
+    )
     parser.add_argument("--facts", type=Path, help="file of records in place of NanoFacts' own")
     parser.add_argument("--real", type=Path, help="folder with the real data sets")
     parser.add_argument("--limit", type=int, default=100, help="records of each data set")

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor, nn
+from torch import nn
 
 from kedit_lightning.base_models import BaseModel
 from kedit_lightning.base_models.fingerprint import checksum
 from kedit_lightning.benchmark import EditCallback
+from kedit_lightning.edits.weight_storage import stored_tensors
 from kedit_lightning.errors import article_list
 from kedit_lightning.methods.method import as_edit_method
 
@@ -62,9 +63,7 @@ def state_of(base: BaseModel) -> dict[str, Any]:
     """
     model: nn.Module = base.model
     found: dict[str, Any] = {
-        f"weight '{name}'": checksum(tensor)
-        for name, tensor in model.state_dict().items()
-        if isinstance(tensor, Tensor)
+        f"weight '{name}'": checksum(tensor) for name, tensor in stored_tensors(model)
     }
     for name, module in model.named_modules():
         hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]

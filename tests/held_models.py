@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
+from peft import LoraConfig, get_peft_model
+from support import tiny_model
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, QuantoConfig, TorchAoConfig
 
 CPU = torch.device("cpu")
 
@@ -33,3 +37,61 @@ def spread(model: Any, blocks: str, folder: Path) -> Any:
     count = len(model.get_submodule(blocks))
     places |= {f"{blocks}.{i}": "disk" if i % 2 else "cpu" for i in range(count)}
     return dispatch_model(model, places, main_device="cpu", offload_dir=folder, force_hooks=True)
+
+
+def _source(folder: Path) -> Path:
+    """A folder with the weights of a tiny model whose widths fit the blocks of quantisation."""
+    source = folder / "source"
+    if not source.is_dir():
+        tiny_model("llama", torch.float32, hidden_size=64, intermediate_size=128).save_pretrained(
+            source
+        )
+    return source
+
+
+def _loaded(folder: Path, **options: Any) -> Any:
+    return AutoModelForCausalLM.from_pretrained(_source(folder), dtype=torch.float32, **options)
+
+
+def _compiled(model: Any, backend: str) -> Any:
+    model.compile(backend=backend)
+    return model
+
+
+def _with_static_cache(model: Any) -> Any:
+    model.generation_config.cache_implementation = "static"
+    return model
+
+
+def _with_adapter(model: Any) -> Any:
+    """The model with a LoRA adapter on the projections that methods edit."""
+    config = LoraConfig(r=2, target_modules=["down_proj"], init_lora_weights=False)
+    return get_peft_model(model, config)
+
+
+def _int8() -> TorchAoConfig:
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    return TorchAoConfig(Int8WeightOnlyConfig())
+
+
+#: How a model may be held, and what makes it so, in a folder.
+HELD: dict[str, Callable[[Path], Any]] = {
+    "compiled": lambda folder: _compiled(_loaded(folder), "eager"),
+    "inductor": lambda folder: _compiled(_loaded(folder), "inductor"),
+    "static cache": lambda folder: _with_static_cache(_loaded(folder)),
+    "in memory": lambda folder: offloaded_to_memory(_loaded(folder)),
+    "on disk": lambda folder: offloaded_to_disk(_loaded(folder), folder / "disk"),
+    "spread": lambda folder: spread(_loaded(folder), "model.layers", folder / "disk"),
+    "8 bit": lambda f: _loaded(f, quantization_config=BitsAndBytesConfig(load_in_8bit=True)),
+    "4 bit": lambda f: _loaded(f, quantization_config=BitsAndBytesConfig(load_in_4bit=True)),
+    "torchao": lambda folder: _loaded(folder, quantization_config=_int8()),
+    "quanto": lambda folder: _loaded(folder, quantization_config=QuantoConfig(weights="int8")),
+    "peft": lambda folder: _with_adapter(_loaded(folder)),
+    "tied": lambda folder: tiny_model("llama", torch.float32, tie_word_embeddings=True),
+}
+
+
+def hold(how: str, folder: Path) -> Any:
+    """A tiny model, held in a way."""
+    return _loaded(folder) if how == "plain" else HELD[how](folder)

@@ -62,6 +62,32 @@ These may work; no tiny model of them runs on text alone.
 | model type | reason |
 |---|---|
 """
+HELD = """
+## Quantised and offloaded
+
+Edits act beside quantised weights, as hooks in float32, so that every method edits them and every
+edit is rolled back bit for bit. What cannot be done is to write an edit into such weights:
+`edit.materialise()` and `save_pretrained` refuse and name the kind, and
+`edit.materialise(dequantise=True)` writes a plain model instead. Learned networks and key
+statistics of a checkpoint serve it in every precision; an edit is bound to the precision that it
+was computed in. `tests/contracts/test_held_models.py` runs these on a tiny Llama, on the CPU:
+
+| held as | package | an edit | written into weights |
+|---|---|---|---|
+| `quantization: 8bit` | bitsandbytes 0.50.2 | lifts its target alike | dequantised |
+| `quantization: 4bit` | bitsandbytes 0.50.2 | lifts its target alike | dequantised |
+| int8 weights | torchao 0.18.0 | lifts its target alike | dequantised |
+| int8 weights | optimum-quanto 0.2.7 | lifts its target alike | dequantised |
+| `device_map`, `cpu_offload`, `disk_offload` | accelerate 1.15.0 | lifts its target alike | yes |
+
+On processors with bfloat16 kernels, bitsandbytes packs 4-bit weights for the host in the first pass
+without gradients, which rounds their scales and ends all gradients: they are kept from it.
+
+HQQ, GPTQ, AWQ and compressed-tensors were not run: transformers 5.23 loads no HQQ model, and the
+packages of the others ask for another torch or were not installed. Their projections are recognised
+by `in_features` and `out_features`; a weight is read through the module's `dequantize_weight` or
+`dequantize`, and refused by the name of its kind where it has neither.
+"""
 
 
 def _cell(text: str, limit: int = 160) -> str:
@@ -102,7 +128,8 @@ def page(findings: Sequence[Finding]) -> str:
     text += REFUSED + "".join(f"| {why} | {', '.join(kinds)} |\n" for why, kinds in reasons.items())
     unpadded = ", ".join(finding.kind for finding in findings if not finding.reads_mask)
     text += UNPADDED + f"| {unpadded} |\n"
-    return text + UNBUILT + "".join(f"| {f.kind} | {_cell(f.reason)} |\n" for f in of["not built"])
+    text += UNBUILT + "".join(f"| {f.kind} | {_cell(f.reason)} |\n" for f in of["not built"])
+    return text + HELD
 
 
 def _reason(finding: Finding) -> str:

@@ -35,7 +35,7 @@ from kedit_lightning.decoding_settings import Generation, generation_config, neu
 from kedit_lightning.edits import EditStack, plain_model
 from kedit_lightning.edits.adapter_state import model_inside
 from kedit_lightning.edits.projections import compute_dtype, expert_projection
-from kedit_lightning.edits.weight_storage import device_of
+from kedit_lightning.edits.weight_storage import device_of, must_stay
 from kedit_lightning.errors import InvalidRequestError
 
 
@@ -125,12 +125,11 @@ class BaseModel:
 
     @property
     def is_placed(self) -> bool:
-        """Whether its weights must stay where they are: quantised, or spread by a device map."""
-        quantised = getattr(self.model, "is_quantized", False)
-        return bool(quantised or getattr(self.model, "hf_device_map", None))
+        """Whether its weights must stay where they are: quantised, spread or offloaded."""
+        return must_stay(self.model)
 
     def to(self, device: torch.device | str) -> BaseModel:
-        """Move it, unless it is quantised or has a device map."""
+        """Move it, unless its weights must stay where they are."""
         if not self.is_placed:
             self.model.to(device)
         return self
@@ -147,13 +146,15 @@ class BaseModel:
 
     @property
     def full_fingerprint(self) -> str:
-        """Short hash of configuration and all weights; see :mod:`~.fingerprint` for its cost.
-
-        Raises:
-            UnsupportedUseError: The model carries edits that are not on the stack.
-        """
+        """Short hash of configuration and all weights; see :mod:`~.fingerprint` for its cost."""
         self.edits.check_alone()
         return self._identity.full_fingerprint
+
+    @property
+    def weights_fingerprint(self) -> str:
+        """Short hash of its checkpoint, equal in every precision: :mod:`~.source_checkpoint`."""
+        self.edits.check_alone()
+        return self._identity.weights_fingerprint
 
     @property
     def tokenizer_fingerprint(self) -> str:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from kedit_lightning.base_models.source_checkpoint import described, weights_fingerprint
 from kedit_lightning.edits.adapter_state import adapters_in_force, tensors_in_force
 from kedit_lightning.edits.weight_storage import settle_weights, stored_tensors
 
@@ -24,27 +25,14 @@ _CHUNK = 1 << 17
 _WRAP = 1 << 64
 #: Number of values of each tensor in the hash: enough to tell fine-tuned models apart.
 _SAMPLE = 64
-#: Settings of a configuration that do not change what the model computes, or that saving it adds.
-_IGNORED = frozenset(
-    {"_commit_hash", "_name_or_path", "architectures", "dtype", "transformers_version", "use_cache"}
-)
 
 
 def _digest(*parts: bytes) -> str:
     return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
 
-def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        name: _settings(value) if isinstance(value, Mapping) else value
-        for name, value in config.items()
-        if name not in _IGNORED
-    }
-
-
 def _configuration(model: nn.Module) -> bytes:
-    config: Any = model.config
-    settings = _settings(config.to_dict())
+    settings = described(model.config)
     if adapters := adapters_in_force(model):
         settings["adapters"] = adapters
     return json.dumps(settings, sort_keys=True, default=str).encode()
@@ -53,9 +41,9 @@ def _configuration(model: nn.Module) -> bytes:
 def _tensors(model: nn.Module) -> Iterator[tuple[bytes, Tensor]]:
     """Names with shapes and dtypes, and the whole tensors, one at a time."""
     for name, tensor in stored_tensors(model, tensors_in_force(model)):
-        described = f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode()
+        label = f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode()
         # Sharded over processes; fetched one at a time.
-        yield described, tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        yield label, tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 @torch.no_grad()
@@ -66,10 +54,10 @@ def model_fingerprint(model: nn.Module) -> str:
     this together.
     """
     parts = [_configuration(model)]
-    for described, tensor in _tensors(model):
+    for name, tensor in _tensors(model):
         flat = tensor.detach().reshape(-1)
         sample = flat[:: max(1, flat.numel() // _SAMPLE)][:_SAMPLE].cpu().contiguous()
-        parts += [described, sample.view(torch.uint8).numpy().tobytes()]
+        parts += [name, sample.view(torch.uint8).numpy().tobytes()]
     return _digest(*parts)
 
 
@@ -79,8 +67,8 @@ def full_fingerprint(model: nn.Module) -> str:
     All processes of a sharded model must call this together.
     """
     parts = [_configuration(model)]
-    for described, tensor in _tensors(model):
-        parts += [described, str(checksum(tensor)).encode()]
+    for name, tensor in _tensors(model):
+        parts += [name, str(checksum(tensor)).encode()]
     return _digest(*parts)
 
 
@@ -131,6 +119,7 @@ class ModelIdentity:
         self._model = model
         self._known: tuple[object, str] | None = None
         self._full: tuple[object, str] | None = None
+        self._weights: tuple[object, str] | None = None
         self._tokenizer: tuple[object, int, str] | None = None
 
     @property
@@ -154,6 +143,17 @@ class ModelIdentity:
         if self._full is None or self._full[0] != known:
             self._full = known, full_fingerprint(self._model)
         return self._full[1]
+
+    @property
+    def weights_fingerprint(self) -> str:
+        """Hash of the checkpoint that the weights come from, equal in every precision.
+
+        See :mod:`~kedit_lightning.base_models.source_checkpoint`.
+        """
+        known = (self.fingerprint, _counts(self._model.state_dict()))
+        if self._weights is None or self._weights[0] != known:
+            self._weights = known, weights_fingerprint(self._model) or self.fingerprint
+        return self._weights[1]
 
     def of_tokenizer(self, tokenizer: Any) -> str:
         """Hash of the tokenizer, remembered until tokens are added to it or it is another one."""

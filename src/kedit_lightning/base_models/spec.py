@@ -75,7 +75,7 @@ def _quantization(spec: BaseModelSpec) -> dict[str, Any]:
     except ImportError as error:
         raise MissingExtraError(
             f"loading '{spec.name}' in {spec.quantization} needs bitsandbytes: "
-            "pip install bitsandbytes"
+            "pip install 'kedit-lightning[quantised]'"
         ) from error
     return {"quantization_config": BitsAndBytesConfig(**{f"load_in_{spec.quantization}": True})}
 

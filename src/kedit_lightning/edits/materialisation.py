@@ -111,9 +111,12 @@ def materialise(
     totals = sum_of_deltas(edits)
     with base.edits.restored():
         base.edits.clear()
-        clone = copy.deepcopy(base.model)
+        # Not all that is quantised can be copied, so plain projections are put in place before.
+        parts = [part for part in base.model.modules() if dequantise and quantisation(part)]
+        plain = {id(part): dense_copy(part, base.dtype) for part in parts}
+        clone = copy.deepcopy(base.model, plain)
     if dequantise:
-        clone = _dequantised(clone, base.dtype)
+        _forget_quantisation(clone)
     for name, delta in totals.items():
         owner, _, own = name.rpartition(".")
         module = find_module(clone, owner)
@@ -123,15 +126,11 @@ def materialise(
     return clone
 
 
-def _dequantised(model: Any, dtype: torch.dtype) -> Any:
-    """The model with plain projections in place of quantised ones, and no word of quantisation."""
-    for name, module in list(model.named_modules()):
-        if quantisation(module) is not None:
-            model.set_submodule(name, dense_copy(module, dtype))
+def _forget_quantisation(model: Any) -> None:
+    """Take away what says of a plain model that it is quantised."""
     for name in ("hf_quantizer", "quantization_method", "is_loaded_in_8bit", "is_loaded_in_4bit"):
         if name in vars(model):
             delattr(model, name)
     model.is_quantized = False
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    return model

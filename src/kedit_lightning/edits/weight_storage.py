@@ -90,11 +90,6 @@ def _parts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         yield from _parts(f"{name}.{part}", getattr(tensor, part))
 
 
-def is_offloaded(module: nn.Module) -> bool:
-    """Whether weights of a module, or of a part of it, are elsewhere between its calls."""
-    return any(has_offloaded_params(part) for part in module.modules())
-
-
 def write_weight(module: nn.Module, name: str, value: Tensor) -> None:
     """Replace a tensor of a module, where it is stored; an offloaded one then lies in memory."""
     if not has_offloaded_params(module):
@@ -139,6 +134,13 @@ def quantisation_of(model: nn.Module) -> str | None:
         method = getattr(model, "quantization_method", "in an unknown way")
         return str(getattr(method, "value", method))
     return known
+
+
+def must_stay(model: nn.Module) -> bool:
+    """Whether weights of a model are quantised, spread by a device map, or offloaded."""
+    if getattr(model, "hf_device_map", None) or quantisation_of(model) is not None:
+        return True
+    return any(has_offloaded_params(part) for part in model.modules())
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Self, TypeAlias, get_args, get_type_
 
 from kedit_lightning.base_models import BaseModel
 from kedit_lightning.contradictions import contradictions, describe
+from kedit_lightning.edits.weight_storage import quantisation_of
 from kedit_lightning.errors import MissingNeedsError, UnsupportedUseError, article_list
 from kedit_lightning.registry import entries
 from kedit_lightning.requests import EditExample, EditRequest, ProbeKind, trimmed_texts
@@ -57,9 +58,11 @@ class Capabilities:
                 f"{name} edits decoder-only models, and '{base.name}' has an encoder and a "
                 "decoder; use a method whose row in the support matrix says so"
             )
-        if getattr(base.model, "is_quantized", False) and not self.quantised:
+        kind = None if self.quantised else quantisation_of(base.model)
+        if kind is not None:
             raise UnsupportedUseError(
-                f"{name} cannot edit quantised weights; load '{base.name}' without quantization"
+                f"{name} cannot edit quantised weights ({kind}); load '{base.name}' without "
+                "quantization"
             )
 
 
@@ -188,8 +191,9 @@ def warn_of_changes(given: Sequence[EditRequest], written: Sequence[EditRequest]
 
 
 def warn_of_other_base(fitted_on: Mapping[str, str], base: BaseModel) -> None:
-    """Warn when a checkpoint was fitted on another base model."""
-    for field in ("fingerprint", "tokenizer_fingerprint"):
+    """Warn when a checkpoint was fitted on another base model; another precision is none."""
+    same = fitted_on.get("weights_fingerprint") == base.weights_fingerprint
+    for field in ("tokenizer_fingerprint",) if same else ("fingerprint", "tokenizer_fingerprint"):
         if fitted_on and fitted_on[field] != getattr(base, field):
             warnings.warn(
                 f"the checkpoint was fitted on base model '{fitted_on['name']}', and its {field} "

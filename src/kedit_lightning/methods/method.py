@@ -331,7 +331,7 @@ class EditMethod(pl.LightningModule):
         settings = checkpoint.setdefault("hyper_parameters", {})
         settings["_class_path"] = public_path(type(self))
         settings.setdefault("_instantiator", "lightning.pytorch.cli.instantiate_module")
-        names = ("name", "fingerprint", "tokenizer_fingerprint")
+        names = ("name", "fingerprint", "weights_fingerprint", "tokenizer_fingerprint")
         checkpoint["base_model"] = {name: getattr(self.base, name) for name in names}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from rich.progress import track
 
 from kedit_lightning.base_models import BaseModel
+from kedit_lightning.base_models.source_checkpoint import packaged_fingerprint
 from kedit_lightning.base_models.spec import PACKAGED, resolve
 from kedit_lightning.cache_folder import cache_dir
 from kedit_lightning.edits.expert_projection import ExpertProjection
@@ -65,13 +66,22 @@ def statistics_dir() -> Path:
 def find_statistics(base: BaseModel, module: str) -> KeyStatistics | None:
     """Covariance of a layer's keys, from the cache or the package: the one with most tokens.
 
-    An estimate from few samples is used only if there is no other.  A file that is damaged is left
-    out with a warning.
+    Statistics of the same weights in another precision serve.  An estimate from few samples is used
+    only if there is no other.  A file that is damaged is left out with a warning.
     """
-    prefix = f"{base.fingerprint}-{base.tokenizer_fingerprint}-"
-    places = [packaged_statistics(name) for name in PACKAGED]
-    places += sorted(statistics_dir().glob(f"{prefix}*.safetensors"))
-    return _best((file for file in _readable(places) if file.fits(base)), base, module)
+    found = [
+        file
+        for name in PACKAGED
+        for file in _readable([packaged_statistics(name)])
+        if file.fits(base, packaged_fingerprint(name))
+    ]
+    cached = {
+        path
+        for weights in (base.weights_fingerprint, base.fingerprint)
+        for path in statistics_dir().glob(f"{weights}-{base.tokenizer_fingerprint}-*.safetensors")
+    }
+    found += [file for file in _readable(sorted(cached)) if file.fits(base)]
+    return _best(found, base, module)
 
 
 def chosen_statistics(base: BaseModel, module: str, path: str | Path) -> KeyStatistics:

@@ -26,7 +26,8 @@ KIND = "kedit_statistics"
 class Provenance:
     """Origin of key covariances: model, tokenizer, text and dtype."""
 
-    #: The base model they were collected with, and others that are known to have the same keys.
+    #: The weights of the base model they were collected with, in every precision and in that one;
+    #: and others that are known to have the same keys.
     fingerprints: tuple[str, ...]
     tokenizer: str  # its fingerprint
     corpus: str  # hash of the text
@@ -40,8 +41,16 @@ class Provenance:
     def of(cls, base: BaseModel, corpus: str, source: str, **read: Any) -> Provenance:
         """The provenance of covariances that are collected with a base model."""
         dtype = str(base.dtype).removeprefix("torch.")
-        prints = (base.fingerprint,), base.tokenizer_fingerprint
-        return cls(*prints, corpus, source, read.pop("max_tokens", None), dtype, **read)
+        weights = tuple(dict.fromkeys((base.weights_fingerprint, base.fingerprint)))
+        return cls(
+            weights,
+            base.tokenizer_fingerprint,
+            corpus,
+            source,
+            read.pop("max_tokens", None),
+            dtype,
+            **read,
+        )
 
     def file_name(self, tokens: int) -> str:
         """Name of the file in the cache.
@@ -133,10 +142,13 @@ class MomentFile:
         """Number of keys of a layer."""
         return int(self._counts[layer])
 
-    def fits(self, base: BaseModel) -> bool:
-        """Whether it was collected with a base model."""
-        ours = base.fingerprint in self.provenance.fingerprints
-        return ours and base.tokenizer_fingerprint == self.provenance.tokenizer
+    def fits(self, base: BaseModel, *weights: str) -> bool:
+        """Whether it was collected with a base model, or is of these weights, in any precision."""
+        ours, known = {base.weights_fingerprint, base.fingerprint}, self.provenance.fingerprints
+        return (
+            not ours.isdisjoint((*known, *weights))
+            and base.tokenizer_fingerprint == self.provenance.tokenizer
+        )
 
     def moment(self, layer: str, width: int) -> SecondMoment:
         """The second moment of a layer whose keys have a width.

@@ -82,6 +82,9 @@ class EMMET(ClosedForm):
     """MEMIT with equality constraints, at one layer (Gupta et al. 2024, arXiv 2403.14236).
 
     ``preserve`` matters with ``legacy_absolute_eps`` only: it cancels out of a relative ``eps``.
+    As published, equality is demanded for the key that stands for a fact, the mean over its
+    contexts. The key of the prompt itself is another, so there the update may overshoot the value
+    that was found, or fall short of it; :class:`RROME` solves for the mean key too.
 
     Args:
         base_model: The model to edit: an object, a specification, or a name.

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kedit_lightning.base_models import BaseModel
+from kedit_lightning.base_models.source_checkpoint import packaged_fingerprint
 from kedit_lightning.base_models.spec import PACKAGED
 from kedit_lightning.errors import BaseModelMismatchError, CheckpointError
 
@@ -94,15 +95,20 @@ def _problem(checkpoint: object) -> str:
 
 
 def packaged_checkpoint(name: str, base: BaseModel) -> dict[str, Any] | None:
-    """The checkpoint, such as ``mend.ckpt``, that is packaged with this very base model, if any."""
+    """The checkpoint, such as ``mend.ckpt``, that is packaged with this base model, if any.
+
+    It serves the packaged weights in every precision.
+    """
     for model in PACKAGED:
         path = files("kedit_lightning.base_models") / model / name
         if not path.is_file():
             continue
         checkpoint = read_checkpoint(str(path))
         fitted_on = checkpoint["base_model"]
-        fingerprints = fitted_on["fingerprint"], fitted_on["tokenizer_fingerprint"]
-        if fingerprints == (base.fingerprint, base.tokenizer_fingerprint):
+        fitted_on["weights_fingerprint"] = packaged_fingerprint(model)
+        weights = ("weights_fingerprint", "fingerprint")
+        same = any(fitted_on[name] == getattr(base, name) for name in weights)
+        if same and fitted_on["tokenizer_fingerprint"] == base.tokenizer_fingerprint:
             return checkpoint
     return None
 

@@ -1,1 +1,0 @@
-"""Residual memories whose columns are chosen by overlapping masks (MEMOIR)."""

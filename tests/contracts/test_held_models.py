@@ -1,0 +1,112 @@
+"""Every way to hold a model, times methods of every kind: edits act as on the plain model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from held_models import HELD, hold
+from method_examples import LOCATE, POOL, make
+from support import REQUESTS, tiny_tokenizer
+
+from kedit_lightning import BaseModel, Edit
+from kedit_lightning.errors import UnsupportedUseError
+from kedit_lightning.methods.shared.losses import answer_nll
+
+REQUEST = REQUESTS[0]
+METHODS = {
+    "FTM": {"lr": 1e-2, "steps": 5},
+    "ROME": {**LOCATE, "steps": 10},
+    "MEMIT": {**LOCATE, "steps": 10, "preserve": 1.0},
+    "MEND": {"checkpoint": "none", "edit_lr": 1.0},
+    "GRACE": {"radius": 1e-2, "steps": 10},
+    "IKE": {"pool": POOL, "demonstrations": 1},
+}
+#: Cells of the fast tier: each way to hold a model once, each method at least once.
+FAST = {
+    ("compiled", "GRACE"),
+    ("static cache", "FTM"),
+    ("in memory", "GRACE"),
+    ("on disk", "ROME"),
+    ("spread", "IKE"),
+    ("8 bit", "FTM"),
+    ("4 bit", "FTM"),
+    ("torchao", "MEND"),
+    ("quanto", "FTM"),
+    ("peft", "FTM"),
+    ("tied", "MEMIT"),
+}
+CELLS = [
+    pytest.param(how, method, marks=() if (how, method) in FAST else pytest.mark.slow)
+    for how in HELD
+    for method in METHODS
+]
+
+
+def log_probability(base: BaseModel) -> float:
+    rows = base.rows([REQUEST.prompt], [REQUEST.target_new])
+    with torch.no_grad():
+        nll = answer_nll(base.answer_logits(rows), rows.answer_ids, rows.answer_mask)
+    return -float(nll[0])
+
+
+def answers(base: BaseModel) -> tuple[float, str]:
+    """Log-probability of the target, and the free answer."""
+    return log_probability(base), base.generate([REQUEST.prompt], max_new_tokens=3)[0]
+
+
+def lift(base: BaseModel, name: str, folder) -> float:
+    """How much an edit lifts its target; it is rolled back and read from its file on the way."""
+    before, identity = answers(base), (base.fingerprint, base.full_fingerprint)
+    edit = make(name, METHODS[name], base).edit([REQUEST])
+    with edit:
+        during = answers(base)
+    assert answers(base) == before
+    assert during != before
+    edit.save(folder / "edit.safetensors")
+    with Edit.load(folder / "edit.safetensors", base):
+        assert answers(base) == during
+    assert answers(base) == before
+    assert (base.fingerprint, base.full_fingerprint) == identity
+    return during[0] - before[0]
+
+
+@pytest.mark.filterwarnings("ignore:MatMul8bitLt")
+@pytest.mark.filterwarnings("ignore:the base model is the plain model inside")
+@pytest.mark.parametrize(("how", "name"), CELLS)
+def test_an_edit_lifts_its_target_as_on_the_plain_model(how, name, tmp_path):
+    plain = BaseModel(hold("plain", tmp_path), tiny_tokenizer(True), name="plain")
+    wanted = lift(plain, name, tmp_path)
+    base = BaseModel(hold(how, tmp_path), tiny_tokenizer(True), name=how)
+    found = lift(base, name, tmp_path)
+    if name == "IKE":  # a tiny random model learns nothing from its context
+        assert abs(found - wanted) < 1.0
+    else:
+        assert wanted > 0.3
+        assert found > wanted / 2
+
+
+QUANTISED = {
+    "8 bit": "bitsandbytes, 8 bit",
+    "4 bit": "bitsandbytes, 4 bit",
+    "torchao": "torchao",
+    "quanto": "quanto",
+}
+
+
+@pytest.mark.parametrize(("how", "kind"), QUANTISED.items())
+def test_quantised_weights_are_written_dequantised_or_not_at_all(how, kind, tmp_path):
+    base = BaseModel(hold(how, tmp_path), tiny_tokenizer(True), name="held")
+    edit = make("FTM", METHODS["FTM"], base).edit([REQUEST])
+    with pytest.raises(UnsupportedUseError, match=rf"'held' are quantised \({kind}\).*dequantise"):
+        edit.materialise()
+    with edit:
+        with pytest.raises(UnsupportedUseError, match=rf"save_pretrained cannot.*\({kind}\)"):
+            base.model.save_pretrained(tmp_path / "saved")
+        wanted = log_probability(base)
+    copy = edit.materialise(dequantise=True)
+    copy.save_pretrained(tmp_path / "copy")
+    tiny_tokenizer(True).save_pretrained(tmp_path / "copy")
+    written = BaseModel.load(tmp_path / "copy")
+    assert not getattr(written.model.config, "quantization_config", None)
+    # 8 bits round inputs too, which the plain copy does not
+    assert log_probability(written) == pytest.approx(wanted, abs=0.1 if how == "8 bit" else 1e-3)
