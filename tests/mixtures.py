@@ -10,6 +10,7 @@ from support import tiny_tokenizer
 from tiny_decoders import tiny_config
 
 from kedit_lightning import BaseModel
+from kedit_lightning.base_models.mixture import routed_block
 from kedit_lightning.edits.expert_projection import ExpertProjection
 
 #: Types whose blocks, or some of them, have routed experts and no dense MLP.
@@ -25,12 +26,14 @@ ROUTED = (
     "flex_olmo",
     "phimoe",
 )
-#: One of each way to hold experts; the tests of every day take these.
+#: One of each way to hold experts, but for Llama 4's; the tests of every day take these.
 FORMS = ROUTED[:4]
+#: Types whose blocks have shared experts beside the routed ones.
+SHARED = ("llama4_text", "qwen2_moe", "deepseek_v3")
 
 
-def tiny_mixture(kind: str, dtype: torch.dtype = torch.float64) -> BaseModel:
-    """A base model of a type with random weights, the same at every call.
+def tiny_model(kind: str, dtype: torch.dtype = torch.float64) -> Any:
+    """A model of a type with random weights, the same at every call.
 
     Its experts are run one by one, since their grouped product refuses float64.
     """
@@ -42,13 +45,19 @@ def tiny_mixture(kind: str, dtype: torch.dtype = torch.float64) -> BaseModel:
         for parameter in model.parameters():
             if parameter.dim() > 1:  # larger than the usual start, so that routers choose
                 parameter.mul_(4.0)
-    return BaseModel(model.to(dtype).eval(), tiny_tokenizer(True), name=kind)
+    return model.to(dtype).eval()
+
+
+def tiny_mixture(kind: str, dtype: torch.dtype = torch.float64) -> BaseModel:
+    """A base model on it."""
+    return BaseModel(tiny_model(kind, dtype), tiny_tokenizer(True), name=kind)
 
 
 def routed_layer(base: BaseModel) -> int:
-    """Number of the last block with routed experts alone."""
-    layers = range(len(base.layout))
-    return max(i for i in layers if has_experts(base, i))
+    """Number of the last block with routed experts."""
+    names = [base.layout.block_name(i) for i in range(len(base.layout))]
+    size = base.layout.hidden_size
+    return max(i for i, name in enumerate(names) if routed_block(name, base.module(name), size))
 
 
 def has_experts(base: BaseModel, layer: int) -> bool:
@@ -60,8 +69,11 @@ def has_experts(base: BaseModel, layer: int) -> bool:
 
 
 def mixture(base: BaseModel, layer: int) -> ExpertProjection:
-    """The projection of all experts of a block."""
-    module = base.module(base.layout.mlp_block(layer).down)
+    """The projection of all experts of a block, which may have a shared expert as well."""
+    name = base.layout.block_name(layer)
+    block = routed_block(name, base.module(name), base.layout.hidden_size)
+    assert block is not None
+    module = base.module(block.down)
     assert isinstance(module, ExpertProjection)
     return module
 

@@ -233,6 +233,7 @@ def _is_dense(model: Any) -> bool:
 def _mlp_widths(config: Any) -> set[int]:
     """Widths of MLPs that a configuration states, in the fields where it states them."""
     config = config.get_text_config(decoder=True)
+    config = getattr(config, "ffn_config", None) or config
     stated = [getattr(config, field) for field in MLP_WIDTHS if getattr(config, field, None)]
     widths = {w for value in stated for w in (value if isinstance(value, list) else [value])}
     # Moshi and RecurrentGemma count the gate as well.

@@ -201,6 +201,7 @@ class FlatExperts(RoutedExperts):
     """Experts of DBRX: the matrices of all experts in one, ``[experts · d_in, d_out]``."""
 
     parameter = "mlp.w2"
+    transposed = True
 
     @classmethod
     def fits(cls, module: Any) -> bool:

@@ -18,6 +18,7 @@ from torch.nn.functional import pad
 
 from kedit_lightning.edits.edit import Edit, EditableModel
 from kedit_lightning.edits.effects import AddToOutput, KeepMemory
+from kedit_lightning.edits.fused_factors import fused_changes
 from kedit_lightning.edits.kinds.weights import AdapterEdit
 from kedit_lightning.edits.low_rank import LowRankDelta
 from kedit_lightning.edits.origin import EditOrigin
@@ -67,14 +68,22 @@ def save_adapter(base: EditableModel, edits: Iterable[Edit], folder: str | Path)
     All modules get the rank of the largest change, filled up with zeros, and ``lora_alpha`` is that
     rank: engines that read one alpha for the whole file and no patterns, as llama.cpp does, then
     add the same as peft.  Combine it with other adapters by ``combination_type="cat"`` or
-    ``set_adapter``; ``"linear"`` mixes the factors of different adapters.
+    ``set_adapter``; ``"linear"`` mixes the factors of different adapters.  Changes of single
+    experts become one of the parameter that holds them (``target_parameters``), for peft alone.
 
     Raises:
         UnsupportedUseError: An edit is not low-rank.
     """
     totals = {name: LowRankDelta.sum(deltas) for name, deltas in _low_rank_changes(edits).items()}
-    rank = max(total.rank for total in totals.values())
+    fused = fused_changes(base.model, totals)
+    experts = {change.projection.name_of(e) for change in fused.values() for e in change.deltas}
+    totals = {name: total for name, total in totals.items() if name not in experts}
+    rank = max(change.rank for change in (*totals.values(), *fused.values()))
     tensors: dict[str, Tensor] = {}
+    for name, change in fused.items():
+        a, b = change.factors(rank)
+        stem = f"base_model.model.{name.rpartition('.')[0]}"
+        tensors |= {f"{stem}.lora_A.weight": a, f"{stem}.lora_B.weight": b}
     for name, total in totals.items():
         missing = rank - total.rank
         tensors[f"base_model.model.{name}.lora_A.weight"] = pad(total.a.cpu(), (0, 0, 0, missing))
@@ -93,6 +102,7 @@ def save_adapter(base: EditableModel, edits: Iterable[Edit], folder: str | Path)
         r=rank,
         lora_alpha=rank,  # so the adapter is added unscaled
         target_modules=list(totals),
+        target_parameters=list(fused) or None,
         fan_in_fan_out=bool(transposed),
         base_model_name_or_path=getattr(checkpoint, "_name_or_path", "") or base.name,
         revision=getattr(checkpoint, "_commit_hash", None),

@@ -15,12 +15,13 @@ from kedit_lightning.errors import UnsupportedUseError
 from kedit_lightning.methods import MEMIT, ROME, AlphaEdit
 from kedit_lightning.methods.locate.shared import least_squares
 from kedit_lightning.methods.locate.shared.subject_states import subject_states
+from kedit_lightning.methods.shared.losses import answer_nll
 from kedit_lightning.statistics import KeyCollector, SecondMoment, shrunk
 
 # tiny settings make some models of transformers complain
 pytestmark = pytest.mark.filterwarnings("ignore")
 KINDS = [*FORMS[:2], *(pytest.param(k, marks=pytest.mark.slow) for k in ROUTED[2:])]
-QUICK = {"statistics": "identity", "contexts": 1, "steps": 5}
+QUICK = {"statistics": "identity", "contexts": 1, "steps": 8}
 
 
 def joint(edit: Edit, base: BaseModel, layer: int) -> Tensor:
@@ -37,12 +38,12 @@ def joint(edit: Edit, base: BaseModel, layer: int) -> Tensor:
 
 
 def logits(base: BaseModel, count: int) -> tuple[Tensor, Tensor]:
-    """Logits that predict the first tokens of answers, and those of these tokens."""
+    """Logits that predict answers, and the mean log-probability of the answers' tokens."""
     requests = REQUESTS[:count]
     rows = base.rows([r.prompt for r in requests], [r.target_new for r in requests])
     with torch.no_grad():
         whole = base.answer_logits(rows)
-    return whole, whole[:, 0].log_softmax(-1).gather(1, rows.answer_ids[:, :1])
+    return whole, -answer_nll(whole, rows.answer_ids, rows.answer_mask)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -86,7 +87,8 @@ def test_memit_solves_the_system_of_gated_keys_in_a_row(kind: str) -> None:
     down = base.layout.mlp_block(layer).down
     keys = memit.mean_keys(memit._states([down], REQUESTS[:3]).inputs[down])  # [n, experts · d_in]
     values = memit.layer_values(REQUESTS[:3])
-    residuals = values.residuals(layer) / base.layout.write_path(layer).gain
+    inside = values.site(layer).inside  # as where the block normalises what experts write
+    residuals = values.residuals(layer) / (1 if inside else base.layout.write_path(layer).gain)
     # ``Δ = R Kᵀ (λ C + K Kᵀ)⁻¹`` with ``C`` the identity.
     system = 0.5 * torch.eye(keys.shape[1], dtype=torch.float64) + keys.T @ keys
     wanted = torch.linalg.solve(system, keys.T @ residuals).T
