@@ -106,7 +106,7 @@ def adapter_training(
     """
     modules = [base_layer(model.get_submodule(name)) for name in names]
     projections = Projections(model, modules)
-    config.target_modules = set(dict(projections.named_children()))
+    config.target_modules = list(dict(projections.named_children()))
     # peft warns when it must set this by itself.
     config.fan_in_fan_out = any(map(is_transposed, modules))
     devices = {m.device for m in model.parameters() if m.device.type == "cuda"}
