@@ -157,6 +157,13 @@ PAPERS: dict[str, tuple[Paper, ...]] = {
             "2305.12740",
         ),
     ),
+    "QLoRA": (
+        Paper(
+            "QLoRA: Efficient Finetuning of Quantized LLMs",
+            "Dettmers et al., NeurIPS 2023",
+            "2305.14314",
+        ),
+    ),
     "RLEdit": (
         Paper(
             "Reinforced Lifelong Editing for Language Models", "Li et al., ICML 2025", "2502.05759"

@@ -22,7 +22,7 @@ DATASETS = "| dataset | reads |"
 #: Remarks in cells, which no declaration of a method gives.
 REMARKS = {
     ("FTM", "batch"): " breadth first",
-    ("IKE", "batch"): " by retrieval",
+    **{(name, "batch"): " by retrieval" for name in ("ICE", "IKE", "MeLLo", "PROMPT")},
     ("AlphaEdit", "sequential"): " keeps earlier facts",
     ("UltraEdit", "sequential"): " lifelong statistics",
     ("MALMEN", "export"): " while thin",

@@ -121,6 +121,7 @@ _OWN: dict[tuple[Kind, str], dict[str, tuple[str, str, str]]] = {
         "MeLLo": ("in_context.mello", "mello", "a store of facts for multi-hop questions"),
         "PMET": ("locate.memit", "pmet", "MEMIT with values of attention and MLP"),
         "PROMPT": ("in_context.prompt", "prompt", "the fact in the prompt"),
+        "QLoRA": ("finetune.lora", "qlora", "LoRA on weights in 4 bit; needs bitsandbytes"),
         "RLEdit": ("hypernetwork.rledit", "rledit", "MALMEN fitted on sequences of edits"),
         "ROME": ("locate.rome", "rome", "rank-one update, closed form"),
         "RROME": ("locate.rome", "rrome", "ROME with the mean key"),

@@ -56,7 +56,8 @@ def logits(base: BaseModel) -> torch.Tensor:
 
 
 def test_every_method_is_in_the_matrix():
-    assert {name for name, _ in METHODS} == set(methods.METHODS)
+    # QLoRA edits weights in 4 bit alone, which test_qlora.py does.
+    assert {name for name, _ in METHODS} == set(methods.METHODS) - {"QLoRA"}
 
 
 # ---- undoing

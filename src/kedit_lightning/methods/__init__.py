@@ -9,7 +9,7 @@ from kedit_lightning.registry import entries, lazy_exports
 if TYPE_CHECKING:
     from kedit_lightning.methods.finetune.adalora import AdaLoRA
     from kedit_lightning.methods.finetune.ftm import FTM
-    from kedit_lightning.methods.finetune.lora import DPOEdit, LoRA
+    from kedit_lightning.methods.finetune.lora import DPOEdit, LoRA, QLoRA
     from kedit_lightning.methods.hypernetwork.instructedit import InstructEdit
     from kedit_lightning.methods.hypernetwork.ke.ke import KE
     from kedit_lightning.methods.hypernetwork.malmen.malmen import MALMEN
@@ -67,6 +67,7 @@ __all__ = [
     "LoRA",
     "MeLLo",
     "MethodSettings",
+    "QLoRA",
     "RLEdit",
     "TPatcher",
     "UltraEdit",

@@ -1,9 +1,9 @@
-"""Low-rank adaptation of a model to its requests: LoRA and DPO."""
+"""Low-rank adaptation of a model to its requests: LoRA, QLoRA and DPO."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from kedit_lightning.base_models import BaseModel, BaseModelSpec
-from kedit_lightning.methods.capabilities import NotNegative, Positive, Share
+from kedit_lightning.errors import UnsupportedUseError
+from kedit_lightning.methods.capabilities import Capabilities, NotNegative, Positive, Share
 from kedit_lightning.methods.finetune.shared.adapter_method import (
     AdapterMethod,
     AdapterSettings,
@@ -85,6 +86,60 @@ class LoRA(AdapterMethod):
         """Rank, scale and dropout."""
         settings = self.settings
         return LoraConfig(r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout)
+
+
+class QLoRA(LoRA):
+    """Trains the adapter of LoRA on top of weights in 4 bit, with peft and bitsandbytes.
+
+    A base model that is given by name is loaded in 4 bit (NF4, with constants that are quantised
+    as well). The edit is judged against that model, not against the one in full precision, and no
+    weight is prepared or converted for training. The released code of EasyEdit pads prompts and
+    answers apart, so that its labels are no continuation of its inputs. Paper:
+    https://arxiv.org/abs/2305.14314.
+
+    Args:
+        base_model: The model to edit: an object in 4 bit, a specification, or a name.
+        **settings: Those of LoRA.
+    """
+
+    can: ClassVar[Capabilities] = Capabilities(adapter=True)
+
+    def __init__(
+        self, base_model: BaseModel | BaseModelSpec | str = "nano", **settings: Any
+    ) -> None:
+        super().__init__(base_model, **settings)
+
+    @property
+    def base(self) -> BaseModel:
+        """The base model, loaded in 4 bit when first asked for.
+
+        Raises:
+            UnsupportedUseError: Another quantisation was asked for.
+            MissingExtraError: bitsandbytes is not installed.
+        """
+        given = self._base_model
+        if not isinstance(given, BaseModel):
+            spec = given if isinstance(given, BaseModelSpec) else BaseModelSpec(given)
+            if spec.quantization == "8bit":
+                raise UnsupportedUseError(
+                    f"QLoRA trains on weights in 4 bit, and '{spec.name}' is asked for in 8 bit; "
+                    "set quantization to 4bit, or use LoRA"
+                )
+            self._base_model = BaseModel.load(replace(spec, quantization="4bit"))
+        return super().base
+
+    def build(self) -> None:
+        """Make sure that the weights are in 4 bit, and find the projections.
+
+        Raises:
+            UnsupportedUseError: They are not.
+        """
+        if not getattr(self.base.model, "is_loaded_in_4bit", False):
+            raise UnsupportedUseError(
+                f"QLoRA trains on weights in 4 bit, and those of '{self.base.name}' are not; load "
+                "it with quantization 4bit, which needs bitsandbytes, or use LoRA"
+            )
+        super().build()
 
 
 @dataclass(frozen=True)
