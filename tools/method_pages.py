@@ -6,6 +6,7 @@ built and are never checked in. To look at one: ``python tools/method_pages.py M
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import sys
@@ -244,6 +245,8 @@ def settings_table(method: type) -> str:
             continue
         default = yaml.safe_dump(parameter.default, default_flow_style=True, width=1000)
         default = default.removesuffix("\n").removesuffix("\n...") if _plain(parameter) else "–"
+        if "\n" in default:  # a row of a table is one line
+            default = json.dumps(parameter.default)
         meaning = " ".join((parameter.doc or "").split()).replace("|", "\\|")
         lines.append(
             f"| `{parameter.name}` | {_escaped(type_name(parameter.annotation))} "
@@ -360,6 +363,19 @@ def metrics() -> str:
         heading = re.split("[,;:]", title.split(". ")[-1])[0]
         text += f"\n## {heading}\n\n{_escaped(title)}\n\n| name | meaning |\n|---|---|\n"
         text += "".join(f"| `{name}` | {_escaped(meaning)} |\n" for name, meaning in rows.items())
+    return text + metric_definitions()
+
+
+def metric_definitions() -> str:
+    """What each metric asks, its formula and source, which kinds of probe, range and direction."""
+    text = "\n## Definitions\n"
+    for entry in entries("metric").values():
+        score = entry.load()
+        meaning = cleandoc(score.__doc__ or "").replace("``", "")
+        better = "more" if score.higher_is_better else "less"
+        kinds = ", ".join(score.kinds)
+        text += f"\n### `{score.name}`\n\n{_escaped(meaning)}\n\n"
+        text += f"Asked of: {kinds}. Range: {score.value_range}. Better: {better}.\n"
     return text
 
 

@@ -17,6 +17,7 @@ from kedit_lightning.data import Requests
 from kedit_lightning.errors import UnsupportedUseError
 from kedit_lightning.metrics import (
     ANSWER_SCORES,
+    GENERATION_SCORES,
     LOCALITY_SCORES,
     SCORINGS,
     EditMetrics,
@@ -78,7 +79,7 @@ def run(folder):
 
 
 def test_the_registry_holds_the_exported_metrics():
-    assert set(EditMetrics.scores()) == {*ANSWER_SCORES, *LOCALITY_SCORES}
+    assert set(EditMetrics.scores()) == {*ANSWER_SCORES, *GENERATION_SCORES, *LOCALITY_SCORES}
     for kind, measurements in EditMetrics.measurements().items():
         assert tuple(m.name for m in measurements) == built_in(kind)
     assert set(built_in("locality")) == set(ProbeReading.__annotations__)

@@ -10,7 +10,13 @@ import torch
 from metric_records import example, probe, random_records
 
 from kedit_lightning.errors import InvalidRequestError, KEditError
-from kedit_lightning.metrics import ANSWER_SCORES, LOCALITY_SCORES, EditMetrics, LegacyEasyEdit
+from kedit_lightning.metrics import (
+    ANSWER_SCORES,
+    GENERATION_SCORES,
+    LOCALITY_SCORES,
+    EditMetrics,
+    LegacyEasyEdit,
+)
 from kedit_lightning.metrics.functional import (
     bootstrap_interval,
     share_interval,
@@ -24,13 +30,16 @@ def reference(records):
     for record in records:
         stage = "" if record["stage"] == "immediate" else record["stage"] + "/"
         for kind in ("rewrite", "rephrase", "locality", "portability"):
-            for score in LOCALITY_SCORES if kind == "locality" else ANSWER_SCORES:
+            for score in (*ANSWER_SCORES, *GENERATION_SCORES, *LOCALITY_SCORES):
+                if kind not in score.kinds:
+                    continue
                 groups = defaultdict(list)
                 for entry in record["probes"]:
                     if entry["kind"] == kind and score.read(entry) is not None:
                         groups[entry["group"]].append(score.read(entry))
                 if groups:
-                    means = {group: np.mean(values) for group, values in groups.items()}
+                    take = {"gen_any": max, "gen_all": min}.get(score.name, np.mean)
+                    means = {group: take(values) for group, values in groups.items()}
                     cases[f"{stage}{kind}/{score.name}"].append(np.mean(list(means.values())))
                     for group, mean in means.items():
                         if group != kind:

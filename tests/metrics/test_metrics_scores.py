@@ -13,7 +13,11 @@ from torch import nn
 from kedit_lightning.errors import InvalidRequestError
 from kedit_lightning.metrics import (
     ANSWER_SCORES,
+    GENERATION_SCORES,
     LOCALITY_SCORES,
+    AllWordings,
+    AnswerOverlap,
+    AnyWording,
     BaseKL,
     CaseMean,
     CostMean,
@@ -22,7 +26,10 @@ from kedit_lightning.metrics import (
     GenerationContains,
     GenerationExact,
     Inflation,
+    NegativeLogLikelihood,
     ProbabilityPreference,
+    Repetition,
+    RunOn,
     StillKnown,
     TokenMatch,
     UnchangedText,
@@ -45,6 +52,16 @@ from kedit_lightning.metrics.functional import bootstrap_interval, wilson_interv
         (GenerationExact, {"text": "Rome"}, {"text": "in Rome"}, 0.0),
         (GenerationContains, {"text": "Paris"}, {"text": "in Rome"}, 1.0),
         (GenerationContains, {"text": "Rome"}, {"text": "not in Rome"}, 0.0),
+        (NegativeLogLikelihood, {}, {"log_prob": -1.5}, 1.5),
+        (AnswerOverlap, {}, {"text": "in Rome. It"}, 2 / 3),
+        (AnswerOverlap, {}, {"text": "in Milan"}, 0.0),
+        (RunOn, {}, {"text": "Rome and Milan"}, 1.0),
+        (RunOn, {}, {"text": "Rome. It is big"}, 0.0),
+        (RunOn, {}, {"text": "in Rome and Milan"}, 0.0),
+        (Repetition, {}, {"text": "a b c a b c"}, 0.25),
+        (Repetition, {}, {"text": "a b"}, 0.0),
+        (AnyWording, {}, {"text": "in Rome"}, 1.0),
+        (AllWordings, {}, {"text": "not in Rome"}, 0.0),
         (Inflation, {}, {"tf_tok": 1.0, "text": "in Rome"}, 1.0),
         (Inflation, {}, {"tf_tok": 0.5, "text": "Rome"}, -0.5),
         (Inflation, {}, {"tf_tok": 0.5, "text": None}, None),
@@ -68,13 +85,14 @@ def test_what_each_score_reads(score, base, after, expected):
     assert score.read(record) == expected
 
 
-@pytest.mark.parametrize("score", [*ANSWER_SCORES, *LOCALITY_SCORES])
+@pytest.mark.parametrize("score", [*ANSWER_SCORES, *GENERATION_SCORES, *LOCALITY_SCORES])
 def test_scores_leave_out_what_was_not_measured(score):
     assert score.read(probe("rewrite")) is None
     assert score.case_value([probe("rewrite")]) is None
     assert score.case_value([]) is None
     assert score.full_state_update is False
-    assert score.higher_is_better is (score not in (Inflation, BaseKL))
+    less = (Inflation, BaseKL, NegativeLogLikelihood, RunOn, Repetition)
+    assert score.higher_is_better is (score not in less)
 
 
 def test_generation_needs_an_answer_to_compare_with():
@@ -86,6 +104,16 @@ def test_generation_needs_an_answer_to_compare_with():
 def test_a_case_counts_once_however_many_probes_it_has():
     shares = [{"tf_tok": 1.0}, {"tf_tok": 0.5}, {}]
     assert TokenMatch.case_value([probe("rewrite", after=share) for share in shares]) == 0.75
+
+
+def test_one_wording_of_three_is_enough_or_all_are_asked_for():
+    """MQuAKE counts a question as answered when any of its wordings is."""
+    texts = ["in Milan", "It is Rome.", None]
+    probes = [probe("portability", after={"text": text}) for text in texts]
+    assert AnyWording.case_value(probes) == 1.0
+    assert AllWordings.case_value(probes) == 0.0
+    assert AllWordings.case_value(probes[1:]) == 1.0
+    assert AnyWording.case_value(probes[2:]) is None
 
 
 def test_mean_and_interval():

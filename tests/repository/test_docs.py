@@ -58,7 +58,11 @@ def test_every_metric_is_explained_on_a_page():
         "Metrics",
         "Stages of a sequence",
         "Costs",
+        "Definitions",
     ]
+    for score in (entry.load() for entry in entries("metric").values()):
+        definition = page.split(f"### `{score.name}`\n")[1].split("### ")[0]
+        assert re.search(r"Asked of: .+ Range: .+ Better: (more|less)\.", definition)
 
 
 def test_the_navigation_names_every_page():

@@ -15,11 +15,20 @@ from kedit_lightning.metrics.scores.answers import (
     GenerationContains,
     GenerationExact,
     Inflation,
+    NegativeLogLikelihood,
     ProbabilityPreference,
     TokenMatch,
 )
 from kedit_lightning.metrics.scores.case_mean import CaseMean, Cases, ProbeMean, name_id
 from kedit_lightning.metrics.scores.edit_cost import CostMean
+from kedit_lightning.metrics.scores.generation import (
+    GENERATION_SCORES,
+    AllWordings,
+    AnswerOverlap,
+    AnyWording,
+    Repetition,
+    RunOn,
+)
 from kedit_lightning.metrics.scores.legacy import LegacyEasyEdit
 from kedit_lightning.metrics.scores.locality import (
     LOCALITY_SCORES,
@@ -38,8 +47,12 @@ SCORINGS: dict[str, type[KeyedMetrics]] = {
 __all__ = [
     "ANSWER_SCORES",
     "COST_BLOCKS",
+    "GENERATION_SCORES",
     "LOCALITY_SCORES",
     "SCORINGS",
+    "AllWordings",
+    "AnswerOverlap",
+    "AnyWording",
     "BaseKL",
     "CaseMean",
     "Cases",
@@ -54,10 +67,13 @@ __all__ = [
     "KeyedMetrics",
     "LegacyEasyEdit",
     "Measurement",
+    "NegativeLogLikelihood",
     "ProbabilityPreference",
     "ProbeMean",
     "ProbeReading",
     "ProbeRecord",
+    "Repetition",
+    "RunOn",
     "SquadMetrics",
     "StillKnown",
     "SummaryRow",

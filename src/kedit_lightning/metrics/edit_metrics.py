@@ -12,6 +12,7 @@ from kedit_lightning.metrics.keyed_metrics import KeyedMetrics
 from kedit_lightning.metrics.scores.answers import SQUAD_SCORES
 from kedit_lightning.metrics.scores.case_mean import CaseMean, Cases, ProbeMean, ShareLoss
 from kedit_lightning.metrics.scores.edit_cost import CostMean
+from kedit_lightning.metrics.scores.generation import SQUAD_GENERATION
 from kedit_lightning.registry import entries
 from kedit_lightning.requests import ProbeKind
 
@@ -29,10 +30,11 @@ class EditMetrics(KeyedMetrics):
     ``{kind}/{metric}`` is the mean over the groups of a case, so a case counts once everywhere.
     Intervals resample whole subjects.
 
-    - Rewrite, rephrase, portability: ``tf_tok``, ``tf_all``, ``p_new_gt_old``, ``gen_em``,
-      ``gen_contains``, ``inflation``.
-    - Locality: ``keep_text``, ``keep_top1``, ``kl`` (with ``kl/p95``), ``known``. All compare with
-      the unedited base model.
+    - Rewrite, rephrase, portability: ``tf_tok``, ``tf_all``, ``p_new_gt_old``, ``nll``, ``gen_em``,
+      ``gen_contains``, ``gen_f1``, ``inflation``, ``runon``, ``repeat``; portability also
+      ``gen_any`` and ``gen_all``.
+    - Locality: ``repeat``; ``keep_text``, ``keep_top1``, ``kl`` (with ``kl/p95``) and ``known``,
+      which compare with the unedited base model.
     - Costs: ``edit/bytes``, ``timing/edit_seconds`` and whatever else the blocks ``edit``,
       ``timing`` and ``memory`` hold, each with ``/median`` and ``/p95``; once a case, from its
       first record that has them.
@@ -97,4 +99,5 @@ class SquadMetrics(EditMetrics):
     @classmethod
     def scores(cls) -> Sequence[type[ProbeMean]]:
         """The registered metrics, those of free answers by the rule of SQuAD."""
-        return [SQUAD_SCORES.get(score, score) for score in super().scores()]
+        rules = SQUAD_SCORES | SQUAD_GENERATION
+        return [rules.get(score, score) for score in super().scores()]

@@ -159,6 +159,48 @@ def generation_contains(text: str, answers: Sequence[str], rule: AnswerRule = "w
     return False
 
 
+def generation_f1(text: str, answers: Sequence[str], rule: AnswerRule = "words") -> float:
+    """Best F1 of words between the first sentence of a generation and an answer.
+
+    Words are those of :func:`generation_exact`, articles left out. Without a common word it is 0.
+
+    >>> round(generation_f1("It is the Eiffel Tower. It", ["Eiffel Tower"]), 3)
+    0.667
+
+    Source: the evaluation script of SQuAD 1.1 (Rajpurkar et al. 2016, arXiv 1606.05250).
+    """
+    line, comparable = _comparable(text, answers, rule)
+    stops = [stop for stop in STOP.finditer(line) if not is_abbreviation(line, stop)]
+    said = Counter(_normalised(line[: stops[0].start()] if stops else line, rule).split())
+    best = 0.0
+    for answer in comparable:
+        wanted = Counter(_normalised(answer, rule).split())
+        shared = sum((said & wanted).values())
+        if shared:
+            best = max(best, 2 * shared / (said.total() + wanted.total()))
+    return best
+
+
+def runs_on(text: str, answers: Sequence[str], rule: AnswerRule = "words") -> bool:
+    """Whether a generation begins with an answer, as whole words, and does not stop behind it.
+
+    >>> runs_on("Rome and Milan", ["Rome"]), runs_on("Rome.", ["Rome"]), runs_on("Romeo", ["Rome"])
+    (True, False, False)
+    """
+    if generation_exact(text, answers, rule):
+        return False
+    line, comparable = _comparable(text, answers, rule)
+    words_of = _squad_words if rule == "squad" else answer_words
+    every = words_of(line)
+    for answer in comparable:
+        asked = words_of(answer)
+        wanted, words = _without_articles(asked, asked), _without_articles(every, asked)
+        pairs = list(zip(words, wanted, strict=False))
+        if wanted and len(pairs) == len(wanted) and all(w.text in word.forms for word, w in pairs):
+            return True
+    return False
+
+
 def _grams(text: str, n: int) -> Counter[tuple[str, ...]]:
     words = _WORD.findall(text.translate(PLAIN_QUOTES))
     return Counter(zip(*(words[shift:] for shift in range(n)), strict=False))

@@ -42,6 +42,21 @@ class ProbabilityPreference(ProbeMean):
         return None if new is None or old is None else float(new > old)
 
 
+class NegativeLogLikelihood(ProbeMean):
+    """Mean negative log-likelihood of the preferred answer's tokens, teacher-forced, in nats."""
+
+    name = "nll"
+    value_range = "0 upwards"
+    measurements = (LOG_PROB,)
+    higher_is_better = False
+
+    @classmethod
+    def read(cls, probe: ProbeRecord) -> float | None:
+        """The negative mean log-probability after the edit."""
+        value = LOG_PROB.of(probe["after"])
+        return None if value is None else -float(value)
+
+
 class GenerationMean(ProbeMean):
     """Share of probes whose free generation matches an accepted answer."""
 
@@ -76,6 +91,7 @@ class Inflation(ProbeMean):
     """How far teacher forcing flatters: token match minus exact generation."""
 
     name = "inflation"
+    value_range = "-1 to 1"
     exact: ClassVar[type[GenerationMean]] = GenerationExact
     measurements = (TF_TOK, TEXT)
     higher_is_better = False
@@ -117,6 +133,7 @@ ANSWER_SCORES: tuple[type[ProbeMean], ...] = (
     TokenMatch,
     ExactMatch,
     ProbabilityPreference,
+    NegativeLogLikelihood,
     GenerationExact,
     GenerationContains,
     Inflation,

@@ -187,6 +187,8 @@ class ProbeMean(CaseMean):
     name: ClassVar[str]
     #: Kinds of probe that are scored; by default those with a right answer after the edit.
     kinds: ClassVar[tuple[ProbeKind, ...]] = ("rewrite", "rephrase", "portability")
+    #: Values that a probe's score can take, in words.
+    value_range: ClassVar[str] = "0 to 1"
     #: Measurements that the score reads; the reader measures them.
     measurements: ClassVar[tuple[Measurement, ...]]
 

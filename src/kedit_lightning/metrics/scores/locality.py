@@ -59,6 +59,7 @@ class BaseKL(ProbeMean):
     """KL divergence from the base model, mean over positions, in nats."""
 
     name = "kl"
+    value_range = "0 upwards"
     kinds = ("locality",)
     measurements = (KL,)
     higher_is_better = False
