@@ -21,7 +21,7 @@ from kedit_lightning.metrics.scores.answers import (
 )
 from kedit_lightning.metrics.scores.case_mean import CaseMean, Cases, ProbeMean, name_id
 from kedit_lightning.metrics.scores.edit_cost import CostMean
-from kedit_lightning.metrics.scores.generation import (
+from kedit_lightning.metrics.scores.generation_quality import (
     GENERATION_SCORES,
     AllWordings,
     AnswerOverlap,

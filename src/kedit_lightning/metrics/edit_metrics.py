@@ -12,7 +12,7 @@ from kedit_lightning.metrics.keyed_metrics import KeyedMetrics
 from kedit_lightning.metrics.scores.answers import SQUAD_SCORES
 from kedit_lightning.metrics.scores.case_mean import CaseMean, Cases, ProbeMean, ShareLoss
 from kedit_lightning.metrics.scores.edit_cost import CostMean
-from kedit_lightning.metrics.scores.generation import SQUAD_GENERATION
+from kedit_lightning.metrics.scores.generation_quality import SQUAD_GENERATION
 from kedit_lightning.registry import entries
 from kedit_lightning.requests import ProbeKind
 
