@@ -75,6 +75,11 @@ class Repetition(ProbeMean):
         return None if text is None else repetition_rate(text)
 
 
+def _stated(probe: ProbeRecord, rule: AnswerRule) -> float | None:
+    text = TEXT.of(probe["after"])
+    return None if text is None else float(generation_contains(text, probe["answers"], rule))
+
+
 class AnyWording(ProbeMean):
     """Whether a free generation states an accepted answer for at least one wording of a question.
 
@@ -91,8 +96,7 @@ class AnyWording(ProbeMean):
     @classmethod
     def read(cls, probe: ProbeRecord) -> float | None:
         """1 or 0 after the edit."""
-        text, answers = TEXT.of(probe["after"]), probe["answers"]
-        return None if text is None else float(generation_contains(text, answers, cls.rule))
+        return _stated(probe, cls.rule)
 
     @classmethod
     def case_value(cls, probes: Iterable[ProbeRecord]) -> float | None:
@@ -100,13 +104,22 @@ class AnyWording(ProbeMean):
         return max((v for v in map(cls.read, probes) if v is not None), default=None)
 
 
-class AllWordings(AnyWording):
+class AllWordings(ProbeMean):
     """Whether free generations state an accepted answer for every wording of a question.
 
     The strict counterpart of ``gen_any``.
     """
 
     name = "gen_all"
+    kinds = ("portability",)
+    measurements = (TEXT,)
+    is_share = True
+    rule: ClassVar[AnswerRule] = "words"
+
+    @classmethod
+    def read(cls, probe: ProbeRecord) -> float | None:
+        """1 or 0 after the edit."""
+        return _stated(probe, cls.rule)
 
     @classmethod
     def case_value(cls, probes: Iterable[ProbeRecord]) -> float | None:
