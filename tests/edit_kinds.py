@@ -20,6 +20,8 @@ from kedit_lightning.edits import (
     EditOrigin,
     LowRankEdit,
     NeuronsEdit,
+    OverlapEdit,
+    OverlapPlan,
     PromptEdit,
     PromptEntry,
     SideEdit,
@@ -157,6 +159,17 @@ def neurons(base: BaseModel, layer: int = 1, count: int = 5, seed: int = 60) -> 
     return NeuronsEdit(base, {place: Neurons(keys, biases, 3 * values, queries)}, origin_of(base))
 
 
+def overlap(base: BaseModel, prompt: str = PROMPTS[0], seed: int = 70) -> OverlapEdit:
+    """A residual memory that recognises one prompt."""
+    module = base.layout.block(1).down
+    d_in, d_out = projection_shape(base.module(module))
+    plan = OverlapPlan(module, active=d_in // 4, threshold=0.9)
+    key = last_key(base, prompt, module).to(torch.promote_types(base.dtype, torch.float32))
+    centre = torch.zeros_like(key)
+    values = random(d_out, d_in // 4, like=base.dtype, seed=seed)
+    return OverlapEdit(base, plan, plan.masks(key[None], centre), values, centre, origin_of(base))
+
+
 def side(base: BaseModel, prompt: str = PROMPTS[0], seed: int = 60, layer: int = 1) -> SideEdit:
     """A side memory that recognises one prompt."""
     plan = SidePlan(base.layout.block(layer).down, mask_ratio=0.5)
@@ -193,6 +206,7 @@ KINDS: dict[str, Callable[[BaseModel], Edit]] = {
     "adapter": adapter,
     "codebook": codebook,
     "neurons": neurons,
+    "overlap": overlap,
     "side": side,
     "prompt": prompt_edit,
     "bonus": bonus,

@@ -29,6 +29,7 @@ METHODS = [
     ("LoRA", {"lr": 1e-2, "steps": 5}),
     ("MALMEN", {"checkpoint": "none", "edit_lr": 1e-2}),
     ("MEMIT", {**LOCATE, "preserve": 1.0}),
+    ("MEMOIR", {"steps": 8, "contexts": 1, "lr": 2.0}),
     ("MEND", {"checkpoint": "none", "edit_lr": 1e-2}),
     ("MeLLo", {"decompositions": DECOMPOSITIONS}),
     ("PMET", {**LOCATE, "preserve": 1.0}),

@@ -140,6 +140,13 @@ PAPERS: dict[str, tuple[Paper, ...]] = {
     "MEMIT": (
         Paper("Mass-Editing Memory in a Transformer", "Meng et al., ICLR 2023", "2210.07229"),
     ),
+    "MEMOIR": (
+        Paper(
+            "MEMOIR: Lifelong Model Editing with Minimal Overwrite and Informed Retention",
+            "Wang et al., 2025",
+            "2506.07899",
+        ),
+    ),
     "MEND": (Paper("Fast Model Editing at Scale", "Mitchell et al., ICLR 2022", "2110.11309"),),
     "MeLLo": (
         Paper(

@@ -117,6 +117,11 @@ _OWN: dict[tuple[Kind, str], dict[str, tuple[str, str, str]]] = {
         "LoRA": ("finetune.lora", "lora", "low-rank adapter, trained with peft"),
         "MALMEN": ("hypernetwork.malmen", "malmen", "MEND for many facts, by ridge regression"),
         "MEMIT": ("locate.memit", "memit", "many facts over a few layers, closed form"),
+        "MEMOIR": (
+            "memory.memoir",
+            "memoir",
+            "residual memory with masks that depend on the prompt",
+        ),
         "MEND": ("hypernetwork.mend", "mend", "hypernetwork that transforms a gradient; T5 too"),
         "MeLLo": ("in_context.mello", "mello", "a store of facts for multi-hop questions"),
         "PMET": ("locate.memit", "pmet", "MEMIT with values of attention and MLP"),

@@ -8,6 +8,7 @@ from kedit_lightning.edits.kinds.codebook.codebook_edit import CodebookEdit
 from kedit_lightning.edits.kinds.composite import CompositeEdit
 from kedit_lightning.edits.kinds.decoding import DecodingEdit
 from kedit_lightning.edits.kinds.neurons.neurons_edit import NeuronsEdit
+from kedit_lightning.edits.kinds.overlap.overlap_edit import OverlapEdit, OverlapPlan
 from kedit_lightning.edits.kinds.prompt.prompt_edit import PromptEdit, PromptEntry
 from kedit_lightning.edits.kinds.weights import AdapterEdit, DenseEdit, LowRankEdit, memories
 from kedit_lightning.edits.low_rank import LowRankDelta
@@ -34,6 +35,8 @@ __all__ = [
     "LowRankEdit",
     "MemoryEdit",
     "NeuronsEdit",
+    "OverlapEdit",
+    "OverlapPlan",
     "PromptEdit",
     "PromptEntry",
     "ScopeEdit",

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from kedit_lightning.methods.locate.rome import ROME, RROME
     from kedit_lightning.methods.locate.ultraedit import UltraEdit
     from kedit_lightning.methods.memory.grace import GRACE
+    from kedit_lightning.methods.memory.memoir import MEMOIR
     from kedit_lightning.methods.memory.serac.serac import SERAC
     from kedit_lightning.methods.memory.tpatcher.tpatcher import TPatcher
     from kedit_lightning.methods.memory.wise import WISE
@@ -50,6 +51,7 @@ __all__ = [
     "KN",
     "MALMEN",
     "MEMIT",
+    "MEMOIR",
     "MEND",
     "METHODS",
     "PMET",

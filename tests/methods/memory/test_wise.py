@@ -16,7 +16,8 @@ from kedit_lightning.edits.kinds.side.side_edit import shard_changes, side_memor
 from kedit_lightning.errors import DataFileError, EditFileError
 from kedit_lightning.methods import WISE
 from kedit_lightning.methods.memory.shared.background import Background
-from kedit_lightning.methods.memory.wise import margin_loss, step_rows, wise_defaults
+from kedit_lightning.methods.memory.shared.memory_passes import step_rows
+from kedit_lightning.methods.memory.wise import margin_loss, wise_defaults
 
 OTHERS = [text.split(".")[0] for text in TEXT]
 QUICK = {"steps": 6, "contexts": 0, "alpha": 0.5, "beta": 2.0, "gamma": 1.0}

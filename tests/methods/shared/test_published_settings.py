@@ -10,6 +10,7 @@ from kedit_lightning.methods.finetune.shared.adapter_method import AdapterDefaul
 from kedit_lightning.methods.locate.shared.closed_form_settings import LocateSettings
 from kedit_lightning.methods.locate.ultraedit import UltraEditDefaults
 from kedit_lightning.methods.memory.grace import CodebookPlace
+from kedit_lightning.methods.memory.memoir import MEMOIRDefaults
 from kedit_lightning.methods.memory.wise import WISEDefaults
 from kedit_lightning.methods.shared.published_settings import published_tables
 
@@ -20,6 +21,7 @@ KINDS = {
     "GRACE": CodebookPlace,
     **dict.fromkeys(("LoRA", "AdaLoRA", "DPOEdit"), AdapterDefaults),
     "LoRA": AdapterDefaults,
+    "MEMOIR": MEMOIRDefaults,
     "WISE": WISEDefaults,
 }
 ENTRIES = [

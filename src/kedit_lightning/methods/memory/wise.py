@@ -12,7 +12,6 @@ from torch import Tensor
 
 from kedit_lightning.base_models import BaseModel, BaseModelSpec
 from kedit_lightning.base_models.taps import visiting
-from kedit_lightning.chat_turns import put_before
 from kedit_lightning.edits import SideEdit, SidePlan
 from kedit_lightning.edits.edit import check_finite
 from kedit_lightning.edits.kinds.side.merging import Merge
@@ -32,13 +31,13 @@ from kedit_lightning.methods.capabilities import (
 )
 from kedit_lightning.methods.memory.shared.background import Background
 from kedit_lightning.methods.memory.shared.memory_passes import (
+    PromptPasses,
     followed_layer,
-    last_keys,
     last_states,
 )
 from kedit_lightning.methods.method import EditMethod, MethodSettings
 from kedit_lightning.methods.shared.answer_passes import AnswerPasses
-from kedit_lightning.methods.shared.contexts import contexts_of, sample_contexts
+from kedit_lightning.methods.shared.contexts import sample_contexts
 from kedit_lightning.methods.shared.published_settings import published_settings
 from kedit_lightning.requests import EditRequest
 
@@ -232,7 +231,7 @@ class WISE(EditMethod):
     ) -> tuple[Tensor, Tensor, list[float]]:
         """The shard's change after training, keys of the bare prompts ``[n, d_in]``, and losses."""
         base, plan, settings, resolved = self.base, self.plan, self.settings, self.resolved
-        passes, relevant = self._passes(requests)
+        passes = PromptPasses(base, requests, self._contexts, plan.module)
         irrelevant = self._irrelevant_keys(requests)
         change = shard.start.clone().requires_grad_()
         mask = plan.mask((change.shape[0], change.shape[1]), shard.number).to(change)
@@ -242,11 +241,11 @@ class WISE(EditMethod):
             return from_prompt_end(y, side_output(x, y, change), part.rows.prompt_end)
 
         for step in range(resolved.steps):
-            part = passes.select(step_rows(*relevant.shape[:2], step))
+            part, _ = passes.step(step)
             with visiting(base.model, {plan.module: partial(side, part)}):
                 nll = part.losses().mean()
             routing = margin_loss(
-                routing_activations(relevant, change),
+                routing_activations(passes.keys, change),
                 routing_activations(irrelevant, change),
                 resolved.alpha,
                 resolved.beta,
@@ -260,18 +259,7 @@ class WISE(EditMethod):
             with torch.no_grad():
                 change -= resolved.lr * gradient * mask
                 change.clamp_(-settings.norm_constraint, settings.norm_constraint)
-        return change.detach(), relevant[:, 0], losses
-
-    def _passes(self, requests: Sequence[EditRequest]) -> tuple[AnswerPasses, Tensor]:
-        """Rows of each request, the bare one first, one after another; keys ``[n, rows, d_in]``."""
-        rows = [
-            self.base.encode(put_before(context, request.prompt), request.target_new)
-            for request in requests
-            for context in contexts_of(self.base, request, self._contexts)
-        ]
-        passes = AnswerPasses(self.base, rows, [self.plan.module], "prompt_end")
-        keys = last_keys(passes, self.plan.module)
-        return passes, keys.reshape(len(requests), -1, keys.shape[-1])
+        return change.detach(), passes.keys[:, 0], losses
 
     def _irrelevant_keys(self, requests: Sequence[EditRequest]) -> Tensor:
         """Keys of prompts that have nothing to do with each request, ``[n, prompts, d_in]``."""
@@ -279,20 +267,6 @@ class WISE(EditMethod):
         every = [prompt for own in prompts for prompt in own]
         keys = last_states(self.base, self.plan.module, every).inputs
         return keys.reshape(len(prompts), -1, keys.shape[-1])
-
-
-def step_rows(requests: int, rows: int, step: int) -> Tensor:
-    """Rows of a step: each request's first, and one of its others, another in each step.
-
-    Args:
-        requests: Number of requests.
-        rows: Rows of each; they stand one after another.
-        step: Number of the step.
-    """
-    first = torch.arange(requests) * rows
-    if rows == 1:
-        return first
-    return torch.cat([first, first + 1 + (torch.arange(requests) + step) % (rows - 1)])
 
 
 def routing_activations(keys: Tensor, change: Tensor) -> Tensor:

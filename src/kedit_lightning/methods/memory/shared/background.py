@@ -50,6 +50,13 @@ def subject_in(continuation: str, suffix: str) -> str:
     return " ".join(found.split()[:4])
 
 
+def openings(count: int, seed: int | str) -> list[str]:
+    """First words of random paragraphs of the packaged text."""
+    chance = random.Random(seed)
+    texts = chance.choices(few_sample_texts(), k=count)
+    return [" ".join(text.split()[: chance.randint(*_WORDS)]) for text in texts]
+
+
 class Background:
     """Irrelevant prompts of requests.
 
@@ -66,7 +73,6 @@ class Background:
     def __init__(self, base: BaseModel, seed: int, path: str | None = None) -> None:
         self._base, self._seed = base, seed
         self._given = None if path is None else read_prompts(path)
-        self._texts = few_sample_texts()
         self._named: dict[tuple[str, str], list[str]] = {}
 
     def of(self, requests: Sequence[EditRequest], count: int) -> list[list[str]]:
@@ -79,12 +85,8 @@ class Background:
             kept = [prompt for prompt in chosen if prompt not in asked]
             wanted = count if self._given else count // 2
             kept = chance.sample(kept, min(wanted, len(kept)))
-            found.append(kept + self._openings(count - len(kept), chance))
+            found.append(kept + openings(count - len(kept), chance.randrange(2**32)))
         return found
-
-    def _openings(self, count: int, chance: random.Random) -> list[str]:
-        texts = chance.choices(self._texts, k=count)
-        return [" ".join(text.split()[: chance.randint(*_WORDS)]) for text in texts]
 
     def _others(self, request: EditRequest) -> list[str]:
         """The prompt about other subjects; none where the model cannot name any."""

@@ -11,9 +11,12 @@ from torch import Tensor
 from kedit_lightning.base_models import BaseModel
 from kedit_lightning.base_models.layer_choice import nearest_layers
 from kedit_lightning.base_models.taps import capture, stop_after
+from kedit_lightning.chat_turns import put_before
 from kedit_lightning.data.dataloader import chunks
 from kedit_lightning.edits.projections import compute_dtype
 from kedit_lightning.methods.shared.answer_passes import AnswerPasses
+from kedit_lightning.methods.shared.contexts import contexts_of
+from kedit_lightning.requests import EditRequest
 
 #: Prompts of a forward pass.
 _ROWS = 32
@@ -51,6 +54,57 @@ def last_keys(passes: AnswerPasses, module: str) -> Tensor:
     ends = rows.prompt_end.to(states.device)
     at = torch.arange(len(rows), device=states.device)
     return states[at, ends].to(compute_dtype(base.dtype))
+
+
+class PromptPasses:
+    """Repeated passes of requests, by themselves and behind contexts, while one layer changes.
+
+    Args:
+        base: The base model, as its stack stands.
+        requests: The requests.
+        contexts: Texts that stand before each prompt.
+        module: The layer; it changes from the last prompt token on.
+    """
+
+    def __init__(
+        self,
+        base: BaseModel,
+        requests: Sequence[EditRequest],
+        contexts: Sequence[str],
+        module: str,
+    ) -> None:
+        rows = [
+            base.encode(put_before(context, request.prompt), request.target_new)
+            for request in requests
+            for context in contexts_of(base, request, contexts)
+        ]
+        self._passes = AnswerPasses(base, rows, [module], "prompt_end")
+        keys = last_keys(self._passes, module)
+        #: Inputs of the layer at the last prompt tokens, bare prompts first, ``[n, rows, d_in]``.
+        self.keys = keys.reshape(len(requests), -1, keys.shape[-1])
+
+    def step(self, number: int) -> tuple[AnswerPasses, Tensor]:
+        """Passes of each request's bare row and one of its others, another in each step.
+
+        Also gives the request of each row.
+        """
+        requests, rows = self.keys.shape[:2]
+        index = step_rows(requests, rows, number).to(self.keys.device)
+        return self._passes.select(index), index // rows
+
+
+def step_rows(requests: int, rows: int, step: int) -> Tensor:
+    """Rows of a step: each request's first, and one of its others, another in each step.
+
+    Args:
+        requests: Number of requests.
+        rows: Rows of each; they stand one after another.
+        step: Number of the step.
+    """
+    first = torch.arange(requests) * rows
+    if rows == 1:
+        return first
+    return torch.cat([first, first + 1 + (torch.arange(requests) + step) % (rows - 1)])
 
 
 def followed_layer(base: BaseModel, depth: float) -> int:

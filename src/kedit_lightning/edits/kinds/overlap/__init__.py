@@ -1,0 +1,1 @@
+"""Residual memories whose columns are chosen by overlapping masks (MEMOIR)."""
