@@ -16,6 +16,8 @@ from kedit_lightning.edits import (
     CodebookEdit,
     CompositeEdit,
     DecodingEdit,
+    Deferral,
+    DeferralEdit,
     DenseEdit,
     EditOrigin,
     LowRankEdit,
@@ -159,6 +161,17 @@ def neurons(base: BaseModel, layer: int = 1, count: int = 5, seed: int = 60) -> 
     return NeuronsEdit(base, {place: Neurons(keys, biases, 3 * values, queries)}, origin_of(base))
 
 
+def deferral(base: BaseModel, prompt: str = PROMPTS[0], seed: int = 80) -> DeferralEdit:
+    """A gate that opens for one prompt alone."""
+    module = base.layout.block(1).down
+    d_in, d_out = projection_shape(base.module(module))
+    key = last_key(base, prompt, module).to(torch.promote_types(base.dtype, torch.float32))
+    change = random(d_out, d_in, like=base.dtype, seed=seed)
+    bias = random(d_out, like=base.dtype, seed=seed + 1)
+    share = Deferral(10 * key / key.norm() ** 2, key.new_tensor([-9.5]), change, bias)
+    return DeferralEdit(base, module, share, origin_of(base))
+
+
 def overlap(base: BaseModel, prompt: str = PROMPTS[0], seed: int = 70) -> OverlapEdit:
     """A residual memory that recognises one prompt."""
     module = base.layout.block(1).down
@@ -206,6 +219,7 @@ KINDS: dict[str, Callable[[BaseModel], Edit]] = {
     "adapter": adapter,
     "codebook": codebook,
     "neurons": neurons,
+    "deferral": deferral,
     "overlap": overlap,
     "side": side,
     "prompt": prompt_edit,

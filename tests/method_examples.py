@@ -18,6 +18,7 @@ METHODS = [
     ("AdaLoRA", {"lr": 1e-2, "steps": 5}),
     ("AlphaEdit", LOCATE),
     ("DPOEdit", {"lr": 1e-2, "steps": 5}),
+    ("DEFER", {"steps": 10, "lr": 0.1}),
     ("EMMET", LOCATE),
     ("FTM", {"lr": 1e-2, "steps": 3}),
     ("GRACE", {"radius": 1e-2, "steps": 3}),

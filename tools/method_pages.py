@@ -71,6 +71,13 @@ PAPERS: dict[str, tuple[Paper, ...]] = {
             "2305.18290",
         ),
     ),
+    "DEFER": (
+        Paper(
+            "Aging with GRACE: Lifelong Model Editing with Discrete Key-Value Adaptors (DEFER)",
+            "Hartvigsen et al., NeurIPS 2023",
+            "2211.11031",
+        ),
+    ),
     "EMMET": (
         Paper("A Unified Framework for Model Editing", "Gupta et al., EMNLP 2024", "2403.14236"),
     ),

@@ -25,6 +25,7 @@ REMARKS = {
     **{(name, "batch"): " by retrieval" for name in ("ICE", "IKE", "MeLLo", "PROMPT")},
     ("AlphaEdit", "sequential"): " keeps earlier facts",
     ("UltraEdit", "sequential"): " lifelong statistics",
+    ("DEFER", "sequential"): " forgets, as published",
     ("MALMEN", "export"): " while thin",
     ("RLEdit", "export"): " while thin",
 }

@@ -106,6 +106,7 @@ _OWN: dict[tuple[Kind, str], dict[str, tuple[str, str, str]]] = {
             "dpoedit",
             "adapter that prefers the new answer to the old",
         ),
+        "DEFER": ("memory.defer", "defer", "a gate that defers to a trained copy of a layer"),
         "EMMET": ("locate.memit", "emmet", "MEMIT with equality, at one layer"),
         "FTM": ("finetune.ftm", "ftm", "fine-tuning one layer (FT-M, FT-L)"),
         "GRACE": ("memory.grace", "grace", "codebook memory of keys and values"),

@@ -42,9 +42,9 @@ def compute(name: str, family: str, dtype: torch.dtype) -> Edit:
 
 def makers(seed: int) -> list[str]:
     """Who makes the edits of a sequence; a few sequences in a row have all of ``MAKERS``."""
-    shares = len(MAKERS) // EDITS
+    shares = -(-len(MAKERS) // EDITS)
     order = random.Random(seed // shares).sample(MAKERS, len(MAKERS))
-    return order[seed % shares :: shares][:EDITS]
+    return [*order[seed % shares :: shares], *order][:EDITS]
 
 
 class Walk:

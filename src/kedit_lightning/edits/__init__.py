@@ -7,6 +7,7 @@ from kedit_lightning.edits.edit import LATE_KINDS, Edit, MemoryEdit
 from kedit_lightning.edits.kinds.codebook.codebook_edit import CodebookEdit
 from kedit_lightning.edits.kinds.composite import CompositeEdit
 from kedit_lightning.edits.kinds.decoding import DecodingEdit
+from kedit_lightning.edits.kinds.deferral.deferral_edit import Deferral, DeferralEdit
 from kedit_lightning.edits.kinds.neurons.neurons_edit import NeuronsEdit
 from kedit_lightning.edits.kinds.overlap.overlap_edit import OverlapEdit, OverlapPlan
 from kedit_lightning.edits.kinds.prompt.prompt_edit import PromptEdit, PromptEntry
@@ -27,6 +28,8 @@ __all__ = [
     "CodebookEdit",
     "CompositeEdit",
     "DecodingEdit",
+    "Deferral",
+    "DeferralEdit",
     "DenseEdit",
     "Edit",
     "EditOrigin",

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from kedit_lightning.methods.locate.memit import EMMET, MEMIT, PMET
     from kedit_lightning.methods.locate.rome import ROME, RROME
     from kedit_lightning.methods.locate.ultraedit import UltraEdit
+    from kedit_lightning.methods.memory.defer import DEFER
     from kedit_lightning.methods.memory.grace import GRACE
     from kedit_lightning.methods.memory.memoir import MEMOIR
     from kedit_lightning.methods.memory.serac.serac import SERAC
@@ -42,6 +43,7 @@ __getattr__ = lazy_exports(
 METHODS = tuple(entries("method"))
 
 __all__ = [
+    "DEFER",
     "EMMET",
     "FTM",
     "GRACE",

@@ -352,6 +352,44 @@ def test_any_edit_may_go_first():
     assert torch.equal(without[1:], together[1:])
 
 
+@pytest.mark.parametrize("gone", range(len(REQUESTS)))
+@pytest.mark.parametrize("radius", [1e-3, 50.0])
+def test_the_others_answer_as_before_whichever_edit_goes(radius, gone):
+    base = tiny_base("llama")
+    rows = base.rows([r.prompt for r in REQUESTS], [r.target_new for r in REQUESTS])
+    with base.edits.restored():
+        grace = GRACE(base_model=base, radius=radius, steps=3)
+        edits = [grace.edit([request]).apply() for request in REQUESTS]
+        rules = {edit.origin.notes["rule"] for edit in edits}
+        assert ("split" in rules) == (radius == 50)
+        together = base.answer_logits(rows)
+        edits[gone].rollback()
+        without = base.answer_logits(rows)
+    kept = [number for number in range(len(REQUESTS)) if number != gone]
+    assert torch.equal(without[kept], together[kept])
+    assert not torch.equal(without[gone], together[gone])
+
+
+@pytest.mark.parametrize("gone", [0, 1, 2])
+def test_entries_that_merged_answer_as_before_whichever_of_them_goes(gone):
+    base = tiny_base("gpt2")
+    requests = [EditRequest(request.prompt, "Rome") for request in REQUESTS[:3]]
+    rows = base.rows([r.prompt for r in requests], [r.target_new for r in requests])
+    with base.edits.restored():
+        grace = GRACE(base_model=base, radius=1e3, steps=30)
+        edits = [grace.edit([request]).apply() for request in requests]
+        assert [edit.origin.notes["rule"] for edit in edits] == ["new", "expand", "expand"]
+        together = base.answer_logits(rows)
+        edits[gone].rollback()
+        without = base.answer_logits(rows)
+        newest = 2 if gone < 2 else 1
+        (book,) = [codebook(base, edits[newest])]
+        assert len(book.labels) == 1
+        assert torch.equal(book.values[0], edits[newest].entries[0].value)
+    if gone < 2:  # the newest value answers for all of them, as before
+        torch.testing.assert_close(without, together, rtol=0, atol=1e-12)
+
+
 def test_a_loaded_codebook_routes_as_the_saved_one(tmp_path):
     base = tiny_base("llama")
     edit = GRACE(base_model=base, radius=50.0, steps=3).edit(REQUESTS)

@@ -9,6 +9,7 @@ from kedit_lightning.methods.finetune.ftm import FinetuneDefaults
 from kedit_lightning.methods.finetune.shared.adapter_method import AdapterDefaults
 from kedit_lightning.methods.locate.shared.closed_form_settings import LocateSettings
 from kedit_lightning.methods.locate.ultraedit import UltraEditDefaults
+from kedit_lightning.methods.memory.defer import DEFERDefaults
 from kedit_lightning.methods.memory.grace import CodebookPlace
 from kedit_lightning.methods.memory.memoir import MEMOIRDefaults
 from kedit_lightning.methods.memory.wise import WISEDefaults
@@ -18,6 +19,7 @@ KINDS = {
     **dict.fromkeys(("ROME", "MEMIT", "AlphaEdit", "PMET", "EMMET"), LocateSettings),
     "UltraEdit": UltraEditDefaults,
     "FTM": FinetuneDefaults,
+    "DEFER": DEFERDefaults,
     "GRACE": CodebookPlace,
     **dict.fromkeys(("LoRA", "AdaLoRA", "DPOEdit"), AdapterDefaults),
     "LoRA": AdapterDefaults,

@@ -1,0 +1,1 @@
+"""Layers that defer to a trained copy where a gate says so (DEFER)."""
