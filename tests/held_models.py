@@ -10,6 +10,8 @@ import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from peft import LoraConfig, get_peft_model
 from support import tiny_model
+from torch import distributed, nn
+from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, QuantoConfig, TorchAoConfig
 
 CPU = torch.device("cpu")
@@ -69,6 +71,16 @@ def _with_adapter(model: Any) -> Any:
     return get_peft_model(model, config)
 
 
+def _sharded(model: Any, folder: Path) -> Any:
+    """The model as FSDP holds it, in a group of this process alone."""
+    if not distributed.is_initialized():
+        store = f"file://{folder / 'store'}"
+        distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    for block in model.model.layers:
+        fully_shard(block)
+    return fully_shard(model)
+
+
 def _int8() -> TorchAoConfig:
     from torchao.quantization import Int8WeightOnlyConfig
 
@@ -88,10 +100,20 @@ HELD: dict[str, Callable[[Path], Any]] = {
     "torchao": lambda folder: _loaded(folder, quantization_config=_int8()),
     "quanto": lambda folder: _loaded(folder, quantization_config=QuantoConfig(weights="int8")),
     "peft": lambda folder: _with_adapter(_loaded(folder)),
+    "sharded": lambda folder: _sharded(_loaded(folder), folder),
     "tied": lambda folder: tiny_model("llama", torch.float32, tie_word_embeddings=True),
 }
 
 
+def _untied() -> Any:
+    """The tied model, with a head of its own that has the same values."""
+    model = HELD["tied"](Path())
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    return model
+
+
 def hold(how: str, folder: Path) -> Any:
-    """A tiny model, held in a way."""
+    """A tiny model, held in a way, plain, or untied."""
+    if how == "untied":
+        return _untied()
     return _loaded(folder) if how == "plain" else HELD[how](folder)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from types import CodeType
 from typing import Any
 
@@ -35,6 +37,18 @@ def forget_compiled_code(model: nn.Module) -> None:
     dynamo.config.skip_nnmodule_hook_guards = False
     if any(map(dynamo.eval_frame._debug_get_cache_entry_list, _codes(model))):
         torch.compiler.reset()
+
+
+@contextmanager
+def eager_gradients() -> Iterator[None]:
+    """Inside, gradients are computed, and nothing is compiled.
+
+    Methods attach hooks, take them off and attach others; each time torch would compile anew.
+    """
+    compiling = "torch._dynamo" in sys.modules
+    stance: Any = torch.compiler.set_stance("force_eager") if compiling else nullcontext()
+    with stance, torch.inference_mode(False), torch.enable_grad():
+        yield
 
 
 def _codes(model: nn.Module) -> set[CodeType]:

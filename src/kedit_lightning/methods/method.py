@@ -19,6 +19,7 @@ from kedit_lightning.benchmark.run_context import PromptBatch, ignore
 from kedit_lightning.contradictions import OnConflict, settle
 from kedit_lightning.data.datamodule import EditDataModule, Split
 from kedit_lightning.edits import CompositeEdit, Edit, EditOrigin
+from kedit_lightning.edits.compilation import eager_gradients
 from kedit_lightning.errors import InvalidRequestError, NothingToFitError, UnsupportedUseError
 from kedit_lightning.methods.capabilities import (
     Capabilities,
@@ -171,8 +172,7 @@ class EditMethod(pl.LightningModule):
         self.configure_model()
         with (
             self.base.edits.lock,
-            torch.inference_mode(False),
-            torch.enable_grad(),
+            eager_gradients(),
             torch.autocast(self.base.device.type, enabled=False),
         ):
             yield
