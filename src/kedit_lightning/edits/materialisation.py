@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from kedit_lightning.edits.projections import compute_dtype, find_module
+from kedit_lightning.edits.projections import compute_dtype, find_module, is_transposed
 from kedit_lightning.edits.weight_storage import (
     dense_copy,
     loaded,
@@ -120,6 +120,9 @@ def materialise(
     for name, delta in totals.items():
         owner, _, own = name.rpartition(".")
         module = find_module(clone, owner)
+        turned = is_transposed(module) and not is_transposed(find_module(base.model, owner))
+        if turned and own == "weight":  # what was quantised was stored as Linear stores it
+            delta = delta.T
         with loaded(module):
             changed = with_delta(module.get_parameter(own), delta)
         write_weight(module, own, changed)

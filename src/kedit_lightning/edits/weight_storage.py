@@ -222,7 +222,7 @@ def dense_copy(module: nn.Module, dtype: torch.dtype) -> nn.Module:
         plain = nn.Linear(d_in, d_out, bias=bias is not None, device="meta")
         plain.weight = nn.Parameter(matrix, requires_grad=False)
     if bias is not None:
-        plain.bias = nn.Parameter(bias.detach().to(dtype), requires_grad=False)
+        plain.bias = nn.Parameter(bias.detach().to(dtype, copy=True), requires_grad=False)
     return plain.train(module.training)
 
 
