@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from mixtures import FORMS, ROUTED, first_routed_layer, mixture, tiny_mixture
+from mixtures import FORMS, ROUTED, SHARED, first_routed_layer, mixture, tiny_mixture
 from support import REQUESTS
 from torch import Tensor
 
@@ -12,7 +12,7 @@ from kedit_lightning import BaseModel, Edit
 from kedit_lightning.base_models.taps import capture
 from kedit_lightning.edits import LowRankEdit
 from kedit_lightning.errors import UnsupportedUseError
-from kedit_lightning.methods import MEMIT, ROME, AlphaEdit
+from kedit_lightning.methods import FTM, MEMIT, ROME, AlphaEdit
 from kedit_lightning.methods.locate.shared import least_squares
 from kedit_lightning.methods.locate.shared.subject_states import subject_states
 from kedit_lightning.methods.shared.losses import answer_nll
@@ -93,6 +93,20 @@ def test_memit_solves_the_system_of_gated_keys_in_a_row(kind: str) -> None:
     system = 0.5 * torch.eye(keys.shape[1], dtype=torch.float64) + keys.T @ keys
     wanted = torch.linalg.solve(system, keys.T @ residuals).T
     torch.testing.assert_close(joint(edit, base, layer), wanted, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", SHARED)
+def test_shared_experts_are_edited_where_there_are_some(kind: str) -> None:
+    base = tiny_mixture(kind)
+    before, target = logits(base, 1)
+    rome, ftm = ROME(base, layer=1, **QUICK), FTM(base, layers=[1], steps=8, lr=2e-2)
+    for method in (rome, ftm):
+        edit = method.edit(REQUESTS[:1])
+        with edit:
+            assert float(logits(base, 1)[1]) > float(target)
+        assert torch.equal(logits(base, 1)[0], before)
+    assert "shared" in rome.edited[0]
 
 
 def test_blocks_on_the_diagonal_are_solved_apart() -> None:

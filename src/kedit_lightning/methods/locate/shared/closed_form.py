@@ -54,6 +54,8 @@ class ClosedForm(EditMethod):
 
     Settings left at ``None`` follow the base model: published ones where it is known, else rules.
     ``fit`` collects the second moments of keys; they live in the cache, not in checkpoints.
+    In a block with routed experts alone, all that the router picks for the subject are solved for
+    together, by their keys times its weights; each expert has second moments of its own.
 
     Args:
         base_model: The model to edit: an object, a specification, or a name.
