@@ -67,6 +67,7 @@ def _with_static_cache(model: Any) -> Any:
 
 def _with_adapter(model: Any) -> Any:
     """The model with a LoRA adapter on the projections that methods edit."""
+    torch.manual_seed(0)
     config = LoraConfig(r=2, target_modules=["down_proj"], init_lora_weights=False)
     return get_peft_model(model, config)
 
@@ -112,8 +113,18 @@ def _untied() -> Any:
     return model
 
 
+#: Plain models that do the same as some of those; the others do as the plain one does.
+TWINS: dict[str, Callable[[Path], Any]] = {
+    "peft": lambda folder: _with_adapter(_loaded(folder)).merge_and_unload(),
+    "tied": lambda folder: _untied(),
+}
+
+
 def hold(how: str, folder: Path) -> Any:
-    """A tiny model, held in a way, plain, or untied."""
-    if how == "untied":
-        return _untied()
-    return _loaded(folder) if how == "plain" else HELD[how](folder)
+    """A tiny model, held in a way."""
+    return HELD[how](folder)
+
+
+def twin(how: str, folder: Path) -> Any:
+    """The plain model that one held in a way should act like."""
+    return TWINS.get(how, _loaded)(folder)

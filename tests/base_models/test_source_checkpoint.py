@@ -110,3 +110,21 @@ def test_a_copy_of_nano_has_its_statistics(tmp_path):
     base = BaseModel.load(tmp_path / "nano", dtype="bfloat16")
     found = find_statistics(base, base.layout.block(2).down)
     assert found is not None and not found.is_few_sample  # noqa: PT018
+
+
+@pytest.mark.parametrize("quantization", ["8bit", "4bit"])
+def test_quantised_weights_are_those_of_their_checkpoint(quantization, folder):
+    nano = BaseModel.load("nano", quantization=quantization)
+    assert nano.weights_fingerprint == packaged_fingerprint("nano")
+    found = find_statistics(nano, nano.layout.block_name(2) + ".mlp.down_proj")
+    assert found is not None and not found.is_few_sample  # noqa: PT018
+    other = tiny_model("llama", torch.float32)
+    with torch.no_grad():
+        for layer in other.model.layers:
+            layer.mlp.down_proj.weight.normal_()
+    changed = folder.parent / f"changed-{quantization}"
+    other.save_pretrained(changed)
+    tiny_tokenizer(True).save_pretrained(changed)
+    base = BaseModel.load(changed, quantization=quantization)
+    base.model.config._name_or_path = str(folder)
+    assert base.weights_fingerprint == base.fingerprint

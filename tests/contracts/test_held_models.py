@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from held_models import HELD, hold
+from held_models import HELD, TWINS, hold, twin
 from method_examples import LOCATE, POOL, make
 from support import REQUESTS, tiny_model, tiny_tokenizer
 from torch import distributed
@@ -88,11 +88,11 @@ def lift(base: BaseModel, name: str, folder) -> float:
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize(("how", "name"), CELLS)
 def test_an_edit_lifts_its_target_as_on_the_plain_model(how, name, tmp_path):
-    plain = hold("untied" if how == "tied" else "plain", tmp_path)
-    wanted = lift(BaseModel(plain, tiny_tokenizer(True), name="plain"), name, tmp_path)
+    plain = BaseModel(twin(how, tmp_path), tiny_tokenizer(True), name="plain")
+    wanted = lift(plain, name, tmp_path)
     base = BaseModel(hold(how, tmp_path), tiny_tokenizer(True), name=how)
     found = lift(base, name, tmp_path)
-    if how == "tied":  # another model than the others
+    if how in TWINS:
         assert found == pytest.approx(wanted, abs=1e-3)
     elif name == "IKE":  # a tiny random model learns nothing from its context
         assert abs(found - wanted) < 1.0

@@ -85,7 +85,7 @@ def _parts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
     if hasattr(tensor, "full_tensor") or not is_traceable_wrapper_subclass(tensor):
         yield name, tensor
         return
-    inner, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+    inner, _ = tensor.__tensor_flatten__()
     for part in sorted(inner):
         yield from _parts(f"{name}.{part}", getattr(tensor, part))
 
@@ -106,7 +106,7 @@ def write_weight(module: nn.Module, name: str, value: Tensor) -> None:
 
 def quantisation(module: nn.Module) -> str | None:
     """How a projection's weight is quantised, such as ``"bitsandbytes, 4 bit"``, if it is."""
-    weight = getattr(module, "weight", None)
+    weight: Any = getattr(module, "weight", None)
     inner = weight.data if isinstance(weight, nn.Parameter) else weight
     for held in (inner, weight, module):
         kind = type(held)
@@ -119,12 +119,9 @@ def quantisation(module: nn.Module) -> str | None:
         return "compressed-tensors"
     if hasattr(module, "qweight"):
         return "packed integers"
-    return str(weight.dtype).removeprefix("torch.") if _is_small(weight) else None
-
-
-def _is_small(weight: object) -> bool:
-    """Whether a weight has a number type that needs a scale beside it."""
-    return isinstance(weight, Tensor) and weight.dtype.itemsize == 1
+    # A number type of one byte needs a scale beside it.
+    small = isinstance(weight, Tensor) and weight.dtype.itemsize == 1
+    return str(weight.dtype).removeprefix("torch.") if small else None
 
 
 def quantisation_of(model: nn.Module) -> str | None:
@@ -184,18 +181,20 @@ def _dequantised(module: Any, kind: str) -> Tensor:
     """A quantised weight as its library reads it."""
     for name in ("dequantize_weight", "dequantize"):  # of GPTQ, of HQQ
         if hasattr(module, name):
-            matrix: Tensor = getattr(module, name)()
-            return matrix
+            return getattr(module, name)()  # type: ignore[no-any-return]
     if kind not in _BITS.values():
         return module.weight.dequantize()  # type: ignore[no-any-return]
     import bitsandbytes.functional as bits
 
     weight = module.weight
+    matrix: Tensor
     if weight.dtype == torch.int8:
         # They move to the state in the first pass.
         scales = module.state.SCB if weight.SCB is None else weight.SCB
-        return bits.int8_vectorwise_dequant(weight.data, scales)  # type: ignore[no-any-return]
-    return bits.dequantize_4bit(weight.data, weight.quant_state)  # type: ignore[no-any-return]
+        matrix = bits.int8_vectorwise_dequant(weight.data, scales)
+    else:
+        matrix = bits.dequantize_4bit(weight.data, weight.quant_state)
+    return matrix
 
 
 def _unreadable(module: nn.Module, kind: str, reason: str) -> UnsupportedUseError:
@@ -223,7 +222,9 @@ def dense_copy(module: nn.Module, dtype: torch.dtype) -> nn.Module:
         plain.weight = nn.Parameter(matrix, requires_grad=False)
     if bias is not None:
         plain.bias = nn.Parameter(bias.detach().to(dtype, copy=True), requires_grad=False)
-    return plain.train(module.training)
+    plain.train(module.training)
+    copied: nn.Module = plain
+    return copied
 
 
 def settle_weights(model: nn.Module) -> None:
