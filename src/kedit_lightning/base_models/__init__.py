@@ -1,7 +1,8 @@
 """Base models: loading, module location, rows of tokens, and taps on hidden states."""
 
 from kedit_lightning.base_models.base_model import BaseModel
-from kedit_lightning.base_models.layout import Block, Layout
+from kedit_lightning.base_models.blocks import Block
+from kedit_lightning.base_models.layout import Layout
 from kedit_lightning.base_models.rows import EncodedRow, PaddingSide, TokenRows
 from kedit_lightning.base_models.spec import BaseModelSpec
 from kedit_lightning.base_models.write_path import WritePath

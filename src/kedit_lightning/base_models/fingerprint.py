@@ -180,7 +180,7 @@ def _counts(state: Mapping[str, Tensor]) -> tuple[object, ...]:
 def _address(tensor: Tensor) -> tuple[int, ...]:
     local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     if is_traceable_wrapper_subclass(local):
-        inner, _ = local.__tensor_flatten__()  # type: ignore[attr-defined]
+        inner, _ = local.__tensor_flatten__()
         return tuple(getattr(local, name).data_ptr() for name in inner)
     return (local.data_ptr(),)
 

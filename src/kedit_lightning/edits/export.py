@@ -78,7 +78,8 @@ def save_adapter(base: EditableModel, edits: Iterable[Edit], folder: str | Path)
     fused = fused_changes(base.model, totals)
     experts = {change.projection.name_of(e) for change in fused.values() for e in change.deltas}
     totals = {name: total for name, total in totals.items() if name not in experts}
-    rank = max(change.rank for change in (*totals.values(), *fused.values()))
+    ranks = [total.rank for total in totals.values()]
+    rank = max([*ranks, *(change.rank for change in fused.values())])
     tensors: dict[str, Tensor] = {}
     for name, change in fused.items():
         a, b = change.factors(rank)

@@ -84,13 +84,13 @@ def _module_hooks(
         hook = ModuleHook(module, on_all.get(name, []), carried, rows if carried else 0)
         hooks.append((name, hook))
     for owner, projections in experts.items():
-        shared, *some = [
+        all_rows, *some = [
             expert_deltas([(p, on[n]) for n, p in projections.items() if n in on])
             for on in (on_all, *(modules for _, modules in on_some))
         ]
         apart_of = [(at, deltas) for (at, _), deltas in zip(on_some, some, strict=True) if deltas]
         held = next(iter(projections.values())).experts
-        hooks.append((owner, ExpertsHook(held, shared, apart_of, rows if apart_of else 0)))
+        hooks.append((owner, ExpertsHook(held, all_rows, apart_of, rows if apart_of else 0)))
     return hooks
 
 

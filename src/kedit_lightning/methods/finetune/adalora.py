@@ -110,7 +110,7 @@ class AdaLoRA(AdapterMethod):
         return AdaLoraConfig(
             init_r=settings.initial_rank,
             target_r=settings.rank,
-            lora_alpha=settings.alpha,
+            lora_alpha=settings.alpha,  # type: ignore[arg-type]  # peft takes fractions too
             lora_dropout=settings.dropout,
             tinit=int(WARM_UP * optimizer_steps),
             tfinal=int(SETTLED * optimizer_steps),
@@ -146,4 +146,6 @@ def orthogonality(rows: Tensor) -> Tensor:
         rows: The matrix ``M``. Shape ``[rank, width]``.
     """
     gram = rows @ rows.T
-    return torch.linalg.matrix_norm(gram - torch.eye(len(gram), dtype=gram.dtype).to(gram.device))
+    one = torch.eye(len(gram), dtype=gram.dtype).to(gram.device)
+    distance: Tensor = torch.linalg.matrix_norm(gram - one)
+    return distance

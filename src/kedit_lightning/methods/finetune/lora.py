@@ -85,7 +85,11 @@ class LoRA(AdapterMethod):
     def config(self, optimizer_steps: int) -> LoraConfig:
         """Rank, scale and dropout."""
         settings = self.settings
-        return LoraConfig(r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout)
+        return LoraConfig(
+            r=settings.rank,
+            lora_alpha=settings.alpha,  # type: ignore[arg-type]  # peft takes fractions too
+            lora_dropout=settings.dropout,
+        )
 
 
 class QLoRA(LoRA):

@@ -70,11 +70,14 @@ class AdapterMethod(EditMethod):
     usual_steps: ClassVar[int] = 60
     #: Learning rate where nothing is published.
     usual_lr: ClassVar[float] = 5e-3
-    #: Training ends after an epoch with a lower mean loss.
-    stop_loss: float = 0.0
     #: Kind of the adapter in peft.
     tuner: ClassVar[type[LoraModel]] = LoraModel
     settings: AdapterSettings
+
+    @property
+    def stop_loss(self) -> float:
+        """Training ends after an epoch with a lower mean loss."""
+        return 0.0
 
     def build(self) -> None:
         """Find the projections that get an adapter, and take the settings left to the model.

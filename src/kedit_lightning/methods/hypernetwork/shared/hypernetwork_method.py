@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from kedit_lightning.base_models import BaseModel, BaseModelSpec
-from kedit_lightning.base_models.layout import Block
+from kedit_lightning.base_models.blocks import Block
 from kedit_lightning.edits import Edit
 from kedit_lightning.edits.projections import check_editable, compute_dtype, projection_shape
 from kedit_lightning.methods.capabilities import Count, CountOrZero

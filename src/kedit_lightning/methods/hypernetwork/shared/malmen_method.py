@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from kedit_lightning.base_models import BaseModel, BaseModelSpec
-from kedit_lightning.base_models.layout import Block
+from kedit_lightning.base_models.blocks import Block
 from kedit_lightning.edits import Edit
 from kedit_lightning.methods.hypernetwork.shared.parameter_shift import compute_shift_edit
 from kedit_lightning.methods.hypernetwork.shared.value_networks import (
