@@ -9,6 +9,7 @@ from kedit_lightning.data import EditDataModule
 from kedit_lightning.edits import Edit
 from kedit_lightning.methods.method import as_edit_method
 from kedit_lightning.metrics import ExampleRecord
+from kedit_lightning.runs.html_report import html_report
 from kedit_lightning.runs.output_folder import output_of
 from kedit_lightning.runs.results import run_facts, run_settings, summary_of
 
@@ -17,8 +18,9 @@ class ResultsWriter(EditCallback):
     """Writes the results of ``test`` and ``edit`` into the output folder.
 
     Without an output folder (``--output``) it does nothing. ``results.jsonl`` gets one line per
-    example as soon as it is scored; ``results.json`` (scores with intervals, facts of the run) and
-    ``results.csv`` (a line per probe) are written at the end.
+    example as soon as it is scored; ``results.json`` (scores with intervals, facts of the run),
+    ``results.csv`` (a line per probe) and ``report.html`` (a page with all of it) are written at
+    the end.
     """
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -50,3 +52,6 @@ class ResultsWriter(EditCallback):
             summary = summary_of(folder.records(), run.protocol, run.seed)
             folder.write_json("results.json", {**facts, **summary})
             folder.write_csv()
+            folder.write_text(
+                "report.html", html_report(facts, summary["scores"], folder.records())
+            )

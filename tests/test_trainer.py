@@ -71,7 +71,7 @@ def test_output_folder(tmp_path: Path) -> None:
     ids = [record["id"] for record in records(out)]
     assert files(out) == {
         ".lock",  # released, and left in place
-        *("results.jsonl", "results.json", "results.csv", "run.json", "stack.json"),
+        *("results.jsonl", "results.json", "results.csv", "report.html", "run.json", "stack.json"),
         *(f"edits/{id}.safetensors" for id in ids),
     }
     results = json.loads((out / "results.json").read_text())

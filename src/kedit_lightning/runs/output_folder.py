@@ -255,7 +255,10 @@ class OutputFolder:
 
     def write_json(self, name: str, content: Any) -> None:
         """Write a JSON file; it is whole or not there."""
-        text = json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n"
+        self.write_text(name, json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n")
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a text file; it is whole or not there."""
         with _writing(self.path / name):
             write_atomically(self.path / name, text.encode("utf-8"))
 
@@ -273,9 +276,7 @@ class OutputFolder:
                 row = [values.get(name) for name in _CSV_COLUMNS]
                 row += [values[state].get(name) for state in states for name in _CSV_READINGS]
                 writer.writerow(row)
-        path = self.path / "results.csv"
-        with _writing(path):
-            write_atomically(path, text.getvalue().encode("utf-8"))
+        self.write_text("results.csv", text.getvalue())
 
 
 @contextmanager

@@ -1,0 +1,108 @@
+"""``report.html``: the results of a run as one page that needs no network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from jinja2 import Environment, PackageLoader
+
+from kedit_lightning.metrics import ExampleRecord
+
+#: Examples that a page shows; a browser gets slow with more. ``results.csv`` has all of them.
+SHOWN = 1000
+
+
+class Score(NamedTuple):
+    """A score of the table; ``left`` and ``width`` place its interval, in percent of the axis."""
+
+    key: str
+    mean: float
+    low: float
+    high: float
+    n: int
+    is_share: bool
+
+    @property
+    def left(self) -> float:
+        """Where the interval begins."""
+        return 100 * self.low
+
+    @property
+    def width(self) -> float:
+        """How wide the interval is; at least as wide as can be seen."""
+        return max(100 * (self.high - self.low), 0.6)
+
+
+def html_report(
+    facts: Mapping[str, Any],
+    scores: Mapping[str, Mapping[str, Any]],
+    records: Iterable[ExampleRecord],
+) -> str:
+    """A page with the facts of a run, its scores with intervals, and every question and answer.
+
+    All texts are escaped; the page has its style and its few lines of script inside.
+
+    Args:
+        facts: What ``results.json`` says of the run.
+        scores: Its scores, ``mean``, ``low``, ``high`` and ``n`` by key.
+        records: The scored examples.
+    """
+    environment = Environment(
+        loader=PackageLoader("kedit_lightning.runs", ""),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    rows = [
+        Score(
+            key,
+            *(float(entry[name]) for name in ("mean", "low", "high")),
+            int(entry["n"]),
+            0 <= entry["low"] <= entry["high"] <= 1,
+        )
+        for key, entry in scores.items()
+    ]
+    every = list(records)
+    return environment.get_template("report.html.j2").render(
+        facts=_plain_facts(facts),
+        title=f"{facts['method']['name']} on {facts['base_model']['name']}",
+        scores=[row for row in rows if row.key.count("/") < 2],
+        groups=[row for row in rows if row.key.count("/") >= 2],
+        examples=[_example(record) for record in every[:SHOWN]],
+        left_out=max(0, len(every) - SHOWN),
+    )
+
+
+def _plain_facts(facts: Mapping[str, Any]) -> dict[str, str]:
+    """What a reader asks first, by name."""
+    protocol, data, model = facts["protocol"], facts["dataset"], facts["base_model"]
+    settings = facts["method"].get("resolved") or facts["method"].get("settings") or {}
+    named = {
+        "method": facts["method"]["name"],
+        "settings": ", ".join(f"{name}: {value}" for name, value in settings.items()),
+        "base model": f"{model['name']} ({model.get('dtype', '')}), {model['fingerprint']}",
+        "dataset": f"{data['name']}, {data.get('records')} records, SHA-256 {data.get('sha256')}",
+        "protocol": f"{protocol['mode']}, id {protocol.get('id')}",
+        "free answers": facts["metric_protocol"].get("free_answers", ""),
+        "intervals": facts["metric_protocol"].get("intervals", ""),
+        "seed": facts["seed"],
+        "versions": ", ".join(f"{n} {v}" for n, v in facts.get("versions", {}).items()),
+    }
+    return {name: str(value) for name, value in named.items() if value not in ("", None)}
+
+
+def _example(record: ExampleRecord) -> dict[str, Any]:
+    probes = [
+        {
+            "kind": probe["kind"],
+            "group": "" if probe["group"] == probe["kind"] else probe["group"],
+            "prompt": probe["prompt"],
+            "answers": " | ".join(probe["answers"]),
+            "base": probe["base"].get("text"),
+            "after": probe["after"].get("text"),
+            "held": probe["after"].get("tf_all"),
+        }
+        for probe in record["probes"]
+    ]
+    return {"id": record["id"], "stage": record["stage"], "probes": probes}
