@@ -44,7 +44,9 @@ FIVE = {"layers": [2, 3, 4, 5, 6], "statistics": "identity"}
 ONE = {"statistics": "identity"}
 #: Settings of each method, and facts of an edit.
 METHODS = {
+    "FTL": ({}, 1),
     "FTM": ({}, 1),
+    "LocFTBF": ({}, 32),
     "ROME": (ONE, 1),
     "RROME": (ONE, 1),
     "MEMIT": (FIVE, 32),

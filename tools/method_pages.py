@@ -81,6 +81,7 @@ PAPERS: dict[str, tuple[Paper, ...]] = {
     "EMMET": (
         Paper("A Unified Framework for Model Editing", "Gupta et al., EMNLP 2024", "2403.14236"),
     ),
+    "FTL": (ROME,),
     "FTM": (
         Paper(
             "A Comprehensive Study of Knowledge Editing for Large Language Models (FT-M)",
@@ -88,9 +89,6 @@ PAPERS: dict[str, tuple[Paper, ...]] = {
             "2401.01286",
         ),
         ROME,
-        Paper(
-            "Fine-tuning Done Right in Model Editing (LocFT-BF)", "Yang et al., 2025", "2509.22072"
-        ),
     ),
     "GRACE": (
         Paper(
@@ -136,6 +134,9 @@ PAPERS: dict[str, tuple[Paper, ...]] = {
             "Hu et al., ICLR 2022",
             "2106.09685",
         ),
+    ),
+    "LocFTBF": (
+        Paper("Fine-tuning Done Right in Model Editing", "Yang et al., 2025", "2509.22072"),
     ),
     "MALMEN": (
         Paper(

@@ -21,7 +21,8 @@ METHODS = (
 DATASETS = "| dataset | reads |"
 #: Remarks in cells, which no declaration of a method gives.
 REMARKS = {
-    ("FTM", "batch"): " breadth first",
+    ("LocFTBF", "batch"): " breadth first",
+    ("LocFTBF", "sequential"): " rehearses earlier facts",
     **{(name, "batch"): " by retrieval" for name in ("ICE", "IKE", "MeLLo", "PROMPT")},
     ("AlphaEdit", "sequential"): " keeps earlier facts",
     ("UltraEdit", "sequential"): " lifelong statistics",

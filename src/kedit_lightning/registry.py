@@ -108,7 +108,8 @@ _OWN: dict[tuple[Kind, str], dict[str, tuple[str, str, str]]] = {
         ),
         "DEFER": ("memory.defer", "defer", "a gate that defers to a trained copy of a layer"),
         "EMMET": ("locate.memit", "emmet", "MEMIT with equality, at one layer"),
-        "FTM": ("finetune.ftm", "ftm", "fine-tuning one layer (FT-M, FT-L)"),
+        "FTL": ("finetune.ftl", "ftl", "fine-tuning one layer inside a box around its weights"),
+        "FTM": ("finetune.ftm", "ftm", "fine-tuning one layer on the answers"),
         "GRACE": ("memory.grace", "grace", "codebook memory of keys and values"),
         "ICE": ("in_context.ice", "ice", "in-context editing by an instruction and the fact"),
         "IKE": ("in_context.ike", "ike", "in-context editing with demonstrations"),
@@ -116,6 +117,7 @@ _OWN: dict[tuple[Kind, str], dict[str, tuple[str, str, str]]] = {
         "KE": ("hypernetwork.ke", "ke", "hypernetwork that gates the gradient of a request"),
         "KN": ("locate.kn", "kn", "knowledge neurons, a historical baseline"),
         "LoRA": ("finetune.lora", "lora", "low-rank adapter, trained with peft"),
+        "LocFTBF": ("finetune.locftbf", "locftbf", "breadth-first fine-tuning, with a buffer"),
         "MALMEN": ("hypernetwork.malmen", "malmen", "MEND for many facts, by ridge regression"),
         "MEMIT": ("locate.memit", "memit", "many facts over a few layers, closed form"),
         "MEMOIR": (

@@ -15,7 +15,7 @@ from torch import Tensor
 from kedit_lightning.base_models.base_model import BaseModel
 from kedit_lightning.base_models.blocks import removing
 from kedit_lightning.base_models.rows import EncodedRow, pad_tails
-from kedit_lightning.base_models.taps import skipping
+from kedit_lightning.base_models.taps import skipping, stop_after
 from kedit_lightning.edits.projections import first_tensor, with_first
 
 #: Errors of models whose caches or blocks have another form.
@@ -72,7 +72,7 @@ class Continuation:
             names = tuple(self.base.layout.block_name(index) for index in range(block))
             last, seen = self.base.module(names[-1]), list[Any]()
             note = last.register_forward_hook(lambda module, args, output: seen.append(output))
-            with removing([note]):
+            with removing([note]), stop_after(self.base.model, names[-1]):
                 self.base.forward(self.rows, **self._options())
             self._below, self._output = names, seen[-1]
 

@@ -257,7 +257,7 @@ class ProtocolRunner:
             with fixed_randomness(self._run.seed, names[0]):
                 edits = self._compute_each(groups)
                 if isinstance(edits, Sequence):
-                    computed = iter([*compress(edits, wanted)])
+                    computed = (edits[i] for i, new in enumerate(wanted) if new)
                 else:
                     computed = iter(self._compute_each([*compress(groups, wanted)]))
             shared = clock.lap() / len(missing)

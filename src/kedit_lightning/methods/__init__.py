@@ -8,7 +8,9 @@ from kedit_lightning.registry import entries, lazy_exports
 
 if TYPE_CHECKING:
     from kedit_lightning.methods.finetune.adalora import AdaLoRA
+    from kedit_lightning.methods.finetune.ftl import FTL
     from kedit_lightning.methods.finetune.ftm import FTM
+    from kedit_lightning.methods.finetune.locftbf import LocFTBF
     from kedit_lightning.methods.finetune.lora import DPOEdit, LoRA, QLoRA
     from kedit_lightning.methods.hypernetwork.instructedit import InstructEdit
     from kedit_lightning.methods.hypernetwork.ke.ke import KE
@@ -45,6 +47,7 @@ METHODS = tuple(entries("method"))
 __all__ = [
     "DEFER",
     "EMMET",
+    "FTL",
     "FTM",
     "GRACE",
     "ICE",
@@ -69,6 +72,7 @@ __all__ = [
     "EditMethod",
     "InstructEdit",
     "LoRA",
+    "LocFTBF",
     "MeLLo",
     "MethodSettings",
     "QLoRA",

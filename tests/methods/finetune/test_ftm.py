@@ -13,16 +13,18 @@ from kedit_lightning import BaseModel, EditRequest
 from kedit_lightning.base_models.taps import capture, visiting
 from kedit_lightning.errors import ModuleNotLocatedError, NonFiniteError, UnsupportedUseError
 from kedit_lightning.methods import FTM
-from kedit_lightning.methods.finetune.ftm import finetune_defaults
-from kedit_lightning.methods.finetune.shared.fine_tuning import (
-    fine_tune,
-    zero_change,
-)
+from kedit_lightning.methods.finetune.shared.fine_tuning import fine_tune, zero_change
+from kedit_lightning.methods.finetune.shared.fine_tuning_method import finetune_defaults
+from kedit_lightning.methods.shared.answer_passes import AnswerPasses
 from kedit_lightning.methods.shared.published_settings import published_tables
 
 
 def answered(base, requests=REQUESTS, side="right"):
     return base.rows([r.prompt for r in requests], [r.target_new for r in requests], None, side)
+
+
+def row_losses(base, requests=REQUESTS, objective="target_new"):
+    return AnswerPasses.of(base, requests, [base.layout.block(0).down]).losses(objective)
 
 
 def dense_reference(base, module, requests, lr, steps, box=float("inf"), weight_decay=0.0):
@@ -127,11 +129,10 @@ def test_bfloat16_weights_move_by_less_than_their_own_resolution():
 # ---- the loss
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_loss_is_the_models_own_under_either_padding(kind, side):
+def test_loss_is_the_models_own(kind):
     base = tiny_base(kind)
-    losses = FTM(base_model=base).row_losses(answered(base, side=side))
+    losses = row_losses(base)
     for request, loss in zip(REQUESTS, losses, strict=True):
         rows = answered(base, [request])
         labels = torch.full_like(rows.inputs["input_ids"], -100)
@@ -143,7 +144,7 @@ def test_loss_is_the_models_own_under_either_padding(kind, side):
 def test_prompt_last_reads_all_tokens_from_one_position():
     base = tiny_base("gpt2")
     rows = answered(base)
-    losses = FTM(base_model=base, objective="prompt_last").row_losses(rows)
+    losses = row_losses(base, objective="prompt_last")
     logits = base.forward(rows).logits.log_softmax(-1)
     for i in range(len(rows)):
         ids = rows.answer_ids[i][rows.answer_mask[i]]
@@ -154,23 +155,21 @@ def test_prompt_last_reads_all_tokens_from_one_position():
 @pytest.mark.parametrize(("answer", "tokens"), [("Paris", 1), ("Rome", 2)])
 def test_prompt_last_differs_for_answers_of_several_tokens(answer, tokens):
     base = tiny_base("llama")
-    rows = answered(base, [EditRequest("The Eiffel Tower is in", answer)])
-    assert int(rows.answer_mask.sum()) == tokens
+    request = EditRequest("The Eiffel Tower is in", answer)
+    assert int(answered(base, [request]).answer_mask.sum()) == tokens
     ours, released = (
-        FTM(base_model=base, objective=objective).row_losses(rows)
-        for objective in ("target_new", "prompt_last")
+        row_losses(base, [request], objective) for objective in ("target_new", "prompt_last")
     )
     assert torch.equal(ours, released) == (tokens == 1)
 
 
 def test_the_objective_is_what_is_trained():
     base = tiny_base("gpt2")
-    rows = answered(base)
     for objective in ("target_new", "prompt_last"):
         ftm = FTM(base_model=base, objective=objective, lr=1e-2, steps=15)
-        before = ftm.row_losses(rows).mean()
+        before = row_losses(base, objective=objective).mean()
         with ftm.edit(REQUESTS) as edit:
-            after = ftm.row_losses(rows).mean()
+            after = row_losses(base, objective=objective).mean()
         assert after < before - 1
         assert edit.origin.notes["loss"] == pytest.approx(float(after), rel=0.2)
 
@@ -305,13 +304,12 @@ def test_one_request_is_the_same_under_any_batch_size():
 def test_a_chunk_is_trained_breadth_first():
     base = tiny_base("gpt2")
     together = FTM(base_model=base, lr=1e-2, steps=30, batch_size=2)
-    rows = answered(base)
     with together.edit(REQUESTS):
-        breadth = together.row_losses(rows)
+        breadth = row_losses(base)
     with base.edits.restored():
         for request in REQUESTS:  # depth first: all steps on one, then on the next
             together.edit([request]).apply()
-        depth = together.row_losses(rows)
+        depth = row_losses(base)
     assert breadth.max() < depth.max()
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from kedit_lightning import methods
-from kedit_lightning.methods.finetune.ftm import FinetuneDefaults
 from kedit_lightning.methods.finetune.shared.adapter_method import AdapterDefaults
+from kedit_lightning.methods.finetune.shared.fine_tuning_method import FinetuneDefaults
 from kedit_lightning.methods.locate.shared.closed_form_settings import LocateSettings
 from kedit_lightning.methods.locate.ultraedit import UltraEditDefaults
 from kedit_lightning.methods.memory.defer import DEFERDefaults
@@ -18,6 +18,7 @@ from kedit_lightning.methods.shared.published_settings import published_tables
 KINDS = {
     **dict.fromkeys(("ROME", "MEMIT", "AlphaEdit", "PMET", "EMMET"), LocateSettings),
     "UltraEdit": UltraEditDefaults,
+    "FTL": FinetuneDefaults,
     "FTM": FinetuneDefaults,
     "DEFER": DEFERDefaults,
     "GRACE": CodebookPlace,
@@ -92,6 +93,7 @@ def test_an_entry_has_the_fields_of_its_kind_and_blocks_that_exist(method, key, 
         ("UltraEdit", ("llama", 6, 256), UltraEditDefaults(lr=2e-3)),
         ("UltraEdit", ("mistral", 32, 4096), UltraEditDefaults({-1: [29, 30]}, 1e-6)),
         ("FTM", ("mistral", 32, 4096), FinetuneDefaults([21], 25, 5e-5)),
+        ("FTL", ("gptj", 28, 4096), FinetuneDefaults([0], 25, 5e-5)),
         ("FTM", ("chatglm", 28, 4096), FinetuneDefaults([27], 40, float("inf"))),
         ("GRACE", ("gpt2", 48, 1600), CodebookPlace(35, 0)),
     ],

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, NamedTuple, TypeAlias
+from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from kedit_lightning.base_models import BaseModel, BaseModelSpec, TokenRows
+from kedit_lightning.base_models import BaseModel, BaseModelSpec
 from kedit_lightning.base_models.layer_choice import nearest_layers
 from kedit_lightning.base_models.taps import capture, change_output, stop_after
-from kedit_lightning.edits import CodebookEdit
-from kedit_lightning.edits.edit import check_finite
+from kedit_lightning.contradictions import settle
+from kedit_lightning.edits import CodebookEdit, Edit
+from kedit_lightning.edits.effects import RouteRows
 from kedit_lightning.edits.kinds.codebook.codebook import (
     CodebookEntry,
     Replacement,
@@ -26,8 +28,11 @@ from kedit_lightning.edits.rounding import state_rounding
 from kedit_lightning.errors import UnsupportedUseError
 from kedit_lightning.methods.capabilities import CountOrZero, NotNegative, Positive
 from kedit_lightning.methods.method import Capabilities, EditMethod, MethodSettings
-from kedit_lightning.methods.shared.losses import answer_nll
+from kedit_lightning.methods.shared.answer_passes import AnswerPasses, Reach
+from kedit_lightning.methods.shared.inner_loop import InnerLoop, adam
+from kedit_lightning.methods.shared.joint_edits import JointEdits
 from kedit_lightning.methods.shared.published_settings import published_settings
+from kedit_lightning.methods.shared.row_memory import requests_at_a_time
 from kedit_lightning.requests import EditRequest
 
 ValueInit: TypeAlias = Literal["cold", "warm"]
@@ -54,6 +59,14 @@ class GRACESettings(MethodSettings):
     steps: CountOrZero
     value_init: ValueInit
     replacement: Replacement
+
+
+class _Place(NamedTuple):
+    """Where the value of a new entry is trained, and what the rules did."""
+
+    entry: CodebookEntry
+    start: Tensor | None  # the value it goes on from, ``[d_out]``; ``None`` for a fresh one
+    notes: dict[str, Any]
 
 
 class GRACE(EditMethod):
@@ -99,6 +112,8 @@ class GRACE(EditMethod):
         seed: int | None = None,
     ) -> None:
         super().__init__(base_model, seed)
+        #: Values of requests that are about to be written, with their losses.
+        self._ahead: dict[EditRequest, tuple[Tensor, list[float]]] = {}
 
     def build(self) -> None:
         """Find the module whose output is replaced.
@@ -123,29 +138,79 @@ class GRACE(EditMethod):
         assert self.settings.module is not None  # resolved by build()
         return self.settings.module
 
+    # ---- one fact after another
+
+    def noted_edit(self, requests: Sequence[EditRequest]) -> Edit:
+        """The edit of some facts; their values do not hang on each other, so they train first."""
+        requests = settle(requests, "last")
+        if len(requests) > 1 and self.settings.value_init == "cold":
+            with self.computing(requests):
+                self._ahead = dict(zip(requests, self._values(requests), strict=True))
+        try:
+            return super().noted_edit(requests)
+        finally:
+            if len(requests) > 1:  # it is that of the whole
+                self._ahead = {}
+
     def compute_edit(self, requests: Sequence[EditRequest]) -> CodebookEdit:
         """Write one fact into the codebook that the edits on the stack make up."""
-        (request,), settings = requests, self.settings
+        return self.edits_together(requests)[0]
+
+    # ---- facts apart from each other
+
+    def edit_each(self, requests_of_examples: Sequence[Sequence[EditRequest]]) -> Iterable[Edit]:
+        """Edits of several examples, apart from each other; values are trained together."""
+        return JointEdits(self, requests_of_examples)
+
+    def together(self, requests: Sequence[EditRequest]) -> int:
+        """Number of requests whose values are trained together, at least 1."""
+        encoded = [[self.base.encode(r.prompt, r.target_new)] for r in requests]
+        block = self.base.layout.first_block([self.module_name])
+        return requests_at_a_time(self.base, block, encoded)
+
+    def edits_together(self, requests: Sequence[EditRequest]) -> list[CodebookEdit]:
+        """The edit of each request on the stack as it stands, without the others."""
+        places = [self._place(request) for request in requests]
+        pairs = list(zip(requests, places, strict=True))
+        ahead = [None if place.start is not None else self._ahead.get(r) for r, place in pairs]
+        missing = [pair for pair, known in zip(pairs, ahead, strict=True) if known is None]
+        trained = iter(self._values([r for r, _ in missing], [place.start for _, place in missing]))
+        return [
+            self._edit(request, place, *(known or next(trained)))
+            for (request, place), known in zip(pairs, ahead, strict=True)
+        ]
+
+    def _place(self, request: EditRequest) -> _Place:
+        """Where the codebook of the stack takes a new entry, with a value to be trained."""
         key, output = self._key_and_output(request.prompt)
         label = self.base.encode(request.prompt, request.target_new).answer
-        entry = CodebookEntry(key, self._initial_value(request, output), label, settings.radius)
-        family = CodebookEdit.family_of(self.module_name, settings.replacement)
-        codebook = stacked_codebook(self.base, family, key.device)
-        rounding = state_rounding(self.base.dtype)
-        grown, rule, index = write_entry(codebook, entry, rounding)
-        # An entry that is expanded is trained on from its present value.
-        start = codebook.values[index] if codebook and rule == "expand" else entry.value
-        value, losses = self._train_value(request, start)
-        origin = self.origin(
-            requests,
-            rule=rule,
-            radius=float(grown.radii[index]),
-            key_length=float(key.norm()),
-            nearest_key=float(codebook.nearest(key[None])[0][0]) if codebook else None,
-            loss=losses[-1] if losses else None,
-        )
-        entries = [replace(entry, value=value)]
-        return CodebookEdit(self.base, self.module_name, entries, settings.replacement, origin)
+        entry = CodebookEntry(key, output, label, self.settings.radius)
+        codebook = stacked_codebook(self.base, self._family, key.device)
+        grown, rule, index = write_entry(codebook, entry, state_rounding(self.base.dtype))
+        notes = {
+            "rule": rule,
+            "radius": float(grown.radii[index]),
+            "key_length": float(key.norm()),
+            "nearest_key": float(codebook.nearest(key[None])[0][0]) if codebook else None,
+        }
+        start = output if self.settings.value_init == "warm" else None
+        if codebook and rule == "expand":  # trained on from its present value
+            start = codebook.values[index]
+        return _Place(entry, start, notes)
+
+    def _edit(
+        self, request: EditRequest, place: _Place, value: Tensor, losses: Sequence[float]
+    ) -> CodebookEdit:
+        origin = self.origin([request], **place.notes, loss=losses[-1] if losses else None)
+        entries = [replace(place.entry, value=value)]
+        where = self.settings.replacement
+        return CodebookEdit(self.base, self.module_name, entries, where, origin)
+
+    @property
+    def _family(self) -> tuple[str, str, str]:
+        return CodebookEdit.family_of(self.module_name, self.settings.replacement)
+
+    # ---- keys and values
 
     @torch.no_grad()
     def _key_and_output(self, prompt: str) -> tuple[Tensor, Tensor]:
@@ -157,35 +222,63 @@ class GRACE(EditMethod):
         end, dtype = int(rows.prompt_end[0]), compute_dtype(base.dtype)
         return states.inputs[module][0, end].to(dtype), states.outputs[module][0, end].to(dtype)
 
-    def _initial_value(self, request: EditRequest, output: Tensor) -> Tensor:
-        if self.settings.value_init == "warm":
-            return output
+    def _cold_value(self, request: EditRequest) -> Tensor:
+        """Random numbers to start from. Shape ``[d_out]``."""
         width = projection_shape(self.base.module(self.module_name))[1]
         value = torch.rand(width, generator=self.generator([request], "value"), dtype=torch.float64)
-        return value.to(output)
+        return value.to(self.base.device, compute_dtype(self.base.dtype))
 
-    def _train_value(self, request: EditRequest, start: Tensor) -> tuple[Tensor, list[float]]:
-        rows = self.base.rows([request.prompt], [request.target_new])
-        value = start.clone().requires_grad_()
-        optimizer = torch.optim.Adam([value], lr=self.settings.lr)
-        losses: list[float] = []
-        for _ in range(self.settings.steps):
-            loss = check_finite("loss", self.module_name, self.value_loss(rows, value))
-            losses.append(float(loss.detach()))
-            (value.grad,) = torch.autograd.grad(loss, value)
-            optimizer.step()
-        return value.detach(), losses
+    def _values(
+        self, requests: Sequence[EditRequest], starts: Sequence[Tensor | None] | None = None
+    ) -> list[tuple[Tensor, list[float]]]:
+        """Train the value of each request; gives it with its losses.
 
-    def value_loss(self, rows: TokenRows, value: Tensor) -> Tensor:
-        """Mean negative log-likelihood of the answers if every row gets a value ``[d_out]``."""
-        index, replacement = torch.zeros_like(rows.prompt_end), self.settings.replacement
+        The codebook of the stack replaces the same outputs, so it is left out: then nothing but
+        the blocks above has to run.
+        """
+        found: list[tuple[Tensor, list[float]]] = []
+        reach: Reach = "prompt_end" if self.settings.replacement == "last" else "all"
+        loop = InnerLoop(adam(self.settings.lr), self.settings.steps, where=self.module_name)
+        size = self.together(requests) if requests else 1
+        for first in range(0, len(requests), size):
+            part = slice(first, first + size)
+            given = [None] * len(requests[part]) if starts is None else starts[part]
+            start = [
+                self._cold_value(request) if own is None else own
+                for request, own in zip(requests[part], given, strict=True)
+            ]
+            with self._without_codebook():
+                passes = AnswerPasses.of(self.base, requests[part], [self.module_name], reach)
+                results = loop.run(passes, [torch.stack(start)], self.value_losses)
+            found += zip(results.tensors[0].unbind(), results.losses, strict=True)
+        return [(value.clone(), losses) for value, losses in found]
+
+    def value_losses(self, passes: AnswerPasses, values: Sequence[Tensor]) -> Tensor:
+        """Mean negative log-likelihood of each row's answer under its value. Shape ``[batch]``.
+
+        Args:
+            passes: The rows.
+            values: One tensor with the value of each row. Shape ``[batch, d_out]``.
+        """
+        index = torch.arange(len(passes), device=values[0].device)
 
         def put(output: Tensor) -> Tensor:
-            return replace_rows(output, value[None], index, rows.prompt_end, replacement)
+            end = passes.rows.prompt_end
+            return replace_rows(output, values[0], index, end, self.settings.replacement)
 
         with change_output(self.base.model, self.module_name, put):
-            logits = self.base.answer_logits(rows)
-        return answer_nll(logits, rows.answer_ids, rows.answer_mask).mean()
+            return passes.losses()
+
+    @contextmanager
+    def _without_codebook(self) -> Iterator[None]:
+        """Inside, edits that only write into this codebook are not on the stack."""
+        with self.base.edits.restored():
+            for edit in reversed(list(self.base.edits)):
+                effects = [effect for part in edit.parts() for effect in part.effects()]
+                routes = [effect for effect in effects if isinstance(effect, RouteRows)]
+                if len(routes) == len(effects) and {r.family for r in routes} == {self._family}:
+                    edit.rollback()
+            yield
 
 
 def default_place(base: BaseModel) -> CodebookPlace:

@@ -1,9 +1,10 @@
-"""The training loop of fine-tuning methods, and a trainable change of a projection."""
+"""Trainable changes of projections, and the epochs of fine-tuning methods."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from kedit_lightning.edits.effects import WeightDelta
 from kedit_lightning.edits.projections import compute_dtype, projection_shape
 from kedit_lightning.edits.weight_storage import device_of
+from kedit_lightning.methods.shared.inner_loop import adam, descend
 
 #: Optimizer steps from which on a progress bar is shown.
 _LONG = 300
@@ -31,6 +33,33 @@ def zero_change(module: nn.Module, dtype: torch.dtype) -> WeightDelta:
     return WeightDelta(None, zeros(d_out, d_in), bias)
 
 
+@dataclass(frozen=True)
+class RowDelta:
+    """Changes of one projection, one for each row of a pass.
+
+    Args:
+        dense: Transposed, as gradients come out of the product. Shape ``[batch, d_in, d_out]``.
+        bias: Shape ``[batch, d_out]``.
+    """
+
+    dense: Tensor
+    bias: Tensor | None = None
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        """Add the changes to ``y`` of shape ``[batch, tokens, d_out]``, in at least float32."""
+        change = x.to(self.dense.dtype) @ self.dense
+        if self.bias is not None:
+            change = change + self.bias[:, None]
+        return (y.to(change.dtype) + change).to(y.dtype)
+
+
+def clamped(tensors: Sequence[Tensor], bound: float) -> None:
+    """Clamp each entry to a bound in absolute value, in place."""
+    if bound < math.inf:
+        for tensor in tensors:
+            tensor.clamp_(-bound, bound)
+
+
 def fine_tune(
     tensors: Sequence[Tensor],
     rows: int,
@@ -44,9 +73,12 @@ def fine_tune(
     norm_constraint: float = math.inf,
     stop_loss: float = 0.0,
     after_step: Callable[[int], None] | None = None,
+    buffer: int = 0,
+    replay: int = 0,
 ) -> list[float]:
     """Train tensors in place with Adam, in epochs over shuffled rows.
 
+    Behind the rows there may be a ``buffer`` of so many more, of which each epoch draws ``replay``.
     ``loss`` maps the indices of rows to their mean loss, a scalar.  ``weight_decay`` is an L2
     penalty, added to the gradient.  Each entry is clamped to ``norm_constraint`` in absolute value
     after each step.  A batch with a loss below ``stop_loss`` is skipped, and training ends after an
@@ -56,7 +88,7 @@ def fine_tune(
     Returns:
         Mean loss of each epoch, each batch's taken before its update.
     """
-    optimizer = torch.optim.Adam(tensors, lr=lr, weight_decay=weight_decay)
+    optimizer = adam(lr, weight_decay)(list(tensors))
     history: list[float] = []
     steps = 0
     progress = track(
@@ -68,7 +100,12 @@ def fine_tune(
     )
     for _ in progress:
         total = 0.0
-        for batch in torch.randperm(rows, generator=generator).split(batch_size):
+        order = torch.arange(rows)
+        if buffer:
+            drawn = rows + torch.randperm(buffer, generator=generator)[:replay]
+            order = torch.cat([order, drawn])
+        order = order[torch.randperm(len(order), generator=generator)]
+        for batch in order.split(batch_size):
             # Sorted, so that a batch of all rows is the same in every epoch.
             batch_loss = loss(sorted(batch.tolist()))
             value = float(batch_loss.detach())
@@ -76,16 +113,13 @@ def fine_tune(
             if value < stop_loss:
                 continue
             gradients = torch.autograd.grad(batch_loss, list(tensors))
-            for tensor, gradient in zip(tensors, gradients, strict=True):
-                tensor.grad = gradient
-            optimizer.step()
+            descend(optimizer, tensors, gradients)
             with torch.no_grad():
-                for tensor in tensors:
-                    tensor.clamp_(-norm_constraint, norm_constraint)
+                clamped(tensors, norm_constraint)
             steps += 1
             if after_step is not None:
                 after_step(steps)
-        history.append(total / rows)
+        history.append(total / len(order))
         if history[-1] < stop_loss:
             break
     return history

@@ -16,23 +16,18 @@ from kedit_lightning.base_models.rows import EncodedRow
 from kedit_lightning.base_models.taps import add_at, capture, visiting
 from kedit_lightning.chat_turns import put_before
 from kedit_lightning.edits.edit import check_finite
-from kedit_lightning.edits.projections import compute_dtype, projection_shape
+from kedit_lightning.edits.projections import compute_dtype
 from kedit_lightning.methods.locate.shared.alignment import ALIGNED_TOGETHER, Alignment
 from kedit_lightning.methods.locate.shared.closed_form_settings import LocateSettings
 from kedit_lightning.methods.locate.shared.subject_states import up_to_subject
 from kedit_lightning.methods.shared.contexts import contexts_of
+from kedit_lightning.methods.shared.row_memory import requests_at_a_time
 from kedit_lightning.requests import EditRequest
 
 #: PMET: once the new answer is the likeliest, its loss counts this much, ...
 RELAXED_WEIGHT = 0.1
 #: ... and the optimisation ends when the divergence term is this small.
 RELAXED_DIVERGENCE = 0.01
-#: Bytes that a pass may keep on a CPU; on a CUDA device it is half of the free memory.
-CPU_BUDGET = 2 << 30
-#: Activations that autograd keeps of a block, in widths of the residual stream and of the MLP.
-_HIDDEN, _INNER = 12, 4
-#: Copies of logits: themselves, log-probabilities, and their gradient.
-_LOGITS = 3
 #: Values are outputs of the block (MEMIT), of its MLP (ROME), or of its attention and MLP (PMET).
 SiteOfValues: TypeAlias = Literal["block", "mlp", "attention and mlp"]
 
@@ -178,24 +173,6 @@ class _ForwardPass:
             hidden = hidden.reshape(self.count, self.contexts, -1)
             zero = zero + context_distance(hidden) / (len(outputs) * hidden.shape[-1])
         return zero
-
-
-def requests_at_a_time(base: BaseModel, block: int, encoded: Sequence[Sequence[EncodedRow]]) -> int:
-    """Number of requests whose activations from a block on fit into memory together; at least 1."""
-    first = base.layout.mlp_block(base.layout.mlp_layers[0])
-    inner = projection_shape(base.module(first.down))[0]
-    width = _HIDDEN * base.layout.hidden_size + _INNER * inner
-    token = base.dtype.itemsize * (len(base.layout) - block) * width
-    vocabulary = int(base.model.config.get_text_config(decoder=True).vocab_size)
-    place = _LOGITS * vocabulary * max(4, base.dtype.itemsize)
-
-    def size(row: EncodedRow) -> int:
-        return (len(row.prompt) + len(row.answer)) * token + max(1, len(row.answer)) * place
-
-    widest = max(sum(map(size, rows)) for rows in encoded)
-    on_gpu = base.device.type == "cuda"
-    budget = torch.cuda.mem_get_info(base.device)[0] // 2 if on_gpu else CPU_BUDGET
-    return max(1, budget // max(1, widest))
 
 
 class EarlyStopping:

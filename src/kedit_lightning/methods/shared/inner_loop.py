@@ -1,0 +1,171 @@
+"""Independent optimisations in one loop, row by row, with the results of each alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol, Self, TypeAlias, TypeVar
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from kedit_lightning.edits.edit import check_finite
+
+#: Makes the optimizer of tensors.
+OptimizerFactory: TypeAlias = Callable[[list[Tensor]], Optimizer]
+
+
+class Rows(Protocol):
+    """What the losses of rows are computed from, such as forward passes along their answers."""
+
+    def select(self, index: Tensor) -> Self:
+        """The same for some of the rows, by number. Shape of ``index``: ``[n]``."""
+
+
+R = TypeVar("R", bound=Rows)
+
+
+def adam(lr: float, weight_decay: float = 0.0) -> OptimizerFactory:
+    """Adam, with an L2 penalty that is added to the gradient."""
+    # One pass over the tensors a step, not ten: they may be as large as weights.
+    return partial(torch.optim.Adam, lr=lr, weight_decay=weight_decay, fused=True)
+
+
+def descend(optimizer: Optimizer, tensors: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+    """One step of an optimizer of tensors along their gradients."""
+    for tensor, gradient in zip(tensors, gradients, strict=True):
+        # Fused kernels on a CPU take a gradient for stored as the tensor is, whatever its strides.
+        same = gradient.stride() == tensor.stride()
+        tensor.grad = gradient if same else torch.empty_like(tensor).copy_(gradient)
+    optimizer.step()
+
+
+@dataclass
+class RowResults:
+    """What an optimisation gives for each row.
+
+    Args:
+        tensors: What was trained. Shape ``[n, ...]`` each.
+        losses: Losses of each row, each taken before its update.
+    """
+
+    tensors: list[Tensor]
+    losses: list[list[float]]
+
+
+@dataclass(frozen=True)
+class InnerLoop:
+    """How rows are optimised.
+
+    Args:
+        optimizer: Makes the optimizer; it must treat each entry of a tensor by itself.
+        steps: Steps of each row at most.
+        stop_loss: A row with a lower loss is finished, without a further update.
+        constrain: Changes the tensors in place after each update.
+        where: What is trained, for errors.
+    """
+
+    optimizer: OptimizerFactory
+    steps: int
+    stop_loss: float = float("-inf")
+    constrain: Callable[[Sequence[Tensor]], None] | None = None
+    where: str = ""
+
+    def run(
+        self, rows: R, start: Sequence[Tensor], losses: Callable[[R, list[Tensor]], Tensor]
+    ) -> RowResults:
+        """Optimise all rows together.
+
+        The losses of rows are added up, so that the gradient of a row is its own.  Those that are
+        finished drop out of the passes, of the tensors and of the optimizer's state.
+
+        Args:
+            rows: What the losses are computed from; each belongs to an entry of the tensors.
+            start: Where the optimisation starts. Shape ``[n, ...]`` each.
+            losses: Loss of each of the rows that it is given, with their tensors. Shape ``[n]``.
+
+        Raises:
+            NonFiniteError: A loss became NaN or infinite.
+        """
+        found = [t.detach().clone(memory_format=torch.contiguous_format) for t in start]
+        active = _ActiveRows(found, self.optimizer)
+        history: list[list[float]] = [[] for _ in range(len(found[0]))]
+        for _ in range(self.steps):
+            each = losses(rows, active.tensors)
+            values = each.detach().tolist()  # the one transfer from the device
+            for number, value in zip(active.numbers, values, strict=True):
+                history[number].append(value)
+            if not all(map(_is_finite, values)):
+                check_finite("loss", self.where, each.detach())
+            kept = [i for i, value in enumerate(values) if value >= self.stop_loss]
+            if not kept:
+                break
+            gradients = torch.autograd.grad(each[kept].sum(), active.tensors)
+            del each
+            if len(kept) < len(values):
+                index = torch.tensor(kept, device=found[0].device)
+                rows, gradients = rows.select(index), active.keep(index, gradients, found)
+            active.step(gradients, self.constrain)
+        active.store(found)
+        return RowResults(found, history)
+
+
+@dataclass
+class _ActiveRows:
+    """The tensors of rows that are not finished, and the state of their optimizer."""
+
+    found: Sequence[Tensor]
+    factory: OptimizerFactory
+    numbers: list[int] = field(init=False)
+    tensors: list[Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.numbers = list(range(len(self.found[0])))
+        self.tensors = [tensor.clone().requires_grad_() for tensor in self.found]
+        self._optimizer = self.factory(self.tensors)
+
+    def step(
+        self,
+        gradients: Sequence[Tensor],
+        constrain: Callable[[Sequence[Tensor]], None] | None,
+    ) -> None:
+        """Update the tensors."""
+        descend(self._optimizer, self.tensors, gradients)
+        self._optimizer.zero_grad()
+        if constrain is not None:
+            with torch.no_grad():
+                constrain(self.tensors)
+
+    def store(self, found: Sequence[Tensor]) -> None:
+        """Write the tensors of these rows into those of all."""
+        for whole, tensor in zip(found, self.tensors, strict=True):
+            whole[self.numbers] = tensor.detach()
+
+    def keep(
+        self, index: Tensor, gradients: Sequence[Tensor], found: Sequence[Tensor]
+    ) -> tuple[Tensor, ...]:
+        """Store all rows, drop those not in ``index``, ``[n]``; gives the gradients that stay."""
+        self.store(found)
+        self.numbers = [self.numbers[i] for i in index.tolist()]
+        (group,), state = self._optimizer.param_groups, self._optimizer.state
+        kept: list[Tensor] = []
+        for old in self.tensors:
+            new = old.detach()[index].requires_grad_()
+            own: dict[str, Any] = state.pop(old, {})
+            state[new] = {
+                name: value[index] if _has_rows(value, old) else value
+                for name, value in own.items()
+            }
+            kept.append(new)
+        self.tensors = group["params"] = kept
+        return tuple(gradient[index] for gradient in gradients)
+
+
+def _has_rows(value: object, like: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.shape == like.shape
+
+
+def _is_finite(value: float) -> bool:
+    return value - value == 0.0

@@ -1,0 +1,170 @@
+"""Edits that are computed together equal those computed alone, whatever is computed with them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support import FAMILIES, REQUESTS, tiny_base
+
+from kedit_lightning import EditRequest
+from kedit_lightning.errors import NonFiniteError
+from kedit_lightning.methods import FTM
+from kedit_lightning.methods.shared import row_memory
+from kedit_lightning.methods.shared.inner_loop import InnerLoop, adam
+
+SINGLE = [[request] for request in REQUESTS]
+
+
+class Targets:
+    """Rows whose losses are squared distances from points. Shape ``[n, 3]``."""
+
+    def __init__(self, points):
+        self.points = points
+
+    def select(self, index):
+        return Targets(self.points[index])
+
+
+def distances(rows, tensors):
+    assert len(rows.points) == len(tensors[0]) == len(tensors[1])
+    return ((tensors[0] - rows.points) ** 2).sum(1) + tensors[1][:, 0, 0] ** 2
+
+
+def deltas(edit):
+    (part,) = edit.parts()
+    return {
+        f"{name}.{kind}": tensor
+        for name, pair in part.changes.items()
+        for kind, tensor in zip(("weight", "bias"), pair, strict=True)
+        if tensor is not None
+    }
+
+
+# ---- the loop
+
+
+@pytest.mark.parametrize("stop_loss", [float("-inf"), 0.3])
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        adam(0.1, weight_decay=0.2),
+        lambda tensors: torch.optim.SGD(tensors, lr=0.05, momentum=0.9),
+        lambda tensors: torch.optim.Adam(tensors, lr=0.1, amsgrad=True),
+    ],
+)
+def test_each_row_is_optimised_as_it_is_alone(optimizer, stop_loss):
+    torch.manual_seed(0)
+    points = torch.randn(5, 3, dtype=torch.float64) * torch.tensor([[0.1, 0.5, 1, 2, 4]]).T
+    start = [torch.zeros(5, 3, dtype=torch.float64), torch.ones(5, 2, 2, dtype=torch.float64).mT]
+    loop = InnerLoop(optimizer, 40, stop_loss)
+    together = loop.run(Targets(points), start, distances)
+    lengths = list(map(len, together.losses))
+    assert (lengths == [40] * 5) == (stop_loss < 0)
+    assert stop_loss < 0 or len(set(lengths)) > 1  # rows drop out one after another
+    for i in range(5):
+        alone = loop.run(Targets(points[i : i + 1]), [t[i : i + 1] for t in start], distances)
+        assert together.losses[i] == pytest.approx(alone.losses[0], rel=1e-12)
+        for found, expected in zip(together.tensors, alone.tensors, strict=True):
+            torch.testing.assert_close(found[i], expected[0], rtol=1e-12, atol=1e-12)
+
+
+def test_a_row_below_the_stop_loss_is_not_updated_any_more():
+    points = torch.zeros(2, 3, dtype=torch.float64)
+    start = [torch.tensor([[0.0] * 3, [9.0] * 3]).double(), torch.zeros(2, 1, 1).double()]
+    found = InnerLoop(adam(0.1), 3, 1.0).run(Targets(points), start, distances)
+    assert found.tensors[0][0].tolist() == [0.0] * 3
+    assert found.tensors[0][1].tolist() != [9.0] * 3
+    assert list(map(len, found.losses)) == [1, 3]
+    assert start[0][1].tolist() == [9.0] * 3  # what it started from is left as it was
+
+
+def test_a_constraint_holds_after_every_step():
+    start = [torch.zeros(2, 3), torch.zeros(2, 1, 1)]
+    largest = []
+
+    def losses(rows, tensors):
+        largest.append(float(tensors[0].detach().abs().max()))
+        return distances(rows, tensors)
+
+    loop = InnerLoop(adam(0.5), 9, constrain=lambda tensors: tensors[0].clamp_(-0.7, 0.7))
+    loop.run(Targets(torch.full((2, 3), 5.0)), start, losses)
+    assert max(largest) == pytest.approx(0.7)
+
+
+def test_a_loss_that_is_not_finite_is_refused():
+    start = [torch.zeros(2, 3), torch.zeros(2, 1, 1)]
+    points = torch.tensor([[0.0] * 3, [float("nan")] * 3])
+    with pytest.raises(NonFiniteError, match="loss of layer 'here'"):
+        InnerLoop(adam(0.1), 3, where="here").run(Targets(points), start, distances)
+
+
+# ---- methods
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_edits_computed_together_are_those_computed_alone(kind):
+    base = tiny_base(kind)
+    method = FTM(base_model=base, layers=[1, 3], lr=2e-3, steps=12, stop_loss=5.0)
+    together = list(method.edit_each(SINGLE))
+    epochs = [edit.origin.notes["epochs"] for edit in together]
+    for request, edit in zip(REQUESTS, together, strict=True):
+        alone = method.edit([request])
+        assert edit.origin.requests == (request,)
+        notes, expected_notes = dict(edit.origin.notes), dict(alone.origin.notes)
+        for name in ("loss", "target_probabilities"):
+            assert notes.pop(name) == pytest.approx(expected_notes.pop(name), rel=1e-6, abs=1e-4)
+        assert notes == expected_notes
+        expected = deltas(alone)
+        for name, delta in deltas(edit).items():
+            torch.testing.assert_close(delta, expected[name], rtol=1e-7, atol=1e-9)
+    assert len(set(epochs)) > 1  # some end before others
+
+
+def test_examples_of_several_facts_stand_beside_those_of_one():
+    base = tiny_base("llama")
+    method = FTM(base_model=base, lr=1e-2, steps=3)
+    groups = [REQUESTS[:1], REQUESTS[1:3], REQUESTS[3:]]
+    found = list(method.edit_each(groups))
+    assert [edit.origin.requests for edit in found] == [tuple(group) for group in groups]
+    for edit, group in zip(found, groups, strict=True):
+        expected = deltas(method.edit(group))
+        for name, delta in deltas(edit).items():
+            torch.testing.assert_close(delta, expected[name], rtol=1e-7, atol=1e-9)
+
+
+def test_a_fact_that_a_later_one_of_its_example_overwrites_is_not_written():
+    base = tiny_base("llama")
+    other = EditRequest(REQUESTS[0].prompt, "Oslo")
+    (edit, _) = FTM(base_model=base, lr=1e-2, steps=3).edit_each([[REQUESTS[0], other], SINGLE[1]])
+    assert edit.origin.requests == (other,)
+
+
+def test_parts_that_fit_into_memory_change_no_edit(monkeypatch):
+    base = tiny_base("gpt2")
+    method = FTM(base_model=base, lr=1e-2, steps=3)
+    whole = list(method.edit_each(SINGLE))
+    sizes, train = [], method.edits_together
+
+    def counted(requests):
+        sizes.append(len(requests))
+        return train(requests)
+
+    monkeypatch.setattr(method, "edits_together", counted)
+    monkeypatch.setattr(row_memory, "CPU_BUDGET", 3 * row_memory.CPU_BUDGET // 10**4)
+    parts = method.edit_each(SINGLE)
+    assert sizes == [method.together(REQUESTS)]  # the others when they are asked for
+    assert 1 < sizes[0] < len(REQUESTS)
+    for one, other in zip(whole, parts, strict=True):
+        for name, delta in deltas(one).items():
+            torch.testing.assert_close(delta, deltas(other)[name], rtol=1e-7, atol=1e-9)
+    assert sum(sizes) == len(REQUESTS)
+
+
+def test_asking_for_one_edit_computes_its_part_alone():
+    base = tiny_base("gpt2")
+    method = FTM(base_model=base, lr=1e-2, steps=3)
+    edits = method.edit_each(SINGLE)
+    assert edits[2].origin.requests == (REQUESTS[2],)
+    assert [edit.origin.requests for edit in edits[-2:]] == [(REQUESTS[2],), (REQUESTS[3],)]
+    with pytest.raises(IndexError):
+        edits[4]
