@@ -63,6 +63,7 @@ METHODS = {
     "SERAC": ({}, 1),
     "GRACE": ({}, 1),
     "TPatcher": ({}, 1),
+    "MELO": ({}, 1),
     "IKE": ({}, 1),
 }
 

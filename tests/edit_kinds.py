@@ -13,6 +13,7 @@ from kedit_lightning import BaseModel, Edit
 from kedit_lightning.base_models.taps import capture
 from kedit_lightning.edits import (
     AdapterEdit,
+    BlocksEdit,
     CodebookEdit,
     CompositeEdit,
     DecodingEdit,
@@ -20,6 +21,7 @@ from kedit_lightning.edits import (
     DeferralEdit,
     DenseEdit,
     EditOrigin,
+    LowRankDelta,
     LowRankEdit,
     NeuronsEdit,
     OverlapEdit,
@@ -29,6 +31,7 @@ from kedit_lightning.edits import (
     SideEdit,
     SidePlan,
 )
+from kedit_lightning.edits.kinds.blocks.clusters import BlockEntry
 from kedit_lightning.edits.kinds.codebook.codebook import CodebookEntry, Replacement
 from kedit_lightning.edits.kinds.neurons.neurons import MLPPlace, Neurons
 from kedit_lightning.edits.projections import projection_shape
@@ -148,6 +151,21 @@ def codebook(
     return CodebookEdit(base, module, [entry], replacement, origin_of(base))
 
 
+def blocks(base: BaseModel, prompt: str = PROMPTS[0], seed: int = 80, layer: int = 1) -> BlocksEdit:
+    """Two low-rank blocks above one layer; one is for a prompt, and the other for none here."""
+    key_module = base.layout.block(layer).projections[0]
+    changed = base.layout.block(layer + 1).down
+    d_in, d_out = projection_shape(base.module(changed))
+    a = random(2, 3, d_in, like=base.dtype, seed=seed)
+    b = random(2, d_out, 3, like=base.dtype, seed=seed + 1)
+    rows = base.rows([prompt])
+    with torch.no_grad(), capture(base.model, [key_module]) as seen:
+        base.forward(rows)
+    key = seen.outputs[key_module][0, int(rows.prompt_end[0])].to(a.dtype)
+    entries = [BlockEntry(key, (seed,), 1e-3, 1), BlockEntry(key + 9, (seed + 1,), 1e-3, 0)]
+    return BlocksEdit(base, key_module, {changed: LowRankDelta(a, b)}, entries, origin_of(base))
+
+
 def neurons(base: BaseModel, layer: int = 1, count: int = 5, seed: int = 60) -> NeuronsEdit:
     """Neurons beside one MLP, some of which fire on most tokens."""
     block = base.layout.block(layer)
@@ -218,6 +236,7 @@ KINDS: dict[str, Callable[[BaseModel], Edit]] = {
     "dense": dense,
     "adapter": adapter,
     "codebook": codebook,
+    "blocks": blocks,
     "neurons": neurons,
     "deferral": deferral,
     "overlap": overlap,

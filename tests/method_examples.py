@@ -31,6 +31,7 @@ METHODS = [
     ("KN", {"steps": 3}),
     ("LoRA", {"lr": 1e-2, "steps": 5}),
     ("MALMEN", {"checkpoint": "none", "edit_lr": 1e-2}),
+    ("MELO", {"steps": 4, "lr": 0.1}),
     ("MEMIT", {**LOCATE, "preserve": 1.0}),
     ("MEMOIR", {"steps": 8, "contexts": 1, "lr": 2.0}),
     ("MEND", {"checkpoint": "none", "edit_lr": 1e-2}),

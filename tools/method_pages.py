@@ -145,6 +145,13 @@ PAPERS: dict[str, tuple[Paper, ...]] = {
             "2311.04661",
         ),
     ),
+    "MELO": (
+        Paper(
+            "MELO: Enhancing Model Editing with Neuron-Indexed Dynamic LoRA",
+            "Yu et al., AAAI 2024",
+            "2312.11795",
+        ),
+    ),
     "MEMIT": (
         Paper("Mass-Editing Memory in a Transformer", "Meng et al., ICLR 2023", "2210.07229"),
     ),

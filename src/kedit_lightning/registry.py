@@ -119,6 +119,7 @@ _OWN: dict[tuple[Kind, str], dict[str, tuple[str, str, str]]] = {
         "LoRA": ("finetune.lora", "lora", "low-rank adapter, trained with peft"),
         "LocFTBF": ("finetune.locftbf", "locftbf", "breadth-first fine-tuning, with a buffer"),
         "MALMEN": ("hypernetwork.malmen", "malmen", "MEND for many facts, by ridge regression"),
+        "MELO": ("memory.melo", "melo", "low-rank blocks, routed by clusters of facts"),
         "MEMIT": ("locate.memit", "memit", "many facts over a few layers, closed form"),
         "MEMOIR": (
             "memory.memoir",

@@ -13,7 +13,7 @@ from kedit_lightning.errors import UnsupportedUseError
 from kedit_lightning.methods.capabilities import Bounds
 
 #: Numbers that any value is right for, or that the base model bounds.
-FREE = {"seed", "layer"}
+FREE = {"seed", "layer", "key_layer", "projection"}
 NUMBERS = {int, float, int | None, float | None}
 #: Values that are wrong wherever 0, 1 and all that is larger are right.
 WRONG = (-1, float("nan"), -float("inf"))

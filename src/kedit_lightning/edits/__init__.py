@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from kedit_lightning.edits.compilation import plain_model
 from kedit_lightning.edits.edit import LATE_KINDS, Edit, MemoryEdit
+from kedit_lightning.edits.kinds.blocks.blocks_edit import BlocksEdit
 from kedit_lightning.edits.kinds.codebook.codebook_edit import CodebookEdit
 from kedit_lightning.edits.kinds.composite import CompositeEdit
 from kedit_lightning.edits.kinds.decoding import DecodingEdit
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AdapterEdit",
+    "BlocksEdit",
     "CodebookEdit",
     "CompositeEdit",
     "DecodingEdit",

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from kedit_lightning.methods.locate.ultraedit import UltraEdit
     from kedit_lightning.methods.memory.defer import DEFER
     from kedit_lightning.methods.memory.grace import GRACE
+    from kedit_lightning.methods.memory.melo import MELO
     from kedit_lightning.methods.memory.memoir import MEMOIR
     from kedit_lightning.methods.memory.serac.serac import SERAC
     from kedit_lightning.methods.memory.tpatcher.tpatcher import TPatcher
@@ -55,6 +56,7 @@ __all__ = [
     "KE",
     "KN",
     "MALMEN",
+    "MELO",
     "MEMIT",
     "MEMOIR",
     "MEND",

@@ -11,6 +11,7 @@ from kedit_lightning.methods.locate.shared.closed_form_settings import LocateSet
 from kedit_lightning.methods.locate.ultraedit import UltraEditDefaults
 from kedit_lightning.methods.memory.defer import DEFERDefaults
 from kedit_lightning.methods.memory.grace import CodebookPlace
+from kedit_lightning.methods.memory.melo import MELODefaults
 from kedit_lightning.methods.memory.memoir import MEMOIRDefaults
 from kedit_lightning.methods.memory.wise import WISEDefaults
 from kedit_lightning.methods.shared.published_settings import published_tables
@@ -23,7 +24,7 @@ KINDS = {
     "DEFER": DEFERDefaults,
     "GRACE": CodebookPlace,
     **dict.fromkeys(("LoRA", "AdaLoRA", "DPOEdit"), AdapterDefaults),
-    "LoRA": AdapterDefaults,
+    "MELO": MELODefaults,
     "MEMOIR": MEMOIRDefaults,
     "WISE": WISEDefaults,
 }
@@ -96,6 +97,7 @@ def test_an_entry_has_the_fields_of_its_kind_and_blocks_that_exist(method, key, 
         ("FTL", ("gptj", 28, 4096), FinetuneDefaults([0], 25, 5e-5)),
         ("FTM", ("chatglm", 28, 4096), FinetuneDefaults([27], 40, float("inf"))),
         ("GRACE", ("gpt2", 48, 1600), CodebookPlace(35, 0)),
+        ("MELO", ("gpt2", 48, 1600), MELODefaults(35, [36, 37], 0, 0.5, 1e-3, 350)),
     ],
 )
 def test_entries_written_out(method, key, settings):

@@ -1,0 +1,1 @@
+"""Low-rank blocks, of which each row gets the one whose cluster its prompt falls into (MELO)."""
