@@ -9,7 +9,7 @@ import weakref
 import edit_kinds
 import pytest
 import torch
-from edit_kinds import ANSWERS, PROMPTS, answers, last_key
+from edit_kinds import ANSWERS, KINDS, PROMPTS, answers, last_key, low_rank
 from support import tiny_base
 
 from kedit_lightning import BaseModel
@@ -442,3 +442,31 @@ def test_memories_in_several_layers_decide_each_for_itself():
     assert torch.equal(both[1], alone[1])
     assert torch.equal(both[0], other[0])
     assert torch.equal(both[2:], before[2:])
+
+
+# ---- families that are silent while they learn
+
+
+@pytest.mark.parametrize("kind", ["codebook", "side", "overlap", "deferral"])
+def test_a_silent_family_leaves_the_others_and_acts_again_afterwards(kind):
+    base = tiny_base("llama")
+    plain = answers(base)
+    other = low_rank(base, seed=5)
+    with other:
+        beside = answers(base)
+    with base.edits.restored():
+        edit = KINDS[kind](base).apply()
+        alone = answers(base)
+        assert not torch.equal(alone, plain)
+        with base.edits.without(edit.family):
+            assert torch.equal(answers(base), plain)
+            assert not base.edits.reads_rows
+            with other:
+                assert torch.equal(answers(base), beside)
+            with base.edits.without("another"):
+                assert torch.equal(answers(base), plain)
+        assert torch.equal(answers(base), alone)
+        assert base.edits.ids == (edit.id,)
+        with pytest.raises(ZeroDivisionError), base.edits.without(edit.family):
+            assert 1 / (len(base.edits) - 1)
+        assert torch.equal(answers(base), alone)
