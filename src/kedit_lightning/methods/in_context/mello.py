@@ -116,12 +116,12 @@ def read_decompositions(path: Path) -> tuple[Decomposition, ...]:
 def _decomposition(value: Any, where: str) -> Decomposition:
     fields = dict(value) if isinstance(value, Mapping) else {}
     question, steps = fields.pop("question", None), fields.pop("steps", None)
-    texts = [question, *steps] if isinstance(steps, list) else [None]
-    if fields or not all(isinstance(text, str) for text in texts):
+    wanted = isinstance(question, str) and isinstance(steps, list)
+    if fields or not wanted or not all(isinstance(step, str) for step in steps or ()):
         raise InvalidRequestError(
             f"{where} must be an object with a text 'question' and a list of texts 'steps'"
         )
-    found = Decomposition(texts[0], tuple(texts[1:]))
+    found = Decomposition(str(question), tuple(map(str, steps or ())))
     try:
         found.check()
     except InvalidRequestError as error:

@@ -51,12 +51,12 @@ class DenseIndex:
 
     def scores(self, query: str) -> list[float]:
         """Cosine of the query with each text, in the order of the texts."""
-        return (self._vectors @ self._embed([query])[0]).tolist()  # type: ignore[no-any-return]
+        return (self._vectors @ self._embed([query])[0]).tolist()
 
     def top(self, query: str, k: int) -> list[int]:
         """Indices of the ``k`` most similar texts, best first; ties go to the earlier text."""
         scores = torch.tensor(self.scores(query))
-        return scores.argsort(descending=True, stable=True)[:k].tolist()  # type: ignore[no-any-return]
+        return scores.argsort(descending=True, stable=True)[:k].tolist()
 
 
 def text_index(texts: Sequence[str], retriever: str) -> LexicalIndex | DenseIndex:
