@@ -271,7 +271,7 @@ class SortedExperts(RoutedExperts):
         return (states[None],)
 
     def _rest(self, output: Tensor) -> Tensor:
-        return output - self.module.bias
+        return output - self.module.bias  # type: ignore[no-any-return]
 
     @property
     def _width(self) -> int:
