@@ -17,8 +17,9 @@ from kedit_lightning.methods import TPatcher
 from kedit_lightning.methods.memory.tpatcher.last_block import LastBlockPasses
 from kedit_lightning.methods.memory.tpatcher.patch_losses import activation_loss, memory_loss
 from kedit_lightning.methods.memory.tpatcher.patch_training import PatchMemory, initial_patches
+from kedit_lightning.methods.memory.tpatcher.query_memory import irrelevant_queries
 
-QUICK = {"steps": 4}
+QUICK = {"steps": 4, "irrelevant": 0}
 PROMPTS = [text.split(".")[0] for text in TEXT]
 
 
@@ -237,6 +238,29 @@ def test_any_edit_of_a_stream_may_go_and_the_others_answer_as_before():
         rest = answer_logits(base, requests)
     # The second is silent on the first, which it knew; on the last one nobody could know.
     torch.testing.assert_close(rest[0], together[0], rtol=0, atol=1e-12)
+
+
+def test_a_patch_is_quieter_on_prompts_that_it_has_nothing_to_do_with():
+    base = tiny_base("llama")
+    place = place_of(base)
+    prompts = [["Rome is in the city of", "Lyon is in the city of"], [], []]
+    queries, number = irrelevant_queries(base, place.reads, REQUESTS[:3], prompts)
+    tokens = len(base.encode(REQUESTS[0].prompt, REQUESTS[0].target_new).answer)
+    assert number.tolist() == [0] * 2 * tokens
+    rows = base.rows(prompts[0], [REQUESTS[0].target_new] * 2)
+    with capture(base.model, [place.reads]) as seen:
+        base.forward(rows)
+    inputs = seen.inputs[place.reads]
+    torch.testing.assert_close(queries[0], inputs[0, rows.prompt_end[0]], rtol=0, atol=1e-12)
+    highest = []
+    for count in (0, 2):
+        method = tpatcher(base, steps=20, irrelevant=count, memory_weight=1.0)
+        method.configure_model()
+        method._text = method.text[:8]
+        method._background.of = lambda requests, count: [prompts[0][:count] for _ in requests]
+        patch = method.edit(REQUESTS[:1]).neurons[place]
+        highest.append(float((queries @ patch.keys.T + patch.biases).max()))
+    assert highest[1] < highest[0] - 0.05
 
 
 def test_a_correction_overrules_the_fact_before_it():

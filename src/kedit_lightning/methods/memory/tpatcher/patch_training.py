@@ -28,6 +28,8 @@ class TPatcherSettings(MethodSettings):
     amplify: Positive
     weight_decay: NotNegative
     stop_loss: NotNegative
+    irrelevant: CountOrZero
+    background: str | None
 
 
 @dataclass(frozen=True)

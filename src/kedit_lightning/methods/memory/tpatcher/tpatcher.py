@@ -15,13 +15,14 @@ from kedit_lightning.edits.kinds.neurons.neurons import MLPPlace, Neurons
 from kedit_lightning.edits.kinds.neurons.neurons_edit import stacked_queries
 from kedit_lightning.edits.projections import check_editable, projection_shape
 from kedit_lightning.edits.rounding import state_rounding
+from kedit_lightning.methods.memory.shared.background import Background
 from kedit_lightning.methods.memory.tpatcher.last_block import LastBlockPasses
 from kedit_lightning.methods.memory.tpatcher.patch_training import (
     PatchMemory,
     TPatcherSettings,
     train_patches,
 )
-from kedit_lightning.methods.memory.tpatcher.query_memory import text_queries
+from kedit_lightning.methods.memory.tpatcher.query_memory import irrelevant_queries, text_queries
 from kedit_lightning.methods.method import EditMethod, MethodSettings
 from kedit_lightning.requests import EditRequest
 
@@ -37,8 +38,8 @@ class TPatcher(EditMethod):
     loss, so that it fires there, and a memory loss, so that it is silent on other texts and on the
     facts of other edits. Where it is silent it adds exactly nothing. All patches are rectified,
     whatever the activation of the model's own neurons; in the paper they have that of the model.
-    The memory is a small packaged text; the paper takes it from the data of its task.
-    Paper: https://arxiv.org/abs/2301.09785.
+    The memory is a small packaged text and, for each request, prompts that it has nothing to do
+    with; the paper takes it from the data of its task. Paper: https://arxiv.org/abs/2301.09785.
 
     Args:
         base_model: The model to edit: an object, a specification, or a name.
@@ -54,7 +55,11 @@ class TPatcher(EditMethod):
         amplify: Factor on values, which makes them learn as much faster than keys.
         weight_decay: L2 penalty on keys, biases and values.
         stop_loss: Loss of an answer token below which it counts as learnt.
-        seed: Seed of the first values, which depend on the request too.
+        irrelevant: Prompts in the memory of each request that it has nothing to do with.
+        background: File of such prompts, one a line, in place of the usual ones, which are the
+            request's own about subjects that the model names and openings of texts.
+        seed: Seed of the first values and of the irrelevant prompts; both depend on the requests
+            too.
     """
 
     settings_type: ClassVar[type[MethodSettings]] = TPatcherSettings
@@ -72,6 +77,8 @@ class TPatcher(EditMethod):
         amplify: float = 10.0,
         weight_decay: float = 1e-2,
         stop_loss: float = 5e-2,
+        irrelevant: int = 32,
+        background: str | None = None,
         seed: int | None = None,
     ) -> None:
         super().__init__(base_model, seed)
@@ -88,6 +95,7 @@ class TPatcher(EditMethod):
         for name in self.place:
             check_editable(self.base.model, name)
         self._text: Tensor | None = None
+        self._background = Background(self.base, self.settings.start, self.settings.background)
         #: Edits that :meth:`edit_each` has computed, by their requests.
         self._patched: dict[tuple[EditRequest, ...], NeuronsEdit] = {}
 
@@ -109,6 +117,8 @@ class TPatcher(EditMethod):
     def patched(self, groups: Sequence[Sequence[EditRequest]]) -> list[NeuronsEdit]:
         """One edit for each group of requests, independent of the others."""
         requests = [request for group in groups for request in group]
+        count = self.settings.irrelevant
+        irrelevant = [prompts for group in groups for prompts in self._background.of(group, count)]
         parts = [slice(i, i + _TOGETHER) for i in range(0, len(requests), _TOGETHER)]
         passes = [LastBlockPasses(self.base, self.place, requests[p]) for p in parts]
         tokens = [part.row + _TOGETHER * number for number, part in enumerate(passes)]
@@ -117,7 +127,7 @@ class TPatcher(EditMethod):
         queries = torch.cat([part.queries for part in passes])
         pool = queries, owners[torch.cat(tokens)]
         found = [
-            self._trained(part, requests[at], owners[rows], pool)
+            self._trained(part, requests[at], irrelevant[at], owners[rows], pool)
             for part, at, rows in zip(passes, parts, tokens, strict=True)
         ]
         keys, biases, values, of_group, losses = map(torch.cat, zip(*found, strict=True))
@@ -133,6 +143,7 @@ class TPatcher(EditMethod):
         self,
         passes: LastBlockPasses,
         requests: Sequence[EditRequest],
+        irrelevant: Sequence[Sequence[str]],
         groups: Tensor,
         pool: tuple[Tensor, Tensor],
     ) -> tuple[Tensor, ...]:
@@ -141,6 +152,7 @@ class TPatcher(EditMethod):
         Args:
             passes: Passes of some requests, at all tokens of their answers.
             requests: These requests.
+            irrelevant: Prompts that each of them has nothing to do with.
             groups: The group of each token of the passes. Shape ``[n]``.
             pool: Queries of all requests, ``[k, d]``, and their groups, ``[k]``.
         """
@@ -148,11 +160,13 @@ class TPatcher(EditMethod):
         start = self._first_values(requests, passes)[wrong]
         passes, groups = passes.select(wrong), groups[wrong]
         earlier = torch.cat([pool[0][:0], *stacked_queries(self.base, self.place)])
+        foreign, asked_for = irrelevant_queries(self.base, self.place.reads, requests, irrelevant)
         mine = [
             groups[:, None] == pool[1],
             groups.new_ones(len(groups), len(earlier), dtype=torch.bool),
+            passes.row[:, None] == asked_for,
         ]
-        others = torch.cat([pool[0], earlier])
+        others = torch.cat([pool[0], earlier, foreign])
         rounding = state_rounding(self.base.dtype)
         memory = PatchMemory.of(self.text, others, passes.queries, torch.cat(mine, 1), rounding)
         keys, biases, values, losses = train_patches(passes, memory, start, self.settings)
