@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar
@@ -153,7 +152,8 @@ class MELO(EditMethod):
         requests = [request for block in blocks for request in block]
         numbers = [number for number, block in enumerate(blocks) for _ in block]
         encoded = [self.base.encode(r.prompt, r.target_new) for r in requests]
-        with self.without_blocks():
+        # A row gets its own block in the place of an earlier one.
+        with self.base.edits.without(BlocksEdit.family_of(self.key_module, self.trained)):
             keys = self._keys(requests)
             passes = AnswerPasses(self.base, encoded, self.trained)
             factors, losses = self._train(passes, blocks, numbers)
@@ -182,17 +182,6 @@ class MELO(EditMethod):
             )
             first += len(part)
         return edits
-
-    @contextmanager
-    def without_blocks(self) -> Iterator[None]:
-        """Inside, the blocks of earlier edits are off: a row gets its own block in their place."""
-        stack = self.base.edits
-        family = BlocksEdit.family_of(self.key_module, self.trained)
-        with stack.restored():
-            for edit in list(stack):
-                if all(getattr(effect, "family", None) == family for effect in edit.effects()):
-                    edit.rollback()
-            yield
 
     @torch.no_grad()
     def _keys(self, requests: Sequence[EditRequest]) -> Tensor:
