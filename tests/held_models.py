@@ -55,8 +55,8 @@ def _loaded(folder: Path, **options: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(_source(folder), dtype=torch.float32, **options)
 
 
-def _compiled(model: Any, backend: str) -> Any:
-    model.compile(backend=backend)
+def _compiled(model: Any) -> Any:
+    model.compile(backend="eager")
     return model
 
 
@@ -90,8 +90,7 @@ def _int8() -> TorchAoConfig:
 
 #: How a model may be held, and what makes it so, in a folder.
 HELD: dict[str, Callable[[Path], Any]] = {
-    "compiled": lambda folder: _compiled(_loaded(folder), "eager"),
-    "inductor": lambda folder: _compiled(_loaded(folder), "inductor"),
+    "compiled": lambda folder: _compiled(_loaded(folder)),
     "static cache": lambda folder: _with_static_cache(_loaded(folder)),
     "in memory": lambda folder: offloaded_to_memory(_loaded(folder)),
     "on disk": lambda folder: offloaded_to_disk(_loaded(folder), folder / "disk"),

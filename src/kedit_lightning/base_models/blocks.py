@@ -12,6 +12,7 @@ from torch import nn
 
 from kedit_lightning.base_models.text_inputs import MISSING_INPUT, lacks_inputs
 from kedit_lightning.edits import EditStack
+from kedit_lightning.edits.compilation import uncompiled
 from kedit_lightning.edits.weight_storage import device_of
 from kedit_lightning.errors import KEditError, ModuleNotLocatedError
 
@@ -108,7 +109,7 @@ def _that_run(
 
 @torch.no_grad()
 def read_probe(model: Any) -> None:
-    """Run a forward pass on a few tokens.
+    """Run a forward pass on a few tokens, uncompiled.
 
     Raises:
         UnsupportedUseError: The model needs more than these.
@@ -119,7 +120,8 @@ def read_probe(model: Any) -> None:
     encoder_decoder = getattr(model.config, "is_encoder_decoder", False)
     inputs = {"input_ids": ids, **({"decoder_input_ids": ids} if encoder_decoder else {})}
     try:
-        model(**inputs, use_cache=False)
+        with uncompiled():
+            model(**inputs, use_cache=False)
     except MISSING_INPUT as error:
         if isinstance(error, KEditError):
             raise

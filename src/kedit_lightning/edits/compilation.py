@@ -40,14 +40,21 @@ def forget_compiled_code(model: nn.Module) -> None:
 
 
 @contextmanager
-def eager_gradients() -> Iterator[None]:
-    """Inside, gradients are computed, and nothing is compiled.
+def uncompiled() -> Iterator[None]:
+    """Inside, models run uncompiled.
 
-    Methods attach hooks, take them off and attach others; each time torch would compile anew.
+    What attaches hooks, takes them off and attaches others would compile anew each time.
     """
     compiling = "torch._dynamo" in sys.modules
     stance: Any = torch.compiler.set_stance("force_eager") if compiling else nullcontext()
-    with stance, torch.inference_mode(False), torch.enable_grad():
+    with stance:
+        yield
+
+
+@contextmanager
+def eager_gradients() -> Iterator[None]:
+    """Inside, gradients are computed, and nothing is compiled."""
+    with uncompiled(), torch.inference_mode(False), torch.enable_grad():
         yield
 
 
