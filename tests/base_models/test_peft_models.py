@@ -18,8 +18,10 @@ from kedit_lightning.errors import UnsupportedUseError
 # peft asks for what transformers has renamed
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")
 SETTINGS = dict(METHODS)
-#: A weight edit found by gradients, one in closed form, an adapter, a memory, a rewritten prompt.
+#: A weight edit found by gradients, one in closed form, an adapter, a memory, a rewritten prompt;
+#: and in the slow tests one of each other family.
 EDITED = ("FTM", "ROME", "LoRA", "GRACE", "IKE")
+OTHERS = ("AdaLoRA", "KN", "MALMEN", "MEMIT", "MEND", "SERAC", "TPatcher", "UltraEdit", "WISE")
 #: Projections with a foreign adapter: those that are edited, and others.
 ADAPTED = {"llama": ["down_proj", "up_proj", "q_proj"], "gpt2": ["c_fc", "mlp.c_proj", "c_attn"]}
 
@@ -54,7 +56,10 @@ def logits(base: BaseModel) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("how", ["get_peft_model", "add_adapter"])
-@pytest.mark.parametrize("name", EDITED)
+@pytest.mark.filterwarnings("ignore:UltraEdit has seen")
+@pytest.mark.parametrize(
+    "name", [*EDITED, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)]
+)
 def test_an_edit_equals_that_of_the_merged_model(name, how):
     kind = "gpt2" if name == "LoRA" else "llama"
     held = wrapped_model(kind, how)

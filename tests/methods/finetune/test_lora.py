@@ -6,6 +6,8 @@ import copy
 
 import pytest
 import torch
+from accelerate.hooks import remove_hook_from_submodules
+from held_models import offloaded_to_memory
 from peft import LoraConfig, LoraModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from support import FAMILIES, REQUESTS, tiny_base
@@ -148,6 +150,17 @@ def test_half_precision_weights_get_factors_in_single_precision():
     for a, b in edit.factors.values():
         assert a.dtype == b.dtype == torch.float32
         assert b.any()
+
+
+def test_offloaded_weights_give_the_same_factors():
+    plain, base = tiny_base("llama", torch.float32), tiny_base("llama", torch.float32)
+    offloaded_to_memory(base.model)
+    wanted, found = (
+        LoRA(base_model=b, lr=1e-2, steps=2, layers=[1]).edit(REQUESTS[:1]) for b in (plain, base)
+    )
+    for name, delta in wanted.factors.items():
+        assert torch.equal(found.factors[name].dense, delta.dense)
+    remove_hook_from_submodules(base.model)
 
 
 def test_it_is_trained_on_top_of_the_stack():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from peft.tuners.tuners_utils import cast_adapter_dtype
 from torch import Tensor, nn
 
 from kedit_lightning.edits.projections import base_layer, is_transposed
+from kedit_lightning.edits.weight_storage import loaded
 from kedit_lightning.errors import UnsupportedUseError
 
 #: Name of the adapter inside peft.
@@ -113,7 +114,11 @@ def adapter_training(
     with torch.random.fork_rng(devices=sorted(devices, key=str)):
         torch.manual_seed(generator.initial_seed())
         try:
-            wrapped = tuner(projections, config, ADAPTER)
+            # peft puts the factors where the weights are, so those that are offloaded come back.
+            with ExitStack() as stack:
+                for module in modules:
+                    stack.enter_context(loaded(module))
+                wrapped = tuner(projections, config, ADAPTER)
         except (TypeError, ValueError, ImportError) as error:
             kinds = ", ".join(sorted({type(module).__name__ for module in modules}))
             raise UnsupportedUseError(
