@@ -181,6 +181,7 @@ def test_settings_follow_the_base_model(monkeypatch):
     assert derived.settings.target_modules == ["q_proj", "v_proj"]
     assert len(derived.modules_trained) == 2 * len(base.layout)
     assert (derived.settings.steps, derived.settings.lr) == (60, 5e-3)
+    assert derived.stop_loss == derived.settings.stop_loss == 1e-2
     published = {"target_modules": ["fc1", "fc2"], "steps": 9, "lr": 1e-3}
     monkeypatch.setitem(published_tables()["LoRA"], ("opt", 3, 32), published)
     known = LoRA(base_model=base, layers=[0, -1])

@@ -28,7 +28,7 @@ from kedit_lightning.requests import EditRequest
 class LoRASettings(AdapterSettings):
     """Settings of :class:`LoRA`."""
 
-    stop_loss: NotNegative
+    stop_loss: NotNegative | None
 
 
 class LoRA(AdapterMethod):
@@ -53,7 +53,7 @@ class LoRA(AdapterMethod):
             otherwise.
         batch_size: Requests of an optimizer step.
         stop_loss: A batch with a lower loss is skipped, and training ends once the mean loss of an
-            epoch is lower.
+            epoch is lower; 0.01 when absent, unless published otherwise.
         seed: Seed of the factors' start, of the dropout and of the order of requests, which depend
             on the requests too.
     """
@@ -72,15 +72,22 @@ class LoRA(AdapterMethod):
         lr: float | None = None,
         steps: int | None = None,
         batch_size: int = 1,
-        stop_loss: float = 1e-2,
+        stop_loss: float | None = None,
         seed: int | None = None,
     ) -> None:
         super().__init__(base_model, seed)
 
-    @property
-    def stop_loss(self) -> float:
-        """Training ends after an epoch with a lower mean loss."""
-        return self.settings.stop_loss
+    def build(self) -> None:
+        """Find the projections that get an adapter, and take the settings left to the model.
+
+        Raises:
+            UnsupportedUseError: A name in ``target_modules`` fits no projection.
+            ModuleNotLocatedError: A block does not exist.
+        """
+        super().build()
+        given = self.settings.stop_loss
+        self.stop_loss = self.usual.stop_loss if given is None else given
+        self.settings = replace(self.settings, stop_loss=self.stop_loss)
 
     def config(self, optimizer_steps: int) -> LoraConfig:
         """Rank, scale and dropout."""

@@ -43,6 +43,7 @@ class AdapterDefaults:
     target_modules: Sequence[str] | None = None
     steps: int | None = None
     lr: float | None = None
+    stop_loss: float = 1e-2
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ class AdapterMethod(EditMethod):
         """
         settings, method = self.settings, type(self).__name__
         usual = published_settings(self.base, method, AdapterDefaults) or AdapterDefaults()
+        self.usual = usual
         targets = settings.target_modules or usual.target_modules or usual_targets(self.base)
         names = projections_named(self.base, targets, settings.layers)
         for name in names:
