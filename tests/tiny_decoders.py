@@ -106,8 +106,11 @@ HYBRID = ["linear_attention", "linear_attention", "full_attention"]
 #: What single types need beyond that, most often since their defaults do not fit each other.
 EXTRA: dict[str, dict[str, Any]] = {
     "aria_text": {"moe_num_shared_experts": 1},
+    "bailing_hybrid": {"layer_types": HYBRID},
     "bamba": {"attn_layer_indices": [1]},
     "beam": {"mlp_layer_types": ["dense", "sparse", "sparse"]},
+    # Its decoder alone counts its cache by the encoder's layers.
+    "blenderbot": {"encoder_layers": LAYERS},
     "blt": {"encoder_hash_byte_group_vocab": 64},
     "cohere_compass_text": {
         "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}
@@ -129,13 +132,17 @@ EXTRA: dict[str, dict[str, Any]] = {
     "hunyuan_v1_dense": {"head_dim": 8},
     "hunyuan_v1_moe": {"head_dim": 8},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "kimi_linear": {"layer_types": HYBRID},
     "lfm2": {"block_auto_adjust_ff_dim": False},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
     "longcat_flash": {"qk_head_dim": 16},
     "mamba2": {"head_dim": 16},
+    "minicpm3": {"scale_emb": 1},  # or blocks hardly matter beside the embeddings
     "ministral": {"head_dim": 8},
     "nemotron": {"num_key_value_heads": 2},
     "qwen3_5": {"text_config": {"layer_types": HYBRID}},
+    "qwen3_5_moe": {"text_config": {"layer_types": HYBRID}},
+    "qwen3_5_moe_text": {"layer_types": HYBRID},
     "qwen3_5_text": {"layer_types": HYBRID},
     "qwen3_next": {"layer_types": HYBRID},
     "reformer": {
@@ -184,14 +191,17 @@ def tiny_config(kind: str) -> Any:
     return config_class(**settings)
 
 
-def tiny_decoder(kind: str, dtype: torch.dtype = torch.float32) -> Any:
-    """A model of a type with random weights, the same at every call."""
+def tiny_decoder(kind: str, dtype: torch.dtype = torch.float32, scale: float = 4.0) -> Any:
+    """A model of a type with random weights, the same at every call.
+
+    Matrices are larger than at their usual start, so that gates and routers choose.
+    """
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(tiny_config(kind)).to(dtype).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.dim() > 1:  # larger than the usual start, so that gates and routers choose
-                parameter.mul_(4.0)
+            if parameter.dim() > 1:
+                parameter.mul_(scale)
     return model
 
 
@@ -293,6 +303,7 @@ def survey(kind: str) -> Finding:
         return Finding(kind, "not built", f"{type(error).__name__}: {' '.join(str(error).split())}")
     dense, layout, found, reason = _is_dense(model), Layout(model), [], ""
     try:
+        _ = layout.mlp_layers  # raises where there is none, or where blocks share theirs
         for index in range(len(layout)):
             try:
                 found.append((layout.mlp_block(index), layout.write_path(index)))

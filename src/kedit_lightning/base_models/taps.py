@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from kedit_lightning.edits.compilation import uncompiled
 from kedit_lightning.edits.effects import WeightDelta
 from kedit_lightning.edits.expert_projection import ExpertProjection
 from kedit_lightning.edits.experts import routed_experts
@@ -26,6 +27,7 @@ from kedit_lightning.edits.projections import (
     with_first,
 )
 from kedit_lightning.edits.routed_hooks import ExpertsHook
+from kedit_lightning.errors import UnsupportedUseError
 
 #: Takes the input and the output of a module; returns its new output, or ``None`` to leave it.
 Visit: TypeAlias = Callable[[Tensor, Tensor], Tensor | None]
@@ -54,7 +56,8 @@ def _called(model: nn.Module) -> Iterator[Callable[[], int]]:
 
     handle = model.register_forward_pre_hook(enter, with_kwargs=True)
     try:
-        yield lambda: batch
+        with uncompiled():
+            yield lambda: batch
     finally:
         handle.remove()
 
@@ -170,6 +173,12 @@ def gathering(head: nn.Module, places: tuple[Tensor, Tensor]) -> Iterator[None]:
     def gather(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         handle.remove()  # an edit that changes logits may call the head once more
         hidden = first_tensor(args)
+        if hidden.dim() != 3:
+            raise UnsupportedUseError(
+                f"the vocabulary projection of this model reads {hidden.dim() - 2} indices besides "
+                "row and width, as one that predicts several tokens at once does; use a decoder "
+                "that predicts one token at a time"
+            )
         at = tuple(index.to(hidden.device) for index in places)
         return (hidden[at][None], *args[1:])
 
