@@ -86,8 +86,14 @@ class LoRA(AdapterMethod):
         """
         super().build()
         given = self.settings.stop_loss
-        self.stop_loss = self.usual.stop_loss if given is None else given
-        self.settings = replace(self.settings, stop_loss=self.stop_loss)
+        stop_loss = self.usual.stop_loss if given is None else given
+        self.settings = replace(self.settings, stop_loss=stop_loss)
+
+    @property
+    def stop_loss(self) -> float:
+        """Training ends after an epoch with a lower mean loss."""
+        assert self.settings.stop_loss is not None  # resolved by build()
+        return self.settings.stop_loss
 
     def config(self, optimizer_steps: int) -> LoraConfig:
         """Rank, scale and dropout."""
