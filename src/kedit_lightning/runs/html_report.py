@@ -57,8 +57,10 @@ def html_report(
     rows = [
         Score(
             key,
-            *(float(entry[name]) for name in ("mean", "low", "high")),
-            int(entry["n"]),
+            entry["mean"],
+            entry["low"],
+            entry["high"],
+            entry["n"],
             0 <= entry["low"] <= entry["high"] <= 1,
         )
         for key, entry in scores.items()

@@ -234,13 +234,13 @@ class MELO(EditMethod):
         layer, rank = self.base.module(module), self.settings.rank
         d_in, d_out = projection_shape(layer)
         like = next(layer.parameters())
-        options = {"dtype": compute_dtype(self.base.dtype), "device": like.device}
+        dtype, device = compute_dtype(self.base.dtype), like.device
         drawn = [
             torch.rand(rank, d_in, generator=self.generator(block, module), dtype=torch.float64)
             for block in blocks
         ]
-        a = ((2 * torch.stack(drawn) - 1) / d_in**0.5).to(**options)
-        b = torch.zeros(len(blocks), d_out, rank, **options)
+        a = ((2 * torch.stack(drawn) - 1) / d_in**0.5).to(device, dtype)
+        b = torch.zeros(len(blocks), d_out, rank, dtype=dtype, device=device)
         return LowRankDelta(a.requires_grad_(), b.requires_grad_())
 
 

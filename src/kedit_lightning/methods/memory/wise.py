@@ -177,12 +177,13 @@ class WISE(EditMethod):
             ModuleNotLocatedError: The block does not exist or has no dense MLP.
         """
         settings, usual = self.settings, wise_defaults(self.base)
+        given_layer = settings.layer
         names = [f.name for f in fields(usual) if f.name in vars(settings)]
         given = {n: getattr(settings, n) for n in names if getattr(settings, n) is not None}
         #: The settings that follow the base model.
         self.resolved = resolved = replace(usual, **given)
         self.settings = settings = replace(settings, **{n: getattr(resolved, n) for n in names})
-        projection = usual.projection if self.given.layer is None else -1
+        projection = usual.projection if given_layer is None else -1
         module = self.base.layout.block(resolved.layer).projections[projection]
         check_editable(self.base.model, module)
         self.plan = SidePlan(

@@ -21,7 +21,7 @@ class JointMethod(Protocol):
     def noted_edit(self, requests: Sequence[EditRequest]) -> Edit:
         """One edit of some requests, with its notes."""
 
-    def edits_together(self, requests: Sequence[EditRequest]) -> list[Edit]:
+    def edits_together(self, requests: Sequence[EditRequest]) -> Sequence[Edit]:
         """The edit of each request, as it is without the others."""
 
     def together(self, requests: Sequence[EditRequest]) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -171,8 +171,8 @@ class ClusterTable:
 
     def on(self, device: torch.device) -> ClusterTable:
         """The same on a device."""
-        tensors = (self.centres, self.radii, self.keys, self.owners, self.blocks)
-        return ClusterTable(*(tensor.to(device) for tensor in tensors), self.rounding)
+        names = ("centres", "radii", "keys", "owners", "blocks")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
     def lookup(self, queries: Tensor) -> Tensor:
         """The block of each query, ``-1`` outside of all clusters. ``[batch]`` from ``[batch, d]``.

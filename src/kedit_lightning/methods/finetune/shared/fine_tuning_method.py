@@ -84,8 +84,11 @@ class FineTuningMethod(EditMethod):
     settings: FineTuningSettings
     #: Table of published settings.
     published: ClassVar[str] = "FTM"
-    #: Earlier facts that each epoch draws from the buffer.
-    replay: int = 0
+
+    @property
+    def replay(self) -> int:
+        """Earlier facts that each epoch draws from the buffer."""
+        return 0
 
     def earlier(self, requests: Sequence[EditRequest]) -> list[EditRequest]:
         """The buffer: facts that are written already, and trained again beside the requests."""
