@@ -330,7 +330,8 @@ def test_edit_each_gives_what_edit_gives_and_applies_nothing() -> None:
 def test_a_kind_says_whether_rows_can_carry_it() -> None:
     base = tiny_base("llama")
     able = {name for name, make in KINDS.items() if make(base).can_be_carried}
-    assert able == {"low_rank", "remembering", "dense", "adapter", "codebook", "neurons", "blocks"}
+    weights = {"low_rank", "remembering", "dense", "adapter"}
+    assert able == {*weights, "codebook", "neurons", "blocks", "side", "overlap", "deferral"}
     nested = CompositeEdit(base, [CompositeEdit(base, [KINDS["prompt"](base)])])
     assert not nested.can_be_carried
     assert CompositeEdit(base, [KINDS["dense"](base)]).can_be_carried

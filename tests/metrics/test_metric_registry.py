@@ -192,4 +192,4 @@ def test_few_calls_lie_between_a_reading_and_its_forward_pass(monkeypatch, carry
         with edit:
             reader.readings(PROBES, before)
     assert len(between) == 3  # answers; continuations, edited and not
-    assert all(names == ["readings", "_read"] for names in between)
+    assert all(names[:2] == ["readings", "_read"] and len(names) <= 3 for names in between)

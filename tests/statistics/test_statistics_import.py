@@ -107,7 +107,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "moment.npz is in " in capsys.readouterr().out
     base = BaseModel.load("nano", dtype="float64")
     (kept,) = tmp_path.glob("cache/statistics/*.safetensors")
-    assert kept.name.startswith(base.fingerprint)
+    assert kept.name.startswith(base.weights_fingerprint)
     with pytest.raises(SystemExit) as stopped:
         main([str(path), "--base_model", "nano"])
     assert stopped.value.code == 2

@@ -133,9 +133,10 @@ def naming_inputs(model: nn.Module, edits: EditStack) -> Iterator[None]:
     """Say so where a call inside the block fails since the model needs more than token ids."""
     try:
         yield
-    except MISSING_INPUT:
-        with edits.suspended():
-            read_probe(model)  # raises if it does
+    except MISSING_INPUT as error:
+        if not isinstance(error, KEditError):  # ours says what is wrong already
+            with edits.suspended():
+                read_probe(model)  # raises if it does
         raise
 
 

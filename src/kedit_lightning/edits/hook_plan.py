@@ -162,5 +162,6 @@ class HookPlan:
             group[0].build([effect.content for effect in group])
             for group in families(shared, RewritePrompt)
         ]
-        decides = bool(apart or states or of_type(every, RouteRows))
-        return cls(hooks, prompts, decides or bool(logits), bool(states), decides)
+        decides = bool(states or of_type(every, RouteRows))
+        knows_rows = bool(apart or decides or logits)
+        return cls(hooks, prompts, knows_rows, bool(states), decides)

@@ -182,6 +182,8 @@ def _dequantised(module: Any, kind: str) -> Tensor:
     for name in ("dequantize_weight", "dequantize"):  # of GPTQ, of HQQ
         if hasattr(module, name):
             return getattr(module, name)()  # type: ignore[no-any-return]
+    if kind not in {*_BITS.values(), *_LIBRARIES.values()}:
+        raise ValueError("nothing tells its scales")
     if kind not in _BITS.values():
         return module.weight.dequantize()  # type: ignore[no-any-return]
     import bitsandbytes.functional as bits

@@ -63,7 +63,7 @@ Final answer: Portuguese
 def subquestion_in(text: str) -> str | None:
     r"""The last sub-question that a text asks.
 
-    >>> subquestion_in("Subquestion: Who?\\nGenerated answer: Anna.\\n")
+    >>> subquestion_in("Subquestion: Who?\nGenerated answer: Anna.\n")
     'Who?'
     """
     found = re.findall(r"^Subquestion:[ \t]*(\S.*)$", text, re.MULTILINE)

@@ -125,7 +125,10 @@ def weight_of(base: BaseModel, module: str, edited: bool) -> Tensor:
     Raises:
         UnsupportedUseError: The weight is quantised in a way that cannot be read.
     """
-    total = matrix_of(base.module(module)).double()
+    try:
+        total = matrix_of(base.module(module)).double()
+    except UnsupportedUseError as error:
+        raise UnsupportedUseError(f"module '{module}': {error}") from error
     for effect in base.edits.effects(AddToOutput) if edited else ():
         if effect.module != module:
             continue

@@ -85,8 +85,17 @@ class Background:
             kept = [prompt for prompt in chosen if prompt not in asked]
             wanted = count if self._given else count // 2
             kept = chance.sample(kept, min(wanted, len(kept)))
-            found.append(kept + openings(count - len(kept), chance.randrange(2**32)))
+            kept += openings(count - len(kept), chance.randrange(2**32))
+            found.append([self._fitting(prompt, request.target_new) for prompt in kept])
         return found
+
+    def _fitting(self, prompt: str, answer: str) -> str:
+        """The first words of a prompt that leave room for an answer in the model's window."""
+        encoder, words = self._base.encoder, prompt.split(" ")
+        room = self._base.max_tokens - encoder.count(answer) - 2
+        while len(words) > 1 and encoder.count_prompt(" ".join(words)) > room:
+            words.pop()
+        return " ".join(words)
 
     def _others(self, request: EditRequest) -> list[str]:
         """The prompt about other subjects; none where the model cannot name any."""
