@@ -27,8 +27,8 @@ class AKEW(EditDataModule):
     unstructured, the passage fact_new_uns as the answer to the question; triplets, each item of
     unsfact_triplets_GPT. Whatever was written is asked for by the rewrite probes of the structured
     fact. paraphrase_prompts become rephrase probes, neighborhood_prompts locality neighborhood, loc
-    with loc_ans locality nq, questions with new_answer portability multi_hop. 975 records
-    (CounterFact), 1,000 (MQuAKE-CF), 1,000 (WikiUpdate). Licence MIT. Paper:
+    with loc_ans locality nq, questions with new_answer portability multi_hop. About
+    a thousand records each. The licence is that of its repository. Paper:
     https://arxiv.org/abs/2402.18909.
 
     Args:

@@ -19,7 +19,8 @@ class HalluEditBench(EditDataModule):
     of multiple_choice_labels) and reversed_relation (answered by the subject); question_2hop to
     question_6hop become portability 2hop to 6hop; locality_question becomes locality, whose right
     answer is the base model's own. relation becomes the task of the request. One CSV (or JSON) file
-    for each model and domain, 9 domains and 26 topics. Licence MIT. Paper:
+    for each model and domain, 9 domains and 26 topics. The licence is that of
+    its repository. Paper:
     https://arxiv.org/abs/2410.16251.
 
     Args:

@@ -18,8 +18,8 @@ class LEME(ZsRE):
     coupled_prompts_and_properties adds prompts for passages: that of the subject becomes locality
     long_form_subject, those of coupled entities locality long_form_coupled; their answers are the
     base model's own passages, so what is scored is what an edit changes in them. mhop with mhop_ans
-    becomes portability multi_hop, personas portability personas. Licence MIT. Paper:
-    https://arxiv.org/abs/2402.09394.
+    becomes portability multi_hop, personas portability personas. The licence is that of
+    its repository. Paper: https://arxiv.org/abs/2402.09394.
 
     Args:
         path: File with the records to edit and test, such as

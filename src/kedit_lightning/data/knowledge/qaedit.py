@@ -14,8 +14,8 @@ class QAEdit(EditDataModule):
     The question prompt gets the answer target; rephrase becomes a rephrase probe and the items of
     locality (loc, loc_ans) probes of group qa. source becomes the task of the request. Ids repeat
     across sources, so records are named by their position. A subject
-    that its question lacks is dropped, and counted in a warning. 19,249 records, of which 1,000
-    are published with their locality. Licence Apache-2.0. Paper: https://arxiv.org/abs/2502.11177.
+    that its question lacks is dropped, and counted in a warning. 1,000 records are published
+    with their locality. Licence Apache-2.0. Paper: https://arxiv.org/abs/2502.11177.
 
     Args:
         path: File with the records to edit and test, such as ``QAEdit_inter_1k.json``.

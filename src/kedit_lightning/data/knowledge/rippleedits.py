@@ -32,7 +32,8 @@ class RippleEdits(EditDataModule):
     Forgetfulness; every value and alias of their answers counts. Queries without answer are left
     out. Condition queries, which say whether a model can know the answer, are not asked. Subjects
     are Wikidata ids in the published files, so requests have one only where a record names it as
-    subject. About 5,000 edits in the files recent, random and popular. Licence MIT. Paper:
+    subject. About 5,000 edits in the files recent, random and popular. The
+    licence is that of its repository. Paper:
     https://arxiv.org/abs/2307.12976.
 
     Args:

@@ -14,7 +14,8 @@ class UnKE(EditDataModule):
 
     question gets the passage answer; para_question becomes a rephrase probe, and the parts of the
     passage (sub_question with sub_answer, in pairs) become portability sub_question. Records name
-    no subject. 1,000 records. Licence MIT. Paper: https://arxiv.org/abs/2405.15349.
+    no subject. 1,000 records. The licence is that of its repository. Paper:
+    https://arxiv.org/abs/2405.15349.
 
     Args:
         path: File with the records to edit and test, such as ``final_data_v3.json``.
@@ -35,7 +36,8 @@ class EditEverything(UnKE):
     """EditEverything, long targets of many kinds: mathematics, code, news, poetry, chemistry.
 
     question gets the text answer, and category becomes the task of the request; the other fields
-    of UnKE are read where a record has them. 552 records. Licence MIT. Paper (AnyEdit):
+    of UnKE are read where a record has them. The licence is that of its
+    repository. Paper (AnyEdit):
     https://arxiv.org/abs/2502.05628.
 
     Args:

@@ -14,7 +14,7 @@ class WikiBigEdit(EditDataModule):
     The question update gets the answer ans; rephrase becomes a rephrase probe. personas, the
     question as somebody would put it, becomes portability personas; mhop with mhop_ans portability
     multi_hop; loc with loc_ans locality wikidata. tag (new or update) becomes the task of the
-    request. 506,035 records in eight files. Licence Apache-2.0. Paper:
+    request. Over 500,000 records in eight files. Licence Apache-2.0. Paper:
     https://arxiv.org/abs/2503.05683.
 
     Args:
