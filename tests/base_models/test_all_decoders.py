@@ -211,7 +211,8 @@ def test_values_may_be_sought_on_every_located_type():
 
 @pytest.mark.slow
 def test_nearly_all_dense_types_are_located():
-    dense = [f for f in everything().values() if f.dense]
+    # An MLP that blocks share is refused for what it is: to change it in one changes all.
+    dense = [f for f in everything().values() if f.dense and "tied" not in f.reason]
     located = [f for f in dense if f.verdict in {"located", "in part"}]
     assert len(dense) > 100, Counter(f.verdict for f in everything().values())
     assert len(located) >= 0.95 * len(dense), {f.kind for f in dense} - {f.kind for f in located}
