@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 import pytest
 import torch
-from places import ROOT
+from measured_methods import MEASURED
 from scores import score
 
 from kedit_lightning import BaseModel, EditTrainer, methods
@@ -23,10 +22,6 @@ FACTS = FOLDER.parents[1] / "data" / "nano_facts"
 MB = 1e6
 #: UltraEdit normalises by the facts of a batch, and writes nothing of a single one.
 IN_ONE_BATCH = ("UltraEdit",)
-#: Methods with a row in the README's table of figures, whose figure a run must confirm.
-MEASURED = re.findall(
-    r"^\| `(\w+)` \| \d\.\d\d \(", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE
-)
 #: KN writes few facts in the published comparisons too (0.29 of CounterFact in ROME's table 4).
 LEAST = {"KN": 0.1}
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from scores import header, markdown, ready, real_data, run
+from measured_methods import MEASURED
+from scores import header, markdown, real_data, run
 
 RECORDS = 10
 
@@ -13,7 +14,7 @@ RECORDS = 10
 @pytest.mark.timeout(3000)
 def test_all_methods_on_real_records(shared_data, record_property):
     models = ["nano", str(shared_data / "models" / "stories260K")]
-    names = ready()
+    names = MEASURED
     lines = list(run(models, real_data(shared_data, RECORDS), names))
     record_property("table", "\n".join([header(), *map(markdown, lines)]))
     assert len(lines) == len(models) * 2 * len(names)

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import get_args
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, set_parsing_settings
+from torch import Tensor
 
 from kedit_lightning.cli.messages import UsageError
 from kedit_lightning.errors import MissingExtraError
@@ -33,6 +34,9 @@ def completion_script(parser: ArgumentParser, arguments: Sequence[str]) -> str:
         )
     if find_spec("shtab") is None:
         raise MissingExtraError("completion is written by shtab: pip install shtab")
+    # Libraries of quantised weights derive many classes from Tensor, and listing what each takes, in
+    # every option that may be a tensor, would take minutes.
+    set_parsing_settings(subclasses_disabled=[Tensor])
     script = str(parser.get_completion_script(f"shtab-{arguments[0]}"))
     names = "|".join(name for kind in get_args(Kind) for name in entries(kind))
     return re.sub(rf"\bkedit_lightning\.\w+\.({names})\b(?!\.)", r"\1", script)
