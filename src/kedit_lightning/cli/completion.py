@@ -34,7 +34,7 @@ def completion_script(parser: ArgumentParser, arguments: Sequence[str]) -> str:
         )
     if find_spec("shtab") is None:
         raise MissingExtraError("completion is written by shtab: pip install shtab")
-    # Libraries of quantised weights derive many classes from Tensor, and listing what each takes, in
+    # Libraries of quantised weights derive many classes from Tensor: to list what each takes, in
     # every option that may be a tensor, would take minutes.
     set_parsing_settings(subclasses_disabled=[Tensor])
     script = str(parser.get_completion_script(f"shtab-{arguments[0]}"))
