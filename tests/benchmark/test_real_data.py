@@ -7,6 +7,8 @@ from measured_methods import MEASURED
 from scores import header, markdown, real_data, run
 
 RECORDS = 10
+#: Methods that have not been run on all of these records and models yet.
+UNTRIED = ("MELO", "TPatcher")
 
 
 @pytest.mark.slow
@@ -14,7 +16,7 @@ RECORDS = 10
 @pytest.mark.timeout(3000)
 def test_all_methods_on_real_records(shared_data, record_property):
     models = ["nano", str(shared_data / "models" / "stories260K")]
-    names = MEASURED
+    names = [name for name in MEASURED if name not in UNTRIED]
     lines = list(run(models, real_data(shared_data, RECORDS), names))
     record_property("table", "\n".join([header(), *map(markdown, lines)]))
     assert len(lines) == len(models) * 2 * len(names)
