@@ -8,12 +8,16 @@ from typing import ClassVar
 from kedit_lightning.metrics.example_record import ProbeRecord
 from kedit_lightning.metrics.functional.text_match import (
     AnswerRule,
-    generation_contains,
     generation_f1,
     repetition_rate,
     runs_on,
 )
 from kedit_lightning.metrics.measurement import TEXT
+from kedit_lightning.metrics.scores.answers import (
+    GenerationContains,
+    GenerationMean,
+    SquadContains,
+)
 from kedit_lightning.metrics.scores.case_mean import ProbeMean
 
 
@@ -75,11 +79,6 @@ class Repetition(ProbeMean):
         return None if text is None else repetition_rate(text)
 
 
-def _stated(probe: ProbeRecord, rule: AnswerRule) -> float | None:
-    text = TEXT.of(probe["after"])
-    return None if text is None else float(generation_contains(text, probe["answers"], rule))
-
-
 class AnyWording(ProbeMean):
     """Whether a free generation states an accepted answer for at least one wording of a question.
 
@@ -91,12 +90,12 @@ class AnyWording(ProbeMean):
     kinds = ("portability",)
     measurements = (TEXT,)
     is_share = True
-    rule: ClassVar[AnswerRule] = "words"
+    stated: ClassVar[type[GenerationMean]] = GenerationContains
 
     @classmethod
     def read(cls, probe: ProbeRecord) -> float | None:
         """1 or 0 after the edit."""
-        return _stated(probe, cls.rule)
+        return cls.stated.read(probe)
 
     @classmethod
     def case_value(cls, probes: Iterable[ProbeRecord]) -> float | None:
@@ -114,12 +113,12 @@ class AllWordings(ProbeMean):
     kinds = ("portability",)
     measurements = (TEXT,)
     is_share = True
-    rule: ClassVar[AnswerRule] = "words"
+    stated: ClassVar[type[GenerationMean]] = GenerationContains
 
     @classmethod
     def read(cls, probe: ProbeRecord) -> float | None:
         """1 or 0 after the edit."""
-        return _stated(probe, cls.rule)
+        return cls.stated.read(probe)
 
     @classmethod
     def case_value(cls, probes: Iterable[ProbeRecord]) -> float | None:
@@ -142,13 +141,13 @@ class SquadRunOn(RunOn):
 class SquadAnyWording(AnyWording):
     """Any wording by the rule of SQuAD, for which no punctuation counts."""
 
-    rule = "squad"
+    stated = SquadContains
 
 
 class SquadAllWordings(AllWordings):
     """All wordings by the rule of SQuAD, for which no punctuation counts."""
 
-    rule = "squad"
+    stated = SquadContains
 
 
 #: Scores by the rule of SQuAD, by the class that each replaces.
