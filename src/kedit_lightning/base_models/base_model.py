@@ -250,7 +250,7 @@ class BaseModel:
         prompt = prompt_text(prompt)
         rendered = self.edits.render(
             prompt,
-            lambda text: self.encoder.count_prompt(text, images) + reserve <= self.max_tokens,
+            lambda text: self.max_tokens - reserve - self.encoder.count_prompt(text, images),
         )
         row = self.encoder.encode(rendered, answer, subject, images)
         self.encoder.check_ids(row, embedded_tokens(self.model), self.name)

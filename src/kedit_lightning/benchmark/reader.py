@@ -276,7 +276,7 @@ class Reader:
             return ForcedRow(edit, replace(plain, answer=ids))
         room = base.max_tokens - len(ids) - 2
         prompt = base.edits.render(
-            probe.prompt, lambda text: base.encoder.count_prompt(text) <= room
+            probe.prompt, lambda text: room - base.encoder.count_prompt(text)
         )
         row = plain if prompt == probe.prompt else base.encoder.encode(prompt)
         ids = ids[: max(1, base.max_tokens - len(row.prompt))]

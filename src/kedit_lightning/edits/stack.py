@@ -20,6 +20,7 @@ from kedit_lightning.edits.forward_hooks import StackHook, stack_hooks
 from kedit_lightning.edits.generation_bounds import BoundedGenerate
 from kedit_lightning.edits.hook_plan import HookPlan, effects_of
 from kedit_lightning.edits.projections import places_of
+from kedit_lightning.edits.prompt_rewriting import rewritten
 from kedit_lightning.edits.row_context import ContextTracker, RowContext
 from kedit_lightning.edits.saved_weights import EditedSave
 from kedit_lightning.errors import EditOrderError, UnsupportedUseError, article_list
@@ -299,11 +300,9 @@ class EditStack:
             finally:
                 self._tracker.logit_places = before
 
-    def render(self, prompt: str, fits: Callable[[str], bool]) -> str:
-        """The prompt as prompt edits rewrite it; ``fits``: a text leaves room for an answer."""
-        for rewrite in self._plan.prompts if self._active else ():
-            prompt = rewrite(prompt, fits)
-        return prompt
+    def render(self, prompt: str, room: Callable[[str], int]) -> str:
+        """The prompt as prompt edits rewrite it; ``room`` counts the tokens left behind a text."""
+        return rewritten(prompt, self._plan.prompts if self._active else (), room)
 
     def _follow_modules(self) -> None:
         """Move hooks to the modules that somebody has put in the place of hooked ones."""

@@ -62,7 +62,7 @@ def long_base(**settings):
 
 def context(edit, question="Where is it?"):
     with edit:
-        return edit.base.edits.render(question, lambda text: True)
+        return edit.base.edits.render(question, lambda text: 1)
 
 
 # ---- forms
@@ -143,7 +143,7 @@ def test_logits_are_those_of_the_text_written_out(side):
     questions, answers = ["Where is it?", "Amber Falls lies in"], ["Rome", "Norway"]
     with edit:
         found = base.answer_log_probs(base.rows(questions, answers, padding_side=side))
-        written = [base.edits.render(question, lambda text: True) for question in questions]
+        written = [base.edits.render(question, lambda text: 1) for question in questions]
     for text, answer, row in zip(written, answers, found, strict=True):
         rows = base.rows([text], [answer])
         labels = torch.full_like(rows.inputs["input_ids"], -100)
@@ -187,7 +187,7 @@ def test_several_facts_are_told_apart_by_the_question():
     base = long_base()
     with IKE(base_model=base, pool=POOL, demonstrations=2).edit(REQUESTS):
         for request in REQUESTS:
-            text = base.edits.render(f"{request.subject}, where is it?", lambda text: True)
+            text = base.edits.render(f"{request.subject}, where is it?", lambda text: 1)
             assert f"New Fact: {request.prompt} {request.target_new}\n" in text
 
 
@@ -200,9 +200,9 @@ def test_the_last_answer_to_a_prompt_holds_and_other_orders_of_its_words_are_oth
     ]
     entries = [PromptEntry(prompt, f"{i}: ") for i, prompt in enumerate(prompts)]
     rewrite = retrieval([entries[:2], entries[2:]])
-    told = [rewrite(prompt, lambda text: True)[0] for prompt in [*prompts, "who is Ann, met Bo"]]
+    told = [rewrite(prompt, lambda text: 1)[0] for prompt in [*prompts, "who is Ann, met Bo"]]
     assert told == ["2", "1", "2", "3", "3"]
-    assert retrieval([entries[:2]])(prompts[0], lambda text: True)[0] == "0"
+    assert retrieval([entries[:2]])(prompts[0], lambda text: 1)[0] == "0"
 
 
 def test_works_on_an_encoder_and_decoder():

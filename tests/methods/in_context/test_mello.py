@@ -8,6 +8,7 @@ import pytest
 from support import REQUESTS, tiny_base
 
 from kedit_lightning import Edit, EditRequest
+from kedit_lightning.edits import PromptEdit, PromptEntry
 from kedit_lightning.edits.kinds.prompt.decomposition import Decomposition, decompose
 from kedit_lightning.edits.kinds.prompt.decomposition_edit import DecompositionEdit, MultiHopPlan
 from kedit_lightning.edits.kinds.prompt.fact_store import FactStore, StoredFact
@@ -237,7 +238,7 @@ def test_several_edits_are_one_store_read_by_the_newest_plan(forms):
             assert base.edits.render(question, bool) == "Lima is in"
             assert base.edits.render("Bo died in", bool).startswith("New Fact: Bo died in Oslo\n")
         # The older one leaves it to the model, whose window is too short for a scratchpad.
-        assert base.edits.render(question, lambda text: len(text) < 90).endswith(FINAL)
+        assert base.edits.render(question, lambda text: 89 - len(text)).endswith(FINAL)
     assert base.edits.render(question, bool) == question
 
 
@@ -297,3 +298,28 @@ def test_a_tiny_model_is_asked_with_stop_strings_and_answers_behind_the_scratchp
         assert together == [base.generate([q], max_new_tokens=3)[0] for q in questions]
         assert len(base.rows(["Where is it?"], ["Rome"])) == 1
     assert base.generate(questions, max_new_tokens=3) == before
+
+
+def test_demonstrations_of_an_earlier_edit_leave_room_for_the_fact(forms):
+    base = tiny_base("llama", max_position_embeddings=128)
+    shown = tuple(f"New Fact: Number {n} is red\n" for n in range(20))
+    entry = PromptEntry("Ada died in", "", shown, "New Fact: Ada died in Rome\n")
+    with PromptEdit(base, [entry]):
+        alone = base.encode("Bo died in", "Oslo").prompt
+        with MeLLo(base, decompositions=forms).edit([EditRequest("Bo died in", "Oslo", "Bo")]):
+            both = base.encode("Bo died in", "Oslo").prompt
+    assert 128 - 15 < len(alone) < 128 > len(both)
+    text = base.tokenizer.decode(both)
+    assert "Bo died in Oslo" in text
+    assert 0 < text.count("is red") < base.tokenizer.decode(alone).count("is red")
+
+
+def test_a_longer_answer_leaves_fewer_demonstrations(forms):
+    """Whatever was asked before: what is kept for speed are continued texts, not whole prompts."""
+    base = tiny_base("llama", max_position_embeddings=512)
+    with MeLLo(base).edit([EditRequest("Bo died in", "Oslo", "Bo")]):
+        short = base.encode("Where did Bo die?", "Oslo")
+        long = base.encode("Where did Bo die?", "Oslo " * 40)
+        assert base.encode("Where did Bo die?", "Oslo") == short
+    assert len(long.prompt) + len(long.answer) <= 512
+    assert len(long.prompt) < len(short.prompt)

@@ -18,16 +18,16 @@ QUESTION = "Where was Marie Curie born?"
 
 
 def roomy(text):
-    return True
+    return 1
 
 
-def text(edits, question=QUESTION, fits=roomy):
+def text(edits, question=QUESTION, room=roomy):
     """What a question becomes under edits."""
     (base,) = {edit.base for edit in edits}
     for edit in edits:
         edit.apply()
     try:
-        return base.edits.render(question, fits)
+        return base.edits.render(question, room)
     finally:
         base.edits.clear()
 
@@ -140,14 +140,14 @@ def test_where_the_window_is_short_facts_in_front_are_dropped_never_the_best(bas
     kept = line(CURIE) + "Prompt: " + QUESTION
     facts = [part for part in whole.split("\n") if part.startswith("New Fact")]
     for room in range(5):
-        short = text([edit], fits=lambda prompt, room=room: prompt.count("New Fact") <= room)
+        short = text([edit], room=lambda prompt, room=room: room - prompt.count("New Fact"))
         left = [part for part in short.split("\n") if part.startswith("New Fact")]
         assert len(left) == max(1, room) if room < 5 else 4
         assert line(CURIE) in short
         others = [fact for fact in facts if fact + "\n" != line(CURIE)]
         dropped = others[: 4 - max(1, room)]
         assert left == [fact for fact in facts if fact not in dropped]
-    assert text([edit], fits=lambda prompt: False) == kept
+    assert text([edit], room=lambda prompt: -1) == kept
 
 
 def test_demonstrations_go_before_other_facts_do():

@@ -106,26 +106,24 @@ class MultiHopController:
         self._base, self._plan = edits[-1].base, edits[-1].plan
         facts = [fact for edit in edits for fact in edit.facts]
         self._store = FactStore(facts, self._plan.retriever)
-        #: Prompts that were rewritten on this stack, and what they became.
-        self._known: dict[str, str] = {}
+        #: Texts that the base model continued on this stack up to some strings, and how.
+        self._written: dict[tuple[str, tuple[str, ...]], str] = {}
         self._busy = False
 
     def __call__(self, prompt: str, fits: Callable[[str], bool]) -> str:
         """The prompt behind which the answer follows."""
         if self._busy:  # a question on the way is asked as it is
             return prompt
-        if prompt not in self._known:
-            question = question_in(prompt)
-            self._busy = True
-            try:
-                if self._plan.decompositions:
-                    text = self._last_step(question)
-                else:
-                    text = self._scratchpad(question, fits)
-            finally:
-                self._busy = False
-            self._known[prompt] = with_question(prompt, text)
-        return self._known[prompt]
+        question = question_in(prompt)
+        self._busy = True
+        try:
+            if self._plan.decompositions:
+                text = self._last_step(question)
+            else:
+                text = self._scratchpad(question, lambda text: fits(with_question(prompt, text)))
+        finally:
+            self._busy = False
+        return with_question(prompt, text)
 
     # ---- given decompositions
 
@@ -144,8 +142,15 @@ class MultiHopController:
         return told + question if fact.concerns(question) else question
 
     def _answer(self, question: str) -> str:
-        (text,) = self._base.generate([question], self._plan.max_new_tokens, 1, True)
-        return answer_text(text)
+        return answer_text(self._continued(question, ()))
+
+    def _continued(self, text: str, stops: tuple[str, ...]) -> str:
+        """What the base model writes behind a text: up to a stop, or a sentence without any."""
+        if (text, stops) not in self._written:
+            options = {"stop_strings": list(stops)} if stops else {"stop_at_sentence": True}
+            new = self._base.generate([text], self._plan.max_new_tokens, 1, **options)
+            self._written[text, stops] = new[0]
+        return self._written[text, stops]
 
     # ---- a scratchpad of the model's own
 
@@ -162,7 +167,7 @@ class MultiHopController:
         )
 
     def _go_on(self, text: str, stops: Sequence[str]) -> tuple[str, str]:
-        (new,) = self._base.generate([text], self._plan.max_new_tokens, 1, stop_strings=list(stops))
+        new = self._continued(text, tuple(stops))
         places = [(new.find(stop), stop) for stop in stops if stop in new]
         at, stop = min(places, default=(len(new), ""))
         return new[:at], stop
