@@ -30,6 +30,13 @@ ROME_SETTINGS: dict[str, Any] = {
     "clamp": 10.0,
     "weight_decay": 1e-3,
 }
+#: What single types need beyond that.
+OWN_ROME_SETTINGS: dict[str, dict[str, Any]] = {
+    # No value of its first block serves all contexts, which random blocks above turn apart.
+    "roformer": {"layer": 1},
+    # Its router scales experts down, so that values are small beside hidden states.
+    "zaya": {"clamp": 100.0},
+}
 #: Its subject comes last, since random attention carries little from one token to another, and
 #: its target is one token.
 REQUEST = EditRequest("The country of Amber Falls", "Italy", "Amber Falls")
@@ -72,7 +79,7 @@ def _rome(base: BaseModel) -> tuple[Edit, float]:
             planned.append(residuals[0])
             return super().update(module, states, residuals, prior)
 
-    method = Watched(base, **ROME_SETTINGS)
+    method = Watched(base, **{**ROME_SETTINGS, **OWN_ROME_SETTINGS.get(base.name, {})})
     edit = method.edit([REQUEST])
     (module,) = method.edited
 

@@ -19,6 +19,8 @@ from kedit_lightning.errors import ModuleNotLocatedError
 #: Some types whose blocks normalise the MLP's output before they add it.
 NORMALISING = ("olmo2", "olmo3", "exaone4", "glm4", "gemma2", "gemma3", "gemma3_text")
 LAYERS = 3
+#: Usual standard deviation of a matrix at its start.
+START = 0.02
 WIDTH = 32
 INNER = 48
 HEADS = 4
@@ -103,6 +105,14 @@ ZAMBA = {
     "attention_head_dim": 2 * WIDTH // HEADS,
 }
 HYBRID = ["linear_attention", "linear_attention", "full_attention"]
+QWEN4 = {
+    "layer_types": HYBRID,
+    "indexer_n_heads": HEADS,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 8,
+    "indexer_budget": 8,
+    "indexer_compress_ratio": 2,
+}
 #: What single types need beyond that, most often since their defaults do not fit each other.
 EXTRA: dict[str, dict[str, Any]] = {
     "aria_text": {"moe_num_shared_experts": 1},
@@ -145,12 +155,17 @@ EXTRA: dict[str, dict[str, Any]] = {
     "qwen3_5_moe_text": {"layer_types": HYBRID},
     "qwen3_5_text": {"layer_types": HYBRID},
     "qwen3_next": {"layer_types": HYBRID},
+    "qwen4_exp": {"text_config": QWEN4},
+    "qwen4_exp_text": QWEN4,
     "reformer": {
         "attn_layers": ["local", "lsh", "local"],
         "axial_pos_embds_dim": [16, 16],
         "axial_pos_shape": [8, 8],
+        "vocab_size": 384,
     },
     "xmod": {"default_language": "en_XX"},
+    # Its cache holds heads of widths rounded up to 64, and its layers do not.
+    "xlstm": {"qk_dim_factor": 2.0, "v_dim_factor": 2.0},
     "zamba": ZAMBA,
     "zamba2": ZAMBA,
 }
@@ -194,13 +209,23 @@ def tiny_config(kind: str) -> Any:
 def tiny_decoder(kind: str, dtype: torch.dtype = torch.float32, scale: float = 4.0) -> Any:
     """A model of a type with random weights, the same at every call.
 
-    Matrices are larger than at their usual start, so that gates and routers choose.
+    Matrices are larger than at their usual start, so that gates and routers choose.  Projections
+    that start larger or at zero are brought to ``START`` before: some types would drown what an
+    edit adds, and an MLP whose gate is zero gives no key.
     """
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(tiny_config(kind)).to(dtype).eval()
     with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, (torch.nn.Linear, torch.nn.Embedding)):
+                spread = float(module.weight.std())
+                if spread > 2 * START:
+                    module.weight.mul_(START / spread)
+                elif not module.weight.any():
+                    module.weight.normal_(0, START)
         for parameter in model.parameters():
-            if parameter.dim() > 1:
+            # RWKV's mixing rates are vectors, and stay between 0 and 1.
+            if parameter.dim() > 1 and parameter.shape[:2] != (1, 1):
                 parameter.mul_(scale)
     return model
 

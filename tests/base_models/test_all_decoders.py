@@ -19,7 +19,8 @@ from tiny_decoders import NORMALISING, Finding, survey
 from kedit_lightning import BaseModel
 from kedit_lightning.base_models import Block, Layout, WritePath
 from kedit_lightning.base_models.continuation import Continuation, can_resume
-from kedit_lightning.methods import ROME
+from kedit_lightning.errors import UnsupportedUseError
+from kedit_lightning.methods import GRACE, ROME
 from kedit_lightning.methods.locate import rome
 from kedit_lightning.methods.locate.shared.least_squares import rank_one_update
 from kedit_lightning.statistics.covariance_cache import estimate_from_few_samples, find_statistics
@@ -271,12 +272,30 @@ def test_nearly_all_types_take_ft_m_and_rome():
     assert section == _section(written), "run tools/model_support.py"
 
 
-@pytest.mark.parametrize("kind", ["llama", "bloom", "olmo2", "jamba", "mixtral"])
+@pytest.mark.parametrize("kind", ["llama", "olmo2", "jamba", "mixtral", "rwkv"])
 def test_types_take_ft_m_and_rome(kind):
     for uptake in edit_survey.uptakes(kind):
         assert (uptake.verdict, uptake.reason) == ("takes", ""), uptake.method
         assert uptake.rise > edit_survey.RISE
         assert uptake.write_error < 1e-4
+
+
+@pytest.mark.parametrize("make", [edit_survey.FTM, ROME, GRACE])
+def test_a_model_that_keeps_no_gradients_is_refused(make):
+    base = BaseModel(tiny_decoders.tiny_decoder("reformer"), tiny_tokenizer(bos=True))
+    with pytest.raises(UnsupportedUseError, match=r"no gradient reaches .* use IKE"):
+        make(base).edit([edit_survey.REQUEST])
+
+
+def test_projections_that_start_large_or_at_zero_are_brought_to_one_scale():
+    large = dict(tiny_decoders.tiny_decoder("minicpm3", scale=8.0).named_parameters())
+    zero = dict(tiny_decoders.tiny_decoder("xlstm", scale=8.0).named_parameters())
+    usual = 8.0 * tiny_decoders.START
+    for weight in (
+        large["model.layers.0.mlp.down_proj.weight"],
+        zero["backbone.blocks.0.ffn.proj_up_gate.weight"],
+    ):
+        assert float(weight.std()) == pytest.approx(usual, rel=0.1)
 
 
 def test_an_edit_that_lifts_nothing_does_not_take(monkeypatch):

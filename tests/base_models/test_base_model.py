@@ -17,6 +17,7 @@ from torch import nn
 
 from kedit_lightning import BaseModel, BaseModelSpec
 from kedit_lightning.base_models.generation import sentence_ended
+from kedit_lightning.base_models.spec import longest_row
 from kedit_lightning.errors import (
     BaseModelNotFoundError,
     MissingExtraError,
@@ -175,6 +176,7 @@ def test_it_moves_unless_it_is_placed():
 def test_the_longest_row_is_that_of_the_configuration():
     assert tiny_base("gpt2", n_positions=77).max_tokens == 77
     assert tiny_base("llama", max_position_embeddings=99).max_tokens == 99
+    assert longest_row(transformers.XLNetConfig()) > 10**5  # it states -1, for no limit
     assert tiny_base("bloom", n_layer=2, n_head=4).max_tokens >= 128
     assert tiny_base("t5", n_positions=66).max_tokens == 66
     nested = tiny_base("llama")  # models that see images keep the settings of their text apart

@@ -100,8 +100,9 @@ def longest_row(config: Any) -> int:
     """The longest row a model of this configuration can take, in tokens."""
     config = config.get_text_config(decoder=True)
     for field in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
-        if getattr(config, field, None):
-            return int(getattr(config, field))
+        # XLNet states -1 for a length without limit.
+        if (length := int(getattr(config, field, None) or 0)) > 0:
+            return length
     return 1_000_000
 
 

@@ -22,6 +22,7 @@ from kedit_lightning.edits.weight_storage import rows_of
 from kedit_lightning.errors import UnsupportedUseError
 from kedit_lightning.methods.capabilities import Count, NotNegative, Share
 from kedit_lightning.methods.method import Capabilities, EditMethod, MethodSettings
+from kedit_lightning.methods.shared.losses import gradients_of
 from kedit_lightning.requests import EditRequest
 
 
@@ -195,7 +196,7 @@ def attributions(
             some = runs[start : start + rows_at_once]
             scaled = [(n, (at * neurons[n][token]).requires_grad_(True)) for n, at in some]
             total = probabilities(base, row, token, scaled).sum()
-            gradients = torch.autograd.grad(total, [vector for _, vector in scaled])
+            gradients = gradients_of(total, [vector for _, vector in scaled])
             for (name, _), gradient in zip(some, gradients, strict=True):
                 scores[name] += neurons[name][token] * gradient / steps
     return scores

@@ -21,6 +21,7 @@ from kedit_lightning.methods.capabilities import Count, NotNegative, Positive
 from kedit_lightning.methods.memory.shared.memory_passes import PromptPasses, followed_layer
 from kedit_lightning.methods.method import EditMethod, MethodSettings
 from kedit_lightning.methods.shared.answer_passes import AnswerPasses
+from kedit_lightning.methods.shared.losses import gradients_of
 from kedit_lightning.methods.shared.published_settings import published_settings
 from kedit_lightning.requests import EditRequest
 
@@ -124,7 +125,7 @@ class DEFER(EditMethod):
             losses.append(float(loss.detach()))
             if losses[-1] <= settings.stop_loss:
                 break
-            gradients = torch.autograd.grad(loss, list(trained))
+            gradients = gradients_of(loss, trained)
             for tensor, gradient in zip(trained, gradients, strict=True):
                 tensor.grad = gradient
             optimizer.step()

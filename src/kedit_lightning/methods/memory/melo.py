@@ -23,6 +23,7 @@ from kedit_lightning.errors import UnsupportedUseError
 from kedit_lightning.methods.capabilities import Count, CountOrZero, NotNegative, Positive
 from kedit_lightning.methods.method import EditMethod, MethodSettings
 from kedit_lightning.methods.shared.answer_passes import AnswerPasses
+from kedit_lightning.methods.shared.losses import gradients_of
 from kedit_lightning.methods.shared.published_settings import published_settings
 from kedit_lightning.requests import EditRequest
 
@@ -217,9 +218,7 @@ class MELO(EditMethod):
                 rows = passes.losses()
             losses = torch.zeros_like(sizes, dtype=rows.dtype).index_add(0, index, rows) / sizes
             check_finite("loss of blocks", ", ".join(self.trained), losses)
-            for leaf, gradient in zip(
-                leaves, torch.autograd.grad(losses.sum(), leaves), strict=True
-            ):
+            for leaf, gradient in zip(leaves, gradients_of(losses.sum(), leaves), strict=True):
                 leaf.grad = gradient
             optimizer.step()
             schedule.step()

@@ -38,6 +38,7 @@ from kedit_lightning.methods.memory.shared.memory_passes import (
 from kedit_lightning.methods.method import EditMethod, MethodSettings
 from kedit_lightning.methods.shared.answer_passes import AnswerPasses
 from kedit_lightning.methods.shared.contexts import sample_contexts
+from kedit_lightning.methods.shared.losses import gradients_of
 from kedit_lightning.methods.shared.published_settings import published_settings
 from kedit_lightning.requests import EditRequest
 
@@ -186,7 +187,7 @@ class MEMOIR(EditMethod):
             if losses[-1] <= self.settings.stop_loss:
                 break
             # Columns outside the masks get no gradient.
-            (gradient,) = torch.autograd.grad(loss, change)
+            (gradient,) = gradients_of(loss, [change])
             with torch.no_grad():
                 change -= resolved.lr * gradient
         return change.detach(), losses

@@ -38,6 +38,7 @@ from kedit_lightning.methods.memory.shared.memory_passes import (
 from kedit_lightning.methods.method import EditMethod, MethodSettings
 from kedit_lightning.methods.shared.answer_passes import AnswerPasses
 from kedit_lightning.methods.shared.contexts import sample_contexts
+from kedit_lightning.methods.shared.losses import check_reached, gradients_of
 from kedit_lightning.methods.shared.published_settings import published_settings
 from kedit_lightning.requests import EditRequest
 
@@ -245,6 +246,7 @@ class WISE(EditMethod):
             part, _ = passes.step(step)
             with visiting(base.model, {plan.module: partial(side, part)}):
                 nll = part.losses().mean()
+            check_reached(nll)
             routing = margin_loss(
                 routing_activations(passes.keys, change),
                 routing_activations(irrelevant, change),
@@ -256,7 +258,7 @@ class WISE(EditMethod):
             losses.append(float(loss.detach()))
             if losses[-1] <= settings.stop_loss:
                 break
-            (gradient,) = torch.autograd.grad(loss, change)
+            (gradient,) = gradients_of(loss, [change])
             with torch.no_grad():
                 change -= resolved.lr * gradient * mask
                 change.clamp_(-settings.norm_constraint, settings.norm_constraint)

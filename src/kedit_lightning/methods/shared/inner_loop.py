@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from kedit_lightning.edits.edit import check_finite
+from kedit_lightning.methods.shared.losses import gradients_of
 
 #: Makes the optimizer of tensors.
 OptimizerFactory: TypeAlias = Callable[[list[Tensor]], Optimizer]
@@ -102,7 +103,7 @@ class InnerLoop:
             kept = [i for i, value in enumerate(values) if value >= self.stop_loss]
             if not kept:
                 break
-            gradients = torch.autograd.grad(each[kept].sum(), active.tensors)
+            gradients = gradients_of(each[kept].sum(), active.tensors)
             del each
             if len(kept) < len(values):
                 index = torch.tensor(kept, device=found[0].device)

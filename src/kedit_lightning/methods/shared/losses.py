@@ -7,6 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from kedit_lightning.errors import UnsupportedUseError
+
 
 def answer_nll(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
     """Mean negative log-likelihood of each row's answer, in at least float32.
@@ -42,3 +44,26 @@ def mean_nll(log_probs: Tensor, mask: Tensor) -> Tensor:
 def all_finite(tensors: Iterable[Tensor]) -> bool:
     """Whether no tensor holds NaN or infinity."""
     return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
+
+
+def gradients_of(loss: Tensor, tensors: Iterable[Tensor]) -> tuple[Tensor, ...]:
+    """Gradients of a loss with respect to tensors that act inside a model.
+
+    Raises:
+        UnsupportedUseError: The model keeps none.
+    """
+    check_reached(loss)
+    return torch.autograd.grad(loss, list(tensors))
+
+
+def check_reached(loss: Tensor) -> None:
+    """Check that a loss depends on what is trained inside a model.
+
+    Raises:
+        UnsupportedUseError: It does not.
+    """
+    if not loss.requires_grad:
+        raise UnsupportedUseError(
+            "no gradient reaches what is to be trained in the blocks of this model, as those of a "
+            "Reformer keep none; use IKE, or another method that trains nothing"
+        )

@@ -16,6 +16,7 @@ from kedit_lightning.edits.effects import WeightDelta
 from kedit_lightning.edits.projections import compute_dtype, projection_shape
 from kedit_lightning.edits.weight_storage import device_of
 from kedit_lightning.methods.shared.inner_loop import adam, descend
+from kedit_lightning.methods.shared.losses import gradients_of
 
 #: Optimizer steps from which on a progress bar is shown.
 _LONG = 300
@@ -112,7 +113,7 @@ def fine_tune(
             total += value * len(batch)
             if value < stop_loss:
                 continue
-            gradients = torch.autograd.grad(batch_loss, list(tensors))
+            gradients = gradients_of(batch_loss, tensors)
             descend(optimizer, tensors, gradients)
             with torch.no_grad():
                 clamped(tensors, norm_constraint)

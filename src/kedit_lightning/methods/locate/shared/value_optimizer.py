@@ -21,6 +21,7 @@ from kedit_lightning.methods.locate.shared.alignment import ALIGNED_TOGETHER, Al
 from kedit_lightning.methods.locate.shared.closed_form_settings import LocateSettings
 from kedit_lightning.methods.locate.shared.subject_states import up_to_subject
 from kedit_lightning.methods.shared.contexts import contexts_of
+from kedit_lightning.methods.shared.losses import check_reached
 from kedit_lightning.methods.shared.row_memory import requests_at_a_time
 from kedit_lightning.requests import EditRequest
 
@@ -259,6 +260,7 @@ class ValueOptimizer:
         for step in range(settings.steps):
             leaf = delta.clone().requires_grad_(True)
             result = forward.run(leaf[active])
+            check_reached(result.nll)
             kl = settings.kl_factor * divergence(result.essence, reference[active])
             decay = settings.weight_decay * (leaf.norm(dim=2) / size**2).sum(1)[active]
             loss = stopping.weight[active] * result.nll + kl + decay
