@@ -49,9 +49,9 @@ class ResultsWriter(EditCallback):
         trainer.strategy.barrier("results are written")
         if trainer.is_global_zero:
             facts = run_facts(method, method.base, run, method.settings.reported())
-            summary = summary_of(folder.records(), run.protocol, run.seed)
+            records = list(folder.records())
+            summary = summary_of(records, run.protocol, run.seed)
+            folder.write_csv(records)
+            folder.write_text("report.html", html_report(facts, summary["scores"], records))
+            # Last: with it a run counts as finished.
             folder.write_json("results.json", {**facts, **summary})
-            folder.write_csv()
-            folder.write_text(
-                "report.html", html_report(facts, summary["scores"], folder.records())
-            )

@@ -73,6 +73,12 @@ class FactsNotWrittenError(KEditError, RuntimeError):
     exit_code = 3
 
 
+class NotReproducedError(KEditError, RuntimeError):
+    """A run that was repeated gave other numbers."""
+
+    exit_code = 3
+
+
 class FactsNotWrittenWarning(UserWarning):
     """The same where it is no error."""
 

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from kedit_lightning.benchmark import Protocol
 from kedit_lightning.benchmark.run_context import new_metrics
-from kedit_lightning.errors import DataFileNotFoundError, UnsupportedUseError
+from kedit_lightning.errors import UnsupportedUseError
 from kedit_lightning.metrics import SummaryRow
 from kedit_lightning.metrics.functional.bootstrap import paired_difference, resampled_means
 from kedit_lightning.metrics.functional.paired_tests import bootstrap_p, holm, mcnemar
 from kedit_lightning.metrics.scores.case_mean import Cases
 from kedit_lightning.runs.record_lines import read_lines
+from kedit_lightning.runs.results import read_results
 
 #: Facts of a run that must be equal for its numbers to stand beside another's.
 _COMPARED = (
@@ -88,14 +89,9 @@ def read_run(path: Path) -> Run:
 
     Raises:
         DataFileNotFoundError: It holds no results.
+        DataFileError: A newer release wrote them.
     """
-    summary, lines = path / "results.json", path / "results.jsonl"
-    if not summary.is_file() or not lines.is_file():
-        raise DataFileNotFoundError(
-            f"'{path}' is not the folder of a finished run: it has no results.json; continue the "
-            f"run with `kedit test --resume {path}`, or name another folder"
-        )
-    facts = json.loads(summary.read_text(encoding="utf-8"))
+    facts, lines = read_results(path), path / "results.jsonl"
     protocol = facts["protocol"]
     rules = {name: protocol[name] for name in ("scoring", "answers") if name in protocol}
     kind = type(new_metrics(Protocol(**rules)))

@@ -37,6 +37,8 @@ also:
             say what a file of facts holds: records, probes, duplicates, conflicts, lengths
   compare RUN RUN ... [--output DIR] [--groups]
             put finished runs side by side, with intervals, and say which cannot be told apart
+  reproduce RUN [--output DIR] [--tolerance 1e-5]
+            repeat a finished run with its own config, and compare it number by number
   metrics   say what the names of scores mean, such as tf_all
   completion bash|zsh|fish
             print a script by which a shell completes options; it takes some seconds
@@ -63,6 +65,7 @@ examples:
 REPORTS = {
     "compare": ("run_comparison", "run_comparison"),
     "data": ("data_report", "data_report"),
+    "reproduce": ("run_reproduction", "run_reproduction"),
 }
 
 #: What gloo and NCCL say when a process waits for another one that has ended.

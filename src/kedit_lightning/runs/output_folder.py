@@ -8,7 +8,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -262,14 +262,14 @@ class OutputFolder:
         with _writing(self.path / name):
             write_atomically(self.path / name, text.encode("utf-8"))
 
-    def write_csv(self) -> None:
+    def write_csv(self, records: Iterable[ExampleRecord]) -> None:
         """Write ``results.csv``: a line per probe, with readings before and after."""
         states = ("base", "before", "after")
         readings = [f"{state}_{name}" for state in states for name in _CSV_READINGS]
         text = io.StringIO()
         writer = csv.writer(text)
         writer.writerow([*_CSV_COLUMNS, *readings])
-        for record in self.records():
+        for record in records:
             for probe in record["probes"]:
                 values: dict[str, Any] = {**record, **probe}
                 values["answers"] = " | ".join(probe["answers"])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import platform
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,10 +20,13 @@ from kedit_lightning.base_models import BaseModel
 from kedit_lightning.benchmark import Protocol, RunContext
 from kedit_lightning.benchmark.run_context import new_metrics
 from kedit_lightning.decoding_settings import generation_config, in_force, set_aside
+from kedit_lightning.errors import DataFileError, DataFileNotFoundError
 from kedit_lightning.metrics import ExampleRecord, SummaryRow
 from kedit_lightning.metrics.functional import answer_text
 
 _PACKAGES = ("kedit-lightning", "torch", "lightning", "transformers", "tokenizers", "peft", "numpy")
+#: Of ``results.json``; a field that changes its meaning, or goes, raises it.
+FORMAT = 1
 #: In a table, what is asked stands in this order, and costs behind it.
 _KINDS = ("rewrite", "rephrase", "portability", "locality", "edit", "timing", "memory")
 #: Blocks that differ between two runs of the same settings.
@@ -72,7 +77,7 @@ def run_facts(
     method: LightningModule, base: BaseModel, run: RunContext, resolved: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Facts of a run that its results name: settings as given and as resolved, and versions."""
-    facts = run_settings(method, base, run)
+    facts = {"format": FORMAT, **run_settings(method, base, run)}
     facts["method"]["resolved"] = dict(resolved)
     facts["base_model"] |= {"revision": base.revision, "dtype": str(base.dtype)}
     facts["dataset"] |= run.source("test")
@@ -82,6 +87,29 @@ def run_facts(
         facts["protocol"]["set_aside"] = set_aside(config, run.protocol.generation)
     facts["metric_protocol"] = metric_protocol(run.protocol, run.seed)
     facts["versions"] = versions()
+    facts["environment"] = environment(base)
+    return facts
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """What ``results.json`` says of a finished run.
+
+    Raises:
+        DataFileNotFoundError: The folder holds no finished run.
+        DataFileError: A newer release wrote it.
+    """
+    path = folder / "results.json"
+    if not path.is_file() or not (folder / "results.jsonl").is_file():
+        raise DataFileNotFoundError(
+            f"'{folder}' is not the folder of a finished run: it has no results.json; continue the "
+            f"run with `kedit test --resume {folder}`, or name another folder"
+        )
+    facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if facts.get("format", 0) > FORMAT:
+        raise DataFileError(
+            f"{path} has format {facts['format']}, and this release reads formats up to {FORMAT}; "
+            "update kedit-lightning"
+        )
     return facts
 
 
@@ -114,6 +142,19 @@ def versions() -> dict[str, str]:
         with suppress(PackageNotFoundError):
             found[name] = version(name)
     return found
+
+
+def environment(base: BaseModel) -> dict[str, Any]:
+    """The machine that numbers can depend on in their last digits."""
+    device = base.device
+    accelerator = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "device": device.type,
+        "accelerator": accelerator,
+        "cuda": torch.version.cuda if accelerator else None,
+        "threads": torch.get_num_threads(),
+    }
 
 
 def summary_of(records: Iterable[ExampleRecord], protocol: Protocol, seed: int) -> dict[str, Any]:
