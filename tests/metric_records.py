@@ -54,6 +54,10 @@ def random_records(count, seed=0, stages=("immediate",)):
                 )
                 for _ in range(repeats)
             ]
+            if index % 3 == 0:  # a task with metrics of its own
+                said = {"passage": rng.choice(WORDS), **reading(rng)}
+                long = probe("rewrite", "passage", said, reading(rng), answers=("Rome is old",))
+                probes.append(long | {"task": {"name": "passage"}})
             records.append(
                 example(
                     f"case {index}",

@@ -397,7 +397,8 @@ def metric_definitions() -> str:
         better = "more" if score.higher_is_better else "less"
         kinds = ", ".join(score.kinds)
         text += f"\n### `{score.name}`\n\n{_escaped(meaning)}\n\n"
-        text += f"Asked of: {kinds}. Range: {score.value_range}. Better: {better}.\n"
+        of_task = f" that are of the task {' or '.join(score.tasks)}" if score.tasks else ""
+        text += f"Asked of: {kinds}{of_task}. Range: {score.value_range}. Better: {better}.\n"
     return text
 
 

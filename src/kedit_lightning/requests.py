@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 from kedit_lightning.character_forms import differences, is_unicode, spans_of, trimmed
 from kedit_lightning.chat_turns import Message, passage_with, prompt_text, question_in
 from kedit_lightning.errors import InvalidRequestError, article_list
+from kedit_lightning.probe_task import ProbeTask
 
 ProbeKind: TypeAlias = Literal["rewrite", "rephrase", "locality", "portability"]
 
@@ -155,6 +156,7 @@ class Probe:
         group: Name under which scores are collected, such as ``neighborhood``; the kind if empty.
         contrast: An answer that should be less likely than ``answers[0]`` after the edit.
         image: Path or URL of the picture that the prompt is about, for vision-language models.
+        task: What a benchmark asks of it beside its answers.
 
     Raises:
         InvalidRequestError: The kind is unknown, a text is empty, or a needed answer is missing.
@@ -166,6 +168,7 @@ class Probe:
     group: str = ""
     contrast: str | None = None
     image: str | None = None
+    task: ProbeTask | None = None
 
     if TYPE_CHECKING:  # as above; lists become tuples
 
@@ -177,6 +180,7 @@ class Probe:
             group: str = "",
             contrast: str | None = None,
             image: str | None = None,
+            task: ProbeTask | None = None,
         ) -> None: ...
 
     def __post_init__(self) -> None:
@@ -247,11 +251,16 @@ class EditExample:
         return cls((request,), (rewrite, *probes), id)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; an absent ``image`` is left out, so that hashes made without it stay."""
+        """Plain values; what newer fields lack is left out, so that hashes made without it stay."""
         values = asdict(self)
         for item in (*values["requests"], *values["probes"]):
             if item["image"] is None:
                 del item["image"]
+        for item, probe in zip(values["probes"], self.probes, strict=True):
+            if probe.task is None:
+                del item["task"]
+            else:
+                item["task"] = probe.task.to_json()
         return values
 
 

@@ -17,6 +17,7 @@ from kedit_lightning.data import AKEW, EditDataModule, KnowEdit, QAEdit, RippleE
 from kedit_lightning.data.knowledge.rippleedits import split_statement
 from kedit_lightning.data.record_sources import read_source
 from kedit_lightning.errors import DataFileError, InvalidRequestError
+from kedit_lightning.probe_task import ProbeTask
 from kedit_lightning.requests import EditExample
 
 SAMPLES = ROOT / "tests" / "samples" / "published"
@@ -38,17 +39,17 @@ READ: list[tuple[str, str, int, int, dict[str, int]]] = [
     ("CKnowEdit", "cknowedit.json", 2, 2, {"rephrase": 2, "portability": 1, "locality": 1}),
     ("MQuAKE", "mquake.json", 1, 2, {"rephrase": 2, "multi_hop": 3, "single_hop": 2}),
     ("RippleEdits", "rippleedits.json", 2, 2,
-     {"Relation_Specificity": 1, "Logical_Generalization": 1, "Subject_Aliasing": 1,
-      "Compositionality_I": 1}),
+     {"Relation_Specificity": 2, "Logical_Generalization": 2, "Subject_Aliasing": 2,
+      "Compositionality_I": 2}),
     ("QAEdit", "qaedit.json", 2, 2, {"rephrase": 2, "qa": 2}),
     ("WikiBigEdit", "wikibigedit.json", 2, 2,
      {"rephrase": 2, "personas": 2, "multi_hop": 1, "wikidata": 2}),
     ("HalluEditBench", "hallueditbench.csv", 2, 2,
      {"rephrase": 1, "yes": 1, "no": 1, "multiple_choice": 1, "reversed_relation": 1, "2hop": 1,
-      "3hop": 1, "locality": 1}),
+      "3hop": 1, "locality": 1, "robustness": 20}),
     ("UnKE", "unke.json", 1, 1, {"rephrase": 1, "sub_question": 2}),
     ("EditEverything", "editeverything.json", 1, 1, {}),
-    ("AKEW", "akew.json", 2, 2, {"rephrase": 2, "neighborhood": 1, "nq": 1, "multi_hop": 1}),
+    ("AKEW", "akew.json", 2, 2, {"rephrase": 3, "neighborhood": 1, "nq": 1, "multi_hop": 1}),
     ("LEME", "leme.json", 2, 2,
      {"rephrase": 2, "nq": 1, "neighborhood": 1, "long_form_subject": 2, "long_form_coupled": 2,
       "multi_hop": 1}),
@@ -142,7 +143,7 @@ def test_every_alias_of_every_answer_counts() -> None:
     asked = [probe.answers for probe in case.probes if probe.group == "multi_hop"]
     assert asked == [("Hask", "Hask Town")] * 3
     ripple = load("RippleEdits", SAMPLES / "rippleedits.json")[0]
-    answers = {probe.group: probe.answers for probe in ripple.probes}
+    answers = {probe.group: probe.answers for probe in reversed(ripple.probes)}
     assert answers["Compositionality_I"] == ("Hask", "Hask Town")
     assert answers["Relation_Specificity"] == ("Orrin", "River Orrin")
 
@@ -196,7 +197,12 @@ def test_the_three_forms_of_akew() -> None:
     for form in ("structured", "unstructured", "triplets"):  # the same questions judge all forms
         first = AKEW(path=path, form=form).examples()[0]
         assert first.probes[0].answers == ("glazier",)
-        assert [p.group for p in first.probes] == ["rewrite", "rephrase", "neighborhood"]
+        groups = ["rewrite", "rephrase", "rephrase", "neighborhood"]
+        if form == "unstructured":  # and the passage by its own metrics
+            groups.insert(2, "passage")
+            assert first.probes[2].answers == (first.requests[0].target_new,)
+            assert first.probes[2].task == ProbeTask("passage", apart=True)
+        assert [p.group for p in first.probes] == groups
 
 
 def test_a_subject_in_other_words_is_counted_and_not_read() -> None:
@@ -256,3 +262,74 @@ def test_locality_sets_are_dealt_out() -> None:
     assert [[p.group for p in e.probes[-2:]] for e in examples] == [["piqa", "piqa"]] * 2
     with pytest.raises(DataFileError, match=r"wikibigedit\.json index 0.*NQ-open"):
         load("WikiBigEdit", path, locality_path=path)
+
+
+# What benchmarks ask beside answers -----------------------------------------------------------
+
+
+def tasks(example: EditExample) -> dict[str, set[ProbeTask | None]]:
+    found: dict[str, set[ProbeTask | None]] = {}
+    for probe in example.probes:
+        found.setdefault(probe.group, set()).add(probe.task)
+    return found
+
+
+def test_tests_of_rippleedits_have_their_conditions(tmp_path: Path) -> None:
+    first = load("RippleEdits", SAMPLES / "rippleedits.json")[0]
+    asked, known = (p for p in first.probes if p.group == "Relation_Specificity")
+    assert asked.task == ProbeTask("ripple", "Relation_Specificity 0", "any")
+    assert known.task == ProbeTask("ripple", "Relation_Specificity 0", condition=True)
+    assert (asked.kind, known.kind) == ("locality", "portability")
+    assert known.answers == ("Hask",)
+    records = json.loads((SAMPLES / "rippleedits.json").read_text(encoding="utf-8"))
+    records[0]["Subject_Aliasing"][0]["test_condition"] = "AND"
+    path = tmp_path / "r.json"
+    path.write_text(json.dumps(records))
+    (aliased, _) = (p for p in load("RippleEdits", path)[0].probes if p.group == "Subject_Aliasing")
+    assert aliased.task is not None
+    assert aliased.task.together == "all"
+    records[0]["Subject_Aliasing"][0]["test_condition"] = "XOR"
+    path.write_text(json.dumps(records))
+    with pytest.raises(DataFileError, match=r"index 0: field 'Subject_Aliasing\[0\]\.test_cond"):
+        load("RippleEdits", path)
+
+
+def test_each_dataset_names_the_task_of_its_probes(tmp_path: Path) -> None:
+    def of(dataset: str, file: str, **settings: Any) -> dict[str, set[ProbeTask | None]]:
+        return tasks(load(dataset, SAMPLES / file, **settings)[0])
+
+    assert of("UnKE", "unke.json")["sub_question"] == {ProbeTask("passage")}
+    assert of("EditEverything", "editeverything.json")["rewrite"] == {ProbeTask("passage")}
+    chinese = tasks(load("CKnowEdit", SAMPLES / "cknowedit.json")[0])
+    assert chinese["rewrite"] == chinese["rephrase"] == {ProbeTask("characters")}
+    assert chinese.get("locality", {None}) == {None}
+    forget = of("KnowEdit", "sanitation.json")
+    assert forget["rewrite"] == {ProbeTask("forget", against=("Quinces",))}
+    assert forget["retained"] == {ProbeTask("retain")}
+    for sentiment in ("positive", "negative"):
+        opinion = of("KnowEdit", "convsent.json", sentiment=sentiment)
+        assert opinion["rewrite"] == opinion["rephrase"] == {ProbeTask("opinion", sentiment)}
+    facets = of("HalluEditBench", "hallueditbench.csv")
+    assert facets["yes"] == facets["reversed_relation"] == {ProbeTask("form")}
+    assert facets["3hop"] == {ProbeTask("hop")}
+    assert facets["robustness"] == {ProbeTask("doubt", apart=True)}
+    assert of("KnowEdit", "wiki_recent.json")["rewrite"] == {None}
+
+
+def test_an_opinion_on_another_topic_must_stay(tmp_path: Path) -> None:
+    (record,) = json.loads((SAMPLES / "convsent.json").read_text(encoding="utf-8"))
+    path = tmp_path / "convsent.json"
+    path.write_text(json.dumps([record, {**record, "ent": "Hask"}, {**record, "ent": "Orrin"}]))
+    asked = [[p.prompt for p in e.probes if p.kind == "locality"] for e in load("KnowEdit", path)]
+    topics = ["Hask", "Orrin", "Harbour Fair"]
+    assert asked == [[f"What do you think of {topic}?"] for topic in topics]
+
+
+def test_a_doubted_answer_stands_in_every_turn() -> None:
+    turns = [
+        p.prompt
+        for p in load("HalluEditBench", SAMPLES / "hallueditbench.csv")[0].probes
+        if p.group == "robustness"
+    ]
+    assert turns[0] == "Who owns Orrin Mill? Ida Roe.\nAre you sure? Answer Yes or No:"
+    assert [turn.count(": Yes.") for turn in turns] == list(range(10))

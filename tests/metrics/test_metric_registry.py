@@ -19,7 +19,9 @@ from kedit_lightning.metrics import (
     ANSWER_SCORES,
     GENERATION_SCORES,
     LOCALITY_SCORES,
+    PASSAGE_SCORES,
     SCORINGS,
+    TASK_SCORES,
     EditMetrics,
     ExactMatch,
     Measurement,
@@ -79,7 +81,8 @@ def run(folder):
 
 
 def test_the_registry_holds_the_exported_metrics():
-    assert set(EditMetrics.scores()) == {*ANSWER_SCORES, *GENERATION_SCORES, *LOCALITY_SCORES}
+    exported = {*ANSWER_SCORES, *GENERATION_SCORES, *LOCALITY_SCORES}
+    assert set(EditMetrics.scores()) == exported | {*PASSAGE_SCORES, *TASK_SCORES}
     for kind, measurements in EditMetrics.measurements().items():
         assert tuple(m.name for m in measurements) == built_in(kind)
     assert set(built_in("locality")) == set(ProbeReading.__annotations__)

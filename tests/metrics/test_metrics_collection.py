@@ -14,6 +14,7 @@ from kedit_lightning.metrics import (
     ANSWER_SCORES,
     GENERATION_SCORES,
     LOCALITY_SCORES,
+    PASSAGE_SCORES,
     EditMetrics,
     LegacyEasyEdit,
 )
@@ -23,6 +24,8 @@ from kedit_lightning.metrics.functional import (
     square_and_add_interval,
 )
 
+SCORES = (*ANSWER_SCORES, *GENERATION_SCORES, *LOCALITY_SCORES, *PASSAGE_SCORES)
+
 
 def reference(records):
     """Case values by key, from the definition: probes to groups to kinds, each a plain mean."""
@@ -30,11 +33,13 @@ def reference(records):
     for record in records:
         stage = "" if record["stage"] == "immediate" else record["stage"] + "/"
         for kind in ("rewrite", "rephrase", "locality", "portability"):
-            for score in (*ANSWER_SCORES, *GENERATION_SCORES, *LOCALITY_SCORES):
+            for score in SCORES:
                 if kind not in score.kinds:
                     continue
                 groups = defaultdict(list)
                 for entry in record["probes"]:
+                    if score.tasks and entry.get("task", {}).get("name") not in score.tasks:
+                        continue
                     if entry["kind"] == kind and score.read(entry) is not None:
                         groups[entry["group"]].append(score.read(entry))
                 if groups:

@@ -15,6 +15,8 @@ from kedit_lightning.metrics import (
     ANSWER_SCORES,
     GENERATION_SCORES,
     LOCALITY_SCORES,
+    PASSAGE_SCORES,
+    TASK_SCORES,
     AllWordings,
     AnswerOverlap,
     AnyWording,
@@ -85,10 +87,14 @@ def test_what_each_score_reads(score, base, after, expected):
     assert score.read(record) == expected
 
 
-@pytest.mark.parametrize("score", [*ANSWER_SCORES, *GENERATION_SCORES, *LOCALITY_SCORES])
+SCORES = [*ANSWER_SCORES, *GENERATION_SCORES, *LOCALITY_SCORES, *PASSAGE_SCORES, *TASK_SCORES]
+
+
+@pytest.mark.parametrize("score", SCORES)
 def test_scores_leave_out_what_was_not_measured(score):
-    assert score.read(probe("rewrite")) is None
-    assert score.case_value([probe("rewrite")]) is None
+    record = probe("rewrite") | ({"task": {"name": score.tasks[0]}} if score.tasks else {})
+    assert score.read(record) is None
+    assert score.case_value([record]) is None
     assert score.case_value([]) is None
     assert score.full_state_update is False
     less = (Inflation, BaseKL, NegativeLogLikelihood, RunOn, Repetition)

@@ -9,10 +9,10 @@ import pytest
 from source_tree import OPTIONAL, Module, check, circles, graph, modules, planted
 
 # Parts of one floor do not import each other. `errors` lies under all that raise them,
-# and `chat_turns` under `requests`, whose prompts they may be.
+# and `chat_turns` and `probe_task` under `requests`, whose prompts and probes have them.
 FLOORS = [
     ["errors", "character_forms"],
-    ["chat_turns"],
+    ["chat_turns", "probe_task"],
     [
         "requests",
         "registry",

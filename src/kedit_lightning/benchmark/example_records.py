@@ -27,6 +27,7 @@ def records_of(
                 prompt=probe.prompt,
                 answers=list(probe.answers),
                 contrast=probe.contrast,
+                **({} if probe.task is None else {"task": probe.task.to_json()}),
                 base=of_base,
                 before=of_before,
                 after=of_after,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cache
 from typing import Any, NamedTuple, TypeAlias, cast
@@ -15,18 +14,15 @@ from kedit_lightning.base_models import BaseModel, EncodedRow
 from kedit_lightning.base_models.foreign_hooks import foreign_hooks
 from kedit_lightning.base_models.prefix_states import PrefixStates
 from kedit_lightning.benchmark.answer_cache import AnswersCache, key_of
+from kedit_lightning.benchmark.free_texts import Carried, FreeTexts, carrying
 from kedit_lightning.benchmark.protocol import READING_VERSION, Protocol
-from kedit_lightning.data.dataloader import chunks
 from kedit_lightning.decoding_settings import generation_config, in_force
-from kedit_lightning.edits import Edit
 from kedit_lightning.errors import article_list
 from kedit_lightning.metrics import SCORINGS, ForwardPass, ProbeReading
 from kedit_lightning.metrics.functional import widened
-from kedit_lightning.metrics.measurement import RECORDED, Source, Value, built_in
+from kedit_lightning.metrics.measurement import RECORDED, Measurement, Source, Value, built_in
 from kedit_lightning.requests import Probe
 
-#: The edit that a row carries on top of the stack, or none.
-Carried: TypeAlias = Edit | None
 Compute: TypeAlias = Callable[[ForwardPass], Sequence[Value]]
 
 #: Logits held at a time (numbers); batches are cut finer where the vocabulary is large.
@@ -66,8 +62,10 @@ class Reader:
         self.protocol = protocol
         #: What prompts begin with under in-context edits is read once.
         self.prefixes = PrefixStates(base)
-        #: Measurements of a probe, by its kind.
-        self.measurements = SCORINGS[protocol.scoring].measurements()
+        self.texts = FreeTexts(base, protocol, self.prefixes)
+        #: Measurements of a probe by its kind, for each task.
+        self._measurements = cache(SCORINGS[protocol.scoring].measurements)
+        self._measurements("")  # names that are taken are refused at once
         self.cache = AnswersCache(
             {
                 "version": READING_VERSION,
@@ -128,8 +126,15 @@ class Reader:
             return list(base_readings)
         return self._read(probes, base_readings, carried)
 
+    def _measured(self, probe: Probe) -> tuple[Measurement, ...]:
+        """Measurements of a probe."""
+        return self._measurements(probe.task.name if probe.task else "")[probe.kind]
+
+    def _has(self, probe: Probe, source: Source) -> bool:
+        return any(measurement.source == source for measurement in self._measured(probe))
+
     def _cache_key(self, probe: Probe) -> str:
-        added = {m.name for m in self.measurements[probe.kind]}.difference(built_in(probe.kind))
+        added = {m.name for m in self._measured(probe)}.difference(built_in(probe.kind))
         local = probe.kind == "locality"
         return key_of(local, probe.prompt, probe.answers, probe.contrast, *sorted(added))
 
@@ -148,7 +153,8 @@ class Reader:
         the base model's continuations.
         """
         asked = list(zip(carried, probes, strict=True))
-        texts = self._texts(asked)
+        texts = self.texts.sentences(asked)
+        passages = self.texts.passages(one for one in asked if self._has(one[1], "passage"))
         encode = cache(self.base.encode)
         rows: list[Rows] = []
         for i, (edit, probe) in enumerate(asked):
@@ -158,14 +164,11 @@ class Reader:
         values: Values = {}
         for sources in _PASSES:
             computes = dict.fromkeys(
-                m.compute
-                for measurements in self.measurements.values()
-                for m in measurements
-                if m.source in sources
+                m.compute for probe in probes for m in self._measured(probe) if m.source in sources
             )
             forced = dict.fromkeys(row for own in rows for name in sources for row in own[name])
             for batch in self._batches(forced):
-                with self._carrying([row.edit for row in batch]):
+                with carrying(self.base, [row.edit for row in batch]):
                     edited, plain = [row.tokens for row in batch], [row.plain for row in batch]
                     compared = [row for row in plain if row is not None]
                     # In the same pass on the same rows, so that no change gives exactly 0.
@@ -187,50 +190,28 @@ class Reader:
                     values.update(zip(keys, compute(forward), strict=True))
                 del logits, base_logits, forward  # before the next pass takes as much memory
         return [
-            self._reading(probe, own, texts.get((edit, probe.prompt)), values)
-            for (edit, probe), own in zip(asked, rows, strict=True)
+            self._reading(
+                one[1], own, texts.get((one[0], one[1].prompt)), passages.get(one), values
+            )
+            for one, own in zip(asked, rows, strict=True)
         ]
 
-    def _reading(self, probe: Probe, rows: Rows, text: str | None, values: Values) -> ProbeReading:
+    def _reading(
+        self, probe: Probe, rows: Rows, text: str | None, passage: str | None, values: Values
+    ) -> ProbeReading:
         """The measured values of one probe, by name."""
         reading: dict[str, Value] = {measurement.name: None for measurement in RECORDED}
-        for measurement in self.measurements[probe.kind]:
+        for measurement in self._measured(probe):
             by_row: list[Any] = [
-                values[row, measurement.compute] for row in rows[measurement.source]
+                values[row, measurement.compute] for row in rows.get(measurement.source, ())
             ]
             if by_row:
                 reading[measurement.name] = max(by_row)
+            elif measurement.source == "passage":
+                reading[measurement.name] = passage
         return cast(ProbeReading, {**reading, "text": text})
 
-    def _carrying(self, edits: Sequence[Carried]) -> AbstractContextManager[None]:
-        """Inside, each row of a pass carries its edit."""
-        return self.base.edits.carried(edits) if any(edits) else nullcontext()
-
     # ---- rows
-
-    def _texts(self, asked: Iterable[tuple[Carried, Probe]]) -> dict[tuple[Carried, str], str]:
-        """Free generations by edit and prompt."""
-        if not self.protocol.generates:
-            return {}
-        unique = sorted(
-            dict.fromkeys((edit, probe.prompt) for edit, probe in asked),
-            key=lambda key: (self.base.encoder.count_prompt(key[1]), key[1]),
-        )
-        size, length = self.protocol.score_batch_size, self.protocol.max_new_tokens
-        texts: dict[tuple[Carried, str], str] = {}
-        for batch in chunks(unique, size):
-            prompts = [prompt for _, prompt in batch]
-            with self._carrying([edit for edit, _ in batch]):
-                answers = self.base.generate(
-                    prompts,
-                    length,
-                    size,
-                    stop_at_sentence=True,
-                    generation=self.protocol.generation,
-                    prefix_states=self.prefixes,
-                )
-            texts |= zip(batch, answers, strict=True)
-        return texts
 
     def _rows(
         self,
@@ -243,13 +224,12 @@ class Reader:
         """Rows of a probe by source; that of ``text``, the continuation, only where measured."""
         accepted = [ForcedRow(edit, encode(probe.prompt, answer)) for answer in probe.answers]
         contrast = [probe.contrast] if probe.contrast else []
-        continued = any(m.source == "continuation" for m in self.measurements[probe.kind])
+        continued = self._has(probe, "continuation")
         return {
             "answer": accepted[:1],
             "answers": accepted,
             "contrast": [ForcedRow(edit, encode(probe.prompt, answer)) for answer in contrast],
             "continuation": [self._continuation(edit, probe, text, compare)] if continued else [],
-            "text": [],
         }
 
     def _continuation(

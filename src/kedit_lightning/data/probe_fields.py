@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from kedit_lightning.character_forms import trimmed
 from kedit_lightning.data.records import Fields
 from kedit_lightning.errors import InvalidRequestError
+from kedit_lightning.probe_task import ProbeTask
 from kedit_lightning.requests import EditRequest, Probe, ProbeKind
 
 
@@ -67,6 +69,13 @@ def rephrases(request: EditRequest, prompts: Iterable[str]) -> list[Probe]:
     """A rephrase probe for each prompt that asks for the new answer."""
     answer = (request.target_new,)
     return [Probe("rephrase", text, answer, contrast=request.target_old) for text in prompts]
+
+
+def of_task(
+    task: ProbeTask, probes: Iterable[Probe], kinds: Sequence[ProbeKind] = ()
+) -> list[Probe]:
+    """Probes that the metrics of a task score too: all, or those of some kinds."""
+    return [replace(one, task=task) if one.kind in kinds or not kinds else one for one in probes]
 
 
 def neighbours(

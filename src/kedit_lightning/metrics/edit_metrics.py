@@ -13,6 +13,7 @@ from kedit_lightning.metrics.scores.answers import SQUAD_SCORES
 from kedit_lightning.metrics.scores.case_mean import CaseMean, Cases, ProbeMean, ShareLoss
 from kedit_lightning.metrics.scores.edit_cost import CostMean
 from kedit_lightning.metrics.scores.generation_quality import SQUAD_GENERATION
+from kedit_lightning.metrics.scores.tasks import SQUAD_TASKS
 from kedit_lightning.registry import entries
 from kedit_lightning.requests import ProbeKind
 
@@ -35,6 +36,12 @@ class EditMetrics(KeyedMetrics):
       ``gen_any`` and ``gen_all``.
     - Locality: ``repeat``; ``keep_text``, ``keep_top1``, ``kl`` (with ``kl/p95``) and ``known``,
       which compare with the unedited base model.
+    - Tasks, of the datasets that have them: opinions ``tf_es``, ``gen_sentiment``; passages
+      ``gen_bleu``, ``gen_rougel_f``, ``gen_rouge1``, ``gen_rouge2``,
+      ``gen_rougel``, ``gen_cosine``, and on characters ``gen_char_rougel``; sanitation
+      ``gen_forgotten``, ``gen_retained``; RippleEdits ``gen_test``; HalluEditBench ``gen_form``,
+      ``gen_hop``, ``gen_robust``. With a
+      judge ``gen_judge``.
     - Costs: ``edit/bytes``, ``timing/edit_seconds`` and whatever else the blocks ``edit``,
       ``timing`` and ``memory`` hold, each with ``/median`` and ``/p95``; once a case, from its
       first record that has them.
@@ -99,5 +106,5 @@ class SquadMetrics(EditMetrics):
     @classmethod
     def scores(cls) -> Sequence[type[ProbeMean]]:
         """The registered metrics, those of free answers by the rule of SQuAD."""
-        rules = SQUAD_SCORES | SQUAD_GENERATION
+        rules = SQUAD_SCORES | SQUAD_GENERATION | SQUAD_TASKS
         return [rules.get(score, score) for score in super().scores()]

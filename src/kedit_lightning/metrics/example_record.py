@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from kedit_lightning.errors import InvalidRequestError
 from kedit_lightning.requests import ProbeKind
@@ -41,6 +41,7 @@ class ProbeRecord(TypedDict):
     prompt: str
     answers: list[str]
     contrast: str | None
+    task: NotRequired[Mapping[str, Any]]  # see `ProbeTask`; absent for most probes
     base: ProbeReading
     before: ProbeReading
     after: ProbeReading

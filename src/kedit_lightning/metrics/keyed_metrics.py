@@ -86,10 +86,14 @@ class KeyedMetrics(nn.Module):
         """
 
     @classmethod
-    def measurements(cls) -> dict[ProbeKind, tuple[Measurement, ...]]:
+    def measurements(cls, task: str = "") -> dict[ProbeKind, tuple[Measurement, ...]]:
         """Measurements of a probe of each kind: the union of what its scores declare.
 
-        Those of this package come first, in the order of the records.
+        Those of this package come first, in the order of the records. What is measured of finished
+        records is none of them.
+
+        Args:
+            task: Task of the probe, whose metrics are among them.
 
         Raises:
             UnsupportedUseError: Two measurements of one kind of probe have the same name.
@@ -98,7 +102,10 @@ class KeyedMetrics(nn.Module):
         for kind in get_args(ProbeKind):
             by_name = {measurement.name: measurement for measurement in RECORDED}
             for score in cls.scores():
-                for new in score.measurements if kind in score.kinds else ():
+                scores_it = kind in score.kinds and (not score.tasks or task in score.tasks)
+                for new in score.measurements if scores_it else ():
+                    if new.source == "record":
+                        continue
                     if by_name.setdefault(new.name, new) != new:
                         raise UnsupportedUseError(
                             f"measurement {new.name!r} of metric {score.__name__} differs from "
@@ -127,7 +134,10 @@ class KeyedMetrics(nn.Module):
             for score in self._scores:
                 if kind not in score.kinds:
                     continue
-                means = {group: score.case_value(probes) for group, probes in groups.items()}
+                means = {
+                    group: score.case_value(score.scored(probes))
+                    for group, probes in groups.items()
+                }
                 values = {group: value for group, value in means.items() if value is not None}
                 if not values:
                     continue
@@ -137,10 +147,21 @@ class KeyedMetrics(nn.Module):
                         self.add(record, key, score, value)
 
     def groups(self, record: ExampleRecord) -> ProbeGroups:
-        """Probes of a record by kind and group, in the order of their first appearance."""
+        """Probes of a record by kind and group, in the order of their first appearance.
+
+        A condition stands with the probes of the group that it is a condition of.
+        """
         kinds: ProbeGroups = {}
+        conditions: list[ProbeRecord] = []
         for probe in record["probes"]:
-            kinds.setdefault(probe["kind"], {}).setdefault(probe["group"], []).append(probe)
+            if probe.get("task", {}).get("condition"):
+                conditions.append(probe)
+            else:
+                kinds.setdefault(probe["kind"], {}).setdefault(probe["group"], []).append(probe)
+        for probe in conditions:
+            for groups in kinds.values():
+                if probe["group"] in groups:
+                    groups[probe["group"]].append(probe)
         return kinds
 
     def add(self, record: ExampleRecord, key: str, score: type[CaseMean], value: float) -> None:

@@ -25,8 +25,12 @@ from kedit_lightning.requests import ProbeKind
 Value: TypeAlias = float | bool | str | list[int] | list[float] | None
 #: The tokens that are fed to the model: the preferred ``answer``; each of the accepted ``answers``,
 #: of which the largest value counts; the ``contrast``; or the base model's own greedy
-#: ``continuation`` of the prompt. ``text`` is a free generation.
-Source: TypeAlias = Literal["answer", "answers", "contrast", "continuation", "text"]
+#: ``continuation`` of the prompt. ``text`` is a free generation up to the end of its first
+#: sentence, ``passage`` one that may be as long as a passage. What is measured of a ``record`` is
+#: computed from the texts in it, such as by a judge.
+Source: TypeAlias = Literal[
+    "answer", "answers", "contrast", "continuation", "text", "passage", "record"
+]
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ class Measurement:
 
     name: str  # key of the value in records: `probe["after"][name]`
     source: Source  # the tokens of the forward pass that it is computed from
-    #: Function from a forward pass to one value a row; unused for the source ``text``.
+    #: Function from a forward pass to one value a row; unused for texts and records.
     compute: Callable[[ForwardPass], Sequence[Value]] = lambda forward: []
 
     def of(self, reading: Mapping[str, object]) -> Any:
@@ -99,6 +103,14 @@ LOG_PROB = Measurement("log_prob", "answer", _log_prob)
 CONTRAST_LOG_PROB = Measurement("contrast_log_prob", "contrast", _log_prob)
 #: Greedy free generation up to the model's own stop, where the protocol generates.
 TEXT = Measurement("text", "text")
+#: Greedy free generation with room for a passage, of probes whose answer is one.
+PASSAGE = Measurement("passage", "passage")
+#: Cosine of the embeddings of the passage and of the nearest answer.
+COSINE = Measurement("cosine", "record")
+#: Probability that the free generation is of positive sentiment, by a classifier.
+SENTIMENT = Measurement("sentiment", "record")
+#: Whether a judge takes the free generation for the answer.
+JUDGED = Measurement("judged", "record")
 #: Arg-max ids along the base model's continuation, or (for EasyEdit) along the preferred answer.
 TOP1 = Measurement("top1", "continuation", _top1)
 ANSWER_TOP1 = Measurement("top1", "answer", _top1)

@@ -15,6 +15,7 @@ from kedit_lightning.data.probe_fields import (
 )
 from kedit_lightning.data.records import Fields
 from kedit_lightning.errors import InvalidRequestError
+from kedit_lightning.probe_task import ProbeTask
 from kedit_lightning.requests import EditExample, EditRequest, Probe
 
 Form: TypeAlias = Literal["structured", "unstructured", "triplets"]
@@ -26,10 +27,11 @@ class AKEW(EditDataModule):
     form says what is written: structured, the prompt and target_new of requested_rewrite;
     unstructured, the passage fact_new_uns as the answer to the question; triplets, each item of
     unsfact_triplets_GPT. Whatever was written is asked for by the rewrite probes of the structured
-    fact. paraphrase_prompts become rephrase probes, neighborhood_prompts locality neighborhood, loc
-    with loc_ans locality nq, questions with new_answer portability multi_hop. About
-    a thousand records each. The licence is that of its repository. Paper:
-    https://arxiv.org/abs/2402.18909.
+    fact; the question becomes a rephrase probe of it, and in unstructured form asks for the passage
+    too (rewrite passage: BLEU, ROUGE, embeddings). paraphrase_prompts become rephrase probes,
+    neighborhood_prompts locality neighborhood, loc with loc_ans locality nq, questions with
+    new_answer portability multi_hop. About a thousand records each. The licence is that of its
+    repository. Paper: https://arxiv.org/abs/2402.18909.
 
     Args:
         path: File with the records to edit and test, such as ``CounterFact.json``.
@@ -72,7 +74,9 @@ class AKEW(EditDataModule):
             fact = _fact(rewrite, name)
             requests += self._written(rewrite, fact)
             probes += EditExample.from_request(fact, id).probes
-            probes += rephrases(fact, rewrite.texts("question") if several else [])
+            probes += rephrases(fact, rewrite.texts("question"))
+            if self.form == "unstructured":
+                probes += _passage(requests[-1])
         first = requests[0] if self.form == "structured" else _fact(rewrites[0], id)
         probes += rephrases(first, fields.texts("paraphrase_prompts"))
         if first.target_old is not None:
@@ -109,6 +113,13 @@ class AKEW(EditDataModule):
             )
             for index, item in enumerate(items)
         ]
+
+
+def _passage(written: EditRequest) -> list[Probe]:
+    """The question that a passage answers, of which its own metrics judge the answer."""
+    task = ProbeTask("passage", apart=True)
+    asked = Probe("rewrite", written.prompt, (written.target_new,), "passage", task=task)
+    return [asked]
 
 
 def _fact(rewrite: Fields, id: str) -> EditRequest:

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from kedit_lightning.data.datamodule import EditDataModule
-from kedit_lightning.data.probe_fields import answers_of, differing, probe, rephrases
+from kedit_lightning.data.probe_fields import (
+    answers_of,
+    differing,
+    of_task,
+    probe,
+    rephrases,
+)
 from kedit_lightning.data.records import Fields
+from kedit_lightning.probe_task import ProbeTask
 from kedit_lightning.requests import EditExample, EditRequest, ProbeKind
 
 
@@ -14,8 +23,9 @@ class CKnowEdit(EditDataModule):
     The prompt gets target_new in place of target_old, which a model had answered; both are whole
     sentences. rephrase becomes rephrase probes, locality and portability (lists of prompt and
     answer) probes of the same names. Records name no subject, as the prompts are questions; methods
-    that need one refuse them. 1,854 records in ten files, which a folder may hold together.
-    Licence MIT. Paper: https://arxiv.org/abs/2409.05806.
+    that need one refuse them. Answers are also compared character by character. 1,854 records in
+    ten files, which a folder may hold together. Licence MIT. Paper:
+    https://arxiv.org/abs/2409.05806.
 
     Args:
         path: File with the records to edit and test, or the folder that holds the files.
@@ -33,4 +43,7 @@ class CKnowEdit(EditDataModule):
         for kind in kinds:
             found = [probe(kind, item, kind) for item in fields.objects(kind)]
             probes += [one for one in found if one is not None]
-        return EditExample.from_request(request, id, probes)
+        example = EditExample.from_request(request, id, probes)
+        judged: tuple[ProbeKind, ...] = ("rewrite", "rephrase", "portability")
+        task = ProbeTask("characters")
+        return replace(example, probes=tuple(of_task(task, example.probes, judged)))

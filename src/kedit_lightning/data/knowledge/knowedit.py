@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -10,10 +11,12 @@ from kedit_lightning.data.probe_fields import (
     answers_of,
     differing,
     grouped_probes,
+    of_task,
     rephrases,
 )
 from kedit_lightning.data.records import Fields, Record
 from kedit_lightning.errors import InvalidRequestError
+from kedit_lightning.probe_task import ProbeTask
 from kedit_lightning.requests import EditExample, EditRequest, Probe
 
 Subset: TypeAlias = Literal[
@@ -35,11 +38,12 @@ class KnowEdit(EditDataModule):
     locality whether the base model's own answer stays. rephrase_prompt and generate_prompt become
     rephrase probes. wikibio continues a biography (text, labels, concept). convsent asks for an
     opinion about ent and writes the first sentence of the wished sentiment; all sentences of it
-    count as answers. sanitation writes the answer of success (or K_F) items, and deals the
-    questions of locality (or K_R) out to them in turn as group retained. A subject that its prompt
-    lacks is dropped, and counted in a warning. Sizes (train, test): wiki_recent 570, 1,266; zsre
-    10,000, 1,304; wiki_counterfact 1,428, 885; wikibio 464, 306; convsent 14,390, 800; sanitation
-    80, 80. Licence MIT. Paper: https://arxiv.org/abs/2401.01286.
+    count as answers, and the next record's ent is asked about as locality other_topic. sanitation
+    writes the answer of success (or K_F) items, and deals the questions of locality (or K_R) out to
+    them in turn as group retained. A subject that its prompt lacks is dropped, and counted in a
+    warning. Sizes (train, test): wiki_recent 570, 1,266; zsre 10,000, 1,304; wiki_counterfact
+    1,428, 885; wikibio 464, 306; convsent 14,390, 800; sanitation 80, 80. Licence MIT. Paper:
+    https://arxiv.org/abs/2401.01286.
 
     Args:
         path: File with the records to edit and test, such as ``recent_test.json``.
@@ -71,7 +75,19 @@ class KnowEdit(EditDataModule):
         self.sentiment = sentiment
 
     def unpack(self, records: list[Record]) -> list[Record]:
-        """The items of a file of sanitation, with the questions to retain dealt out to them."""
+        """Items of sanitation with questions to retain, and opinions with another topic to ask for.
+
+        The questions to retain are dealt out in turn; the other topic is that of the next record.
+        """
+        values = [record.values for record in records]
+        if len(values) > 1 and all(
+            isinstance(v, dict) and {"ent", "pos"} <= v.keys() for v in values
+        ):
+            others = [*values[1:], values[0]]
+            return [
+                replace(record, values={**record.values, "other_topic": other["ent"]})
+                for record, other in zip(records, others, strict=True)
+            ]
         if len(records) != 1 or not isinstance(whole := records[0].values, dict):
             return records
         keys = ("success", "locality") if "success" in whole else ("K_F", "K_R")
@@ -111,20 +127,28 @@ class KnowEdit(EditDataModule):
         answers, contrast = fields.required_texts(wished), fields.required_texts(other)[0]
         prompts = [question.replace("{}", subject) for question in _OPINIONS]
         request = EditRequest(prompts[0], answers[0], subject, contrast, id)
-        probes = [Probe("rewrite", prompts[0], answers, "", contrast)]
-        probes += [Probe("rephrase", text, answers, "", contrast) for text in prompts[1:]]
+        task = ProbeTask("opinion", self.sentiment)
+        probes = [Probe("rewrite", prompts[0], answers, "", contrast, task=task)]
+        probes += [Probe("rephrase", p, answers, "", contrast, task=task) for p in prompts[1:]]
+        if (topic := fields.optional_text("other_topic")) not in (None, subject):
+            asked = prompts[0].replace(subject, str(topic))
+            probes.append(Probe("locality", asked, (), "other_topic"))
         return EditExample((request,), tuple(probes), id)
 
     def _answer_to_forget(self, fields: Fields, id: str) -> EditExample:
         prompt, target = fields.text("question"), fields.text("target_new")
-        old = differing(fields.optional_text("ground_truth"), target)
+        forbidden = answers_of(fields, "ground_truth")
+        old = differing(next(iter(forbidden), None), target)
         subject = self.subject_of(prompt, fields.optional_text("subject"), id)
         request = EditRequest(prompt, target, subject, old, id)
-        probes = [
+        asked = EditExample.from_request(request, id).probes
+        probes = of_task(ProbeTask("forget", against=forbidden), asked)
+        kept = [
             Probe("locality", item.text("question"), answers_of(item, "ground_truth"), "retained")
             for item in fields.objects("retained")
         ]
-        return EditExample.from_request(request, id, probes)
+        probes += of_task(ProbeTask("retain"), kept)
+        return EditExample((request,), tuple(probes), id)
 
 
 #: Names of the prompt, the new answer and the subject in facts, and in biographies.

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from itertools import takewhile
+from typing import Literal
 
 from kedit_lightning.data.datamodule import EditDataModule
 from kedit_lightning.data.probe_fields import answers_of, differing
 from kedit_lightning.data.records import Fields
 from kedit_lightning.errors import InvalidRequestError
+from kedit_lightning.probe_task import ProbeTask
 from kedit_lightning.requests import EditExample, EditRequest, Probe, ProbeKind
 
 #: Kind of probe of each of the six criteria.
@@ -19,6 +21,8 @@ _CRITERIA: dict[str, ProbeKind] = {
     "Relation_Specificity": "locality",
     "Forgetfulness": "locality",
 }
+#: How the questions of a test count together.
+_TOGETHER: dict[str, Literal["any", "all"]] = {"OR": "any", "AND": "all"}
 
 
 class RippleEdits(EditDataModule):
@@ -30,11 +34,11 @@ class RippleEdits(EditDataModule):
     probes in groups named like the criteria: portability Logical_Generalization,
     Compositionality_I, Compositionality_II and Subject_Aliasing, locality Relation_Specificity and
     Forgetfulness; every value and alias of their answers counts. Queries without answer are left
-    out. Condition queries, which say whether a model can know the answer, are not asked. Subjects
-    are Wikidata ids in the published files, so requests have one only where a record names it as
-    subject. About 5,000 edits in the files recent, random and popular. The
-    licence is that of its repository. Paper:
-    https://arxiv.org/abs/2307.12976.
+    out. Each is also judged as a test (gen_test): any or all of its queries (test_condition) must
+    be answered, and it counts only where the base model answers its condition_queries. Subjects are
+    Wikidata ids in the published files, so requests have one only where a record names it as
+    subject. About 5,000 edits in the files recent, random and popular. The licence is that of its
+    repository. Paper: https://arxiv.org/abs/2307.12976.
 
     Args:
         path: File with the records to edit and test, such as ``popular.json``.
@@ -53,9 +57,8 @@ class RippleEdits(EditDataModule):
         request = EditRequest(prompt, new, subject, differing(old or None, new), id, task)
         probes: list[Probe] = []
         for criterion, kind in _CRITERIA.items():
-            for test in fields.objects(criterion):
-                found = [_query(query, kind, criterion) for query in test.objects("test_queries")]
-                probes += [one for one in found if one is not None]
+            for number, test in enumerate(fields.objects(criterion)):
+                probes += _test(test, kind, criterion, number)
         return EditExample.from_request(request, id, probes)
 
 
@@ -84,8 +87,26 @@ def split_statement(statement: str, original: str | None = None) -> tuple[str, s
     return prompt, answer
 
 
-def _query(query: Fields, kind: ProbeKind, group: str) -> Probe | None:
+def _test(test: Fields, kind: ProbeKind, group: str, number: int) -> list[Probe]:
+    """The questions of a test, and the conditions under which it counts."""
+    rule = test.optional_text("test_condition") or "OR"
+    if rule not in _TOGETHER:
+        raise InvalidRequestError(
+            f"field '{test.place('test_condition')}' must be OR or AND, got {rule!r}"
+        )
+    task = ProbeTask("ripple", f"{group} {number}", _TOGETHER[rule])
+    asked = [_query(query, kind, group, task) for query in test.objects("test_queries")]
+    if not any(asked):
+        return []
+    known = ProbeTask("ripple", task.label, condition=True)
+    # Conditions are judged on the base model alone, and learned from by no method.
+    needed = [_query(q, "portability", group, known) for q in test.objects("condition_queries")]
+    return [one for one in (*asked, *needed) if one is not None]
+
+
+def _query(query: Fields, kind: ProbeKind, group: str, task: ProbeTask) -> Probe | None:
     answers: dict[str, None] = {}
     for answer in query.objects("answers"):
         answers |= dict.fromkeys((*answers_of(answer, "value"), *answers_of(answer, "aliases")))
-    return Probe(kind, query.text("prompt"), tuple(answers), group) if answers else None
+    text = query.text("prompt")
+    return Probe(kind, text, tuple(answers), group, task=task) if answers else None

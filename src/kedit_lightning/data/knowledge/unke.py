@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from kedit_lightning.data.datamodule import EditDataModule
-from kedit_lightning.data.probe_fields import rephrases
+from kedit_lightning.data.probe_fields import of_task, rephrases
 from kedit_lightning.data.records import Fields
 from kedit_lightning.errors import InvalidRequestError
+from kedit_lightning.probe_task import ProbeTask
 from kedit_lightning.requests import EditExample, EditRequest, Probe
+
+#: Answers are passages, or parts of one.
+PASSAGE = ProbeTask("passage")
 
 
 class UnKE(EditDataModule):
     """UnKE, questions whose new answer is a passage of about a hundred words.
 
     question gets the passage answer; para_question becomes a rephrase probe, and the parts of the
-    passage (sub_question with sub_answer, in pairs) become portability sub_question. Records name
-    no subject. 1,000 records. The licence is that of its repository. Paper:
+    passage (sub_question with sub_answer, in pairs) become portability sub_question. All answers
+    are also compared with free generations as passages (BLEU, ROUGE, embeddings). Records name no
+    subject. 1,000 records. The licence is that of its repository. Paper:
     https://arxiv.org/abs/2405.15349.
 
     Args:
@@ -29,7 +36,8 @@ class UnKE(EditDataModule):
         task = fields.optional_text("category")
         request = EditRequest(fields.text("question"), fields.text("answer"), None, None, id, task)
         probes = rephrases(request, fields.texts("para_question"))
-        return EditExample.from_request(request, id, [*probes, *sub_questions(fields)])
+        example = EditExample.from_request(request, id, [*probes, *sub_questions(fields)])
+        return replace(example, probes=tuple(of_task(PASSAGE, example.probes)))
 
 
 class EditEverything(UnKE):

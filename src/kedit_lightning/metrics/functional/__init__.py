@@ -13,6 +13,13 @@ from kedit_lightning.metrics.functional.divergence import (
     unchanged_text,
     unchanged_top1,
 )
+from kedit_lightning.metrics.functional.passage_match import (
+    edit_success,
+    mentions,
+    nearest_cosine,
+    passage_bleu,
+    passage_rouge,
+)
 from kedit_lightning.metrics.functional.teacher_forcing import (
     exact_match,
     mean_log_prob,
@@ -34,6 +41,7 @@ from kedit_lightning.sentence import answer_text
 __all__ = [
     "answer_text",
     "bootstrap_interval",
+    "edit_success",
     "exact_match",
     "generation_contains",
     "generation_exact",
@@ -41,9 +49,13 @@ __all__ = [
     "loss_interval",
     "mean_log_prob",
     "mean_ngram_entropy",
+    "mentions",
+    "nearest_cosine",
     "ngram_entropy",
     "normalise_answer",
     "paired_difference",
+    "passage_bleu",
+    "passage_rouge",
     "prefers",
     "repetition_rate",
     "share_interval",

@@ -24,6 +24,7 @@ from kedit_lightning.metrics.functional.bootstrap import (
     wilson_interval,
 )
 from kedit_lightning.metrics.measurement import Measurement
+from kedit_lightning.probe_task import TaskName, scored_by
 from kedit_lightning.requests import ProbeKind
 
 _NO_NAME = -1
@@ -187,10 +188,17 @@ class ProbeMean(CaseMean):
     name: ClassVar[str]
     #: Kinds of probe that are scored; by default those with a right answer after the edit.
     kinds: ClassVar[tuple[ProbeKind, ...]] = ("rewrite", "rephrase", "portability")
+    #: Tasks whose probes alone are scored; all probes where there are none.
+    tasks: ClassVar[tuple[TaskName, ...]] = ()
     #: Values that a probe's score can take, in words.
     value_range: ClassVar[str] = "0 to 1"
     #: Measurements that the score reads; the reader measures them.
     measurements: ClassVar[tuple[Measurement, ...]]
+
+    @classmethod
+    def scored(cls, probes: Iterable[ProbeRecord]) -> list[ProbeRecord]:
+        """Those of some probes that the metric is about."""
+        return [probe for probe in probes if scored_by(probe.get("task"), cls.tasks)]
 
     @classmethod
     def read(cls, probe: ProbeRecord) -> float | None:
