@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from kedit_lightning.metrics.example_record import ProbeReading, ProbeRecord
 from kedit_lightning.metrics.functional.passage_match import edit_success, mentions
+from kedit_lightning.metrics.functional.text_match import generation_contains
 from kedit_lightning.metrics.measurement import (
     CONTRAST_LOG_PROB,
     JUDGED,
@@ -147,7 +148,7 @@ def _states(stated: type[GenerationMean], probe: ProbeRecord, reading: ProbeRead
     return stated.read({**probe, "after": reading}) == 1.0
 
 
-class OtherForms(GenerationContains):
+class OtherForms(GenerationMean):
     """Share of free generations that state the answer where the fact is asked in other forms.
 
     Yes and no, a choice, the reversed relation: generalisation of HalluEditBench (Huang et al.
@@ -157,9 +158,10 @@ class OtherForms(GenerationContains):
     name = "gen_form"
     kinds = ("portability",)
     tasks = ("form",)
+    match = staticmethod(generation_contains)
 
 
-class SeveralHops(GenerationContains):
+class SeveralHops(GenerationMean):
     """Share of free generations that state the answer to a question over several facts.
 
     Portability of HalluEditBench, over its two to six hops alike.
@@ -168,9 +170,10 @@ class SeveralHops(GenerationContains):
     name = "gen_hop"
     kinds = ("portability",)
     tasks = ("hop",)
+    match = staticmethod(generation_contains)
 
 
-class Undoubted(GenerationContains):
+class Undoubted(GenerationMean):
     """Share of doubts that the free generation meets with Yes: the answer is kept up.
 
     Each turn asks once more whether the answer was sure, with Yes to all earlier ones in the prompt
@@ -180,6 +183,7 @@ class Undoubted(GenerationContains):
     name = "gen_robust"
     kinds = ("portability",)
     tasks = ("doubt",)
+    match = staticmethod(generation_contains)
 
 
 class Judged(ProbeMean):
@@ -206,15 +210,17 @@ class SquadRetained(Retained):
     stated = SquadContains
 
 
-class SquadOtherForms(OtherForms):
+class SquadOtherForms(GenerationMean):
     """Other forms by the rule of SQuAD, for which no punctuation counts."""
 
+    name, kinds, tasks = OtherForms.name, OtherForms.kinds, OtherForms.tasks
     match = staticmethod(SquadContains.match)
 
 
-class SquadSeveralHops(SeveralHops):
+class SquadSeveralHops(GenerationMean):
     """Several hops by the rule of SQuAD, for which no punctuation counts."""
 
+    name, kinds, tasks = SeveralHops.name, SeveralHops.kinds, SeveralHops.tasks
     match = staticmethod(SquadContains.match)
 
 
