@@ -12,6 +12,7 @@ from .layer_sweep import LayerSweep
 from .place_base_model import PlaceBaseModel
 from .results_writer import ResultsWriter
 from .rollback_guard import RollbackGuard
+from .stream_drift import StreamDrift
 from .training_report import TrainingReport
 from .wandb_table import WandbTable
 
@@ -23,6 +24,7 @@ __all__ = [
     "PlaceBaseModel",
     "ResultsWriter",
     "RollbackGuard",
+    "StreamDrift",
     "TrainingReport",
     "WandbTable",
 ]

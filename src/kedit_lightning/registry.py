@@ -216,6 +216,7 @@ _OWN: dict[tuple[Kind, str], dict[str, tuple[str, str, str]]] = {
         "PlaceBaseModel": ("place_base_model", "", "puts the base model on the trainer's device"),
         "ResultsWriter": ("results_writer", "", "writes results as they come"),
         "RollbackGuard": ("rollback_guard", "", "checks that a run changes no weight"),
+        "StreamDrift": ("stream_drift", "", "perplexity, KL and norms along a stream of edits"),
         "TrainingReport": ("training_report", "", "draws the curves of a fit"),
         "WandbTable": ("wandb_table", "", "a table of answers in Weights & Biases"),
     },

@@ -16,8 +16,8 @@ from lightning.pytorch.loggers import Logger
 from rich.console import Console
 
 from kedit_lightning import runs
-from kedit_lightning.benchmark import EditCallback, Protocol, RunContext
-from kedit_lightning.benchmark.edit_callback import check_callbacks
+from kedit_lightning.benchmark import Protocol, RunContext
+from kedit_lightning.benchmark.edit_callback import announce, check_callbacks
 from kedit_lightning.edits import Edit
 from kedit_lightning.errors import UnsupportedUseError
 from kedit_lightning.methods.method import EditMethod, as_edit_method
@@ -95,16 +95,12 @@ class EditTrainer(Trainer):
     def _take_edit(self, name: str, edit: Edit) -> None:
         if self._keeps_edits:
             self._edits.append(edit)
-        for callback in self.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, EditCallback):
-                callback.on_edit(self, self.lightning_module, name, edit)
+        announce(self, "on_edit", name, edit)
 
     def _take_record(self, record: ExampleRecord, edit: Edit | None) -> None:
         if self._keeps_edits:
             self._records.append(record)
-        for callback in self.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, EditCallback):
-                callback.on_example_result(self, self.lightning_module, record, edit)
+        announce(self, "on_example_result", record, edit)
 
     def fit(
         self,
@@ -330,6 +326,7 @@ class EditTrainer(Trainer):
                 editing=editing,
                 on_edit=self._take_edit,
                 on_record=self._take_record,
+                on_checkpoint=partial(announce, self, "on_stream_checkpoint"),
             )
             try:
                 with without_notices():

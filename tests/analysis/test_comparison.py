@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,14 @@ from statsmodels.stats.contingency_tables import mcnemar as reference_mcnemar
 from statsmodels.stats.multitest import multipletests
 
 from kedit_lightning.analysis.comparison import compared, read_run
+from kedit_lightning.analysis.figures.retention_figure import draw_retention
 from kedit_lightning.benchmark import Protocol
 from kedit_lightning.cli.main import main
 from kedit_lightning.metrics import ExampleRecord
 from kedit_lightning.metrics.functional.bootstrap import paired_difference, resampled_means
 from kedit_lightning.metrics.functional.paired_tests import bootstrap_p, holm, mcnemar
 from kedit_lightning.runs.record_lines import line_of
+from kedit_lightning.runs.results import summary_of
 
 
 def record(id: int, held: bool, kl: float) -> ExampleRecord:
@@ -150,3 +153,31 @@ def test_what_is_no_finished_run(tmp_path: Path, capsys: pytest.CaptureFixture[s
         main(["compare", str(tmp_path / "empty"), str(tmp_path / "empty")])
     assert ended.value.code == 2
     assert "kedit test --resume" in capsys.readouterr().err
+
+
+def test_streams_are_drawn_with_what_they_keep(tmp_path: Path) -> None:
+    """The end of a stream and what it lost stand in the table; checkpoints in the curves alone."""
+    protocol = Protocol(mode="sequential", every="log", generate=False)
+    paths = []
+    for name, lost in (("ROME", 1), ("FTM", 3)):
+        path = folder(tmp_path / name, name, [True] * 5, protocol=protocol)
+        records: list[Any] = [{**record(i, i >= lost * (stage == "final"), 0.1), "stage": stage}
+                              for stage, count in (("immediate", 5), ("after_2", 2), ("final", 5))
+                              for i in range(count)]  # fmt: skip
+        (path / "results.jsonl").write_bytes(b"".join(map(line_of, records)))
+        results = json.loads((path / "results.json").read_text())
+        results |= {"retention": summary_of(records, protocol, 0)["retention"]}
+        (path / "results.json").write_text(json.dumps(results))
+        drift = [{"facts": n, "perplexity": 9.0 + n} for n in (0, 2, 5)]
+        (path / "drift.json").write_text(json.dumps({"checkpoints": drift}))
+        paths.append(path)
+    runs = [read_run(path) for path in paths]
+    assert runs[1].drift["checkpoints"][-1]["perplexity"] == 14.0
+    found = compared(runs)
+    assert found.scores["final/rewrite/tf_all"]["FTM"].mean == 0.4
+    assert found.scores["forget/rewrite/tf_all"]["ROME"].mean == pytest.approx(0.2)
+    assert not any(key.startswith("after") for key in found.scores)
+    with pytest.raises(SystemExit):
+        main(["compare", *map(str, paths), "--output", str(tmp_path / "out")])
+    assert (tmp_path / "out" / "retention.png").read_bytes().startswith(b"\x89PNG")
+    assert draw_retention([replace(run, facts={}) for run in runs], tmp_path / "none.png") is None

@@ -57,6 +57,7 @@ def test_every_metric_is_explained_on_a_page():
         "Kinds",
         "Metrics",
         "Stages of a sequence",
+        "Streams with checkpoints",
         "Costs",
         "Definitions",
     ]

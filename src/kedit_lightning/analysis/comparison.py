@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -43,12 +43,14 @@ class Run:
         facts: What ``results.json`` says.
         scores: Its scores with their intervals, by key.
         cases: The cases of each score.
+        drift: What ``drift.json`` says of a stream, if it was followed.
     """
 
     label: str
     facts: Mapping[str, Any]
     scores: Mapping[str, SummaryRow]
     cases: Mapping[str, Cases]
+    drift: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,12 @@ def read_run(path: Path) -> Run:
     kind = type(new_metrics(Protocol(**rules)))
     metrics = kind.from_records(read_lines(lines, lines.read_bytes()), seed=facts["seed"])
     cases = {key: found for key, (_, found) in metrics.gathered().items()}
-    return Run(path.name, facts, {row.key: row for row in metrics.summary()}, cases)
+    scores = {row.key: row for row in metrics.summary()}
+    return Run(path.name, facts, scores, cases, _read_json(path / "drift.json"))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
 
 
 def named(runs: Sequence[Run]) -> list[Run]:
@@ -163,7 +170,7 @@ def compared(runs: Sequence[Run], groups: bool = False) -> Comparison:
     refuse_different(runs)
     runs = named(runs)
     keys = [key for key in runs[0].scores if all(key in run.scores for run in runs)]
-    keys = [key for key in keys if _is_score(key) and (groups or key.count("/") < 2)]
+    keys = [key for key in keys if _is_score(key) and (groups or not _is_group(key))]
     scores = {key: {run.label: run.scores[key] for run in runs} for key in keys}
     differences = [difference for key in keys for difference in _differences(runs, key)]
     return Comparison(tuple(run.label for run in runs), scores, tuple(differences))
@@ -171,6 +178,11 @@ def compared(runs: Sequence[Run], groups: bool = False) -> Comparison:
 
 def _is_score(key: str) -> bool:
     return not key.startswith(("timing/", "memory/", "edit/"))
+
+
+def _is_group(key: str) -> bool:
+    """Whether it is of a single group of probes, or of a checkpoint, which curves show."""
+    return key.removeprefix("final/").removeprefix("forget/").count("/") > 1
 
 
 def _differences(runs: Sequence[Run], key: str) -> Iterable[Difference]:

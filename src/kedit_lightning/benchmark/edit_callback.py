@@ -14,9 +14,9 @@ from kedit_lightning.metrics import ExampleRecord
 
 
 class EditCallback(Callback):
-    """A Lightning callback with two more hooks, which ``EditTrainer`` calls during a run.
+    """A Lightning callback with three more hooks, which ``EditTrainer`` calls during a run.
 
-    Lightning's own trainer calls neither.
+    Lightning's own trainer calls none of them.
 
     Raises:
         UnsupportedUseError: A subclass defines a method ``on_…`` that is no hook of this class or
@@ -49,9 +49,23 @@ class EditCallback(Callback):
         ``edit`` is what it was scored under; ``None`` at later stages of a sequential run.
         """
 
+    def on_stream_checkpoint(self, trainer: Trainer, method: LightningModule, facts: int) -> None:
+        """Called in a sequential run once the first ``facts`` of them stand on the stack.
+
+        That is at each checkpoint of the protocol (``every``), before its facts are asked again,
+        and at the end, which may come twice where it is a checkpoint too.
+        """
+
 
 #: The hooks that Lightning's ``Callback`` lacks.
-EDIT_HOOKS = ("on_edit", "on_example_result")
+EDIT_HOOKS = ("on_edit", "on_example_result", "on_stream_checkpoint")
+
+
+def announce(trainer: Trainer, hook: str, *told: Any) -> None:
+    """Call one of these hooks on every callback that has them."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, EditCallback):
+            getattr(callback, hook)(trainer, trainer.lightning_module, *told)
 
 
 def check_callbacks(callbacks: Iterable[Callback]) -> None:

@@ -17,6 +17,7 @@ from kedit_lightning.requests import EditExample, EditRequest
 Mode: TypeAlias = Literal["single", "batch", "sequential"]
 Moment: TypeAlias = Literal["immediate", "final"]
 Scoring: TypeAlias = Literal["default", "legacy_easyedit"]
+Grid: TypeAlias = Literal["log"]
 
 #: Part of every protocol id; raised when the same settings would give other numbers.
 READING_VERSION = 2
@@ -37,6 +38,8 @@ class Protocol:
         evaluate: When sequential edits are scored: ``immediate`` (right after their own chunk),
             ``final`` (after the last one), or both as ``immediate,final``.
         every: In ``sequential``, score all examples edited so far whenever this many more are.
+            ``log`` does so after 1, 2, 5, 10, 20, 50, ... of them, which asks each example no more
+            than about twice on average however long the stream is.
         scoring: What is measured: our definitions, or those of EasyEdit for comparison.
         score_batch_size: Rows of a forward pass while scoring; it never changes a score.
         generate: Let the model answer freely, beside reading its probabilities.
@@ -57,7 +60,7 @@ class Protocol:
     mode: Mode | None = None
     chunk_size: int = 1
     evaluate: list[Moment] | str = "immediate,final"
-    every: int | None = None
+    every: int | Grid | None = None
     scoring: Scoring = "default"
     score_batch_size: int = 32
     generate: bool = True
@@ -76,7 +79,7 @@ class Protocol:
         if not self.moments or set(self.moments) - set(get_args(Moment)):
             raise self._refuse("evaluate", "must be immediate, final, or both: immediate,final")
         sizes = ("chunk_size", "score_batch_size", "max_new_tokens")
-        for field in sizes if self.every is None else (*sizes, "every"):
+        for field in sizes if self.every in (None, *get_args(Grid)) else (*sizes, "every"):
             value = getattr(self, field)
             if not isinstance(value, int) or value < 1:
                 raise self._refuse(field, "must be a whole number of at least 1")
@@ -114,6 +117,20 @@ class Protocol:
         """When edits are scored, as names."""
         given = self.evaluate.split(",") if isinstance(self.evaluate, str) else self.evaluate
         return tuple(dict.fromkeys(str(moment).strip() for moment in given))
+
+    def reaches(self, before: int, after: int) -> bool:
+        """Whether a stream that grows from ``before`` to ``after`` facts passes a checkpoint.
+
+        >>> log = Protocol(mode="sequential", every="log")
+        >>> [count for count in range(1, 101) if log.reaches(count - 1, count)]
+        [1, 2, 5, 10, 20, 50, 100]
+        """
+        if self.every is None:
+            return False
+        if isinstance(self.every, int):
+            return before // self.every < after // self.every
+        power = int(10 ** (len(str(after)) - 1))
+        return max(n * power for n in (1, 2, 5) if n * power <= after) > before
 
     def written_together(self, examples: Sequence[EditExample]) -> Iterator[list[EditRequest]]:
         """The requests of examples, in groups of those that hold together."""

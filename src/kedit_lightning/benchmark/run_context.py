@@ -85,6 +85,8 @@ class RunContext:
         on_edit: Takes the name of each edit and the edit, as soon as it has been computed.
         on_record: Takes each new record and the edit it was scored under, which is ``None`` at
             later stages of a sequential run.
+        on_checkpoint: Takes the number of facts written so far, whenever a stream of edits has come
+            to one of its checkpoints or to its end.
     """
 
     protocol: Protocol = Protocol()  # noqa: RUF009 - it is frozen
@@ -95,6 +97,7 @@ class RunContext:
     left_out: Collection[tuple[str, int]] = frozenset()
     on_edit: Callable[[str, Edit], None] = ignore
     on_record: Callable[[ExampleRecord, Edit | None], None] = ignore
+    on_checkpoint: Callable[[int], None] = ignore
 
     @classmethod
     def under(cls, trainer: Trainer) -> RunContext:

@@ -89,6 +89,8 @@ class ProtocolRunner:
     def finish(self) -> Iterator[ExampleRecord]:
         """Score what is scored at the end of a run, and roll everything back."""
         try:
+            if self.protocol.grouping == "sequential" and self._edited:
+                self._run.on_checkpoint(sum(len(chunk) for chunk, _ in self._edited))
             if "final" in self.protocol.moments and self._stand_together():
                 yield from self._score_edited("final")
         finally:
@@ -199,9 +201,11 @@ class ProtocolRunner:
         if not stays:
             return
         self._edited.append((list(examples), costs))
-        every, count = self.protocol.every, sum(len(chunk) for chunk, _ in self._edited)
-        final_follows = index + 1 == self.chunks and "final" in self.protocol.moments
-        if every and (count - len(examples)) // every < count // every and not final_follows:
+        count = sum(len(chunk) for chunk, _ in self._edited)
+        if not self.protocol.reaches(count - len(examples), count):
+            return
+        self._run.on_checkpoint(count)
+        if index + 1 != self.chunks or "final" not in self.protocol.moments:
             yield from self._score_edited(f"after_{count}")
 
     def _score_edited(self, stage: str) -> Iterator[ExampleRecord]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from kedit_lightning.analysis.comparison import compared, read_run
+from kedit_lightning.analysis.comparison import compared, named, read_run
 from kedit_lightning.analysis.comparison_tables import (
     csv_table,
     latex_table,
@@ -16,6 +16,7 @@ from kedit_lightning.analysis.comparison_tables import (
     told_apart,
 )
 from kedit_lightning.analysis.figures.comparison_figure import draw_comparison
+from kedit_lightning.analysis.figures.retention_figure import draw_retention
 from kedit_lightning.cli.messages import UsageParser
 
 USAGE = "kedit compare RUN RUN [RUN ...] [--output DIR] [--groups]"
@@ -34,7 +35,8 @@ def run_comparison(arguments: Sequence[str]) -> str:
     parser.add_argument("--output")
     parser.add_argument("--groups", action="store_true")
     given = parser.parse_args(list(arguments))
-    comparison = compared([read_run(Path(run).expanduser()) for run in given.runs], given.groups)
+    runs = [read_run(Path(run).expanduser()) for run in given.runs]
+    comparison = compared(runs, given.groups)
     sink = io.StringIO()
     width = 40 + 26 * len(comparison.labels)
     console = Console(file=sink, width=width, highlight=False, markup=False, soft_wrap=True)
@@ -47,4 +49,6 @@ def run_comparison(arguments: Sequence[str]) -> str:
         (folder / "comparison.tex").write_text(latex_table(comparison), encoding="utf-8")
         draw_comparison(comparison, folder / "comparison.png")
         console.print(f"comparison.csv, comparison.tex and comparison.png are in {folder}")
+        if draw_retention(named(runs), folder / "retention.png") is not None:
+            console.print(f"retention.png shows what the streams keep, also in {folder}")
     return sink.getvalue()

@@ -6,7 +6,7 @@ import hashlib
 import json
 import platform
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,8 +21,9 @@ from kedit_lightning.benchmark import Protocol, RunContext
 from kedit_lightning.benchmark.run_context import new_metrics
 from kedit_lightning.decoding_settings import generation_config, in_force, set_aside
 from kedit_lightning.errors import DataFileError, DataFileNotFoundError
-from kedit_lightning.metrics import ExampleRecord, SummaryRow
+from kedit_lightning.metrics import ExampleRecord, SummaryRow, name_id
 from kedit_lightning.metrics.functional import answer_text
+from kedit_lightning.metrics.retention import retention
 
 _PACKAGES = ("kedit-lightning", "torch", "lightning", "transformers", "tokenizers", "peft", "numpy")
 #: Of ``results.json``; a field that changes its meaning, or goes, raises it.
@@ -158,8 +159,12 @@ def environment(base: BaseModel) -> dict[str, Any]:
 
 
 def summary_of(records: Iterable[ExampleRecord], protocol: Protocol, seed: int) -> dict[str, Any]:
-    """Scores with intervals; costs that differ from run to run in blocks of their own."""
-    metrics = type(new_metrics(protocol)).from_records(records, seed=seed)
+    """Scores with intervals; costs that differ from run to run in blocks of their own.
+
+    A stream with checkpoints also has a block ``retention``.
+    """
+    order: dict[str, None] = {}  # ids in the order of the stream
+    metrics = type(new_metrics(protocol)).from_records(_noted(records, order), seed=seed)
     entries: dict[str, dict[str, float]] = {
         row.key: {"mean": row.mean, "low": row.low, "high": row.high, "n": row.n}
         for row in metrics.summary()
@@ -173,7 +178,17 @@ def summary_of(records: Iterable[ExampleRecord], protocol: Protocol, seed: int) 
         block, _, rest = key.partition("/")
         block, rest = (block, rest) if block in _COSTS else ("scores", key)
         blocks[block][rest] = entry
+    if protocol.grouping == "sequential" and protocol.every is not None:
+        places = {name_id(id): place for place, id in enumerate(order, start=1)}
+        blocks["retention"] = retention(metrics.gathered(), places, protocol.chunk_size)
     return blocks
+
+
+def _noted(records: Iterable[ExampleRecord], ids: dict[str, None]) -> Iterator[ExampleRecord]:
+    """The records; the id of each is noted when it is asked for."""
+    for record in records:
+        ids.setdefault(record["id"])
+        yield record
 
 
 def _place(key: str) -> tuple[str, int, str]:
@@ -186,13 +201,14 @@ def _place(key: str) -> tuple[str, int, str]:
 
 
 def summary_table(rows: Sequence[SummaryRow], title: str) -> Table:
-    """Scores with intervals, for the terminal, without those of single groups of probes."""
+    """Scores with intervals, for the terminal, without those of single groups and checkpoints."""
     table = Table(title=title, caption="`kedit metrics` says what the names mean")
     table.add_column("score", no_wrap=True)
     for name in ("mean", "95% interval", "cases"):
         table.add_column(name, justify="right")
     for row in sorted(rows, key=lambda row: _place(row.key)):
-        if _place(row.key)[2].count("/") > 1:
+        stage, _, name = _place(row.key)
+        if name.count("/") > 1 or stage.startswith("after"):
             continue
         digits = ".3f" if abs(row.mean) < 1000 else ",.0f"
         interval = f"{row.low:{digits}} – {row.high:{digits}}"
