@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, PackageLoader
 
 from kedit_lightning.metrics import ExampleRecord
+from kedit_lightning.registry import entries
+from kedit_lightning.runs.results import place_of_score
 
 #: Examples that a page shows; a browser gets slow with more. ``results.csv`` has all of them.
 SHOWN = 1000
@@ -22,6 +24,10 @@ class Score(NamedTuple):
     high: float
     n: int
     is_share: bool
+
+    def number(self, value: float) -> str:
+        """A value of it as text."""
+        return f"{value:.3f}" if abs(self.high) < 1000 else f"{value:,.0f}"
 
     @property
     def left(self) -> float:
@@ -54,6 +60,8 @@ def html_report(
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    metrics = [entry.load() for entry in entries("metric").values()]
+    shares = {metric.name for metric in metrics if metric.value_range == "0 to 1"}
     rows = [
         Score(
             key,
@@ -61,16 +69,16 @@ def html_report(
             entry["low"],
             entry["high"],
             entry["n"],
-            0 <= entry["low"] <= entry["high"] <= 1,
+            key.rpartition("/")[2] in shares,
         )
-        for key, entry in scores.items()
+        for key, entry in sorted(scores.items(), key=lambda item: place_of_score(item[0]))
     ]
     every = list(records)
     return environment.get_template("report.html.j2").render(
         facts=_plain_facts(facts),
         title=f"{facts['method']['name']} on {facts['base_model']['name']}",
-        scores=[row for row in rows if row.key.count("/") < 2],
-        groups=[row for row in rows if row.key.count("/") >= 2],
+        scores=[row for row in rows if place_of_score(row.key)[2].count("/") < 2],
+        groups=[row for row in rows if place_of_score(row.key)[2].count("/") >= 2],
         examples=[_example(record) for record in every[:SHOWN]],
         left_out=max(0, len(every) - SHOWN),
     )
@@ -89,6 +97,9 @@ def _plain_facts(facts: Mapping[str, Any]) -> dict[str, str]:
         "free answers": facts["metric_protocol"].get("free_answers", ""),
         "intervals": facts["metric_protocol"].get("intervals", ""),
         "seed": facts["seed"],
+        "machine": ", ".join(
+            f"{n} {v}" for n, v in facts.get("environment", {}).items() if v is not None
+        ),
         "versions": ", ".join(f"{n} {v}" for n, v in facts.get("versions", {}).items()),
     }
     return {name: str(value) for name, value in named.items() if value not in ("", None)}

@@ -191,8 +191,8 @@ def _noted(records: Iterable[ExampleRecord], ids: dict[str, None]) -> Iterator[E
         yield record
 
 
-def _place(key: str) -> tuple[str, int, str]:
-    """Where a score stands in a table: by stage, then by what is asked."""
+def place_of_score(key: str) -> tuple[str, int, str]:
+    """Where a score stands in a table: its stage, what is asked, and its name without the stage."""
     stage, name = "", key
     if found := re.match(r"(forget|final|after_\d+)/", key):
         stage, name = found[1], key.removeprefix(found[0])
@@ -206,8 +206,8 @@ def summary_table(rows: Sequence[SummaryRow], title: str) -> Table:
     table.add_column("score", no_wrap=True)
     for name in ("mean", "95% interval", "cases"):
         table.add_column(name, justify="right")
-    for row in sorted(rows, key=lambda row: _place(row.key)):
-        stage, _, name = _place(row.key)
+    for row in sorted(rows, key=lambda row: place_of_score(row.key)):
+        stage, _, name = place_of_score(row.key)
         if name.count("/") > 1 or stage.startswith("after"):
             continue
         digits = ".3f" if abs(row.mean) < 1000 else ",.0f"
