@@ -9,7 +9,7 @@ from jinja2 import Environment, PackageLoader
 
 from kedit_lightning.metrics import ExampleRecord
 from kedit_lightning.registry import entries
-from kedit_lightning.runs.results import place_of_score
+from kedit_lightning.runs.results import is_headline, place_of_score
 
 #: Examples that a page shows; a browser gets slow with more. ``results.csv`` has all of them.
 SHOWN = 1000
@@ -77,8 +77,8 @@ def html_report(
     return environment.get_template("report.html.j2").render(
         facts=_plain_facts(facts),
         title=f"{facts['method']['name']} on {facts['base_model']['name']}",
-        scores=[row for row in rows if place_of_score(row.key)[2].count("/") < 2],
-        groups=[row for row in rows if place_of_score(row.key)[2].count("/") >= 2],
+        scores=[row for row in rows if is_headline(row.key)],
+        groups=[row for row in rows if not is_headline(row.key)],
         examples=[_example(record) for record in every[:SHOWN]],
         left_out=max(0, len(every) - SHOWN),
     )

@@ -200,6 +200,12 @@ def place_of_score(key: str) -> tuple[str, int, str]:
     return stage, _KINDS.index(kind) if kind in _KINDS else len(_KINDS), name
 
 
+def is_headline(key: str) -> bool:
+    """Whether a score is of neither a single group of probes nor a checkpoint of a sequence."""
+    stage, _, name = place_of_score(key)
+    return name.count("/") < 2 and not stage.startswith("after")
+
+
 def summary_table(rows: Sequence[SummaryRow], title: str) -> Table:
     """Scores with intervals, for the terminal, without those of single groups and checkpoints."""
     table = Table(title=title, caption="`kedit metrics` says what the names mean")
@@ -207,8 +213,7 @@ def summary_table(rows: Sequence[SummaryRow], title: str) -> Table:
     for name in ("mean", "95% interval", "cases"):
         table.add_column(name, justify="right")
     for row in sorted(rows, key=lambda row: place_of_score(row.key)):
-        stage, _, name = place_of_score(row.key)
-        if name.count("/") > 1 or stage.startswith("after"):
+        if not is_headline(row.key):
             continue
         digits = ".3f" if abs(row.mean) < 1000 else ",.0f"
         interval = f"{row.low:{digits}} – {row.high:{digits}}"
