@@ -69,6 +69,7 @@ METHODS = {
     "MEMOIR": ({}, 1),
     "WISE": ({}, 1),
     "TPatcher": ({}, 1),
+    "CaliNet": ({}, 1),
     "MELO": ({}, 1),
     "IKE": ({}, 1),
 }

@@ -17,6 +17,7 @@ LOCATE = {"statistics": "identity", "contexts": 2, "steps": 4}
 METHODS = [
     ("AdaLoRA", {"lr": 1e-2, "steps": 5}),
     ("AlphaEdit", LOCATE),
+    ("CaliNet", {"slots": 4, "steps": 3, "irrelevant": 2}),
     ("DPOEdit", {"lr": 1e-2, "steps": 5}),
     ("DEFER", {"steps": 10, "lr": 0.1}),
     ("EMMET", LOCATE),

@@ -64,6 +64,13 @@ PAPERS: dict[str, tuple[Paper, ...]] = {
             "2410.02355",
         ),
     ),
+    "CaliNet": (
+        Paper(
+            "Calibrating Factual Knowledge in Pretrained Language Models",
+            "Dong et al., Findings of EMNLP 2022",
+            "2210.03329",
+        ),
+    ),
     "DPOEdit": (
         Paper(
             "Direct Preference Optimization: Your Language Model is Secretly a Reward Model",

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from kedit_lightning.methods.locate.memit import EMMET, MEMIT, PMET
     from kedit_lightning.methods.locate.rome import ROME, RROME
     from kedit_lightning.methods.locate.ultraedit import UltraEdit
+    from kedit_lightning.methods.memory.calinet import CaliNet
     from kedit_lightning.methods.memory.defer import DEFER
     from kedit_lightning.methods.memory.grace import GRACE
     from kedit_lightning.methods.memory.melo import MELO
@@ -69,6 +70,7 @@ __all__ = [
     "WISE",
     "AdaLoRA",
     "AlphaEdit",
+    "CaliNet",
     "Capabilities",
     "DPOEdit",
     "EditMethod",

@@ -14,10 +14,10 @@ from kedit_lightning.base_models.taps import capture
 from kedit_lightning.edits import NeuronsEdit
 from kedit_lightning.edits.kinds.neurons.neurons import MLPPlace, Neurons
 from kedit_lightning.methods import TPatcher
-from kedit_lightning.methods.memory.tpatcher.last_block import LastBlockPasses
+from kedit_lightning.methods.memory.shared.last_block import LastBlockPasses
+from kedit_lightning.methods.memory.shared.query_memory import irrelevant_queries
 from kedit_lightning.methods.memory.tpatcher.patch_losses import activation_loss, memory_loss
 from kedit_lightning.methods.memory.tpatcher.patch_training import PatchMemory, initial_patches
-from kedit_lightning.methods.memory.tpatcher.query_memory import irrelevant_queries
 
 QUICK = {"steps": 4, "irrelevant": 0}
 PROMPTS = [text.split(".")[0] for text in TEXT]

@@ -10,7 +10,7 @@ from torch import Tensor
 from kedit_lightning.edits.edit import check_finite
 from kedit_lightning.edits.rounding import indistinct
 from kedit_lightning.methods.capabilities import CountOrZero, NotNegative, Positive, PositiveShare
-from kedit_lightning.methods.memory.tpatcher.last_block import LastBlockPasses
+from kedit_lightning.methods.memory.shared.last_block import LastBlockPasses
 from kedit_lightning.methods.memory.tpatcher.patch_losses import activation_loss, memory_loss
 from kedit_lightning.methods.method import MethodSettings
 

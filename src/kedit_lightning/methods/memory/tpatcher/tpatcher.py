@@ -11,18 +11,18 @@ from torch import Tensor
 from kedit_lightning.base_models import BaseModel, BaseModelSpec
 from kedit_lightning.contradictions import settle
 from kedit_lightning.edits import Edit, NeuronsEdit
-from kedit_lightning.edits.kinds.neurons.neurons import MLPPlace, Neurons
+from kedit_lightning.edits.kinds.neurons.neurons import Neurons
 from kedit_lightning.edits.kinds.neurons.neurons_edit import stacked_queries
-from kedit_lightning.edits.projections import check_editable, projection_shape
+from kedit_lightning.edits.projections import projection_shape
 from kedit_lightning.edits.rounding import state_rounding
 from kedit_lightning.methods.memory.shared.background import Background
-from kedit_lightning.methods.memory.tpatcher.last_block import LastBlockPasses
+from kedit_lightning.methods.memory.shared.last_block import LastBlockPasses, last_mlp
+from kedit_lightning.methods.memory.shared.query_memory import irrelevant_queries, text_queries
 from kedit_lightning.methods.memory.tpatcher.patch_training import (
     PatchMemory,
     TPatcherSettings,
     train_patches,
 )
-from kedit_lightning.methods.memory.tpatcher.query_memory import irrelevant_queries, text_queries
 from kedit_lightning.methods.method import EditMethod, MethodSettings
 from kedit_lightning.requests import EditRequest
 
@@ -90,10 +90,7 @@ class TPatcher(EditMethod):
             UnsupportedUseError: It cannot be edited.
             ModuleNotLocatedError: No block has a dense MLP of its own.
         """
-        block = self.base.layout.block(self.base.layout.dense_layers[-1])
-        self.place = MLPPlace(block.projections[0], block.down)
-        for name in self.place:
-            check_editable(self.base.model, name)
+        self.place = last_mlp(self.base)
         self._text: Tensor | None = None
         self._background = Background(self.base, self.settings.start, self.settings.background)
         #: Edits that :meth:`edit_each` has computed, by their requests.

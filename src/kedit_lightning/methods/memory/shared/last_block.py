@@ -19,7 +19,13 @@ from kedit_lightning.base_models.blocks import removing
 from kedit_lightning.base_models.rows import EncodedRow
 from kedit_lightning.base_models.taps import capture, skipping, visiting
 from kedit_lightning.edits.kinds.neurons.neurons import MLPPlace
-from kedit_lightning.edits.projections import as_rows, compute_dtype, first_tensor, with_first
+from kedit_lightning.edits.projections import (
+    as_rows,
+    check_editable,
+    compute_dtype,
+    first_tensor,
+    with_first,
+)
 from kedit_lightning.errors import ModuleNotLocatedError
 from kedit_lightning.methods.shared.answer_passes import AnswerPasses
 from kedit_lightning.requests import EditRequest
@@ -28,6 +34,20 @@ from kedit_lightning.requests import EditRequest
 _SAME = {8: 1e-9, 4: 1e-4, 2: 5e-2}
 #: Errors of blocks that have another form.
 _OTHER_FORM = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+
+def last_mlp(base: BaseModel) -> MLPPlace:
+    """The last dense MLP.
+
+    Raises:
+        UnsupportedUseError: It cannot be edited.
+        ModuleNotLocatedError: No block has a dense MLP of its own.
+    """
+    block = base.layout.block(base.layout.dense_layers[-1])
+    place = MLPPlace(block.projections[0], block.down)
+    for name in place:
+        check_editable(base.model, name)
+    return place
 
 
 class LastBlockPasses:
