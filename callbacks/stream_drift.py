@@ -14,9 +14,9 @@ from kedit_lightning.benchmark import EditCallback
 from kedit_lightning.benchmark.canary import (
     Canary,
     WeightGrowth,
-    passages_of,
     perplexity_collapse,
 )
+from kedit_lightning.data.plain_text import passages_of
 from kedit_lightning.errors import ResumeError, UnsupportedUseError
 from kedit_lightning.methods.method import as_edit_method
 from kedit_lightning.runs.output_folder import output_of

@@ -14,9 +14,10 @@ from toys import Toy
 
 from kedit_lightning import BaseModel, EditTrainer
 from kedit_lightning.benchmark import Protocol
-from kedit_lightning.benchmark.canary import Canary, WeightGrowth, halves, passages_of
+from kedit_lightning.benchmark.canary import Canary, WeightGrowth, halves
 from kedit_lightning.callbacks import StreamDrift
 from kedit_lightning.data import Requests
+from kedit_lightning.data.plain_text import passages_of
 from kedit_lightning.edits.materialisation import materialise
 from kedit_lightning.errors import DataFileError, DataFileNotFoundError, ResumeError
 from kedit_lightning.methods import PROMPT

@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-import random
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,54 +17,25 @@ from torch import Tensor
 from kedit_lightning.base_models import BaseModel
 from kedit_lightning.benchmark.protocol import Protocol
 from kedit_lightning.benchmark.reader import Reader
+from kedit_lightning.data.plain_text import halved
 from kedit_lightning.edits import Edit
 from kedit_lightning.edits.projections import compute_dtype, find_module, oriented
 from kedit_lightning.edits.weight_storage import loaded, matrix_of
-from kedit_lightning.errors import DataFileError, DataFileNotFoundError, UnsupportedUseError
+from kedit_lightning.errors import UnsupportedUseError
 from kedit_lightning.requests import Probe
 
-#: Passages that are read, and the most words of each.
-PASSAGES, LONGEST = 64, 80
 #: A model whose perplexity is this many times that of the base model counts as collapsed.
 COLLAPSE_FACTOR = 10.0
 
 
-def passages_of(path: Path | None = None, seed: int = 0) -> list[str]:
-    """The passages of a text file, one a line, or those that come with the package.
-
-    Of more than 64 with at least four words, the seed draws 64, in the order of the file.
-
-    Raises:
-        DataFileNotFoundError: There is no such file.
-        DataFileError: It has no passage.
-    """
-    if path is None:
-        text = files("kedit_lightning.benchmark").joinpath("canary.txt").read_text("utf-8")
-    elif not path.is_file():
-        raise DataFileNotFoundError(
-            f"'{path}' is no file; name a text file with a passage a line, or leave it out to use "
-            "the packaged one"
-        )
-    else:
-        text = path.read_text("utf-8", errors="replace")
-    found = [line.split()[:LONGEST] for line in text.splitlines()]
-    lines = [" ".join(words) for words in found if len(words) > 3]
-    if not lines:
-        raise DataFileError(f"'{path}' has no passage of at least four words; give it one a line")
-    kept = sorted(random.Random(seed).sample(range(len(lines)), min(PASSAGES, len(lines))))
-    return [lines[index] for index in kept]
-
-
 def halves(base: BaseModel, passage: str) -> tuple[str, str]:
     """Prompt and continuation of a passage, shortened until they fit into the model's window."""
-    words = passage.split()
     while True:
-        middle = len(words) // 2
-        parts = " ".join(words[:middle]), " ".join(words[middle:])
-        lengths = base.encoder.count_prompt(parts[0]), base.encoder.count(parts[1])
-        if sum(lengths) + 2 <= base.max_tokens or len(words) <= 2:
-            return parts
-        words = words[: len(words) // 2]
+        prompt, rest = halved(passage)
+        length = base.encoder.count_prompt(prompt) + base.encoder.count(rest) + 2
+        if length <= base.max_tokens or not prompt:
+            return prompt, rest
+        passage = prompt
 
 
 class Canary:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from kedit_lightning.base_models import BaseModel
 from kedit_lightning.base_models.prefix_states import PrefixStates
+from kedit_lightning.base_models.seeded_choice import SeededChoice
 from kedit_lightning.benchmark.protocol import Protocol
 from kedit_lightning.data.dataloader import chunks
 from kedit_lightning.edits import Edit
@@ -26,7 +27,7 @@ def carrying(base: BaseModel, edits: Sequence[Carried]) -> AbstractContextManage
 
 
 class FreeTexts:
-    """Greedy generations of a base model as it stands.
+    """Free generations of a base model as it stands.
 
     Args:
         base: The base model.
@@ -64,15 +65,27 @@ class FreeTexts:
             found |= {(edit, probe): texts[edit, probe.prompt] for edit, probe in some}
         return found
 
+    def samples(self, asked: Iterable[tuple[Carried, Probe]]) -> dict[tuple[Carried, Probe], str]:
+        """Continuations with seeded draws, none unless the protocol asks for them."""
+        if not (self.protocol.generates and self.protocol.sample_tokens):
+            return {}
+        kept = list(asked)
+        prompts = [(edit, probe.prompt) for edit, probe in kept]
+        # Rows are read whole: a gap of padding inside one would change its draws.
+        options = {"logits_processor": [SeededChoice(self.base.pad_id)], "prefix_states": None}
+        texts = self._continued(prompts, self.protocol.sample_tokens, stop=False, **options)
+        return {(edit, probe): texts[edit, probe.prompt] for edit, probe in kept}
+
     def _continued(
-        self, asked: Sequence[tuple[Carried, str]], length: int, stop: bool
+        self, asked: Sequence[tuple[Carried, str]], length: int, stop: bool, **options: Any
     ) -> dict[tuple[Carried, str], str]:
-        """Greedy continuations of prompts under the edits that their rows carry.
+        """Continuations of prompts under the edits that their rows carry, greedy if not sampled.
 
         Args:
             asked: Edits and prompts.
             length: Longest continuation, in tokens.
             stop: End at the first sentence.
+            **options: Passed to :meth:`BaseModel.generate`.
         """
         unique = sorted(
             dict.fromkeys(asked),
@@ -89,7 +102,7 @@ class FreeTexts:
                     size,
                     stop_at_sentence=stop,
                     generation=self.protocol.generation,
-                    prefix_states=self.prefixes,
+                    **{"prefix_states": self.prefixes, **options},
                 )
             texts |= zip(batch, answers, strict=True)
         return texts

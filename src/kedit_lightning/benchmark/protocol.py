@@ -44,6 +44,8 @@ class Protocol:
         score_batch_size: Rows of a forward pass while scoring; it never changes a score.
         generate: Let the model answer freely, beside reading its probabilities.
         max_new_tokens: Longest free answer.
+        sample_tokens: Length of a sampled continuation of each request's own prompt, for its n-gram
+            entropy (100 in ROME's paper); none when 0. Its draws are the same in every run.
         answers: When a free answer is the wanted one: ``words`` lets marks count where they tell
             numbers or names apart (3.5 is not 35, C# is not C++), ``squad`` drops all punctuation
             as SQuAD's script does.
@@ -65,6 +67,7 @@ class Protocol:
     score_batch_size: int = 32
     generate: bool = True
     max_new_tokens: int = 64
+    sample_tokens: int = 0
     answers: AnswerRule = "words"
     on_conflict: OnConflict = "last"
     generation: Generation = "greedy"
@@ -83,6 +86,8 @@ class Protocol:
             value = getattr(self, field)
             if not isinstance(value, int) or value < 1:
                 raise self._refuse(field, "must be a whole number of at least 1")
+        if not isinstance(self.sample_tokens, int) or self.sample_tokens < 0:
+            raise self._refuse("sample_tokens", "must be a whole number of at least 0")
         if self.every is not None and self.mode != "sequential":
             raise self._refuse("every", "only means something in sequential mode; leave it out")
 
@@ -155,6 +160,8 @@ class Protocol:
             del facts["chunk_size"]
         if self.grouping != "sequential":
             del facts["evaluate"], facts["every"]
+        if not (self.generates and self.sample_tokens):
+            del facts["sample_tokens"]
         if not self.generates:
             del facts["max_new_tokens"], facts["answers"], facts["generation"]
         return facts

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any, NamedTuple, TypeAlias, cast
@@ -76,6 +76,7 @@ class Reader:
                 "attention": getattr(base.model.config, "_attn_implementation", None),
                 "scoring": protocol.scoring,
                 "max_new_tokens": protocol.max_new_tokens if protocol.generates else 0,
+                **({"sample_tokens": protocol.sample_tokens} if protocol.sample_tokens else {}),
                 "decoding": in_force(generation_config(base.model), protocol.generation),
                 "dataset": dataset,
             },
@@ -128,7 +129,9 @@ class Reader:
 
     def _measured(self, probe: Probe) -> tuple[Measurement, ...]:
         """Measurements of a probe."""
-        return self._measurements(probe.task.name if probe.task else "")[probe.kind]
+        found = self._measurements(probe.task.name if probe.task else "")[probe.kind]
+        sampled = self.protocol.sample_tokens > 0
+        return tuple(m for m in found if sampled or m.source != "sample")
 
     def _has(self, probe: Probe, source: Source) -> bool:
         return any(measurement.source == source for measurement in self._measured(probe))
@@ -154,7 +157,10 @@ class Reader:
         """
         asked = list(zip(carried, probes, strict=True))
         texts = self.texts.sentences(asked)
-        passages = self.texts.passages(one for one in asked if self._has(one[1], "passage"))
+        long: dict[Source, Mapping[tuple[Carried, Probe], str]] = {
+            "passage": self.texts.passages(o for o in asked if self._has(o[1], "passage")),
+            "sample": self.texts.samples(o for o in asked if self._has(o[1], "sample")),
+        }
         encode = cache(self.base.encode)
         rows: list[Rows] = []
         for i, (edit, probe) in enumerate(asked):
@@ -191,13 +197,22 @@ class Reader:
                 del logits, base_logits, forward  # before the next pass takes as much memory
         return [
             self._reading(
-                one[1], own, texts.get((one[0], one[1].prompt)), passages.get(one), values
+                one[1],
+                own,
+                texts.get((one[0], one[1].prompt)),
+                {source: found.get(one) for source, found in long.items()},
+                values,
             )
             for one, own in zip(asked, rows, strict=True)
         ]
 
     def _reading(
-        self, probe: Probe, rows: Rows, text: str | None, passage: str | None, values: Values
+        self,
+        probe: Probe,
+        rows: Rows,
+        text: str | None,
+        long: Mapping[Source, str | None],
+        values: Values,
     ) -> ProbeReading:
         """The measured values of one probe, by name."""
         reading: dict[str, Value] = {measurement.name: None for measurement in RECORDED}
@@ -207,8 +222,8 @@ class Reader:
             ]
             if by_row:
                 reading[measurement.name] = max(by_row)
-            elif measurement.source == "passage":
-                reading[measurement.name] = passage
+            elif measurement.source in long:
+                reading[measurement.name] = long[measurement.source]
         return cast(ProbeReading, {**reading, "text": text})
 
     # ---- rows

@@ -62,8 +62,8 @@ class EditDataModule(LightningDataModule, ABC):
         train_path: File with the facts that ``fit`` learns from.
         val_path: File with the facts of ``validate``, also used during ``fit``.
         seed: Fixes the order of training; the seed of the run when absent.
-        locality_path: File of NQ-open or PIQA whose questions become further locality probes of the
-            records to test.
+        locality_path: File of NQ-open or PIQA whose questions, or text file whose passages, become
+            further locality probes of the records to test.
         locality_probes: How many of them each record gets, in turn.
     """
 

@@ -1,9 +1,10 @@
-"""Sets of questions about unrelated things: Natural Questions and PIQA."""
+"""Sets of questions about unrelated things: Natural Questions, PIQA, and passages of text."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from kedit_lightning.data.plain_text import halved, passages_of
 from kedit_lightning.data.probe_fields import answers_of
 from kedit_lightning.data.record_sources import read_source
 from kedit_lightning.data.records import Fields
@@ -12,15 +13,19 @@ from kedit_lightning.requests import EditExample, Probe
 
 
 def locality_set(path: Path) -> list[Probe]:
-    """The questions of a file of NQ-open or PIQA, told apart by content.
+    """The questions of a file of NQ-open or PIQA, told apart by content, or the passages of a text.
 
     NQ-open has ``question`` and ``answer`` (a list), group ``nq``. PIQA has ``goal``, ``sol1`` and
     ``sol2``; which of them is right stands in another file, so that its probes, group ``piqa``, ask
-    whether the base model's own answer stays.
+    whether the base model's own answer stays. A text file (``.txt``) has a passage a line, whose
+    first half is the prompt and second half the answer, group ``text``.
 
     Raises:
         DataFileError: A record is neither.
     """
+    if path.suffix == ".txt":
+        pairs = map(halved, passages_of(path))
+        return [Probe("locality", prompt, (rest,), "text") for prompt, rest in pairs]
     records, _ = read_source(path)
     probes: list[Probe] = []
     for record in records:

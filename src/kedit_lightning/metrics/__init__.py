@@ -21,6 +21,12 @@ from kedit_lightning.metrics.scores.answers import (
 )
 from kedit_lightning.metrics.scores.case_mean import CaseMean, Cases, ProbeMean, name_id
 from kedit_lightning.metrics.scores.edit_cost import CostMean
+from kedit_lightning.metrics.scores.fluency import (
+    FLUENCY_SCORES,
+    Fluency,
+    FluencyChange,
+    TextPerplexity,
+)
 from kedit_lightning.metrics.scores.generation_quality import (
     GENERATION_SCORES,
     AllWordings,
@@ -69,6 +75,7 @@ SCORINGS: dict[str, type[KeyedMetrics]] = {
 __all__ = [
     "ANSWER_SCORES",
     "COST_BLOCKS",
+    "FLUENCY_SCORES",
     "GENERATION_SCORES",
     "LOCALITY_SCORES",
     "PASSAGE_SCORES",
@@ -85,6 +92,8 @@ __all__ = [
     "EditMetrics",
     "ExactMatch",
     "ExampleRecord",
+    "Fluency",
+    "FluencyChange",
     "Forgotten",
     "ForwardPass",
     "GenerationContains",
@@ -116,6 +125,7 @@ __all__ = [
     "SquadMetrics",
     "StillKnown",
     "SummaryRow",
+    "TextPerplexity",
     "TokenMatch",
     "UnchangedText",
     "UnchangedTop1",

@@ -34,8 +34,9 @@ class EditMetrics(KeyedMetrics):
     - Rewrite, rephrase, portability: ``tf_tok``, ``tf_all``, ``p_new_gt_old``, ``nll``, ``gen_em``,
       ``gen_contains``, ``gen_f1``, ``inflation``, ``runon``, ``repeat``; portability also
       ``gen_any`` and ``gen_all``.
-    - Locality: ``repeat``; ``keep_text``, ``keep_top1``, ``kl`` (with ``kl/p95``) and ``known``,
-      which compare with the unedited base model.
+    - Rewrite, of sampled text: ``ngram_entropy``, ``ngram_entropy_change``.
+    - Locality: ``repeat``; ``perplexity`` of plain text; ``keep_text``, ``keep_top1``, ``kl`` (with
+      ``kl/p95``) and ``known``, which compare with the unedited base model.
     - Tasks, of the datasets that have them: opinions ``tf_es``, ``gen_sentiment``; passages
       ``gen_bleu``, ``gen_rougel_f``, ``gen_rouge1``, ``gen_rouge2``,
       ``gen_rougel``, ``gen_cosine``, and on characters ``gen_char_rougel``; sanitation

@@ -26,10 +26,11 @@ Value: TypeAlias = float | bool | str | list[int] | list[float] | None
 #: The tokens that are fed to the model: the preferred ``answer``; each of the accepted ``answers``,
 #: of which the largest value counts; the ``contrast``; or the base model's own greedy
 #: ``continuation`` of the prompt. ``text`` is a free generation up to the end of its first
-#: sentence, ``passage`` one that may be as long as a passage. What is measured of a ``record`` is
+#: sentence, ``passage`` one that may be as long as a passage, ``sample`` one
+#: whose tokens are drawn with a seed. What is measured of a ``record`` is
 #: computed from the texts in it, such as by a judge.
 Source: TypeAlias = Literal[
-    "answer", "answers", "contrast", "continuation", "text", "passage", "record"
+    "answer", "answers", "contrast", "continuation", "text", "passage", "sample", "record"
 ]
 
 
@@ -105,6 +106,8 @@ CONTRAST_LOG_PROB = Measurement("contrast_log_prob", "contrast", _log_prob)
 TEXT = Measurement("text", "text")
 #: Greedy free generation with room for a passage, of probes whose answer is one.
 PASSAGE = Measurement("passage", "passage")
+#: Sampled free generation of a fixed length, where the protocol asks for one.
+SAMPLE = Measurement("sample", "sample")
 #: Cosine of the embeddings of the passage and of the nearest answer.
 COSINE = Measurement("cosine", "record")
 #: Probability that the free generation is of positive sentiment, by a classifier.
