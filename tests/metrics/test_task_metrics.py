@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import pytest
 from metric_records import example, probe
+from scripted_model import scripted_model
 from support import REQUESTS, tiny_base
 from toys import Toy
 
-from kedit_lightning import Probe
+from kedit_lightning import BaseModel, Probe
 from kedit_lightning.benchmark import Protocol, Reader
 from kedit_lightning.errors import InvalidRequestError
 from kedit_lightning.metrics import (
@@ -31,7 +32,7 @@ from kedit_lightning.metrics import (
     SquadMetrics,
     Undoubted,
 )
-from kedit_lightning.metrics.functional import mentions, passage_bleu, passage_rouge
+from kedit_lightning.metrics.functional import answer_text, mentions, passage_bleu, passage_rouge
 from kedit_lightning.probe_task import ProbeTask
 
 BEES = "Nora keeps bees in Hask."
@@ -259,6 +260,14 @@ def test_a_passage_has_room_and_no_end_at_a_sentence():
         assert edited[0]["passage"] == base.generate([ASKED[0].prompt], room)[0]
     silent = Reader(base, replace(SHORT, generate=False)).base_readings(ASKED)
     assert silent[0]["passage"] is None
+
+
+def test_a_passage_goes_on_behind_its_first_sentence():
+    base = BaseModel(*scripted_model({"Amber Falls lies": "in. A b"}), name="scripted")
+    passage, *_ = Reader(base, replace(SHORT, max_new_tokens=8)).base_readings(ASKED[:1])
+    assert passage["passage"] == "in. A b"
+    assert answer_text(passage["text"]) == "in"
+    assert passage["text"] != passage["passage"]
 
 
 def test_passages_do_not_depend_on_order_batch_padding_or_neighbours():

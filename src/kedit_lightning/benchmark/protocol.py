@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, TypeAlias, get_args
 
+from kedit_lightning.benchmark.judge import Judge
 from kedit_lightning.contradictions import OnConflict
 from kedit_lightning.decoding_settings import Generation
 from kedit_lightning.errors import UnsupportedUseError
@@ -21,6 +22,15 @@ Grid: TypeAlias = Literal["log"]
 
 #: Part of every protocol id; raised when the same settings would give other numbers.
 READING_VERSION = 2
+
+
+def _name_of(grader: Any) -> Any:
+    """Plain values of a judge, or the name of a model or function."""
+    if isinstance(grader, Judge):
+        return grader.facts()
+    if isinstance(grader, str):
+        return grader
+    return f"{grader.__module__}.{getattr(grader, '__qualname__', type(grader).__qualname__)}"
 
 
 @dataclass(frozen=True)
@@ -57,6 +67,11 @@ class Protocol:
             base model's generation config brings are set aside, and named in the results. With
             ``model`` they act, all but sampling (``do_sample``, ``temperature``, ``top_p``, ...):
             a score of sampled answers would not repeat.
+        judge: A model that judges free answers, as ``gen_judge``; it stands in for no other score.
+        sentiment: Sequence classifier of opinions (name or folder; in Python also a function from
+            texts to probabilities of positive sentiment), for ``gen_sentiment``.
+        embedder: Model of sentence-transformers (name or folder; in Python also a function from
+            texts to vectors) that compares passages, for ``gen_cosine``.
     """
 
     mode: Mode | None = None
@@ -71,6 +86,9 @@ class Protocol:
     answers: AnswerRule = "words"
     on_conflict: OnConflict = "last"
     generation: Generation = "greedy"
+    judge: Judge | None = None
+    sentiment: str | Callable[..., Any] | None = None
+    embedder: str | Callable[..., Any] | None = None
 
     def __post_init__(self) -> None:
         kinds: dict[str, Any] = {"scoring": Scoring, "answers": AnswerRule}
@@ -151,7 +169,8 @@ class Protocol:
 
     def facts(self) -> dict[str, Any]:
         """What the scores depend on, as plain values."""
-        facts = asdict(self) | {"evaluate": sorted(self.moments), "version": READING_VERSION}
+        plain = replace(self, judge=None, sentiment=None, embedder=None)
+        facts = asdict(plain) | {"evaluate": sorted(self.moments), "version": READING_VERSION}
         facts |= {"generate": self.generates, "mode": self.grouping}
         # Neither the rows of a forward pass nor how many examples are read together change a score,
         # and a run that refuses conflicts has none.
@@ -164,6 +183,12 @@ class Protocol:
             del facts["sample_tokens"]
         if not self.generates:
             del facts["max_new_tokens"], facts["answers"], facts["generation"]
+        # Absent where none is named or asked, so that ids made without them stay.
+        for name in ("judge", "sentiment", "embedder"):
+            grader = getattr(self, name)
+            del facts[name]
+            if grader is not None and self.generates:
+                facts[name] = _name_of(grader)
         return facts
 
     @property

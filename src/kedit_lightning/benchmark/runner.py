@@ -12,6 +12,7 @@ from typing import Any, TypeAlias, cast
 from kedit_lightning.base_models import BaseModel
 from kedit_lightning.benchmark.costs import Clock, fixed_randomness, peak_bytes, reset_peak
 from kedit_lightning.benchmark.example_records import file_name, probes_of, records_of
+from kedit_lightning.benchmark.graders import Graders
 from kedit_lightning.benchmark.reader import Reader
 from kedit_lightning.benchmark.run_context import RunContext, new_metrics
 from kedit_lightning.contradictions import remaining
@@ -63,6 +64,7 @@ class ProtocolRunner:
         self.protocol = run.protocol
         self.reader = Reader(base, run.protocol, str(run.source(split).get("sha256", "")))
         self.metrics = new_metrics(run.protocol, run.seed)
+        self._graders = Graders(run.protocol, base.device)
         self._run, self._saved = run, run.saved
         self._compute = edit
         self._compute_each = edit_each or (lambda groups: map(edit, groups))
@@ -309,7 +311,7 @@ class ProtocolRunner:
         self, record: ExampleRecord, edit: Edit | None, costs: dict[str, Any]
     ) -> ExampleRecord:
         """Complete a record and hand it on."""
-        record = cast(ExampleRecord, {**record, **costs})
+        record = self._graders.complete(cast(ExampleRecord, {**record, **costs}))
         self._run.on_record(record, edit)
         return record
 

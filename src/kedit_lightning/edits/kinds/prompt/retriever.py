@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -11,6 +12,35 @@ from kedit_lightning.errors import BaseModelNotFoundError, MissingExtraError
 
 #: The built-in retriever: tf-idf of words, without a model.
 LEXICAL = "lexical"
+
+
+def sentence_encoder(name: str, use: str, way_out: str) -> Any:
+    """A sentence-transformers model.
+
+    Args:
+        name: Its name on the hub, or a folder.
+        use: What it is for, such as ``retriever 'name'``.
+        way_out: What to do without one.
+
+    Raises:
+        MissingExtraError: sentence-transformers is not installed.
+        BaseModelNotFoundError: There is no such encoder.
+    """
+    try:
+        from sentence_transformers import SentenceTransformer
+    except ImportError as error:
+        raise MissingExtraError(
+            f"{use} needs sentence-transformers: pip install 'kedit-lightning[retrieval]', or "
+            f"{way_out}"
+        ) from error
+    try:
+        return SentenceTransformer(name)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise BaseModelNotFoundError(
+            f"sentence encoder '{name}' could not be loaded ({reason}); give a folder, a name on "
+            f"the hub that this machine can reach or has in its cache, or {way_out}"
+        ) from error
 
 
 class DenseIndex:
@@ -22,22 +52,8 @@ class DenseIndex:
     """
 
     def __init__(self, texts: Sequence[str], encoder: str) -> None:
-        try:
-            from sentence_transformers import SentenceTransformer
-        except ImportError as error:
-            raise MissingExtraError(
-                f"retriever '{encoder}' needs sentence-transformers: "
-                "pip install 'kedit-lightning[retrieval]', or use retriever: lexical"
-            ) from error
-        try:
-            self._encoder = SentenceTransformer(encoder)
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().partition("\n")[0]
-            raise BaseModelNotFoundError(
-                f"sentence encoder '{encoder}' could not be loaded ({reason}); give a folder, a "
-                "name on the hub that this machine can reach or has in its cache, or use "
-                "retriever: lexical"
-            ) from error
+        use = f"retriever '{encoder}'"
+        self._encoder = sentence_encoder(encoder, use, "use retriever: lexical")
         self._vectors = self._embed(texts)
 
     def _embed(self, texts: Sequence[str]) -> torch.Tensor:

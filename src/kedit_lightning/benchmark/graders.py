@@ -1,0 +1,217 @@
+"""What is measured of the texts of finished records: by a judge, a classifier, an encoder."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any, TypeAlias, cast
+
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from kedit_lightning.benchmark.answer_cache import AnswersCache, key_of
+from kedit_lightning.benchmark.judge import Judge, Judgement, Respondent, respondent, verdict
+from kedit_lightning.benchmark.protocol import Protocol
+from kedit_lightning.cache_folder import cache_dir
+from kedit_lightning.edits.kinds.prompt.retriever import sentence_encoder
+from kedit_lightning.errors import BaseModelNotFoundError, UnsupportedUseError
+from kedit_lightning.metrics import ExampleRecord, ProbeReading, ProbeRecord
+from kedit_lightning.metrics.functional import nearest_cosine
+from kedit_lightning.metrics.measurement import COSINE, JUDGED, PASSAGE, SENTIMENT, TEXT
+from kedit_lightning.probe_task import scored_by
+
+#: Probabilities that texts are positive.
+Classifier: TypeAlias = Callable[[Sequence[str]], Sequence[float]]
+#: Embeddings of texts, ``[texts, dimension]``.
+Encoder: TypeAlias = Callable[[Sequence[str]], Any]
+
+#: Failures in a row after which a judge is not asked any more.
+_PATIENCE = 5
+
+
+class Graders:
+    """Measures the texts of records, as far as a protocol names what measures them.
+
+    A measurement that failed is ``None`` in the record, and its score is left out; nothing else is
+    put in its place.
+
+    Args:
+        protocol: Names judge, classifier and encoder.
+        device: Where local models compute.
+    """
+
+    def __init__(self, protocol: Protocol, device: torch.device) -> None:
+        self.protocol, self.device = protocol, device
+        self._warned: set[str] = set()
+        self._failures = 0
+
+    def complete(self, record: ExampleRecord) -> ExampleRecord:
+        """The record with what is measured of its texts."""
+        if not self.protocol.generates:
+            return record
+        probes = record["probes"]
+        found: list[dict[str, dict[str, Any]]] = [{"base": {}, "after": {}} for _ in probes]
+        self._judge(probes, found)
+        self._compare(probes, found)
+        self._classify(probes, found)
+        if not any(states["base"] or states["after"] for states in found):
+            return record
+        # Copies: readings of the base model are those of the cache.
+        completed = [
+            {**probe, **{name: {**probe[name], **new} for name, new in states.items()}}  # type: ignore[literal-required]
+            for probe, states in zip(probes, found, strict=True)
+        ]
+        return cast(ExampleRecord, {**record, "probes": completed})
+
+    def _warn(self, about: str, sentence: str) -> None:
+        if about not in self._warned:
+            self._warned.add(about)
+            warnings.warn(sentence, stacklevel=2)
+
+    # ---- judge
+
+    @cached_property
+    def _verdicts(self) -> tuple[AnswersCache, Respondent]:
+        judge = cast(Judge, self.protocol.judge)
+        ask = respondent(judge, self.device)
+        settings = {"judge": judge.facts(), "weights": ask.fingerprint}
+        return AnswersCache(settings, cache_dir() / "judge"), ask
+
+    def _judge(self, probes: Sequence[ProbeRecord], found: list[dict[str, dict[str, Any]]]) -> None:
+        """Whether the free answers are right in the eyes of the judge."""
+        judge = self.protocol.judge
+        if judge is None:
+            return
+        asked: dict[int, Judgement] = {}
+        for index, probe in enumerate(probes):
+            text = PASSAGE.of(probe["after"]) or TEXT.of(probe["after"])
+            wanted = probe["kind"] != "locality" and probe["answers"]
+            if wanted and text is not None and scored_by(probe.get("task"), ()):
+                asked[index] = Judgement(probe["prompt"], tuple(probe["answers"]), text)
+        cache, ask = self._verdicts
+        keys = {item: key_of(*item) for item in asked.values()}
+        missing = [item for item in keys if keys[item] not in cache.known]
+        fresh: dict[str, ProbeReading] = {}
+        if missing and self._failures < _PATIENCE:
+            replies = ask([item.prompt(judge.prompt) for item in missing])
+            for item, reply in zip(missing, replies, strict=True):
+                said = None if isinstance(reply, Exception) else verdict(reply)
+                self._failures = self._failures + 1 if isinstance(reply, Exception) else 0
+                if said is not None:
+                    fresh[keys[item]] = cast(ProbeReading, {JUDGED.name: said})
+                    continue
+                reason = "failed" if isinstance(reply, Exception) else "said neither yes nor no"
+                self._warn(
+                    reason,
+                    f"judge '{judge.model}' {reason} ({reply!s:.120}); gen_judge leaves out what "
+                    "it did not judge, and no other score stands in for it",
+                )
+            if self._failures >= _PATIENCE:
+                self._warn(
+                    "given up",
+                    f"judge '{judge.model}' failed {self._failures} times in a row and is not "
+                    "asked any more in this run",
+                )
+        cache.add(fresh)
+        for index, item in asked.items():
+            known: Any = cache.known.get(keys[item], {})
+            found[index]["after"][JUDGED.name] = known.get(JUDGED.name)
+
+    # ---- embeddings
+
+    @cached_property
+    def _encoder(self) -> Encoder:
+        named = self.protocol.embedder
+        if callable(named):
+            return named
+        model = sentence_encoder(
+            str(named), f"protocol.embedder '{named}'", "leave protocol.embedder out"
+        )
+
+        def encode(texts: Sequence[str]) -> Any:
+            return model.encode([*texts], convert_to_tensor=True, show_progress_bar=False)
+
+        return encode
+
+    def _compare(
+        self, probes: Sequence[ProbeRecord], found: list[dict[str, dict[str, Any]]]
+    ) -> None:
+        """Cosine of passages with the answers that they should be."""
+        for probe, states in zip(probes, found, strict=True):
+            text = PASSAGE.of(probe["after"])
+            if text is None or not probe["answers"]:
+                continue
+            if self.protocol.embedder is None:
+                self._warn(
+                    "embedder",
+                    "answers of this dataset are also compared by their embeddings, and "
+                    "protocol.embedder names no sentence-transformers model; gen_cosine is left "
+                    "out",
+                )
+                return
+            # One text at a time, so that no padding changes a score.
+            vectors = [torch.as_tensor(self._encoder([t]))[0] for t in (text, *probe["answers"])]
+            cosine = nearest_cosine(vectors[0], torch.stack(vectors[1:]))
+            states["after"][COSINE.name] = cosine
+
+    # ---- sentiment
+
+    @cached_property
+    def _classifier(self) -> Classifier:
+        named = self.protocol.sentiment
+        return named if callable(named) else sentiment_classifier(str(named), self.device)
+
+    def _classify(
+        self, probes: Sequence[ProbeRecord], found: list[dict[str, dict[str, Any]]]
+    ) -> None:
+        """How positive opinions are, without and with the edit."""
+        for probe, states in zip(probes, found, strict=True):
+            if not scored_by(probe.get("task"), ("opinion",)):
+                continue
+            if self.protocol.sentiment is None:
+                self._warn(
+                    "sentiment",
+                    "opinions of this dataset are also judged by a classifier of sentiment, and "
+                    "protocol.sentiment names none; gen_sentiment is left out",
+                )
+                return
+            for state, new in states.items():
+                text = TEXT.of(probe[state])  # type: ignore[literal-required]
+                if text is not None:
+                    new[SENTIMENT.name] = float(self._classifier([text])[0])
+
+
+def sentiment_classifier(name: str, device: torch.device) -> Classifier:
+    """Probabilities of the positive class, by a sequence classifier of the hub or a folder.
+
+    Raises:
+        BaseModelNotFoundError: There is no such model.
+        UnsupportedUseError: None of its classes, or more than one, is called positive.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model: Any = AutoModelForSequenceClassification.from_pretrained(name).to(device).eval()
+    except (OSError, ValueError) as error:
+        raise BaseModelNotFoundError(
+            f"protocol.sentiment '{name}' could not be loaded as a sequence classifier "
+            f"({str(error).partition(chr(10))[0]}); give a folder or a name on the hub that this "
+            "machine can reach"
+        ) from error
+    labels = {int(index): str(label) for index, label in model.config.id2label.items()}
+    positive = [index for index, label in labels.items() if label.lower().startswith("pos")]
+    if len(positive) != 1:
+        raise UnsupportedUseError(
+            f"protocol.sentiment '{name}' must have one class that is called positive, and has "
+            f"{', '.join(labels.values())}; set id2label in its config.json"
+        )
+
+    @torch.no_grad()
+    def classify(texts: Sequence[str]) -> list[float]:
+        found = []
+        for text in texts:  # one at a time, so that no padding changes a score
+            inputs = tokenizer(text, return_tensors="pt", truncation=True).to(device)
+            found.append(model(**inputs).logits[0].float().softmax(-1)[positive[0]].item())
+        return found
+
+    return classify
