@@ -20,22 +20,26 @@ def records_of(
     """A record for each example, from the readings of all their probes in order."""
     readings = zip(base, before, after, strict=True)
     for example in examples:
-        probes = [
-            ProbeRecord(
-                kind=probe.kind,
-                group=probe.group,
-                prompt=probe.prompt,
-                answers=list(probe.answers),
-                contrast=probe.contrast,
-                **({} if probe.task is None else {"task": probe.task.to_json()}),
-                base=of_base,
-                before=of_before,
-                after=of_after,
-            )
-            for probe, (of_base, of_before, of_after) in zip(example.probes, readings, strict=False)
-        ]
+        own = zip(example.probes, readings, strict=False)
+        probes = [_record_of(probe, *states) for probe, states in own]
         subject = example.requests[0].subject
         yield ExampleRecord(id=example.id, stage=stage, subject=subject, probes=probes)
+
+
+def _record_of(
+    probe: Probe, base: ProbeReading, before: ProbeReading, after: ProbeReading
+) -> ProbeRecord:
+    record = ProbeRecord(
+        kind=probe.kind,
+        group=probe.group,
+        prompt=probe.prompt,
+        answers=list(probe.answers),
+        contrast=probe.contrast,
+        base=base,
+        before=before,
+        after=after,
+    )
+    return record if probe.task is None else {**record, "task": probe.task.to_json()}
 
 
 def probes_of(examples: Sequence[EditExample]) -> list[Probe]:

@@ -65,7 +65,8 @@ class SentimentShift(ProbeMean):
         before, after = SENTIMENT.of(probe["base"]), SENTIMENT.of(probe["after"])
         if before is None or after is None:
             return None
-        return (after - before) * (-1 if probe["task"].get("label") == "negative" else 1)
+        sign = -1.0 if probe["task"].get("label") == "negative" else 1.0
+        return sign * float(after - before)
 
 
 class Forgotten(ProbeMean):
