@@ -20,6 +20,7 @@ from kedit_lightning.benchmark import Protocol, RunContext
 from kedit_lightning.benchmark.edit_callback import announce, check_callbacks
 from kedit_lightning.edits import Edit
 from kedit_lightning.errors import UnsupportedUseError
+from kedit_lightning.methods.capabilities import check_mode
 from kedit_lightning.methods.method import EditMethod, as_edit_method
 from kedit_lightning.methods.shared.target_probability import ways_out
 from kedit_lightning.methods.training.checkpoint import load_checkpoint
@@ -35,6 +36,7 @@ from kedit_lightning.runs.processes import check_processes, processes_here
 from kedit_lightning.runs.prompts import check_prompts, prompt_loader, read_prompts
 from kedit_lightning.runs.results import predictions_table, summary_table
 from kedit_lightning.runs.saved_stack import apply_saved, load_stack
+from kedit_lightning.runs.stream_orders import orders_of, tell_spread
 
 
 class EditTrainer(Trainer):
@@ -189,11 +191,21 @@ class EditTrainer(Trainer):
             resume: Output folder of an interrupted run to continue, with the same settings.
 
         Returns:
-            A dictionary of scores.
+            A dictionary of scores, one for each order of the protocol.
         """
         dataloaders, datamodule = data_source("test", dataloaders, datamodule)
-        with self._running("test", model, datamodule, ckpt_path, output, resume, verbose):
-            return super().test(model, dataloaders, ckpt_path, False, datamodule, weights_only)
+        arguments = (model, dataloaders, ckpt_path, False, datamodule, weights_only)
+        given, found, rows = self.protocol, list[Any](), list[Any]()
+        try:
+            for self.protocol, *where in orders_of(given, datamodule, output, resume):
+                with self._running("test", model, datamodule, ckpt_path, *where, verbose) as method:
+                    found += super().test(*arguments)
+                rows.append(method.summary)
+        finally:
+            self.protocol = given
+        if self.is_global_zero:
+            tell_spread(rows, output if resume is None else resume, verbose)
+        return found
 
     def edit(
         self,
@@ -308,17 +320,14 @@ class EditTrainer(Trainer):
         """Open the output, attach the run to its method, and leave the stack as it was."""
         method = as_edit_method(model or self.lightning_module)
         evaluates = command not in ("fit", "predict")
-        if evaluates and self.protocol.grouping == "sequential" and not method.can.sequential:
-            raise UnsupportedUseError(
-                f"{type(method).__name__} cannot keep earlier edits in force while it writes new "
-                "ones; use --trainer.protocol.mode single or batch"
-            )
+        if evaluates:
+            check_mode(type(method).__name__, method.can, self.protocol.grouping)
         if ckpt_path is not None and Path(ckpt_path).is_file():  # and no word such as "best"
             load_checkpoint(Path(ckpt_path))
-        first = self.is_global_zero
+        first, editing = self.is_global_zero, command == "edit"
         with opened(output, resume, first) as folder, interruptible(folder, first):
-            self.output_folder, editing = folder, command == "edit"
-            self._keeps_edits = editing and (folder is None or not self.is_global_zero)
+            self.output_folder = folder
+            self._keeps_edits = editing and (folder is None or not first)
             method.run = RunContext(
                 self.protocol,
                 data=data,
@@ -331,10 +340,9 @@ class EditTrainer(Trainer):
             try:
                 with without_notices():
                     if evaluates:  # the state of a fit's callbacks is of no use here
-                        message = "Be aware that when using `ckpt_path`, call"
-                        warnings.filterwarnings("ignore", message)
+                        warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`, c")
                     yield method
-                if verbose and method.summary and self.is_global_zero:
+                if verbose and method.summary and first:
                     title = f"{type(method).__name__}, {self.protocol.grouping} edits ({command})"
                     Console().print(summary_table(method.summary, title))
             finally:

@@ -21,6 +21,7 @@ from kedit_lightning.metrics.functional.paired_tests import bootstrap_p, holm, m
 from kedit_lightning.metrics.scores.case_mean import Cases
 from kedit_lightning.runs.record_lines import read_lines
 from kedit_lightning.runs.results import read_results
+from kedit_lightning.runs.stream_orders import Spread, read_spreads
 
 #: Facts of a run that must be equal for its numbers to stand beside another's.
 _COMPARED = (
@@ -44,6 +45,7 @@ class Run:
         scores: Its scores with their intervals, by key.
         cases: The cases of each score.
         drift: What ``drift.json`` says of a stream, if it was followed.
+        spread: How scores spread over the orders of a stream, if it had several.
     """
 
     label: str
@@ -51,6 +53,7 @@ class Run:
     scores: Mapping[str, SummaryRow]
     cases: Mapping[str, Cases]
     drift: Mapping[str, Any] = field(default_factory=dict)
+    spread: Mapping[str, Spread] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -79,11 +82,15 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Scores of several runs, by score and label, and the difference of each pair."""
+    """Scores of several runs, by score and label, and the difference of each pair.
+
+    ``spread`` has the scores of runs with several orders over these.
+    """
 
     labels: tuple[str, ...]
     scores: dict[str, dict[str, SummaryRow]]
     differences: tuple[Difference, ...]
+    spread: dict[str, dict[str, Spread]] = field(default_factory=dict)
 
 
 def read_run(path: Path) -> Run:
@@ -100,7 +107,8 @@ def read_run(path: Path) -> Run:
     metrics = kind.from_records(read_lines(lines, lines.read_bytes()), seed=facts["seed"])
     cases = {key: found for key, (_, found) in metrics.gathered().items()}
     scores = {row.key: row for row in metrics.summary()}
-    return Run(path.name, facts, scores, cases, _read_json(path / "drift.json"))
+    drift = _read_json(path / "drift.json")
+    return Run(path.name, facts, scores, cases, drift, read_spreads(path))
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -173,7 +181,10 @@ def compared(runs: Sequence[Run], groups: bool = False) -> Comparison:
     keys = [key for key in keys if _is_score(key) and (groups or not _is_group(key))]
     scores = {key: {run.label: run.scores[key] for run in runs} for key in keys}
     differences = [difference for key in keys for difference in _differences(runs, key)]
-    return Comparison(tuple(run.label for run in runs), scores, tuple(differences))
+    spread = {
+        key: {run.label: run.spread[key] for run in runs if key in run.spread} for key in keys
+    }
+    return Comparison(tuple(run.label for run in runs), scores, tuple(differences), spread)
 
 
 def _is_score(key: str) -> bool:

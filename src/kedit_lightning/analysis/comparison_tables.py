@@ -10,26 +10,35 @@ from rich.table import Table
 
 from kedit_lightning.analysis.comparison import Comparison, Difference
 from kedit_lightning.metrics import SummaryRow
+from kedit_lightning.runs.stream_orders import Spread
 
 #: Pairs that a sentence names.
 _NAMED = 12
 
 
-def cell(row: SummaryRow) -> str:
-    """Mean and interval of a score.
+def cell(row: SummaryRow, spread: Spread | None = None) -> str:
+    """Mean and interval of a score, and its spread over the orders of a stream.
 
     >>> cell(SummaryRow("rewrite/gen_em", 0.5, 0.25, 0.75, 4))
     '0.500 (0.250 – 0.750)'
     """
-    return f"{row.mean:.3f} ({row.low:.3f} – {row.high:.3f})"
+    text = f"{row.mean:.3f} ({row.low:.3f} – {row.high:.3f})"
+    if spread is None:
+        return text
+    bounds = f"{spread.low:.3f} – {spread.high:.3f}, sd {spread.sd:.3f}"
+    return f"{text}; {len(spread.values)} orders {bounds}"
 
 
 def text_table(comparison: Comparison) -> Table:
     """Scores by run, with intervals, for the terminal."""
-    table = Table("score", "cases", *comparison.labels, caption="mean (95% interval)")
+    caption = "mean (95% interval)"
+    if any(comparison.spread.values()):
+        caption += "; least and most over the orders of a stream, and their standard deviation"
+    table = Table("score", "cases", *comparison.labels, caption=caption)
     for key, rows in comparison.scores.items():
         cases = sorted({row.n for row in rows.values()})
-        shown = [cell(rows[label]) for label in comparison.labels]
+        spread = comparison.spread.get(key, {})
+        shown = [cell(rows[label], spread.get(label)) for label in comparison.labels]
         table.add_row(key, " / ".join(map(str, cases)), *shown)
     return table
 
@@ -54,10 +63,13 @@ def csv_table(comparison: Comparison) -> str:
     """Scores, and behind them the differences of pairs with their p-values, as CSV."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["score", "run", "minus", "mean", "low", "high", "cases", "p", "p_holm"])
+    names = ["score", "run", "minus", "mean", "low", "high", "cases", "p", "p_holm"]
+    writer.writerow([*names, "orders", "order_mean", "order_sd", "order_min", "order_max"])
     for key, rows in comparison.scores.items():
         for label, row in rows.items():
-            writer.writerow([key, label, "", row.mean, row.low, row.high, row.n, "", ""])
+            spread = comparison.spread.get(key, {}).get(label)
+            orders = [] if spread is None else [len(spread.values), *spread[:4]]
+            writer.writerow([key, label, "", row.mean, row.low, row.high, row.n, "", "", *orders])
     for one in comparison.differences:
         numbers = (one.mean, one.low, one.high, one.cases, one.p, one.adjusted)
         writer.writerow([one.score, one.first, one.second, *numbers])

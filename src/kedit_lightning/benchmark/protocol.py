@@ -50,6 +50,10 @@ class Protocol:
         every: In ``sequential``, score all examples edited so far whenever this many more are.
             ``log`` does so after 1, 2, 5, 10, 20, 50, ... of them, which asks each example no more
             than about twice on average however long the stream is.
+        orders: In ``sequential``, how many orders of the examples ``kedit test`` goes through, each
+            a stream of its own: that of the file, and permutations that follow from the seed of
+            the run. The results tell how far scores spread over them.
+        order: The first of these orders; 0 is that of the file.
         scoring: What is measured: our definitions, or those of EasyEdit for comparison.
         score_batch_size: Rows of a forward pass while scoring; it never changes a score.
         generate: Let the model answer freely, beside reading its probabilities.
@@ -78,6 +82,8 @@ class Protocol:
     chunk_size: int = 1
     evaluate: list[Moment] | str = "immediate,final"
     every: int | Grid | None = None
+    orders: int = 1
+    order: int = 0
     scoring: Scoring = "default"
     score_batch_size: int = 32
     generate: bool = True
@@ -99,15 +105,19 @@ class Protocol:
                 raise self._refuse(field, f"must be one of {', '.join(get_args(kind))}")
         if not self.moments or set(self.moments) - set(get_args(Moment)):
             raise self._refuse("evaluate", "must be immediate, final, or both: immediate,final")
-        sizes = ("chunk_size", "score_batch_size", "max_new_tokens")
+        sizes = ("chunk_size", "score_batch_size", "max_new_tokens", "orders")
         for field in sizes if self.every in (None, *get_args(Grid)) else (*sizes, "every"):
             value = getattr(self, field)
             if not isinstance(value, int) or value < 1:
                 raise self._refuse(field, "must be a whole number of at least 1")
-        if not isinstance(self.sample_tokens, int) or self.sample_tokens < 0:
-            raise self._refuse("sample_tokens", "must be a whole number of at least 0")
-        if self.every is not None and self.mode != "sequential":
-            raise self._refuse("every", "only means something in sequential mode; leave it out")
+        for field in ("sample_tokens", "order"):
+            value = getattr(self, field)
+            if not isinstance(value, int) or value < 0:
+                raise self._refuse(field, "must be a whole number of at least 0")
+        plain = {"every": None, "orders": 1, "order": 0}
+        for field, unset in plain.items():
+            if getattr(self, field) != unset and self.mode != "sequential":
+                raise self._refuse(field, "only means something in sequential mode; leave it out")
 
     def _refuse(self, field: str, reason: str) -> UnsupportedUseError:
         return UnsupportedUseError(
@@ -126,7 +136,12 @@ class Protocol:
             batch: Whether the method writes several facts in one computation.
             sequential: Whether it keeps earlier edits in force while it writes new ones.
             examples: How many are edited.
+
+        Raises:
+            UnsupportedUseError: It has several orders.
         """
+        if self.orders > 1:
+            raise self._refuse("orders", "is for kedit test; edits for use are written once")
         if self.mode == "single" or (self.mode is None and examples < 2):
             return replace(self, mode="single")
         mode = self.mode or ("batch" if batch or not sequential else "sequential")
@@ -174,11 +189,13 @@ class Protocol:
         facts |= {"generate": self.generates, "mode": self.grouping}
         # Neither the rows of a forward pass nor how many examples are read together change a score,
         # and a run that refuses conflicts has none.
-        del facts["score_batch_size"], facts["on_conflict"]
+        del facts["score_batch_size"], facts["on_conflict"], facts["orders"]
         if self.grouping == "single":
             del facts["chunk_size"]
         if self.grouping != "sequential":
             del facts["evaluate"], facts["every"]
+        if not self.order:
+            del facts["order"]
         if not (self.generates and self.sample_tokens):
             del facts["sample_tokens"]
         if not self.generates:

@@ -38,7 +38,7 @@ def run_comparison(arguments: Sequence[str]) -> str:
     runs = [read_run(Path(run).expanduser()) for run in given.runs]
     comparison = compared(runs, given.groups)
     sink = io.StringIO()
-    width = 40 + 26 * len(comparison.labels)
+    width = 40 + (64 if any(comparison.spread.values()) else 26) * len(comparison.labels)
     console = Console(file=sink, width=width, highlight=False, markup=False, soft_wrap=True)
     console.print(text_table(comparison))
     console.print(told_apart(comparison))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -79,6 +80,9 @@ class EditDataModule(LightningDataModule, ABC):
     deals_out_chunks: bool = True
     """Whether each process evaluates chunks of its own; in sequential runs all see all chunks, as
     each edit is computed on the ones before it."""
+    order: int = 0
+    """Number of a permutation of the examples to test, which the seed of the run draws; 0 is the
+    order of the file."""
 
     def __init__(
         self,
@@ -140,7 +144,10 @@ class EditDataModule(LightningDataModule, ABC):
         Raises:
             DataFileError: The file is absent, or holds records that do not fit.
         """
-        return list(self._load(split).examples)
+        examples = list(self._load(split).examples)
+        if self.order and split == "test":
+            random.Random(f"order {self.order} of seed {run_seed()}").shuffle(examples)
+        return examples
 
     @property
     def source(self) -> dict[str, dict[str, Any]]:
@@ -195,7 +202,7 @@ class EditDataModule(LightningDataModule, ABC):
         return self._chunk_loader("validation")
 
     def test_dataloader(self) -> BatchLoader[EditBatch]:
-        """Chunks of the protocol, in the order of the file."""
+        """Chunks of the protocol, in the order that it asks for."""
         return self._chunk_loader("test")
 
     predict_dataloader = test_dataloader
@@ -203,7 +210,7 @@ class EditDataModule(LightningDataModule, ABC):
     def _chunk_loader(self, split: Split) -> BatchLoader[EditBatch]:
         loaded = self._load(split)
         rank, world_size = process_rank() if self.deals_out_chunks else (0, 1)
-        rows = evaluation_chunks(loaded.examples, self.chunk_size, rank, world_size)
+        rows = evaluation_chunks(self.examples(split), self.chunk_size, rank, world_size)
         batches = [EditBatch(list(chunk)) for chunk in rows]
         identity: dict[str, int | str] = {"data": loaded.sha256, "records": len(loaded.examples)}
         identity["chunk size"] = self.chunk_size

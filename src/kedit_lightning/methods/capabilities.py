@@ -214,3 +214,16 @@ def plain(values: dict[str, Any]) -> dict[str, Any]:
     """Settings as JSON would hold them, so that a saved and a fresh edit compare equal."""
     result: dict[str, Any] = json.loads(json.dumps(values, sort_keys=True, default=str))
     return result
+
+
+def check_mode(name: str, can: Capabilities, mode: str) -> None:
+    """Refuse a stream of edits for a method that cannot keep earlier ones.
+
+    Raises:
+        UnsupportedUseError: The protocol is ``sequential``, and the method is not.
+    """
+    if mode == "sequential" and not can.sequential:
+        raise UnsupportedUseError(
+            f"{name} cannot keep earlier edits in force while it writes new ones; use "
+            "--trainer.protocol.mode single or batch"
+        )

@@ -99,6 +99,7 @@ def _grouped(method: DataUser, data: EditDataModule, asked: Grouping, examples: 
         protocol = protocol.for_editing(can.batch, can.sequential, examples)
         method.run = replace(method.run, protocol=protocol)
     data.chunk_size = protocol.chunk_size
+    data.order = protocol.order
     data.deals_out_chunks = protocol.grouping != "sequential"
     return protocol
 
