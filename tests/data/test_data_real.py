@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import warnings
 from collections import Counter
 from dataclasses import replace
@@ -9,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from kedit_lightning.cli.main import main
 from kedit_lightning.data import (
     CKnowEdit,
     CounterFact,
@@ -22,6 +25,8 @@ from kedit_lightning.data import (
     ZsRE,
 )
 from kedit_lightning.data.locality_set import locality_set
+from kedit_lightning.data.record_files import read_records
+from kedit_lightning.errors import DataFileError
 
 pytestmark = pytest.mark.real_data
 
@@ -174,6 +179,112 @@ def test_a_published_file_loads_whole(
     assert sum(example.requests[0].subject is None for example in examples) >= lost
 
 
+#: Of each file, the steps to a field that its records must have.
+NEEDED: dict[str, list[str | int]] = {
+    "zsre/": ["alt"],
+    "counterfact/counterfact-": ["target_new"],
+    "counterfact/counterfact_rome": ["requested_rewrite", "target_new", "str"],
+    "portability/counterfact": ["requested_rewrite", "subject"],
+    "locality/counterfact": ["requested_rewrite", "prompt"],
+    "portability/zsre": ["alt"],
+    "knowedit/benchmark_WikiBio": ["labels"],
+    "knowedit/benchmark_Convsent": ["pos"],
+    "knowedit/benchmark_trivia_trivia_qa_test": ["success", 0, "question"],
+    "knowedit/benchmark_trivia_trivia_qa_train": ["K_F", 0, "target_new"],
+    "knowedit/": ["target_new"],
+    "mquake/": ["requested_rewrite", 0, "subject"],
+    "qaedit/": ["target"],
+    "cknowedit/": ["prompt"],
+    "known_1000/": ["attribute"],
+}
+BROKEN = [(row[0], row[1]) for row in (*FILES, *WHOLE)]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("dataset", "name"), BROKEN, ids=[name for _, name in BROKEN])
+def test_a_broken_copy_of_a_published_file_is_named(
+    shared_data: Path, tmp_path: Path, dataset: type[EditDataModule], name: str
+) -> None:
+    path = shared_data / name
+    path = next(iter(sorted(path.glob("*.json")))) if path.is_dir() else path
+    copy, steps = tmp_path / path.name, next(v for k, v in NEEDED.items() if name.startswith(k))
+    field, whole = str(steps[-1]), isinstance(steps[0], str) and steps[0] in ("success", "K_F")
+
+    def complaint(records: list[object], cut: bool = False) -> str:
+        text = json.dumps(records[0] if whole else records, ensure_ascii=False)
+        copy.write_text(text[: len(text) // 2] if cut else text, encoding="utf-8")
+        settings = {"subset": "convsent"} if "Convsent" in name else {}
+        with pytest.raises(DataFileError) as caught:
+            dataset(path=copy, **settings).examples()
+        return str(caught.value)
+
+    for damage in ("absent", "of another type"):
+        records = [record.values for record in read_records(path, 3)[0]]
+        place = records[0 if whole else 1]
+        for step in steps[:-1]:
+            place = place[step]
+        if damage == "absent":
+            del place[field]
+        else:
+            place[field] = {"of": [3]}
+        message = complaint(records)
+        assert re.search(rf"{re.escape(path.name)} (line 1 |index {0 if whole else 1})", message)
+        assert f"{field}'" in message, message
+    assert re.search(
+        rf"{re.escape(path.name)}.*(line \d+|not valid JSON)", complaint(records, True)
+    )
+
+
+#: A file of each dataset that has real ones.
+RUN = {
+    "zsre": "zsre/zsre_mend_edit.json",
+    "counterfact": "counterfact/counterfact-edit.json",
+    "counterfact nested": "portability/counterfact_portability_gpt4.json",
+    "knowedit zsre": "knowedit/benchmark_ZsRE_ZsRE-test-all.json",
+    "knowedit wiki_recent": "knowedit/benchmark_wiki_recent_recent_train.json",
+    "knowedit wiki_counterfact": "knowedit/wiki_counterfact_test_cf-generate-10.json",
+    "knowedit wikibio": "knowedit/benchmark_WikiBio_wikibio-test-all.json",
+    "knowedit convsent": "knowedit/benchmark_Convsent_blender_test.json",
+    "knowedit sanitation": "knowedit/benchmark_trivia_trivia_qa_test.json",
+    "mquake": "mquake/MQuAKE-hard.json",
+    "qaedit": "qaedit/QAEdit_inter_1k.json",
+    "cknowedit": "cknowedit/CKnowEditType",
+    "known_facts": "known_1000/known_1000.json",
+}
+#: Scores that datasets bring along.
+OWN = {
+    "knowedit convsent": {"rewrite/tf_es", "locality/other_topic/kl"},
+    "knowedit sanitation": {"rewrite/gen_forgotten"},
+    "mquake": {"portability/multi_hop/gen_any", "portability/multi_hop/gen_all"},
+    "cknowedit": {"rewrite/gen_char_rougel"},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUN)
+@pytest.mark.filterwarnings("ignore")
+def test_the_command_edits_five_records_of_each(
+    shared_data: Path, tmp_path: Path, name: str
+) -> None:
+    config, path = name.partition(" ")[0], shared_data / RUN[name]
+    main([
+        "test", "-c", "methods/ftm", "-c", f"data/{config}", f"--data.path={path}",
+        "--data.limit=5", "--model.steps=2", f"--output={tmp_path / 'run'}",
+        f"--model.base_model={shared_data / 'models' / 'stories260K'}",
+        "--trainer.protocol.max_new_tokens=4", "--trainer.accelerator=cpu",
+        "--data.on_bad_record=skip",
+    ])  # fmt: skip
+    results = json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))
+    scores = results["scores"]
+    assert results["dataset"]["records"] == 5
+    assert {"rewrite/tf_tok", "rewrite/gen_em", "rewrite/nll"} <= scores.keys()
+    assert OWN.get(name, set()) <= scores.keys()
+    lines = (tmp_path / "run" / "results.jsonl").read_text(encoding="utf-8").splitlines()
+    rewrites = [p for line in lines for p in json.loads(line)["probes"] if p["kind"] == "rewrite"]
+    before, after = ([p[state]["log_prob"] for p in rewrites] for state in ("base", "after"))
+    assert sum(after) > sum(before)  # fine-tuning makes its answers likelier
+
+
 @pytest.mark.parametrize(
     ("name", "count"), [("nq_open/NQ-open.dev.jsonl", 3610), ("locality/piqa_valid.jsonl", 1838)]
 )
@@ -184,7 +295,7 @@ def test_a_published_locality_set(shared_data: Path, name: str, count: int) -> N
 def test_a_published_file_is_not_taken_for_ones_own_facts(shared_data: Path) -> None:
     """Fields in another schema are named, not passed over in silence."""
     data = Requests(path=shared_data / "counterfact/counterfact-val.json", limit=5)
-    with pytest.warns(UserWarning, match=r"'rephrase_prompt' \(1919 records\)") as caught:
+    with pytest.warns(UserWarning, match=r"'rephrase_prompt' \(5 records\)") as caught:
         data.setup("test")
     assert "'ground_truth'" in str(caught[0].message)
 

@@ -31,7 +31,7 @@ from kedit_lightning.data.dataloader import (
 )
 from kedit_lightning.data.file_formats import advice
 from kedit_lightning.data.locality_set import locality_set, with_locality
-from kedit_lightning.data.record_parsing import parsed
+from kedit_lightning.data.record_parsing import Parsed, parsed
 from kedit_lightning.data.record_sources import read_source
 from kedit_lightning.data.records import Fields, Record
 from kedit_lightning.data.splits import LoadedSplit
@@ -57,7 +57,8 @@ class EditDataModule(LightningDataModule, ABC):
     Args:
         path: File with the facts to edit and test: a JSON list, JSON Lines or CSV; a folder of such
             files; or a file of the hub, hf://datasets/OWNER/NAME@REVISION/FILE.
-        limit: Number of records kept of each split; all when absent.
+        limit: Number of records kept of each split, behind which its file is not read; all when
+            absent.
         on_bad_record: ``error`` reports all records that do not fit and stops; ``skip`` leaves
             them out, and counts and lists them in the results.
         train_path: File with the facts that ``fit`` learns from.
@@ -252,12 +253,10 @@ class EditDataModule(LightningDataModule, ABC):
                 f"{type(self).__name__} was given no file for {use}: set {way_out}"
             )
         try:
-            records, sha256 = read_source(path)
+            records, sha256, found = self._parsed(path)
         except DataFileNotFoundError as error:
             raise DataFileNotFoundError(f"{error}; correct {way_out}") from error
-        records = self.unpack(records)
-        self._lost_subjects = []
-        examples, bad, skipped, places = parsed(self, records)
+        examples, bad, skipped, places = found
         if self._lost_subjects:
             rank_zero_warn(lost_subjects(path.name, self._lost_subjects))
         known = advice([record.values for record in records], type(self).__name__)
@@ -273,6 +272,22 @@ class EditDataModule(LightningDataModule, ABC):
         if sentence:
             rank_zero_warn(f"{path.name}: {sentence}")
         return LoadedSplit(kept, str(path), sha256, left_out, conflicts, places)
+
+    def _parsed(self, path: Path) -> tuple[list[Record], str, Parsed]:
+        """Records, hash and examples of a file, read no further than ``limit`` asks."""
+        # One that draws from the whole file has to read it.
+        most = self.limit if type(self).select is EditDataModule.select else None
+        while True:
+            read, sha256 = read_source(path, most)
+            records = self.unpack(read)
+            self._lost_subjects = []
+            found = parsed(self, records)
+            short = (
+                most is not None and len(found.examples) < (self.limit or 0) and len(read) == most
+            )
+            if not short or (found.bad and self.on_bad_record == "error"):
+                return records, sha256, found
+            most = 2 * len(read)  # some were left out
 
     def leave_out(self, split: Split, reasons: Mapping[str, str]) -> None:
         """Treat examples as bad records, which ``on_bad_record`` is about.

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import huggingface_hub
 
-from kedit_lightning.data.records import Record, read_records
+from kedit_lightning.data.record_files import read_records
+from kedit_lightning.data.records import Record
 from kedit_lightning.errors import DataFileError, DataFileNotFoundError
 
 #: Files of a folder that hold records.
@@ -15,8 +16,12 @@ _SUFFIXES = (".json", ".jsonl", ".csv", ".tsv")
 _FORM = "hf://datasets/OWNER/NAME@REVISION/FILE"
 
 
-def read_source(path: Path) -> tuple[list[Record], str]:
+def read_source(path: Path, most: int | None = None) -> tuple[list[Record], str]:
     """The records of a file, of all files of a folder by name, or of a file of the hub.
+
+    Args:
+        path: The file or folder.
+        most: Records after which nothing more is read.
 
     Returns:
         The records in order and the SHA-256 of what was read.
@@ -25,9 +30,9 @@ def read_source(path: Path) -> tuple[list[Record], str]:
         DataFileError: The file or folder is absent, or cannot be read.
     """
     if path.parts[:1] == ("hf:",):
-        return read_records(_from_hub(path))
+        return read_records(_from_hub(path), most)
     if not path.is_dir():
-        return read_records(path)
+        return read_records(path, most)
     files = sorted(file for file in path.iterdir() if file.suffix.lower() in _SUFFIXES)
     if not files:
         raise DataFileError(
@@ -37,10 +42,10 @@ def read_source(path: Path) -> tuple[list[Record], str]:
     records: list[Record] = []
     digest = hashlib.sha256()
     for file in files:
-        found, sha256 = read_records(file)
+        found, sha256 = read_records(file, most)
         records += found
         digest.update(f"{file.name} {sha256}\n".encode())
-    return records, digest.hexdigest()
+    return records[:most], digest.hexdigest()
 
 
 def _from_hub(path: Path) -> Path:

@@ -1,34 +1,15 @@
-"""Records of data files with their line or index, and typed access to their fields.
-
-Records are parsed by ``json`` and ``csv``, since ``datasets`` guesses a type for each column, and
-the guess changes facts: of the answer "2011-05-04" it makes a timestamp, of "NA" nothing, of "007"
-7.0. It also forgets the line of a record.
-"""
+"""Records of data files with their line or index, and typed access to their fields."""
 
 from __future__ import annotations
 
-import csv
-import hashlib
-import io
-import json
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from kedit_lightning.character_forms import is_unicode
 from kedit_lightning.chat_turns import messages_in, prompt_text
 from kedit_lightning.data.field_names import meant
-from kedit_lightning.errors import (
-    DataFileError,
-    DataFileNotFoundError,
-    InvalidRequestError,
-    article_list,
-)
-
-#: First bytes of UTF-16 and UTF-32, which no record of could be read.
-_WIDE = (b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff")
+from kedit_lightning.errors import InvalidRequestError, article_list
 
 
 @dataclass(frozen=True)
@@ -163,123 +144,6 @@ def _chat(value: Any, place: str) -> str:
             f"{_show(value)}"
         )
     return text
-
-
-def read_records(path: Path) -> tuple[list[Record], str]:
-    """Read a JSON list, JSON Lines or CSV file.
-
-    JSON and JSON Lines are told apart by content, since published files of both kinds end in
-    ``.json``.
-
-    Returns:
-        The records in order, those that cannot be read included, and the SHA-256 of the file.
-
-    Bytes that are not UTF-8 stay in the texts as halves of surrogate pairs, which the fields that
-    hold them refuse.
-
-    Raises:
-        DataFileError: The file is absent, UTF-16, empty, or a JSON list with a syntax error.
-    """
-    if path.is_dir():
-        raise DataFileError(f"'{path}' is a folder; name a JSON, JSONL or CSV file in it")
-    if not path.is_file():
-        raise DataFileNotFoundError(f"data file '{path}' does not exist (looked in {Path.cwd()})")
-    data = path.read_bytes()
-    if data.startswith(_WIDE):
-        raise DataFileError(f"{path.name} is not UTF-8 text but UTF-16; save it as UTF-8")
-    text = data.decode("utf-8-sig", errors="surrogateescape")
-    parse = _csv_records if path.suffix.lower() in (".csv", ".tsv") else _json_records
-    if not (records := list(parse(text, path.name))):
-        raise DataFileError(f"{path.name} holds no records")
-    return records, hashlib.sha256(data).hexdigest()
-
-
-def _json_records(text: str, name: str) -> Iterable[Record]:
-    body = text.lstrip()
-    # Not str.splitlines: it also breaks at characters that JSON allows inside a text.
-    lines = json_lines(text.split("\n"), name)
-    if body.startswith("{"):
-        try:
-            # One object, perhaps over several lines; JSON Lines fail at the second object.
-            return [Record(f"{name} line 1", _parsed(body))]
-        except ValueError:
-            return lines
-    if not body.startswith("["):
-        return lines
-    try:
-        values = _parsed(body)
-    except (ValueError, RecursionError) as error:
-        reason = str(error)
-        if isinstance(error, json.JSONDecodeError):
-            line = error.lineno + text[: len(text) - len(body)].count("\n")
-            reason = f"{error.msg} at line {line} column {error.colno}"
-        raise DataFileError(
-            f"{name} is not valid JSON: {reason}; correct it there, or write one object a line "
-            "(JSON Lines), where bad lines can be skipped"
-        ) from error
-    return [Record(f"{name} index {i}", value) for i, value in enumerate(values)]
-
-
-def json_lines(lines: Iterable[str], name: str) -> Iterator[Record]:
-    """The records of JSON Lines, those that cannot be parsed included; blank lines are skipped."""
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            yield Record(f"{name} line {number}", _parsed(line))
-        except (ValueError, RecursionError) as error:
-            reason = str(error)
-            if isinstance(error, json.JSONDecodeError):
-                reason = f"{error.msg} at column {error.colno}"
-            yield Record(f"{name} line {number}", problem=f"is not valid JSON: {reason}")
-
-
-def _parsed(text: str) -> Any:
-    return json.loads(text, object_pairs_hook=_object)
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) == len(pairs):
-        return values
-    repeated = RepeatedKeys(values)
-    counts = Counter(name for name, _ in pairs)
-    repeated.repeated = [name for name, count in counts.items() if count > 1]
-    return repeated
-
-
-def _csv_records(text: str, name: str) -> Iterator[Record]:
-    head = text.split("\n", 1)[0]
-    reader = csv.reader(
-        io.StringIO(text, newline=""), delimiter=max(",;\t", key=head.count), strict=True
-    )
-    line = 1
-    try:
-        header = [cell.strip() for cell in next(reader, [])]
-        if twice := [c for c, count in Counter(header).items() if c and count > 1]:
-            raise DataFileError(
-                f"{name} line 1 has the column {article_list([repr(c) for c in twice])} twice; "
-                "keep one of them"
-            )
-        while True:
-            line = reader.line_num + 1
-            if (cells := next(reader, None)) is None:
-                return
-            if not any(cell.strip() for cell in cells):
-                continue
-            where = f"{name} line {line}"
-            if len(cells) > len(header):
-                problem = (
-                    f"has {len(cells)} cells under {len(header)} columns; "
-                    "put texts that hold the separator in quotation marks"
-                )
-                yield Record(where, problem=problem)
-            else:
-                # An empty cell is the only way a table has to say that a value is absent.
-                row = {key: cell for key, cell in zip(header, cells, strict=False) if cell.strip()}
-                yield Record(where, row)
-    except csv.Error as error:
-        raise DataFileError(f"{name} line {line} is not valid CSV: {error}") from error
 
 
 def _text(value: Any, place: str) -> str:

@@ -14,7 +14,8 @@ from lightning.pytorch import LightningDataModule
 from kedit_lightning.character_forms import is_unicode
 from kedit_lightning.data import text as hub
 from kedit_lightning.data.dataloader import BatchLoader, NoLoaders, process_rank
-from kedit_lightning.data.records import Fields, json_lines
+from kedit_lightning.data.record_files import json_lines
+from kedit_lightning.data.records import Fields
 from kedit_lightning.errors import (
     DataFileError,
     DataFileNotFoundError,
