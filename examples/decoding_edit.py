@@ -1,4 +1,4 @@
-"""A decoding edit like DoLa (Chuang et al. 2024): contrast the last block with an early one.
+"""A decoding edit of your own: contrast the last block with one early block.
 
 Run it with ``python examples/decoding_edit.py``.
 """
@@ -13,7 +13,7 @@ from kedit_lightning import BaseModel
 from kedit_lightning.edits import DecodingEdit, EditOrigin
 
 
-class DoLaEdit(DecodingEdit):
+class ContrastEdit(DecodingEdit):
     """Scores tokens by ``log p_final - log p_early`` among those that are plausible.
 
     Args:
@@ -22,7 +22,7 @@ class DoLaEdit(DecodingEdit):
         alpha: Tokens less likely than this share of the likeliest token are excluded.
     """
 
-    kind: ClassVar[str] = "dola"
+    kind: ClassVar[str] = "contrast"
 
     def __init__(
         self, base: Any, block: int, alpha: float = 0.1, origin: EditOrigin | None = None
@@ -50,7 +50,7 @@ class DoLaEdit(DecodingEdit):
         return {}, {"block": self.block, "alpha": self.alpha}
 
     @classmethod
-    def from_state(cls, base: Any, origin: Any, tensors: Any, values: Any) -> "DoLaEdit":
+    def from_state(cls, base: Any, origin: Any, tensors: Any, values: Any) -> "ContrastEdit":
         """Rebuild from the settings."""
         return cls(base, **values, origin=origin)
 
@@ -60,10 +60,10 @@ def main() -> None:
     base = BaseModel.load("nano")
     prompts = ["The capital of France is", "The Eiffel Tower is in the city of"]
     plain = base.generate(prompts, max_new_tokens=8)
-    with DoLaEdit(base, block=0):
+    with ContrastEdit(base, block=0):
         contrasted = base.generate(prompts, max_new_tokens=8)
     for prompt, before, after in zip(prompts, plain, contrasted, strict=True):
-        print(f"{prompt}\n  plain: {before}\n  DoLa:  {after}")
+        print(f"{prompt}\n  plain: {before}\n  contrast: {after}")
 
 
 if __name__ == "__main__":

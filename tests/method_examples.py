@@ -18,6 +18,8 @@ METHODS = [
     ("AdaLoRA", {"lr": 1e-2, "steps": 5}),
     ("AlphaEdit", LOCATE),
     ("CaliNet", {"slots": 4, "steps": 3, "irrelevant": 2}),
+    ("DeCo", {"alpha": 20.0}),
+    ("DoLa", {}),
     ("DPOEdit", {"lr": 1e-2, "steps": 5}),
     ("DEFER", {"steps": 10, "lr": 0.1}),
     ("EMMET", LOCATE),

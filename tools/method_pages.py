@@ -71,6 +71,20 @@ PAPERS: dict[str, tuple[Paper, ...]] = {
             "2210.03329",
         ),
     ),
+    "DeCo": (
+        Paper(
+            "MLLM Can See? Dynamic Correction Decoding for Hallucination Mitigation",
+            "Wang et al., ICLR 2025",
+            "2410.11779",
+        ),
+    ),
+    "DoLa": (
+        Paper(
+            "DoLa: Decoding by Contrasting Layers Improves Factuality in Large Language Models",
+            "Chuang et al., ICLR 2024",
+            "2309.03883",
+        ),
+    ),
     "DPOEdit": (
         Paper(
             "Direct Preference Optimization: Your Language Model is Secretly a Reward Model",

@@ -107,6 +107,8 @@ _OWN: dict[tuple[Kind, str], dict[str, tuple[str, str, str]]] = {
             "dpoedit",
             "adapter that prefers the new answer to the old",
         ),
+        "DeCo": ("decoding.deco", "deco", "corrects the last layer by a surer earlier one"),
+        "DoLa": ("decoding.dola", "dola", "contrasts the last layer with an earlier one"),
         "DEFER": ("memory.defer", "defer", "a gate that defers to a trained copy of a layer"),
         "EMMET": ("locate.memit", "emmet", "MEMIT with equality, at one layer"),
         "FTL": ("finetune.ftl", "ftl", "fine-tuning one layer inside a box around its weights"),

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 #: Mixtures, state-space mixers, convolutions, and MLPs that blocks share.
 KINDS = ("jamba", "nemotron_h", "lfm2_moe", "zamba2")
 #: Methods that change no weights of an MLP.
-FREE = ("ICE", "IKE", "MeLLo", "PROMPT", "SERAC")
+FREE = ("DeCo", "DoLa", "ICE", "IKE", "MeLLo", "PROMPT", "SERAC")
 #: What is refused, and a part of the reason.
 REFUSED = {
     ("nemotron_h", "PMET"): "no block of model type 'nemotron_h' has both attention",

@@ -259,8 +259,9 @@ def test_weights_written_out_equal_the_hooks(name, settings, family, dtype, tole
 @each_method
 def test_refuses_requests_that_say_too_little(name, settings):
     method = make(name, settings, tiny_base("llama"))
-    with pytest.raises(InvalidRequestError, match="no requests"):
-        method.edit([])
+    if method.writes_facts:
+        with pytest.raises(InvalidRequestError, match="no requests"):
+            method.edit([])
     with pytest.raises(InvalidRequestError, match=r"'lyon'.*'subject' \('Atlantis'\)"):
         method.edit([EditRequest("Lyon is in", "Peru", "Atlantis", id="lyon")])
     with pytest.raises(InvalidRequestError, match=r"'lyon'.*'target_new'"):

@@ -29,7 +29,7 @@ example = _example()
 
 
 def dola(base, **settings):
-    return example.DoLaEdit(base, BLOCK, **settings)
+    return example.ContrastEdit(base, BLOCK, **settings)
 
 
 @pytest.fixture(params=[True, False], ids=["tied", "untied"])
@@ -146,4 +146,4 @@ def test_decoding_edits_act_in_the_order_of_the_stack(base):
 def test_the_example_prints_answers_with_and_without_the_edit(capsys):
     example.main()
     printed = capsys.readouterr().out
-    assert printed.count("plain:") == printed.count("DoLa:") == 2
+    assert printed.count("plain:") == printed.count("contrast:") == 2

@@ -82,11 +82,11 @@ def reproduction(first: Path, second: Path, tolerance: float = 0.0) -> Reproduct
             else:
                 counts[name] += 1
     lone = sorted(records[0].keys() ^ records[1].keys())
-    scores = [run.get("scores", {}) for run in runs]
+    means = [{k: score["mean"] for k, score in run.get("scores", {}).items()} for run in runs]
     changed = [
-        (key, *(score.get(key, {}).get("mean", math.nan) for score in scores))
-        for key in sorted(scores[0].keys() | scores[1].keys())
-        if not _near(*(score.get(key, {}).get("mean") for score in scores), tolerance)
+        (key, *(found.get(key, math.nan) for found in means))
+        for key in sorted(means[0].keys() | means[1].keys())
+        if not _near(means[0].get(key), means[1].get(key), tolerance)
     ]
     facts = [{k: v for k, v in run.items() if k not in ("scores", *_COSTS)} for run in runs]
     return Reproduction(
@@ -96,7 +96,7 @@ def reproduction(first: Path, second: Path, tolerance: float = 0.0) -> Reproduct
         largest,
         tuple(f"{id} ({stage})" for id, stage in lone),
         tuple(cast("list[tuple[str, float, float]]", changed)),
-        tuple(clause for _, clause in differences(*facts)),
+        tuple(clause for _, clause in differences(facts[0], facts[1])),
     )
 
 

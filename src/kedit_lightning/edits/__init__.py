@@ -7,7 +7,8 @@ from kedit_lightning.edits.edit import LATE_KINDS, Edit, MemoryEdit
 from kedit_lightning.edits.kinds.blocks.blocks_edit import BlocksEdit
 from kedit_lightning.edits.kinds.codebook.codebook_edit import CodebookEdit
 from kedit_lightning.edits.kinds.composite import CompositeEdit
-from kedit_lightning.edits.kinds.decoding import DecodingEdit
+from kedit_lightning.edits.kinds.decoding.decoding_edit import DecodingEdit
+from kedit_lightning.edits.kinds.decoding.early_exit_edit import DeCoEdit, DoLaEdit
 from kedit_lightning.edits.kinds.deferral.deferral_edit import Deferral, DeferralEdit
 from kedit_lightning.edits.kinds.neurons.neurons_edit import NeuronsEdit
 from kedit_lightning.edits.kinds.overlap.overlap_edit import OverlapEdit, OverlapPlan
@@ -29,10 +30,12 @@ __all__ = [
     "BlocksEdit",
     "CodebookEdit",
     "CompositeEdit",
+    "DeCoEdit",
     "DecodingEdit",
     "Deferral",
     "DeferralEdit",
     "DenseEdit",
+    "DoLaEdit",
     "Edit",
     "EditOrigin",
     "EditStack",

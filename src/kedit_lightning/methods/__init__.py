@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from kedit_lightning.registry import entries, lazy_exports
 
 if TYPE_CHECKING:
+    from kedit_lightning.methods.decoding.deco import DeCo
+    from kedit_lightning.methods.decoding.dola import DoLa
     from kedit_lightning.methods.finetune.adalora import AdaLoRA
     from kedit_lightning.methods.finetune.ftl import FTL
     from kedit_lightning.methods.finetune.ftm import FTM
@@ -73,6 +75,8 @@ __all__ = [
     "CaliNet",
     "Capabilities",
     "DPOEdit",
+    "DeCo",
+    "DoLa",
     "EditMethod",
     "InstructEdit",
     "LoRA",

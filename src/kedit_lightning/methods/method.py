@@ -56,6 +56,7 @@ class EditMethod(pl.LightningModule):
     needs: ClassVar[frozenset[Need]] = frozenset()
     needs_to_fit: ClassVar[frozenset[Need]] = frozenset()
     can: ClassVar[Capabilities] = Capabilities()
+    writes_facts: ClassVar[bool] = True  # else it takes none just as well
     #: What ``fit`` learns, in words; empty for methods that learn nothing before their requests.
     learns: ClassVar[str] = ""
     #: The dataclass of the method's settings.
@@ -166,7 +167,7 @@ class EditMethod(pl.LightningModule):
     @contextmanager
     def computing(self, requests: Sequence[EditRequest]) -> Iterator[None]:
         """Check requests as :meth:`edit` does, and build; inside, gradients are enabled."""
-        if not requests:
+        if not requests and self.writes_facts:
             raise InvalidRequestError("edit() got no requests; give at least one EditRequest")
         self.check_requests(requests)
         self.configure_model()

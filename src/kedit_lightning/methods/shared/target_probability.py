@@ -42,6 +42,8 @@ def target_probabilities(base: BaseModel, requests: Sequence[EditRequest]) -> li
 def note_probabilities(edit: Edit, requests: Sequence[EditRequest]) -> None:
     """Note in an edit the probability of each of its targets, in the order of its requests."""
     base: Any = edit.base
+    if not requests:
+        return
     with edit:
         found = target_probabilities(base, requests)
     edit.note(**{TARGET_PROBABILITIES: found})

@@ -1,0 +1,1 @@
+"""Edits of how the next token is chosen (DoLa, DeCo)."""

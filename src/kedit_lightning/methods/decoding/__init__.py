@@ -1,0 +1,1 @@
+"""Decoding by the layers of the model itself: DoLa, DeCo."""
