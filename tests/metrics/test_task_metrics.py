@@ -270,6 +270,36 @@ def test_a_passage_goes_on_behind_its_first_sentence():
     assert passage["text"] != passage["passage"]
 
 
+def test_aliases_under_both_scorings_worked_out_by_hand():
+    """A model that says "yes" and no more; EasyEdit scores the first alias, token by token."""
+    base = BaseModel(*scripted_model({"Is it so:": " yes"}), name="scripted")
+    probes = [
+        Probe("rewrite", "Is it so:", ("yoo", "yes")),  # the blank and y of four tokens
+        Probe("rephrase", "Is it so:", ("yes", "no")),
+        Probe("portability", "Is it so:", ("no", "yes"), "aliases"),
+        Probe("locality", "Is it so:", ("yoo",), "near"),
+    ]
+
+    def scored(protocol, metrics):
+        readings = Reader(base, protocol).base_readings(probes)
+        records = [
+            probe(p.kind, p.group, r, r, answers=p.answers)
+            for p, r in zip(probes, readings, strict=True)
+        ]
+        return metrics.from_records([example("1", records)]).compute()
+
+    plain = replace(SHORT, max_new_tokens=8)
+    legacy = scored(replace(plain, scoring="legacy_easyedit"), LegacyEasyEdit)
+    assert (legacy["rewrite_acc"], legacy["rephrase_acc"]) == (0.5, 1.0)
+    assert legacy["portability/aliases_acc"] == pytest.approx(1 / 3)  # the blank of three
+    assert legacy["locality/near_acc"] == 1.0  # unchanged, not right
+    scores = scored(plain, EditMetrics)
+    assert scores["rewrite/tf_tok"] == 0.5
+    for kind in ("rewrite", "rephrase", "portability"):  # any alias is an answer
+        assert [scores[f"{kind}/{name}"] for name in ("tf_all", "gen_em", "gen_f1")] == [1.0] * 3
+    assert scores["rewrite/inflation"] == 0.5 - 1.0
+
+
 def test_passages_do_not_depend_on_order_batch_padding_or_neighbours():
     base = tiny_base("llama", max_position_embeddings=130)
     # The window has room for all of the short prompt's answer, and not for the long one's.
