@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, TypeAlias, get_args
 
+from kedit_lightning.character_forms import trimmed
 from kedit_lightning.errors import InvalidRequestError
 
 #: ``passage``: the answer is a passage, in words. ``characters``: a sentence, character by
@@ -26,7 +27,8 @@ class ProbeTask:
         name: The task.
         label: The sentiment that is wished; or the name of the test that the probe is part of.
         together: Whether any or all questions of a test must be answered for it to pass.
-        against: Answers that should no longer be given.
+        against: Answers that should no longer be given, or become less likely; white space at
+            their edges is dropped.
         condition: The probe is asked for one thing only: a test counts where the base model answers
             its conditions. No other metric scores it.
         apart: Only metrics of the task score the probe.
@@ -46,7 +48,7 @@ class ProbeTask:
         if self.name not in get_args(TaskName):
             rule = f"must be one of {', '.join(get_args(TaskName))}"
             raise InvalidRequestError(f"field 'task' of a probe {rule}, got {self.name!r}")
-        object.__setattr__(self, "against", tuple(self.against))
+        object.__setattr__(self, "against", tuple(map(trimmed, self.against)))
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, without those that are as usual.

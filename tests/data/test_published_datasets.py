@@ -308,7 +308,11 @@ def test_each_dataset_names_the_task_of_its_probes(tmp_path: Path) -> None:
     assert forget["retained"] == {ProbeTask("retain")}
     for sentiment in ("positive", "negative"):
         opinion = of("KnowEdit", "convsent.json", sentiment=sentiment)
-        assert opinion["rewrite"] == opinion["rephrase"] == {ProbeTask("opinion", sentiment)}
+        others = {"positive": "It is too loud.", "negative": "I love its lights."}
+        (task,) = opinion["rewrite"]
+        assert opinion["rephrase"] == {task}
+        assert task is not None
+        assert (task.label, task.against[0]) == (sentiment, others[sentiment])
     facets = of("HalluEditBench", "hallueditbench.csv")
     assert facets["yes"] == facets["reversed_relation"] == {ProbeTask("form")}
     assert facets["3hop"] == {ProbeTask("hop")}

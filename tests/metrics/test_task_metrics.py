@@ -124,8 +124,8 @@ def test_rouge_agrees_with_a_slow_reference():
     ],
 )
 def test_an_opinion_is_likelier_than_its_opposite_and_on_the_topic(new, old, before, expected):
-    readings = {"log_prob": new, "contrast_log_prob": old}
-    record = of(ProbeTask("opinion", "positive"), base={"log_prob": before}, after=readings)
+    readings = {"answers_log_prob": new, "against_log_prob": old}
+    record = of(ProbeTask("opinion"), base={"answers_log_prob": before}, after=readings)
     assert OpinionSuccess.read(record) == pytest.approx(expected)
 
 
@@ -232,6 +232,26 @@ def test_the_rule_of_squad_reaches_the_tests():
 def test_an_unknown_task_is_named():
     with pytest.raises(InvalidRequestError, match=r"must be one of passage, .* got 'pasage'"):
         ProbeTask("pasage")
+
+
+def test_opinions_are_read_over_all_their_sentences():
+    base = tiny_base("llama")
+    task = ProbeTask("opinion", "positive", against=("I hate it.", "It is dull", "No."))
+    asked = Probe("rewrite", "Amber Falls lies", ("I love it.", "It is fine"), task=task)
+    (reading,) = Reader(base, SHORT).base_readings([asked])
+
+    def mean(texts):
+        rows = base.rows([asked.prompt] * len(texts), [*texts])
+        tokens = base.answer_log_probs(rows).sum(1) / rows.answer_mask.sum(1)
+        return tokens.mean().item()
+
+    assert reading["answers_log_prob"] == pytest.approx(mean(asked.answers), abs=1e-9)
+    assert reading["against_log_prob"] == pytest.approx(mean(task.against), abs=1e-9)
+    fewer = replace(asked, task=replace(task, against=("No.",)))
+    (other,) = Reader(base, SHORT).base_readings([fewer])
+    assert other["against_log_prob"] == pytest.approx(mean(["No."]), abs=1e-9)
+    forget = replace(asked, task=ProbeTask("forget", against=("No.",)))
+    assert "against_log_prob" not in Reader(base, SHORT).base_readings([forget])[0]
 
 
 # What is measured -----------------------------------------------------------------------------

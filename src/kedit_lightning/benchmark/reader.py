@@ -42,7 +42,10 @@ Rows: TypeAlias = dict[Source, list[ForcedRow]]
 Values: TypeAlias = dict[tuple[ForcedRow, Compute], Value]
 
 #: Sources whose rows share forward passes.
-_PASSES: tuple[tuple[Source, ...], ...] = (("answer", "answers", "contrast"), ("continuation",))
+_PASSES: tuple[tuple[Source, ...], ...] = (
+    ("answer", "answers", "contrast", "against"),
+    ("continuation",),
+)
 
 
 class Reader:
@@ -139,7 +142,8 @@ class Reader:
     def _cache_key(self, probe: Probe) -> str:
         added = {m.name for m in self._measured(probe)}.difference(built_in(probe.kind))
         local = probe.kind == "locality"
-        return key_of(local, probe.prompt, probe.answers, probe.contrast, *sorted(added))
+        against = probe.task.against if probe.task and self._has(probe, "against") else ()
+        return key_of(local, probe.prompt, probe.answers, probe.contrast, *sorted(added), *against)
 
     # ---- forward passes
 
@@ -221,7 +225,7 @@ class Reader:
                 values[row, measurement.compute] for row in rows.get(measurement.source, ())
             ]
             if by_row:
-                reading[measurement.name] = max(by_row)
+                reading[measurement.name] = measurement.together(by_row)
             elif measurement.source in long:
                 reading[measurement.name] = long[measurement.source]
         return cast(ProbeReading, {**reading, "text": text})
@@ -239,11 +243,13 @@ class Reader:
         """Rows of a probe by source; that of ``text``, the continuation, only where measured."""
         accepted = [ForcedRow(edit, encode(probe.prompt, answer)) for answer in probe.answers]
         contrast = [probe.contrast] if probe.contrast else []
+        against = probe.task.against if probe.task and self._has(probe, "against") else ()
         continued = self._has(probe, "continuation")
         return {
             "answer": accepted[:1],
             "answers": accepted,
             "contrast": [ForcedRow(edit, encode(probe.prompt, answer)) for answer in contrast],
+            "against": [ForcedRow(edit, encode(probe.prompt, answer)) for answer in against],
             "continuation": [self._continuation(edit, probe, text, compare)] if continued else [],
         }
 

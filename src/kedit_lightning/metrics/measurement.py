@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from statistics import fmean
 from typing import Any, Literal, TypeAlias
 
 from torch import Tensor
@@ -24,13 +25,21 @@ from kedit_lightning.requests import ProbeKind
 #: A value as JSON holds it.
 Value: TypeAlias = float | bool | str | list[int] | list[float] | None
 #: The tokens that are fed to the model: the preferred ``answer``; each of the accepted ``answers``,
-#: of which the largest value counts; the ``contrast``; or the base model's own greedy
-#: ``continuation`` of the prompt. ``text`` is a free generation up to the end of its first
-#: sentence, ``passage`` one that may be as long as a passage, ``sample`` one
-#: whose tokens are drawn with a seed. What is measured of a ``record`` is
-#: computed from the texts in it, such as by a judge.
+#: of which the largest value counts; the ``contrast``; those that the task is ``against``; or the
+#: base model's own greedy ``continuation`` of the prompt. ``text`` is a free generation up to the
+#: end of its first sentence, ``passage`` one that may be as long as a passage, ``sample`` one whose
+#: tokens are drawn with a seed. What is measured of a ``record`` is computed from the texts in it,
+#: such as by a judge.
 Source: TypeAlias = Literal[
-    "answer", "answers", "contrast", "continuation", "text", "passage", "sample", "record"
+    "answer",
+    "answers",
+    "contrast",
+    "against",
+    "continuation",
+    "text",
+    "passage",
+    "sample",
+    "record",
 ]
 
 
@@ -70,6 +79,8 @@ class Measurement:
     source: Source  # the tokens of the forward pass that it is computed from
     #: Function from a forward pass to one value a row; unused for texts and records.
     compute: Callable[[ForwardPass], Sequence[Value]] = lambda forward: []
+    #: Value of several rows, such as of all accepted answers.
+    together: Callable[[Sequence[Any]], Value] = max
 
     def of(self, reading: Mapping[str, object]) -> Any:
         """The value in a reading, such as ``probe["after"]``; ``None`` where it has none."""
@@ -102,6 +113,10 @@ TF_ALL = Measurement(
 #: Mean log-probability of the tokens of the preferred answer, and of the contrast.
 LOG_PROB = Measurement("log_prob", "answer", _log_prob)
 CONTRAST_LOG_PROB = Measurement("contrast_log_prob", "contrast", _log_prob)
+#: Mean over the accepted answers of the mean log-probability of their tokens; the same of the
+#: answers that the task is against.
+ANSWERS_LOG_PROB = Measurement("answers_log_prob", "answers", _log_prob, fmean)
+AGAINST_LOG_PROB = Measurement("against_log_prob", "against", _log_prob, fmean)
 #: Greedy free generation up to the model's own stop, where the protocol generates.
 TEXT = Measurement("text", "text")
 #: Greedy free generation with room for a passage, of probes whose answer is one.

@@ -124,12 +124,12 @@ class KnowEdit(EditDataModule):
     def _opinion(self, fields: Fields, id: str) -> EditExample:
         wished, other = ("pos", "neg") if self.sentiment == "positive" else ("neg", "pos")
         subject = fields.text("ent")
-        answers, contrast = fields.required_texts(wished), fields.required_texts(other)[0]
+        answers, others = fields.required_texts(wished), fields.required_texts(other)
         prompts = [question.replace("{}", subject) for question in _OPINIONS]
-        request = EditRequest(prompts[0], answers[0], subject, contrast, id)
-        task = ProbeTask("opinion", self.sentiment)
-        probes = [Probe("rewrite", prompts[0], answers, "", contrast, task=task)]
-        probes += [Probe("rephrase", p, answers, "", contrast, task=task) for p in prompts[1:]]
+        request = EditRequest(prompts[0], answers[0], subject, others[0], id)
+        task = ProbeTask("opinion", self.sentiment, against=tuple(others))
+        probes = [Probe("rewrite", prompts[0], answers, "", others[0], task=task)]
+        probes += [Probe("rephrase", p, answers, "", others[0], task=task) for p in prompts[1:]]
         if (topic := fields.optional_text("other_topic")) not in (None, subject):
             asked = prompts[0].replace(subject, str(topic))
             probes.append(Probe("locality", asked, (), "other_topic"))

@@ -101,13 +101,13 @@ def mentions(text: str, answers: Sequence[str]) -> bool:
 def edit_success(new: float, old: float, new_before: float) -> float:
     """Success of an edited opinion: how much likelier it is than the other, and still on topic.
 
-    ``sigmoid(new - old) * min(1, exp(new - new_before))`` of mean log-probabilities of tokens: of
-    the wished answer, of the other one, and of the wished answer before the edit.
+    ``sigmoid(new - old) * min(1, exp(new - new_before))`` of mean log-probabilities: of the
+    wished answers, of the others, and of the wished answers before the edit.
 
     >>> edit_success(-1.0, -1.0, -2.0), round(edit_success(-3.0, -9.0, -2.0), 4)
     (0.5, 0.367)
 
-    Source: Mitchell et al. 2022 (SERAC, arXiv 2206.06520), with one pair of answers.
+    Source: Mitchell et al. 2022 (SERAC, arXiv 2206.06520).
     """
     ahead = new - old
     likelier = math.exp(min(0.0, ahead)) / (1.0 + math.exp(-abs(ahead)))  # the sigmoid

@@ -9,9 +9,9 @@ from kedit_lightning.metrics.example_record import ProbeReading, ProbeRecord
 from kedit_lightning.metrics.functional.passage_match import edit_success, mentions
 from kedit_lightning.metrics.functional.text_match import generation_contains
 from kedit_lightning.metrics.measurement import (
-    CONTRAST_LOG_PROB,
+    AGAINST_LOG_PROB,
+    ANSWERS_LOG_PROB,
     JUDGED,
-    LOG_PROB,
     SENTIMENT,
     TEXT,
 )
@@ -26,23 +26,23 @@ from kedit_lightning.metrics.scores.case_mean import ProbeMean
 class OpinionSuccess(ProbeMean):
     """Success of an edited opinion, teacher-forced: likelier than its opposite, and on the topic.
 
-    The sigmoid of the difference between the mean log-probabilities of the wished and of the other
-    sentence, times the probability of the wished sentence after over before the edit, at most 1
-    (ES of ConvSent, Mitchell et al. 2022, with one pair of sentences a question). What an edit does
-    to opinions on another topic is ``locality/other_topic/kl`` (their DD).
+    The sigmoid of the difference between the mean log-probabilities of all sentences of the wished
+    and of the other sentiment, times the likelihood of the former after over before the edit, at
+    most 1; all means over tokens, then over sentences (ES of ConvSent, Mitchell et al. 2022). What
+    an edit does to opinions on another topic is ``locality/other_topic/kl`` (their DD).
     """
 
     name = "tf_es"
     kinds = ("rewrite", "rephrase")
     tasks = ("opinion",)
-    measurements = (LOG_PROB, CONTRAST_LOG_PROB)
+    measurements = (ANSWERS_LOG_PROB, AGAINST_LOG_PROB)
     is_share = True
 
     @classmethod
     def read(cls, probe: ProbeRecord) -> float | None:
         """The product."""
-        new, old = LOG_PROB.of(probe["after"]), CONTRAST_LOG_PROB.of(probe["after"])
-        before = LOG_PROB.of(probe["base"])
+        new, old = ANSWERS_LOG_PROB.of(probe["after"]), AGAINST_LOG_PROB.of(probe["after"])
+        before = ANSWERS_LOG_PROB.of(probe["base"])
         return None if None in (new, old, before) else edit_success(new, old, before)
 
 
