@@ -37,6 +37,8 @@ OWN_ROME_SETTINGS: dict[str, dict[str, Any]] = {
     # Its router scales experts down, so that values are small beside hidden states.
     "zaya": {"clamp": 100.0},
 }
+#: What the page of supported models says about all this.
+ABOUT = (tiny_decoders.LAYERS, SCALE, tiny_decoders.START, OWN_ROME_SETTINGS)
 #: Its subject comes last, since random attention carries little from one token to another, and
 #: its target is one token.
 REQUEST = EditRequest("The country of Amber Falls", "Italy", "Amber Falls")

@@ -283,12 +283,14 @@ def what_is_wrong(model: Any, layout: Layout, index: int) -> str:
     """
     block, path = layout.mlp_block(index), layout.write_path(index)
     down = model.get_submodule(block.writer)
-    if re.search("attn|attention|o_proj|q_proj|mixer.out", block.down.removeprefix(block.name)):
+    place = block.down.removeprefix(block.name)
+    mixer = re.search(r"(mixer|mamba)\.out_proj$", place) and len(block.projections) == 1
+    if re.search("attn|attention|o_proj|q_proj|mixer.out", place) and not mixer:
         return f"{block.down} belongs to attention"
     projection = find_module(model, block.down)
     experts = projection.experts.count if isinstance(projection, ExpertProjection) else 1
     width = projection_shape(projection)[0] // experts
-    if width not in _mlp_widths(model.config):
+    if width not in _mlp_widths(model.config) and not mixer:
         return f"{block.down} reads {width} values"
     at, vector, seen = 3, torch.linspace(-1, 1, WIDTH), []
 

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "model_support.md"
@@ -34,7 +34,9 @@ The write path says how a change of the down projection reaches the block's outp
 scaled copy (with its gain in the tiny model, which the configuration may set), or *normalised or
 gated*, so that no single factor describes it. In a mixture of experts, the dense layers and the
 shared experts are located, and in blocks without them the routed experts (`…experts.down_proj`,
-`…experts.mlp.w2`, `…output_linear.weight`), which FTM and the closed-form methods edit.
+`…experts.mlp.w2`, `…output_linear.weight`), which FTM and the closed-form methods edit. Where no
+block has an MLP of its own, these methods edit what state-space mixers write (`…mixer.out_proj`,
+`…mamba.out_proj`); other methods refuse.
 
 | model type | blocks | down projection | write path |
 |---|---|---|---|
@@ -69,10 +71,12 @@ TAKEN = """
 ## FT-M and ROME
 
 What the two do with one fact in a tiny random model of each type: {layers} blocks, matrices
-{scale:g} times as large as at their usual start, so that blocks matter. An edit *takes* if the
-target's logit rises by one standard deviation of all logits or to the top, if every logit is bit
-for bit what it was once the edit is rolled back, and if what ROME changes where it writes is within
-1 % of what it planned. Of {built} types that could be built {both} take both edits, {share:.1%}:
+{scale:g} times as large as at their usual start, so that blocks matter; projections that start at
+zero or at more than twice the usual standard deviation of {start:g} are brought to it before. An
+edit *takes* if the target's logit rises by one standard deviation of all logits or to the top, if
+every logit is bit for bit what it was once the edit is rolled back, and if what ROME changes where
+it writes is within 1 % of what it planned. All types have the same settings, but for ROME on {own}.
+Of {built} types that could be built {both} take both edits, {share:.1%}:
 
 {kinds}
 
@@ -132,12 +136,29 @@ def _outcome(kind: str, uptake: Uptake) -> str:
     return uptake.verdict + (f": {_cell(reason, 200)}" if reason else "")
 
 
-def taken(uptakes: Mapping[str, Sequence[Uptake]], layers: int, scale: float) -> str:
-    """The section about what ``edit_survey.uptakes`` gives for each type that could be built."""
+def taken(
+    uptakes: Mapping[str, Sequence[Uptake]],
+    layers: int,
+    scale: float,
+    start: float,
+    own: Mapping[str, Mapping[str, Any]],
+) -> str:
+    """The section about what ``edit_survey.uptakes`` gives for each type that could be built.
+
+    Args:
+        uptakes: What it gives, by type.
+        layers: Number of blocks of the models.
+        scale: How much larger than at their start matrices are.
+        start: Standard deviation that they usually start with.
+        own: Settings of ROME that single types need, by type.
+    """
+    named = [f"{kind} ({', '.join(f'{k} {v:g}' for k, v in own[kind].items())})" for kind in own]
     both = [k for k, pair in uptakes.items() if all(u.verdict == "takes" for u in pair)]
     text = TAKEN.format(
         layers=layers,
         scale=scale,
+        start=start,
+        own=" and ".join(named),
         built=len(uptakes),
         both=len(both),
         share=len(both) / len(uptakes),
@@ -198,7 +219,7 @@ def main() -> None:
         raise SystemExit(f"the page is not written, since location failed: {failed}")
     built = [finding.kind for finding in findings if finding.verdict != "not built"]
     uptakes = {kind: edit_survey.uptakes(kind) for kind in track(built, "Editing model types")}
-    section = taken(uptakes, tiny_decoders.LAYERS, edit_survey.SCALE)
+    section = taken(uptakes, *edit_survey.ABOUT)
     PAGE.write_text(page(findings, section), encoding="utf-8")
     print(f"wrote {PAGE}")
 

@@ -148,6 +148,7 @@ def test_a_change_of_earlier_tokens_is_noticed():
         ("bert", 1),
         ("gemma3", 1),  # a tower of vision beside the decoder
         ("jamba", 0),  # a dense layer of a mixture
+        ("mamba2", 1),  # what its mixer writes
         ("deepseek_v4", 1),  # four residual streams, and the expert that all tokens share
     ],
 )
@@ -162,6 +163,13 @@ def test_rome_edits_what_is_located(kind, layer):
     assert torch.equal(base.answer_logits(rows), before)
     assert during.isfinite().all()
     assert (during - before).abs().max() > 1e-3
+
+
+def test_statistics_of_mixers_are_those_of_what_they_write():
+    base = BaseModel(tiny_decoders.tiny_decoder("mamba"), tiny_tokenizer(bos=True))
+    edit = ROME(base, contexts=1, steps=2).edit(REQUESTS[:1])
+    assert find_statistics(base, "backbone.layers.0.mixer.out_proj") is not None
+    assert [*edit.deltas()] == ["backbone.layers.0.mixer.out_proj.weight"]
 
 
 def test_statistics_of_a_mixture_are_those_of_its_dense_layers():
@@ -228,12 +236,12 @@ def test_nearly_all_types_are_built():
 @pytest.mark.slow
 def test_what_is_refused_says_why():
     refused = {f.kind: f.reason for f in everything().values() if f.verdict == "refused"}
-    assert refused.keys() >= {"mamba", "mamba2"}
+    assert refused.keys() >= {"hrm_text", "xlnet"}
     assert not refused.keys() & {*FUSED}
-    assert len(refused) <= 10
+    assert len(refused) <= 5
     for kind, reason in refused.items():
         assert "IKE" in reason, kind
-        assert any(said in reason for said in ("has no dense MLP", "how many layers", "tied")), kind
+        assert any(said in reason for said in ("has no dense MLP", "how many layers")), kind
 
 
 @pytest.mark.slow
@@ -265,9 +273,9 @@ def test_nearly_all_types_take_ft_m_and_rome():
     built = [f.kind for f in everything().values() if f.verdict != "not built"]
     found = {kind: edit_survey.uptakes(kind) for kind in built}
     both = [kind for kind, pair in found.items() if {u.verdict for u in pair} == {"takes"}]
-    assert len(both) >= 0.88 * len(built), {kind: found[kind] for kind in built if kind not in both}
+    assert len(both) >= 0.95 * len(built), {kind: found[kind] for kind in built if kind not in both}
     taken = runpy.run_path(str(ROOT / "tools" / "model_support.py"))["taken"]
-    section = taken(found, tiny_decoders.LAYERS, edit_survey.SCALE)
+    section = taken(found, *edit_survey.ABOUT)
     written = (ROOT / "docs" / "model_support.md").read_text(encoding="utf-8")
     assert section == _section(written), "run tools/model_support.py"
 

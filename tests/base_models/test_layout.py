@@ -284,6 +284,47 @@ def test_a_mixer_of_tokens_is_no_mlp():
         Layout(model).block(0)
 
 
+@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+@pytest.mark.filterwarnings("ignore")
+def test_blocks_that_are_a_mixer_alone_are_edited_where_it_writes(family):
+    layout = Layout(tiny_decoder(family))
+    block = layout.mlp_block(-1)
+    assert layout.mlp_layers == (0, 1, 2)
+    assert block.down == block.writer == "backbone.layers.2.mixer.out_proj"
+    assert layout.write_path(-1).gain == pytest.approx(1.0)
+    for layer in (3, -4):
+        with pytest.raises(ModuleNotLocatedError, match="does not exist"):
+            layout.mlp_block(layer)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_mixer_is_left_alone_where_other_blocks_have_an_mlp():
+    layout = Layout(tiny_decoder("nemotron_h"))
+    assert layout.mlp_layers == (1, 3)
+    with pytest.raises(ModuleNotLocatedError, match="no dense MLP"):
+        layout.mlp_block(0)
+
+
+def test_attention_beside_an_mlp_that_is_not_found_is_no_mixer():
+    """Without the condition that a block is nothing else, attention would be edited."""
+    model = _model("llama")
+    for layer in model.model.layers:
+        layer.mlp = _Opaque(layer.mlp)
+    with pytest.raises(ModuleNotLocatedError, match="no dense MLP"):
+        Layout(model).mlp_block(1)
+
+
+class _Opaque(torch.nn.Module):
+    """An MLP whose matrices are no projections that are known."""
+
+    def __init__(self, mlp):
+        super().__init__()
+        self.up, self.down = (torch.nn.Parameter(m.weight) for m in (mlp.up_proj, mlp.down_proj))
+
+    def forward(self, x):
+        return (x @ self.up.T).relu() @ self.down.T
+
+
 def test_dense_blocks_of_a_mixture_say_what_the_model_is_like():
     layout = Layout(tiny_decoder("jamba"))
     assert [block.name[-1] for block in layout.dense_blocks] == ["0", "2"]
@@ -327,12 +368,22 @@ def test_unusual_blocks(family, down, inner, has_mlp):
     assert block.mlp == (down.rpartition(".")[0] if has_mlp else down)
 
 
-@pytest.mark.parametrize("family", ["mamba2", "nemotron_h", "hrm_text", "xlnet", "cpmant"])
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        ("mamba2", "a state-space mixer has none"),
+        ("nemotron_h", "a state-space mixer has none"),
+        ("hrm_text", "read 36 tokens where a text has 6, since it runs more than once"),
+        ("cpmant", "read 38 tokens where a text has 6"),
+        ("xlnet", "holds tokens before rows"),
+    ],
+)
 @pytest.mark.filterwarnings("ignore")
-def test_what_mixes_or_repeats_tokens_is_refused(family):
+def test_what_mixes_or_repeats_tokens_is_refused(family, reason):
     """State-space mixers, blocks that run several times, tokens that come before rows."""
-    with pytest.raises(ModuleNotLocatedError, match="that reads each token once"):
+    with pytest.raises(ModuleNotLocatedError, match="that reads each token once") as refusal:
         Layout(tiny_decoder(family)).block(0)
+    assert reason in str(refusal.value)
 
 
 def test_one_token_further_is_far_enough_to_be_a_mixer():

@@ -15,44 +15,25 @@ from functools import cached_property
 from itertools import takewhile
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from kedit_lightning.base_models.blocks import (
-    PROBE_TOKENS,
-    Block,
-    find_blocks,
-    read_probe,
-    removing,
-    text_config,
+from kedit_lightning.base_models.blocks import Block, find_blocks, text_config
+from kedit_lightning.base_models.location import (
+    MOVES,
+    LocatedParts,
+    locate_parts,
+    projection_inputs,
 )
-from kedit_lightning.base_models.mixture import no_dense_mlp, routed_block
+from kedit_lightning.base_models.mixture import no_dense_mlp, routed_block, shared_mlp
 from kedit_lightning.base_models.unembedding import find_final_norm
 from kedit_lightning.base_models.write_path import WritePath, measure_write_path
 from kedit_lightning.edits.expert_projection import ExpertProjection
 from kedit_lightning.edits.projections import (
-    as_rows,
     find_module,
-    first_tensor,
     projection_shape,
     projections_in,
-    with_first,
 )
 from kedit_lightning.errors import ModuleNotLocatedError
-
-#: Relative size above which a value counts as moved: in 8-bit kernels tokens touch each other.
-_MOVES = 5e-2
-
-
-def _beside(down: str, order: list[str]) -> list[str]:
-    """The projections that run before one and have the same owner.
-
-    Where each has an owner of its own, as in BERT, those that have the owner of the one before.
-    """
-    ran = order[: order.index(down)]
-    owners = {key.rpartition(".")[0]: None for key in (*ran[-1:], down)}
-    shared = [[key for key in ran if key.rpartition(".")[0] == owner] for owner in owners]
-    return shared[-1] or shared[0]
 
 
 class Layout:
@@ -68,7 +49,7 @@ class Layout:
         self._of_encoder = of_encoder
         self._described: dict[int, Block] = {}
         self._paths: dict[str, WritePath] = {}
-        self._structures: dict[Any, tuple[str, tuple[str, ...]] | None] = {}
+        self._structures: dict[Any, LocatedParts] = {}
 
     @cached_property
     def _found(self) -> tuple[str, nn.ModuleList]:
@@ -103,36 +84,43 @@ class Layout:
         Raises:
             ModuleNotLocatedError: No block has one.
         """
+        own = tuple(layers[0] for layers in self._sharing if len(layers) == 1)
+        if self._sharing and not own:
+            raise self._shared(self._sharing[0])
+        if not own:
+            self.block(0)  # raises
+        return own
+
+    @cached_property
+    def _sharing(self) -> list[list[int]]:
+        """Numbers of the blocks with a dense MLP; those that have one together stand together."""
         found: dict[int, list[int]] = {}
         for index in range(len(self)):
             with suppress(ModuleNotLocatedError):
                 down = self.model.get_submodule(self.block(index).down)
                 found.setdefault(id(next(down.parameters(), down)), []).append(index)
-        own = [layers[0] for layers in found.values() if len(layers) == 1]
-        if found and not own:
-            shared = [self.block_name(index) for index in next(iter(found.values()))]
-            raise ModuleNotLocatedError(
-                f"the blocks of model type '{self.model_type}' that have a dense MLP share it "
-                f"(weights are tied in '{shared[0]}' and '{shared[1]}'), so a change of one would "
-                "change others; use IKE or SERAC, which edit no weights"
-            )
-        if not own:
-            self.block(0)  # raises
-        return tuple(own)
+        return [*found.values()]
+
+    def _shared(self, layers: list[int]) -> ModuleNotLocatedError:
+        """What to raise about blocks that have one MLP together."""
+        return shared_mlp([self.block_name(index) for index in layers], self.model_type)
 
     @cached_property
     def mlp_layers(self) -> tuple[int, ...]:
         """Numbers of the blocks that methods for routed experts as well choose from.
 
-        Those with a dense MLP, or where no block has one those with routed experts.
+        Those with a dense MLP of their own, or where no block has one those with routed experts,
+        or else those that are a token mixer alone.
 
         Raises:
-            ModuleNotLocatedError: There are neither.
+            ModuleNotLocatedError: There are none of these.
         """
         with suppress(ModuleNotLocatedError):
             return self.dense_layers
-        routed = [i for i in range(len(self)) if self._routed(i) is not None]
-        return tuple(routed) or self.dense_layers  # raises
+        for described in (self._routed, self._mixer):
+            if layers := tuple(i for i in range(len(self)) if described(i) is not None):
+                return layers
+        return self.dense_layers  # raises
 
     @property
     def dense_blocks(self) -> tuple[Block, ...]:
@@ -205,31 +193,52 @@ class Layout:
             )
         index %= count
         if index not in self._described:
-            described = self._describe(self.block_name(index), self._found[1][index])
+            described = self._describe(index)
             if described is None:
                 name, routed = self.block_name(index), self._routed(index) is not None
-                raise no_dense_mlp(name, self.model_type, routed)
+                raise no_dense_mlp(name, self.model_type, self._parts(index).reason, routed)
             self._described[index] = described
         return self._described[index]
 
     def mlp_block(self, index: int) -> Block:
         """The block with a number, described by its routed experts if it has no dense MLP.
 
+        In a model without either it is described by its token mixer.
+
         Raises:
-            ModuleNotLocatedError: There is no such block, or it has neither.
+            ModuleNotLocatedError: There is no such block, it has none of these, or its MLP is that
+                of other blocks too.
         """
+        block = self._any_block(index)
+        for layers in self._sharing:
+            if len(layers) > 1 and index % len(self) in layers:
+                raise self._shared(layers)
+        return block
+
+    def _any_block(self, index: int) -> Block:
+        """The same, even where its MLP is that of other blocks too."""
         try:
             return self.block(index)
         except ModuleNotLocatedError:
-            routed = self._routed(index) if -len(self) <= index < len(self) else None
-            if routed is None:
+            count = len(self)
+            found = self._routed(index) if -count <= index < count else None
+            if found is None and -count <= index < count and index % count in self.mlp_layers:
+                found = self._mixer(index % count)
+            if found is None:
                 raise
-            return routed
+            return found
 
     def _routed(self, index: int) -> Block | None:
         """The block with a number and its routed experts, if it has any."""
         name, block = self.block_name(index % len(self)), self._found[1][index]
         return routed_block(name, block, self.hidden_size)
+
+    def _mixer(self, index: int) -> Block | None:
+        """The block with a number and its token mixer, if it is that alone."""
+        if (key := self._parts(index).mixer) is None:
+            return None
+        down = f"{self.block_name(index)}.{key}"
+        return Block(self.block_name(index), down, down, (down,))
 
     @cached_property
     def is_gated(self) -> bool:
@@ -256,11 +265,11 @@ class Layout:
         Raises:
             ModuleNotLocatedError: The block has none.
         """
-        block = self.mlp_block(index)
+        block = self._any_block(index)
         owner = self.model.get_submodule(block.name)
         mlp = {name.removeprefix(f"{block.name}.") for name in block.projections}
         matrices = projections_in(owner)
-        ran = self._inputs_of(matrices)
+        ran = projection_inputs(self.model, matrices)
         # A mixer that runs behind the MLP, as in Zamba, gives it nothing.
         before_mlp = takewhile(lambda key: key != block.down.removeprefix(f"{block.name}."), ran)
         matrices = {k: matrices[k] for k in before_mlp if k not in mlp}
@@ -269,9 +278,9 @@ class Layout:
             if projection_shape(matrices[key])[1] != self.hidden_size:
                 continue
             before = list(plain)[: list(plain).index(key)]
-            moved = self._inputs_of(matrices, change=before)[key]
+            moved = projection_inputs(self.model, matrices, before)[key]
             change = (moved - plain[key]).float().norm(dim=1)
-            if before and bool(change[-1] > _MOVES * plain[key].float().norm(dim=1)[-1]):
+            if before and bool(change[-1] > MOVES * plain[key].float().norm(dim=1)[-1]):
                 return f"{block.name}.{key}"
         raise ModuleNotLocatedError(
             f"block '{block.name}' has no projection that writes what attention has read for its "
@@ -280,69 +289,23 @@ class Layout:
 
     # ---- location by structure
 
-    def _describe(self, name: str, block: nn.Module) -> Block | None:
+    def _parts(self, index: int) -> LocatedParts:
+        """What the block with a number has; blocks in which projections are alike have the same."""
+        block = self._found[1][index]
         matrices = projections_in(block)
-        structure = tuple((key, type(m), projection_shape(m)) for key, m in matrices.items())
+        shapes = tuple((key, type(m), projection_shape(m)) for key, m in matrices.items())
+        structure = shapes, tuple(key for key, _ in block.named_children())
         if structure not in self._structures:
-            self._structures[structure] = self._locate(matrices)
-        located = self._structures[structure]
-        if located is None:
+            self._structures[structure] = locate_parts(self.model, block, self.hidden_size)
+        return self._structures[structure]
+
+    def _describe(self, index: int) -> Block | None:
+        name, parts = self.block_name(index), self._parts(index)
+        if parts.down is None:
             return None
-        down, inner = located
+        keys = (*parts.inner, parts.down)
         # What all of the MLP lies in: in OPT and BERT that is only the block itself.
-        nested = zip(*(key.split(".")[:-1] for key in (*inner, down)), strict=False)
+        nested = zip(*(key.split(".")[:-1] for key in keys), strict=False)
         owner = ".".join(part for part, *_ in takewhile(lambda p: len({*p}) == 1, nested))
-        projections = tuple(f"{name}.{key}" for key in (*inner, down))
-        return Block(name, projections[-1], f"{name}.{owner or down}", projections)
-
-    def _locate(self, matrices: dict[str, nn.Module]) -> tuple[str, tuple[str, ...]] | None:
-        """Names, inside the block, of its down projection and of the matrices before it."""
-        seen = self._inputs_of(matrices)
-        shapes = {key: projection_shape(matrices[key]) for key in seen}
-        hidden = self.hidden_size
-        writing = [key for key in reversed(seen) if shapes[key][1] == hidden]
-        for down in sorted(writing, key=lambda key: -shapes[key][0]):  # of equals the last to run
-            width = shapes[down][0]
-            beside = _beside(down, list(seen))
-            inner = [k for k in beside if shapes[k] in ((hidden, width), (hidden, 2 * width))]
-            if self._fed_by_token(down, beside, matrices, seen[down]):
-                return down, tuple(inner)
-        return None
-
-    def _inputs_of(
-        self, matrices: dict[str, nn.Module], change: Iterable[str] = ()
-    ) -> dict[str, Tensor]:
-        """Inputs of projections in the order they run, ``[tokens, d_in]`` each.
-
-        The output of those in ``change`` is changed for the first token.
-        """
-        seen: dict[str, Tensor] = {}
-
-        def note(key: str) -> Any:
-            def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-                rows = args[0].detach().reshape(-1, args[0].shape[-1])
-                seen[key] = torch.cat([seen[key], rows]) if key in seen else rows
-
-            return hook
-
-        def disturb(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            rows = as_rows(first_tensor(output), 1).clone()
-            noise = torch.randn(rows.shape[-1], generator=torch.Generator().manual_seed(0))
-            rows[:, 0] += 10 * (rows.std() + 1) * noise.to(rows)
-            return with_first(output, rows.reshape(first_tensor(output).shape))
-
-        handles = [m.register_forward_pre_hook(note(key)) for key, m in matrices.items()]
-        handles += [matrices[key].register_forward_hook(disturb) for key in change]
-        with removing(handles):
-            read_probe(self.model)
-        return seen
-
-    def _fed_by_token(
-        self, key: str, beside: list[str], matrices: dict[str, nn.Module], plain: Tensor
-    ) -> bool:
-        """Whether the matrices beside a projection feed it, each token from that token alone."""
-        if len(plain) != PROBE_TOKENS:
-            return False
-        moved = self._inputs_of({k: matrices[k] for k in (*beside, key)}, change=beside)[key]
-        moves = (moved - plain).float().norm(dim=1) > _MOVES * plain.float().norm(dim=1)
-        return bool(moves[0]) and not bool(moves[1:].any())
+        projections = tuple(f"{name}.{key}" for key in keys)
+        return Block(name, projections[-1], f"{name}.{owner or parts.down}", projections)

@@ -35,7 +35,7 @@ def routed_block(name: str, block: nn.Module, hidden: int) -> Block | None:
     return Block(name, down, owner, (down,), is_routed=True)
 
 
-def no_dense_mlp(name: str, model_type: str, is_routed: bool) -> ModuleNotLocatedError:
+def no_dense_mlp(name: str, model_type: str, reason: str, is_routed: bool) -> ModuleNotLocatedError:
     """What to raise about a block that has none, for methods that need one."""
     said = (
         f"block '{name}' of model type '{model_type}' has no dense MLP projection that reads each "
@@ -47,8 +47,18 @@ def no_dense_mlp(name: str, model_type: str, is_routed: bool) -> ModuleNotLocate
             "or a closed-form method, which edit experts, or IKE, which edits no weights"
         )
     return ModuleNotLocatedError(
-        f"{said} (a state-space mixer has none), so methods that edit one cannot be used on it; "
-        "use another block or model, or IKE, which edits no weights"
+        f"{said} ({reason}), so methods that edit one cannot be used on it; use another block or "
+        "model, or IKE, which edits no weights; where blocks are mixers alone, FTM and closed-form "
+        "methods edit what they write"
+    )
+
+
+def shared_mlp(blocks: Sequence[str], model_type: str) -> ModuleNotLocatedError:
+    """What to raise where blocks, by name, have one MLP together."""
+    return ModuleNotLocatedError(
+        f"the blocks of model type '{model_type}' that have a dense MLP share it (weights are tied "
+        f"in '{blocks[0]}' and '{blocks[1]}'), so a change of one would change others; use IKE or "
+        "SERAC, which edit no weights, or FTM or a closed-form method, which edit mixers"
     )
 
 

@@ -183,12 +183,17 @@ def estimate_from_few_samples(
 ) -> Path:
     """Estimate covariances from the small packaged text and write them to the cache.
 
-    They are those of all dense MLPs unless ``modules`` are given.
+    They are those of all dense MLPs, or of all mixers where blocks are that alone, unless
+    ``modules`` are given.
 
     It reads until there are 10 tokens a dimension and the relative standard error of every moment
     is below 5 %, or to the end of the text.
     """
-    collector = KeyCollector(base, modules or [b.down for b in base.layout.dense_blocks])
+    if modules is None:
+        layout = base.layout
+        blocks = [layout.mlp_block(layer) for layer in layout.mlp_layers]
+        modules = [block.down for block in blocks if not block.is_routed]
+    collector = KeyCollector(base, modules)
     texts = few_sample_texts()
     starts = range(0, len(texts), batch_size)
     for start in track(starts, description="Estimating key statistics", transient=True):

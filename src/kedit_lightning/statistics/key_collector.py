@@ -160,7 +160,8 @@ class KeyCollector:
 def keyed_projections(layout: Layout, routed: Collection[int]) -> list[str]:
     """Projections whose keys have statistics, in the order they run.
 
-    They are the down projections of all dense MLPs and, of the blocks in ``routed`` without one,
+    They are the down projections of all dense MLPs, or what mixers write where blocks are that
+    alone, and, of the blocks in ``routed`` without one,
     those of single experts: all experts of all blocks would be more than a model itself holds.
     """
     names: list[str] = []
