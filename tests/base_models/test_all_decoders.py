@@ -170,6 +170,11 @@ def test_statistics_of_mixers_are_those_of_what_they_write():
     edit = ROME(base, contexts=1, steps=2).edit(REQUESTS[:1])
     assert find_statistics(base, "backbone.layers.0.mixer.out_proj") is not None
     assert [*edit.deltas()] == ["backbone.layers.0.mixer.out_proj.weight"]
+    rows = base.rows(["The Eiffel Tower is in the city of"], ["Rome"])
+    with edit:
+        during = base.answer_logits(rows)
+    written = BaseModel(edit.materialise(), tiny_tokenizer(bos=True))
+    torch.testing.assert_close(written.answer_logits(rows), during, atol=1e-4, rtol=1e-4)
 
 
 def test_statistics_of_a_mixture_are_those_of_its_dense_layers():

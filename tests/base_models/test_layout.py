@@ -307,7 +307,7 @@ def test_a_mixer_is_left_alone_where_other_blocks_have_an_mlp():
 
 def test_attention_beside_an_mlp_that_is_not_found_is_no_mixer():
     """Without the condition that a block is nothing else, attention would be edited."""
-    model = _model("llama")
+    model = _model("llama", head_dim=4)  # queries are narrower than hidden states
     for layer in model.model.layers:
         layer.mlp = _Opaque(layer.mlp)
     with pytest.raises(ModuleNotLocatedError, match="no dense MLP"):

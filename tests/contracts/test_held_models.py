@@ -23,6 +23,7 @@ METHODS = {
     "MEND": {"checkpoint": "none", "edit_lr": 1.0},
     "GRACE": {"radius": 1e-2, "steps": 10},
     "IKE": {"pool": POOL, "demonstrations": 1},
+    "LoRA": {"lr": 1e-2, "steps": 10, "dropout": 0.0},
 }
 #: Cells of the fast tier: most ways to hold a model once, each method at least once.
 FAST = {
@@ -33,6 +34,7 @@ FAST = {
     ("8 bit", "FTM"),
     ("4 bit", "FTM"),
     ("torchao", "MEND"),
+    ("torchao", "LoRA"),
     ("quanto", "FTM"),
     ("peft", "FTM"),
     ("tied", "MEMIT"),
@@ -47,7 +49,7 @@ def _no_process_group():
 
 
 #: torch compiles anew whenever the stack changes, which takes minutes, so two kinds of hook do.
-COMPILED = {"FTM", "IKE"}
+COMPILED = {"FTM", "LoRA"}
 CELLS = [
     pytest.param(how, method, marks=() if (how, method) in FAST else pytest.mark.slow)
     for how in HELD

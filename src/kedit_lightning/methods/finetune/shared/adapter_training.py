@@ -13,6 +13,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import cast_adapter_dtype
 from torch import Tensor, nn
 
+from kedit_lightning.edits.compilation import uncompiled
 from kedit_lightning.edits.projections import base_layer, is_transposed
 from kedit_lightning.edits.weight_storage import loaded
 from kedit_lightning.errors import UnsupportedUseError
@@ -57,6 +58,7 @@ class Projections(nn.Module):
         # What peft asks a model whose weights are quantised.
         self.is_loaded_in_8bit = bool(getattr(model, "is_loaded_in_8bit", False))
         self.is_loaded_in_4bit = bool(getattr(model, "is_loaded_in_4bit", False))
+        self.hf_quantizer = getattr(model, "hf_quantizer", None)
 
 
 def place_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
@@ -129,7 +131,7 @@ def adapter_training(
         layers: dict[str, Any] = dict(zip(names, projections.children(), strict=True))
         for layer in layers.values():
             layer.lora_dropout.train()
-        with standing_in(model, layers):
+        with standing_in(model, layers), uncompiled():
             yield TrainedAdapter(wrapped, layers)
 
 
