@@ -216,8 +216,9 @@ def tiny_decoder(kind: str, dtype: torch.dtype = torch.float32, scale: float = 4
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(tiny_config(kind)).to(dtype).eval()
     with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, (torch.nn.Linear, torch.nn.Embedding)):
+        tokens = model.get_input_embeddings()
+        for module in model.modules():  # embeddings of positions may be sines
+            if isinstance(module, torch.nn.Linear) or module is tokens:
                 spread = float(module.weight.std())
                 if spread > 2 * START:
                     module.weight.mul_(START / spread)

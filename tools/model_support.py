@@ -26,9 +26,9 @@ HEAD = """# Which models can be edited
 
 Module location goes by structure, not by names. This table says what it finds in a tiny random
 model of each of the {count} types that transformers {version} registers as causal language models:
-in {located} every block has an MLP that can be edited, in {partly} some blocks have one, {refused}
-are refused with a reason, and {unbuilt} could not be built as tiny models. Written by
-`python tools/model_support.py`; do not edit it by hand.
+in {located} every block has an MLP, experts or a mixer that can be edited, in {partly} some blocks
+have, {refused} are refused with a reason, and {unbuilt} could not be built as tiny models. Written
+by `python tools/model_support.py`; do not edit it by hand.
 
 The write path says how a change of the down projection reaches the block's output: added as a
 scaled copy (with its gain in the tiny model, which the configuration may set), or *normalised or
@@ -70,19 +70,21 @@ These may work; no tiny model of them runs on text alone.
 TAKEN = """
 ## FT-M and ROME
 
-What the two do with one fact in a tiny random model of each type: {layers} blocks, matrices
-{scale:g} times as large as at their usual start, so that blocks matter; projections that start at
-zero or at more than twice the usual standard deviation of {start:g} are brought to it before. An
-edit *takes* if the target's logit rises by one standard deviation of all logits or to the top, if
-every logit is bit for bit what it was once the edit is rolled back, and if what ROME changes where
-it writes is within 1 % of what it planned. All types have the same settings, but for ROME on {own}.
-Of {built} types that could be built {both} take both edits, {share:.1%}:
+{about}
 
 {kinds}
 
 | model type | FT-M | ROME |
 |---|---|---|
 """
+ABOUT = """\
+What the two do with one fact in a tiny random model of each type: {layers} blocks, matrices
+{scale:g} times as large as at their usual start, so that blocks matter; projections that start at
+zero or at more than twice the usual standard deviation of {start:g} are brought to it before. An
+edit *takes* if the target's logit rises by one standard deviation of all logits or to the top, if
+every logit is bit for bit what it was once the edit is rolled back, and if what ROME changes where
+it writes is within 1 % of what it planned. All types have the same settings, but for ROME on {own}.
+Of {built} types that could be built {both} take both edits, {share:.1%}:"""
 HELD = """
 ## Quantised and offloaded
 
@@ -154,7 +156,7 @@ def taken(
     """
     named = [f"{kind} ({', '.join(f'{k} {v:g}' for k, v in own[kind].items())})" for kind in own]
     both = [k for k, pair in uptakes.items() if all(u.verdict == "takes" for u in pair)]
-    text = TAKEN.format(
+    about = ABOUT.format(
         layers=layers,
         scale=scale,
         start=start,
@@ -162,8 +164,12 @@ def taken(
         built=len(uptakes),
         both=len(both),
         share=len(both) / len(uptakes),
-        kinds=textwrap.fill(f"{', '.join(both)}.", 100, break_on_hyphens=False),
     )
+    filled = (
+        textwrap.fill(words, 100, break_on_hyphens=False)
+        for words in (about, f"{', '.join(both)}.")
+    )
+    text = TAKEN.format(about=next(filled), kinds=next(filled))
     for kind, pair in uptakes.items():
         if kind not in both:
             text += f"| {kind} | {' | '.join(_outcome(kind, uptake) for uptake in pair)} |\n"
