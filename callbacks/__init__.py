@@ -5,6 +5,7 @@ if __name__ == "callbacks":  # a second copy of every class, unknown to the comm
 
 from kedit_lightning.benchmark import EditCallback
 
+from .ability_check import AbilityCheck
 from .causal_tracing import CausalTracing
 from .edit_saver import EditSaver
 from .edit_table import EditTable
@@ -17,6 +18,7 @@ from .training_report import TrainingReport
 from .wandb_table import WandbTable
 
 __all__ = [
+    "AbilityCheck",
     "CausalTracing",
     "EditSaver",
     "EditTable",

@@ -212,6 +212,7 @@ _OWN: dict[tuple[Kind, str], dict[str, tuple[str, str, str]]] = {
         "ZsRE": ("knowledge.zsre", "zsre", "MEND's records and KnowEdit's"),
     },
     ("callback", "callbacks"): {
+        "AbilityCheck": ("ability_check", "", "tasks of lm-eval before and after edits"),
         "CausalTracing": ("causal_tracing", "", "heat maps of causal traces"),
         "EditSaver": ("edit_saver", "", "saves edits as they are computed"),
         "EditTable": ("edit_table", "", "a table of edits that grows during a run"),

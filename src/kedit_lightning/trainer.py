@@ -197,14 +197,14 @@ class EditTrainer(Trainer):
         arguments = (model, dataloaders, ckpt_path, False, datamodule, weights_only)
         given, found, rows = self.protocol, list[Any](), list[Any]()
         try:
-            for self.protocol, *where in orders_of(given, datamodule, output, resume):
-                with self._running("test", model, datamodule, ckpt_path, *where, verbose) as method:
+            for self.protocol, own, again in orders_of(given, datamodule, output, resume):
+                run = self._running("test", model, datamodule, ckpt_path, own, again, verbose)
+                with run as method:
                     found += super().test(*arguments)
                 rows.append(method.summary)
         finally:
             self.protocol = given
-        if self.is_global_zero:
-            tell_spread(rows, output if resume is None else resume, verbose)
+        tell_spread(rows, output if resume is None else resume, verbose)
         return found
 
     def edit(

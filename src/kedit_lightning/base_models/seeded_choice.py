@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 
-class SeededChoice(LogitsProcessor):  # type: ignore[misc]  # transformers has no types for it
+class SeededChoice(LogitsProcessor):
     """Draws the next token of each row from its ``k`` likeliest, and leaves no other choice.
 
     The draws start at the seed and the tokens of the row so far, without padding in front of it, so

@@ -70,7 +70,7 @@ class Canary:
         model's, mean over the tokens of a passage, in nats; ``kl_p95`` its 95th percentile.
         """
         readings = self._reader.readings(self._probes, self._base_readings)
-        kl = torch.tensor([float(reading["kl"]) for reading in readings], dtype=torch.float64)
+        kl = torch.tensor([reading["kl"] for reading in readings], dtype=torch.float64)
         return {
             "perplexity": self._perplexity(readings),
             "kl": kl.mean().item(),

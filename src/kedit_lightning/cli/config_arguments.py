@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from kedit_lightning.cli.messages import meant
+from kedit_lightning.cli.messages import UsageError, meant
 from kedit_lightning.errors import DataFileError, DataFileNotFoundError, ResumeError
 
 #: Options that mean yes without a value.
@@ -141,6 +141,25 @@ def with_flags(args: list[str]) -> list[str]:
         f"{arg}=true" if arg in _FLAGS and value not in ("true", "false") else arg
         for arg, value in pairs
     ]
+
+
+def with_ability(args: list[str]) -> list[str]:
+    """``--ability TASK,TASK`` as the callback that answers these tasks; its settings may follow.
+
+    >>> with_ability(["edit", "--ability", "arc_easy,own.yaml"])[1:]
+    ['--trainer.callbacks+=AbilityCheck', '--trainer.callbacks.tasks=["arc_easy", "own.yaml"]']
+    """
+    found, rest = list[str](), iter(args)
+    for arg in rest:
+        if arg != "--ability" and not arg.startswith("--ability="):
+            found.append(arg)
+            continue
+        tasks = arg.partition("=")[2] or next(rest, "")
+        if not tasks or tasks.startswith("--"):
+            raise UsageError("--ability needs tasks, such as --ability arc_easy,own.yaml")
+        names = json.dumps([name.strip() for name in tasks.split(",")], ensure_ascii=False)
+        found += ["--trainer.callbacks+=AbilityCheck", f"--trainer.callbacks.tasks={names}"]
+    return found
 
 
 def _saved_config(option: str, args: list[str]) -> Path | None:

@@ -49,6 +49,8 @@ options:
   --version       show the version
   -c NAME         a config: a file, or a packaged one such as methods/rome; several compose, and
                   options behind it override it
+  --ability TASKS of `edit`, and of `test` in sequential mode: tasks of lm-eval, or YAML files of
+                  your own, before and after the edits, paired by document
 
 examples:
   kedit edit -c methods/rome --model.base_model nano --data Requests \\

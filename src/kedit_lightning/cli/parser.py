@@ -25,6 +25,7 @@ from kedit_lightning.cli.base_model_arguments import check_trust, with_one_base_
 from kedit_lightning.cli.completion import completion_script
 from kedit_lightning.cli.config_arguments import (
     check_tree,
+    with_ability,
     with_all_prompts,
     with_config_files,
     with_flags,
@@ -145,7 +146,8 @@ class KEditCLI(LightningCLI):
             if self._typed[:1] == ["completion"]:
                 sys.stdout.write(completion_script(parser, self._typed[1:]))
                 raise SystemExit(0)
-            args = with_saved_config(with_config_files(with_flags(self._typed)))
+            args = with_ability(with_flags(self._typed))
+            args = with_saved_config(with_config_files(args))
             args = with_all_prompts(with_one_base_model(with_saved_method(args)))
         with warnings.catch_warnings():
             if own:

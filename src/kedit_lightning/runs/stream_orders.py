@@ -14,6 +14,7 @@ from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
@@ -75,6 +76,7 @@ def spreads(orders: Sequence[Sequence[SummaryRow]]) -> dict[str, Spread]:
     return found
 
 
+@rank_zero_only
 def tell_spread(
     orders: Sequence[Sequence[SummaryRow]], folder: str | Path | None, verbose: bool
 ) -> None:
