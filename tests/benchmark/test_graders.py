@@ -18,6 +18,7 @@ from kedit_lightning import EditExample
 from kedit_lightning.benchmark import Protocol, ProtocolRunner, RunContext, judge
 from kedit_lightning.benchmark.graders import Graders, sentiment_classifier
 from kedit_lightning.benchmark.judge import KEY_VARIABLE, Judge, Judgement, verdict
+from kedit_lightning.chat_turns import prompt_text
 from kedit_lightning.errors import BaseModelNotFoundError, UnsupportedUseError
 from kedit_lightning.metrics import EditMetrics
 
@@ -137,6 +138,15 @@ def test_an_endpoint_that_is_not_there_is_missing(monkeypatch):
     monkeypatch.setattr(judge, "_PAUSES", ())
     graders = Graders(Protocol(judge=Judge("big", "http://127.0.0.1:9/v1", timeout=1.0)), CPU)
     assert judged(graders, "in Rome")[0] == [None]
+
+
+def test_of_messages_the_question_is_judged(server):
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Where?"}]
+    record = example(
+        "1", [probe("rewrite", after={"text": "Rome"}) | {"prompt": prompt_text(turns)}]
+    )
+    Graders(Protocol(judge=Judge("big", server.url)), CPU).complete(record)
+    assert server.asked[0][2]["messages"][0]["content"].startswith("Question: Where?\n")
 
 
 def test_a_reply_that_is_no_verdict_is_missing(server):

@@ -13,6 +13,7 @@ from toys import Toy
 from kedit_lightning import BaseModel, Probe
 from kedit_lightning.benchmark import Protocol, Reader
 from kedit_lightning.errors import InvalidRequestError
+from kedit_lightning.methods.shared.row_lengths import probe_rows
 from kedit_lightning.metrics import (
     CharacterRouge,
     EditMetrics,
@@ -250,6 +251,8 @@ def test_opinions_are_read_over_all_their_sentences():
     fewer = replace(asked, task=replace(task, against=("No.",)))
     (other,) = Reader(base, SHORT).base_readings([fewer])
     assert other["against_log_prob"] == pytest.approx(mean(["No."]), abs=1e-9)
+    # Their lengths are checked before a run begins.
+    assert {row.answer for row in probe_rows(asked)} == {*asked.answers, *task.against}
     forget = replace(asked, task=ProbeTask("forget", against=("No.",)))
     assert "against_log_prob" not in Reader(base, SHORT).base_readings([forget])[0]
 
@@ -326,12 +329,11 @@ def test_passages_do_not_depend_on_order_batch_padding_or_neighbours():
     prompt = "The river Orrin runs past the mill and the house and the garden and the trees " * 2
     asked = [*ASKED, Probe("rephrase", prompt, ("Rome",), task=ProbeTask("passage"))]
     expected = None
-    for side in ("right", "left"):
-        for size, order in ((1, 1), (32, -1)):
-            base.padding_side = side
-            protocol = replace(SHORT, score_batch_size=size)
-            found = Reader(base, protocol, f"{side}{size}{order}").base_readings(asked[::order])
-            texts = [reading.get("passage") for reading in found[::order]]
-            expected = expected or texts
-            assert texts == expected
+    for side, size, order in (("right", 1, 1), ("left", 32, -1)):
+        base.padding_side = side
+        protocol = replace(SHORT, score_batch_size=size)
+        found = Reader(base, protocol, side).base_readings(asked[::order])
+        texts = [reading.get("passage") for reading in found[::order]]
+        expected = expected or texts
+        assert texts == expected
     assert len(set(expected)) == 5

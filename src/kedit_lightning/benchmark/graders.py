@@ -14,6 +14,7 @@ from kedit_lightning.benchmark.answer_cache import AnswersCache, key_of
 from kedit_lightning.benchmark.judge import Judge, Judgement, Respondent, respondent, verdict
 from kedit_lightning.benchmark.protocol import Protocol
 from kedit_lightning.cache_folder import cache_dir
+from kedit_lightning.chat_turns import question_in
 from kedit_lightning.edits.kinds.prompt.retriever import sentence_encoder
 from kedit_lightning.errors import BaseModelNotFoundError, UnsupportedUseError
 from kedit_lightning.metrics import ExampleRecord, ProbeReading, ProbeRecord
@@ -88,7 +89,9 @@ class Graders:
             text = PASSAGE.of(probe["after"]) or TEXT.of(probe["after"])
             wanted = probe["kind"] != "locality" and probe["answers"]
             if wanted and text is not None and scored_by(probe.get("task"), ()):
-                asked[index] = Judgement(probe["prompt"], tuple(probe["answers"]), text)
+                asked[index] = Judgement(
+                    question_in(probe["prompt"]), tuple(probe["answers"]), text
+                )
         cache, ask = self._verdicts
         keys = {item: key_of(*item) for item in asked.values()}
         missing = [item for item in keys if keys[item] not in cache.known]

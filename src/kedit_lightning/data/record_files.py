@@ -75,9 +75,8 @@ def _whole(path: Path) -> str:
 
 def _json_records(path: Path) -> Iterator[Record]:
     with _opened(path) as file:
-        beginning = next(
-            (text for part in iter(lambda: file.read(64), "") if (text := part.lstrip())), ""
-        )
+        pieces = (piece.lstrip() for piece in iter(lambda: file.read(64), ""))
+        beginning = next(filter(None, pieces), "")
     if beginning.startswith("["):
         yield from _list_records(path)
     elif beginning.startswith("{") and (text := _one_object(path)) is not None:

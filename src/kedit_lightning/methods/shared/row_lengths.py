@@ -70,6 +70,7 @@ def probe_rows(probe: Probe, before: str = "") -> list[RowText]:
     A question without an answer is asked freely.
     """
     answers = [*probe.answers, *([probe.contrast] if probe.contrast else [])]
+    answers += probe.task.against if probe.task else ()
     rows = [
         RowText(f"its {probe.kind} probe", put_before(before, probe.prompt), a) for a in answers
     ]
