@@ -22,7 +22,10 @@ KINDS = ("jamba", "nemotron_h", "lfm2_moe", "zamba2")
 #: Methods that change no weights of an MLP.
 FREE = ("DeCo", "DoLa", "ICE", "IKE", "MeLLo", "PROMPT", "SERAC")
 #: Methods that edit what a mixer writes where no block has an MLP of its own.
-MIXED = ("AlphaEdit", "EMMET", "FTL", "FTM", "LocFTBF", "MEMIT", "ROME", "RROME")
+MIXED = (
+    *("AdaLoRA", "AlphaEdit", "DPOEdit", "EMMET", "FTL", "FTM", "LoRA", "LocFTBF"),
+    *("MEMIT", "ROME", "RROME"),
+)
 #: What is refused, and a part of the reason.
 REFUSED = {
     ("nemotron_h", "PMET"): "no block of model type 'nemotron_h' has both attention",

@@ -10,8 +10,10 @@ from accelerate.hooks import remove_hook_from_submodules
 from held_models import offloaded_to_memory
 from peft import LoraConfig, LoraModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from support import FAMILIES, REQUESTS, tiny_base
+from support import FAMILIES, REQUESTS, tiny_base, tiny_tokenizer
+from tiny_decoders import tiny_decoder
 
+from kedit_lightning import BaseModel
 from kedit_lightning.errors import ModuleNotLocatedError, UnsupportedUseError
 from kedit_lightning.methods import LoRA
 from kedit_lightning.methods.finetune.shared.adapter_training import (
@@ -195,6 +197,26 @@ def test_settings_follow_the_base_model(monkeypatch):
     unknown.configure_model()
     assert unknown.settings.target_modules == ["fc1", "fc2"]  # those of the MLP
     assert unknown.edit(REQUESTS[:1]).origin.settings["steps"] == 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "targets"),
+    [
+        ("phimoe", ["k_proj", "o_proj", "q_proj", "v_proj"]),  # and not the router
+        ("mamba2", ["out_proj"]),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")  # what transformers says about tiny settings
+def test_models_without_a_dense_mlp_have_usual_targets_too(kind, targets):
+    base = BaseModel(tiny_decoder(kind), tiny_tokenizer(True))
+    rows = base.rows([REQUESTS[0].prompt], [REQUESTS[0].target_new])
+    before = base.answer_log_probs(rows)
+    lora = LoRA(base, lr=1e-2, steps=8, dropout=0.0)
+    with lora.edit(REQUESTS[:1]):
+        during = base.answer_log_probs(rows)
+    assert lora.settings.target_modules == targets
+    assert float(during[0].sum() - before[0].sum()) > 1.0
+    assert torch.equal(base.answer_log_probs(rows), before)
 
 
 def test_names_that_fit_nothing_are_refused():

@@ -42,7 +42,7 @@ class AdaLoRA(AdapterMethod):
         base_model: The model to edit: an object, a specification, or a name.
         target_modules: Ends of the names of the projections that get an adapter, such as
             ``q_proj``. When absent the published ones of a known model, or else those that peft
-            has for the model's type (mostly queries and values), or else those of the MLP.
+            has for the model's type (mostly queries and values), or else those that LoRA takes.
         layers: Blocks that get an adapter, negative numbers from the end; all when absent.
         rank: Rank of a projection on average, once training ends.
         initial_rank: Rank of every projection at first.

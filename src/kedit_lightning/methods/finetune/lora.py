@@ -42,7 +42,9 @@ class LoRA(AdapterMethod):
         base_model: The model to edit: an object, a specification, or a name.
         target_modules: Ends of the names of the projections that get an adapter, such as
             ``q_proj``. When absent the published ones of a known model, or else those that peft
-            has for the model's type (mostly queries and values), or else those of the MLP.
+            has for the model's type (mostly queries and values), or else those of the MLP; where
+            blocks have routed experts alone those of attention, and in state-space models what
+            the mixers write.
         layers: Blocks that get an adapter, negative numbers from the end; all when absent.
         rank: Rank of the adapter of each projection.
         alpha: Scale of the adapter, divided by its rank.

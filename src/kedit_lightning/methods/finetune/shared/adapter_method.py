@@ -17,7 +17,12 @@ from torch import Tensor
 from kedit_lightning.base_models import BaseModel
 from kedit_lightning.edits import AdapterEdit
 from kedit_lightning.edits.edit import check_finite
-from kedit_lightning.edits.projections import check_editable, projections_in
+from kedit_lightning.edits.projections import (
+    check_editable,
+    expert_projection,
+    projection_shape,
+    projections_in,
+)
 from kedit_lightning.errors import ModuleNotLocatedError, UnsupportedUseError, article_list
 from kedit_lightning.methods.capabilities import Count, Positive, Share
 from kedit_lightning.methods.finetune.shared.adapter_training import (
@@ -166,12 +171,24 @@ def usual_targets(base: BaseModel) -> Sequence[str]:
     """Ends of the names of the projections that get an adapter unless others are asked for.
 
     Those that peft has for the model's type, mostly of queries and values, else those of the MLP.
+    Where blocks have routed experts and no other MLP it is all of attention, and where they are
+    state-space mixers alone what these write.
     """
     known = LoraModel.target_module_mapping.get(base.model.config.model_type)
     if known is not None and not isinstance(known, str) and projections_fitting(base, known):
         return sorted(known)
-    names = (name for block in base.layout.dense_blocks for name in block.projections)
+    blocks = [base.layout.mlp_block(layer) for layer in base.layout.mlp_layers]
+    names = [name for block in blocks if not block.is_routed for name in block.projections]
+    if not names:
+        mixtures = (expert_projection(base.model, block.down) for block in blocks)
+        counts = {mixture.experts.count for mixture in mixtures if mixture is not None}
+        # Routers write a value for each expert.
+        names = [n for n in block_projections(base) if _width(base, n) not in counts]
     return sorted({name.rpartition(".")[2] for name in names})
+
+
+def _width(base: BaseModel, name: str) -> int:
+    return projection_shape(base.module(name))[1]
 
 
 def projections_fitting(base: BaseModel, targets: Sequence[str]) -> list[str]:
