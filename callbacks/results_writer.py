@@ -52,6 +52,7 @@ class ResultsWriter(EditCallback):
             records = list(folder.records())
             summary = summary_of(records, run.protocol, run.seed)
             folder.write_csv(records)
-            folder.write_text("report.html", html_report(facts, summary["scores"], records))
+            page = html_report(facts, summary["scores"], records, summary.get("retention"))
+            folder.write_text("report.html", page)
             # Last: with it a run counts as finished.
             folder.write_json("results.json", {**facts, **summary})

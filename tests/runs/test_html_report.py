@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from kedit_lightning.metrics import ExampleRecord
+from kedit_lightning.metrics.retention import Spread
 from kedit_lightning.runs import html_report as module
 from kedit_lightning.runs.html_report import html_report
 
@@ -82,3 +83,18 @@ def test_a_long_run_says_what_the_page_leaves_out(monkeypatch: pytest.MonkeyPatc
     text = html_report(FACTS, SCORES, [record(str(n), "a", "b") for n in range(5)])
     assert "results.csv has the other 3" in text
     assert text.count("data-kind=") == 2
+
+
+def test_a_stream_has_its_matrices_and_its_orders() -> None:
+    retention = {
+        "checkpoints": [1, 2, 5],
+        "scores": {"rewrite/tf_all": {"matrix": [[1.0, None, None], [1.0, 0.5, None],
+                                                 [0.125, 0.0, 0.75]]}},
+        "collapse": {"at": 5},
+    }  # fmt: skip
+    orders = {"final/rewrite/tf_all": Spread(0.5, 0.25, 0.375, 0.625, [0.375, 0.625])}
+    page = Page(html_report(FACTS, SCORES, [record("1", "a", "b")], retention, orders))
+    for text in ("3–5", "5 facts", "0.12", "0.75", "0.250", "0.625"):
+        assert text in page.text
+    assert "collapsed after 5 facts" in page.text
+    assert "stream" not in Page(html_report(FACTS, SCORES, [])).text

@@ -65,6 +65,7 @@ def test_orders_are_runs_of_their_own_and_can_be_continued(
     spread = json.loads((whole / "orders.json").read_text())["spread"]["final/rewrite/nll"]
     means = [content(f)["results"]["scores"]["final/rewrite/nll"]["mean"] for f in folders]
     assert spread["values"] == pytest.approx(means)
+    assert "several orders" in (whole / "report.html").read_text()
     assert spread["sd"] == pytest.approx(stdev(means)) != 0
     assert (spread["low"], spread["high"]) == pytest.approx((min(means), max(means)))
     assert [scores["final/rewrite/nll"] for scores in found] == pytest.approx(means, rel=1e-5)

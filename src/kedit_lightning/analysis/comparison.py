@@ -18,10 +18,11 @@ from kedit_lightning.errors import UnsupportedUseError
 from kedit_lightning.metrics import SummaryRow
 from kedit_lightning.metrics.functional.bootstrap import paired_difference, resampled_means
 from kedit_lightning.metrics.functional.paired_tests import bootstrap_p, holm, mcnemar
+from kedit_lightning.metrics.retention import Spread
 from kedit_lightning.metrics.scores.case_mean import Cases
 from kedit_lightning.runs.record_lines import read_lines
 from kedit_lightning.runs.results import read_results
-from kedit_lightning.runs.stream_orders import Spread, read_spreads
+from kedit_lightning.runs.stream_orders import read_spreads
 
 #: Facts of a run that must be equal for its numbers to stand beside another's.
 _COMPARED = (

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from kedit_lightning.analysis.comparison import Comparison, Difference
 from kedit_lightning.metrics import SummaryRow
-from kedit_lightning.runs.stream_orders import Spread
+from kedit_lightning.metrics.retention import Spread
 
 #: Pairs that a sentence names.
 _NAMED = 12

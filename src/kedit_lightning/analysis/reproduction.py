@@ -88,7 +88,9 @@ def reproduction(first: Path, second: Path, tolerance: float = 0.0) -> Reproduct
         for key in sorted(means[0].keys() | means[1].keys())
         if not _near(means[0].get(key), means[1].get(key), tolerance)
     ]
-    facts = [{k: v for k, v in run.items() if k not in ("scores", *_COSTS)} for run in runs]
+    # What a stream keeps is made of the same records as the scores.
+    apart = ("scores", "retention", *_COSTS)
+    facts = [{k: v for k, v in run.items() if k not in apart} for run in runs]
     return Reproduction(
         readings,
         rounded,

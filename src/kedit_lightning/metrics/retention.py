@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from statistics import harmonic_mean
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -39,6 +39,16 @@ COLLAPSE_REFERENCE = 100
 ENDS = 100
 
 _LATER = re.compile(r"(final|after_(\d+))/(.+)")
+
+
+class Spread(NamedTuple):
+    """A score over the orders of a stream: mean, sample standard deviation and bounds."""
+
+    mean: float
+    sd: float
+    low: float
+    high: float
+    values: list[float]
 
 
 def written_at(place: int, chunk_size: int, facts: int) -> int:

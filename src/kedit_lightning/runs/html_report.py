@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, PackageLoader
 
 from kedit_lightning.metrics import ExampleRecord
+from kedit_lightning.metrics.retention import PARTS, Spread
 from kedit_lightning.registry import entries
 from kedit_lightning.runs.results import is_headline, place_of_score
 
@@ -44,6 +45,8 @@ def html_report(
     facts: Mapping[str, Any],
     scores: Mapping[str, Mapping[str, Any]],
     records: Iterable[ExampleRecord],
+    retention: Mapping[str, Any] | None = None,
+    orders: Mapping[str, Spread] | None = None,
 ) -> str:
     """A page with the facts of a run, its scores with intervals, and every question and answer.
 
@@ -53,6 +56,8 @@ def html_report(
         facts: What ``results.json`` says of the run.
         scores: Its scores, ``mean``, ``low``, ``high`` and ``n`` by key.
         records: The scored examples.
+        retention: What a stream keeps, if it was asked at checkpoints.
+        orders: How scores spread over the orders of a stream, if it had several.
     """
     environment = Environment(
         loader=PackageLoader("kedit_lightning.runs", ""),
@@ -79,9 +84,28 @@ def html_report(
         title=f"{facts['method']['name']} on {facts['base_model']['name']}",
         scores=[row for row in rows if is_headline(row.key)],
         groups=[row for row in rows if not is_headline(row.key)],
+        stream=_stream(retention) if retention else None,
+        orders={key: spread for key, spread in (orders or {}).items() if is_headline(key)},
         examples=[_example(record) for record in every[:SHOWN]],
         left_out=max(0, len(every) - SHOWN),
     )
+
+
+def _stream(retention: Mapping[str, Any]) -> dict[str, Any]:
+    """Matrices of what was written, in other words too, and of what was to stay."""
+    checkpoints, scores = retention["checkpoints"], retention["scores"]
+    firsts = [1, *(last + 1 for last in checkpoints)]
+    ends = zip(firsts, checkpoints, strict=False)
+    keys = (next((key for key in names if key in scores), None) for names in PARTS)
+    return {
+        "cohorts": [str(last) if first == last else f"{first}–{last}" for first, last in ends],
+        "matrices": {
+            key: list(zip(checkpoints, scores[key]["matrix"], strict=True))
+            for key in keys
+            if key is not None
+        },
+        "collapse": retention["collapse"]["at"],
+    }
 
 
 def _plain_facts(facts: Mapping[str, Any]) -> dict[str, str]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any, NamedTuple
+from typing import Any
 
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_only
@@ -23,19 +23,12 @@ from kedit_lightning.data.datamodule import EditDataModule
 from kedit_lightning.edits.edit_file import write_atomically
 from kedit_lightning.errors import UnsupportedUseError
 from kedit_lightning.metrics import SummaryRow
+from kedit_lightning.metrics.retention import Spread
+from kedit_lightning.runs.html_report import html_report
+from kedit_lightning.runs.record_lines import read_lines
 
 #: The file that tells the spread, in the folder of the first order.
 SPREAD_FILE = "orders.json"
-
-
-class Spread(NamedTuple):
-    """A score over the orders of a stream: mean, sample standard deviation and bounds."""
-
-    mean: float
-    sd: float
-    low: float
-    high: float
-    values: list[float]
 
 
 def orders_of(
@@ -80,7 +73,7 @@ def spreads(orders: Sequence[Sequence[SummaryRow]]) -> dict[str, Spread]:
 def tell_spread(
     orders: Sequence[Sequence[SummaryRow]], folder: str | Path | None, verbose: bool
 ) -> None:
-    """Write the spread over several orders into the folder of the first one, and show it."""
+    """Write the spread over several orders into the folder and page of the first one; show it."""
     if len(orders) < 2:
         return
     found = spreads(orders)
@@ -94,6 +87,12 @@ def _write(folder: Path, found: Mapping[str, Spread]) -> None:
     content = {"spread": {key: spread._asdict() for key, spread in found.items()}}
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     write_atomically(folder / SPREAD_FILE, text.encode("utf-8"))
+    results, lines = folder / "results.json", folder / "results.jsonl"
+    if results.is_file():  # the page of the first order was written before the others had run
+        facts = json.loads(results.read_text(encoding="utf-8"))
+        records = read_lines(lines, lines.read_bytes())
+        page = html_report(facts, facts["scores"], records, facts.get("retention"), found)
+        write_atomically(folder / "report.html", page.encode("utf-8"))
 
 
 def read_spreads(folder: Path) -> dict[str, Spread]:
