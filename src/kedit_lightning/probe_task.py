@@ -13,9 +13,18 @@ from kedit_lightning.errors import InvalidRequestError
 #: character. ``opinion``: the answer should be of a sentiment. ``forget``: answers should no longer
 #: be given. ``retain``: what was known should stay so. ``ripple``: the probe is part of a test of
 #: several questions. ``form``: the fact is asked in another form. ``hop``: the question goes over
-#: several facts. ``doubt``: the answer is doubted.
+#: several facts. ``doubt``: the answer is doubted. ``choice``: right answers stand against wrong.
 TaskName: TypeAlias = Literal[
-    "passage", "characters", "opinion", "forget", "retain", "ripple", "form", "hop", "doubt"
+    "passage",
+    "characters",
+    "opinion",
+    "forget",
+    "retain",
+    "ripple",
+    "form",
+    "hop",
+    "doubt",
+    "choice",
 ]
 
 
@@ -27,7 +36,7 @@ class ProbeTask:
         name: The task.
         label: The sentiment that is wished; or the name of the test that the probe is part of.
         together: Whether any or all questions of a test must be answered for it to pass.
-        against: Answers that should no longer be given, or become less likely; white space at
+        against: Answers that should no longer be given, become less likely, or are wrong; white space at
             their edges is dropped.
         condition: The probe is asked for one thing only: a test counts where the base model answers
             its conditions. No other metric scores it.

@@ -203,6 +203,11 @@ _OWN: dict[tuple[Kind, str], dict[str, tuple[str, str, str]]] = {
             "texts",
             "plain text for key statistics: a file, a folder, or a hub data set, streamed",
         ),
+        "TruthfulQA": (
+            "knowledge.truthfulqa",
+            "truthfulqa",
+            "questions that people answer falsely, multiple choice and short",
+        ),
         "UnKE": ("knowledge.unke", "unke", "answers of about a hundred words"),
         "WikiBigEdit": (
             "knowledge.wikibigedit",
@@ -225,6 +230,9 @@ _OWN: dict[tuple[Kind, str], dict[str, tuple[str, str, str]]] = {
         "WandbTable": ("wandb_table", "", "a table of answers in Weights & Biases"),
     },
     ("metric", "metrics.scores"): {
+        "BestChoice": ("choices", "", "the best answer is more likely than every wrong one"),
+        "RightAbove": ("choices", "", "right answers that are more likely than every wrong one"),
+        "RightMass": ("choices", "", "probability of the right answers among all choices"),
         "AllWordings": ("generation_quality", "", "every wording of a question is answered"),
         "AnswerOverlap": (
             "generation_quality",

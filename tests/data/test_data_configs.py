@@ -27,6 +27,7 @@ CLASSES = {
     "mquake": "MQuAKE",
     "qaedit": "QAEdit",
     "rippleedits": "RippleEdits",
+    "truthfulqa": "TruthfulQA",
     "unke": "UnKE",
     "wikibigedit": "WikiBigEdit",
 }

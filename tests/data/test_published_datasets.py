@@ -54,6 +54,8 @@ READ: list[tuple[str, str, int, int, dict[str, int]]] = [
      {"rephrase": 2, "nq": 1, "neighborhood": 1, "long_form_subject": 2, "long_form_coupled": 2,
       "multi_hop": 1}),
     ("KnownFacts", "known_facts.json", 1, 1, {}),
+    ("TruthfulQA", "truthfulqa.json", 2, 2, {"choice": 2}),
+    ("TruthfulQA", "truthfulqa.csv", 2, 2, {"choice": 2}),
 ]  # fmt: skip
 IDS = [f"{dataset}-{file}" for dataset, file, *_ in READ]
 
@@ -98,6 +100,7 @@ NEEDED = {
     "AKEW-akew.json": ["requested_rewrite", "subject"],
     "LEME-leme.json": ["alt"],
     "KnownFacts-known_facts.json": ["attribute"],
+    "TruthfulQA-truthfulqa.json": ["question"],
 }
 BROKEN = [(i.split("-", 1)[0], i.split("-", 1)[1], path) for i, path in NEEDED.items()]
 

@@ -15,6 +15,7 @@ from kedit_lightning.benchmark import Protocol, Reader
 from kedit_lightning.errors import InvalidRequestError
 from kedit_lightning.methods.shared.row_lengths import probe_rows
 from kedit_lightning.metrics import (
+    BestChoice,
     CharacterRouge,
     EditMetrics,
     Forgotten,
@@ -28,6 +29,8 @@ from kedit_lightning.metrics import (
     PassageRouge2Recall,
     PassageRougeLRecall,
     Retained,
+    RightAbove,
+    RightMass,
     RippleTest,
     SentimentShift,
     SquadMetrics,
@@ -337,3 +340,46 @@ def test_passages_do_not_depend_on_order_batch_padding_or_neighbours():
         expected = expected or texts
         assert texts == expected
     assert len(set(expected)) == 5
+
+
+# ---- multiple choice
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "values"),
+    [
+        ([0.5, 0.2], [0.2, 0.1], (1.0, 0.7, 0.5)),
+        ([0.2, 0.5], [0.2, 0.1], (0.0, 0.7, 0.5)),
+        ([0.1], [0.3, 0.1], (0.0, 0.2, 0.0)),
+        ([0.4, 0.3], [0.1], (1.0, 0.875, 1.0)),
+    ],
+)
+def test_choices_by_hand(right, wrong, values):
+    found = {
+        f"{name}_log_probs": [math.log(p) for p in side]
+        for name, side in (("right", right), ("wrong", wrong))
+    }
+    record = of(ProbeTask("choice", apart=True), after=found)
+    read = [score.read(record) for score in (BestChoice, RightMass, RightAbove)]
+    assert read == pytest.approx(values)
+    assert BestChoice.read(of(ProbeTask("choice"))) is None
+
+
+def test_choices_are_the_log_probabilities_of_whole_answers_under_the_edit():
+    base = tiny_base("llama")
+    task = ProbeTask("choice", against=("Oslo", "the city of Rome"), apart=True)
+    probe = Probe("rewrite", "Q: Where?\nA:", ("Lyon in France", "Peru"), "choice", task=task)
+    other = replace(probe, task=replace(task, against=("Berlin",)))
+    reader = Reader(base, Protocol(generate=False))
+    readings = reader.base_readings([probe, other])
+    for asked, found in zip((probe, other), readings, strict=True):
+        for side, name in ((asked.answers, "right"), (asked.task.against, "wrong")):
+            for answer, value in zip(side, found[f"{name}_log_probs"], strict=True):
+                rows = base.rows([asked.prompt], [answer])
+                assert value == pytest.approx(float(base.answer_log_probs(rows).sum()))
+    with Toy(base_model=base).edit(REQUESTS[:1]):
+        edited = reader.readings([probe], readings[:1])[0]
+        rows = base.rows([probe.prompt], ["Peru"])
+        wanted = float(base.answer_log_probs(rows).sum())
+    assert edited["right_log_probs"][1] == pytest.approx(wanted)
+    assert edited["wrong_log_probs"] != readings[0]["wrong_log_probs"]

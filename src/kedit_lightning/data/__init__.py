@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from kedit_lightning.data.knowledge.qaedit import QAEdit
     from kedit_lightning.data.knowledge.requests_file import Requests
     from kedit_lightning.data.knowledge.rippleedits import RippleEdits
+    from kedit_lightning.data.knowledge.truthfulqa import TruthfulQA
     from kedit_lightning.data.knowledge.unke import EditEverything, UnKE
     from kedit_lightning.data.knowledge.wikibigedit import WikiBigEdit
     from kedit_lightning.data.knowledge.zsre import ZsRE
@@ -47,6 +48,7 @@ __all__ = [
     "Split",
     "TextBatch",
     "Texts",
+    "TruthfulQA",
     "UnKE",
     "WikiBigEdit",
     "ZsRE",

@@ -20,6 +20,11 @@ from kedit_lightning.metrics.scores.answers import (
     TokenMatch,
 )
 from kedit_lightning.metrics.scores.case_mean import CaseMean, Cases, ProbeMean, name_id
+from kedit_lightning.metrics.scores.choices import (
+    BestChoice,
+    RightAbove,
+    RightMass,
+)
 from kedit_lightning.metrics.scores.edit_cost import CostMean
 from kedit_lightning.metrics.scores.fluency import (
     FLUENCY_SCORES,
@@ -85,6 +90,7 @@ __all__ = [
     "AnswerOverlap",
     "AnyWording",
     "BaseKL",
+    "BestChoice",
     "CaseMean",
     "Cases",
     "CharacterRouge",
@@ -118,6 +124,8 @@ __all__ = [
     "ProbeRecord",
     "Repetition",
     "Retained",
+    "RightAbove",
+    "RightMass",
     "RippleTest",
     "RunOn",
     "SentimentShift",

@@ -92,6 +92,11 @@ def _log_prob(forward: ForwardPass) -> Any:
     return mean_log_prob(fed, forward.mask).tolist()
 
 
+def _sum_log_prob(forward: ForwardPass) -> Any:
+    fed = forward.log_probs.gather(-1, forward.ids[..., None])[..., 0]
+    return fed.masked_fill(~forward.mask, 0.0).sum(-1).tolist()
+
+
 def _top1(forward: ForwardPass) -> Any:
     rows = zip(forward.predicted, forward.mask, strict=True)
     return [ids[mask].tolist() for ids, mask in rows]
@@ -117,6 +122,10 @@ CONTRAST_LOG_PROB = Measurement("contrast_log_prob", "contrast", _log_prob)
 #: answers that the task is against.
 ANSWERS_LOG_PROB = Measurement("answers_log_prob", "answers", _log_prob, fmean)
 AGAINST_LOG_PROB = Measurement("against_log_prob", "against", _log_prob, fmean)
+#: Log-probabilities of whole answers, summed over their tokens: the accepted ones, and those that
+#: the task is against.
+RIGHT_LOG_PROBS = Measurement("right_log_probs", "answers", _sum_log_prob, list)
+WRONG_LOG_PROBS = Measurement("wrong_log_probs", "against", _sum_log_prob, list)
 #: Greedy free generation up to the model's own stop, where the protocol generates.
 TEXT = Measurement("text", "text")
 #: Greedy free generation with room for a passage, of probes whose answer is one.

@@ -21,6 +21,7 @@ from kedit_lightning.metrics.scores.answers import (
     SquadContains,
 )
 from kedit_lightning.metrics.scores.case_mean import ProbeMean
+from kedit_lightning.metrics.scores.choices import CHOICE_SCORES
 
 
 class OpinionSuccess(ProbeMean):
@@ -239,6 +240,7 @@ SQUAD_TASKS: dict[type[ProbeMean], type[ProbeMean]] = {
     RippleTest: SquadRippleTest,
 }
 TASK_SCORES: tuple[type[ProbeMean], ...] = (
+    *CHOICE_SCORES,
     OpinionSuccess,
     SentimentShift,
     Forgotten,
