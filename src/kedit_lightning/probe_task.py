@@ -36,8 +36,8 @@ class ProbeTask:
         name: The task.
         label: The sentiment that is wished; or the name of the test that the probe is part of.
         together: Whether any or all questions of a test must be answered for it to pass.
-        against: Answers that should no longer be given, become less likely, or are wrong; white space at
-            their edges is dropped.
+        against: Answers that should no longer be given, become less likely, or are wrong; white
+            space at their edges is dropped.
         condition: The probe is asked for one thing only: a test counts where the base model answers
             its conditions. No other metric scores it.
         apart: Only metrics of the task score the probe.
