@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
-import runpy
 
 import pytest
 import yaml
+from docs_pages import pages
+from method_pages import page as page_of
+from papers import PAPERS
 from places import ROOT
 
 from kedit_lightning.registry import entries
 
-TOOL = runpy.run_path(str(ROOT / "tools" / "method_pages.py"))
 METHODS = entries("method")
 PAGES = [ROOT / "docs" / "architecture.md", ROOT / "CONTRIBUTING.md", ROOT / "tools/nano/README.md"]
 #: A path from the root of the repository, with a folder, in backticks.
@@ -21,13 +22,13 @@ PATH = re.compile(
 
 
 def test_every_method_has_its_paper():
-    assert set(TOOL["PAPERS"]) == set(METHODS)
+    assert set(PAPERS) == set(METHODS)
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_page_has_paper_settings_config_and_command(name):
     entry = METHODS[name]
-    page = TOOL["page"](entry)
+    page = page_of(entry)
     assert page.startswith(f"# {name}\n")
     assert re.search(r"\[[^]]+\]\(https://arxiv\.org/abs/\d{4}\.\d{5}\)", page)
     config = yaml.safe_load(page.split("```yaml\n")[1].split("```")[0])
@@ -42,14 +43,14 @@ def test_a_page_has_paper_settings_config_and_command(name):
 
 
 def test_the_table_of_settings_has_defaults_and_words():
-    page = TOOL["page"](METHODS["ROME"])
+    page = page_of(METHODS["ROME"])
     assert re.search(
         r"^\| `contexts` \| int \| `\d+` \| Number of texts .+ \|$", page, re.MULTILINE
     )
 
 
 def test_every_metric_is_explained_on_a_page():
-    page = TOOL["pages"]()["metrics.md"]
+    page = pages()["metrics.md"]
     rows = dict(re.findall(r"^\| `(\S+)` \| (.+) \|$", page, re.MULTILINE))
     assert {entry.load().name for entry in entries("metric").values()} <= set(rows)
     assert {"rewrite", "locality", "edit/bytes"} <= set(rows)
@@ -70,7 +71,7 @@ def test_the_navigation_names_every_page():
     text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     named = set(re.findall(r"[\w./]+\.md\b", text))
     written = {str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")}
-    assert named == written | set(TOOL["pages"]())
+    assert named == written | set(pages())
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
