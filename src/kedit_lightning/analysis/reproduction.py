@@ -89,8 +89,8 @@ def reproduction(first: Path, second: Path, tolerance: float = 0.0) -> Reproduct
         if not _near(means[0].get(key), means[1].get(key), tolerance)
     ]
     # What a stream keeps is made of the same records as the scores.
-    apart = ("scores", "retention", *_COSTS)
-    facts = [{k: v for k, v in run.items() if k not in apart} for run in runs]
+    left_out = ("scores", "retention", *_COSTS)
+    facts = [{k: v for k, v in run.items() if k not in left_out} for run in runs]
     return Reproduction(
         readings,
         rounded,
