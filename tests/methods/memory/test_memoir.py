@@ -196,6 +196,7 @@ def test_masks_and_values_that_do_not_fit_are_refused():
 def test_the_layer_leaves_a_block_above_and_two_in_seven_features_are_active():
     base = tiny_base("llama")
     assert memoir_defaults(base).layer == 2
+    assert memoir_defaults(base).threshold == 0.6
     method = memoir(base)
     method.configure_model()
     assert method.settings.active == round(48 * 2 / 7)

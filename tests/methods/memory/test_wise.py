@@ -17,7 +17,7 @@ from kedit_lightning.errors import DataFileError, EditFileError
 from kedit_lightning.methods import WISE
 from kedit_lightning.methods.memory.shared.background import Background
 from kedit_lightning.methods.memory.shared.memory_passes import step_rows
-from kedit_lightning.methods.memory.wise import margin_loss, wise_defaults
+from kedit_lightning.methods.memory.wise import falling_rates, margin_loss, wise_defaults
 
 OTHERS = [text.split(".")[0] for text in TEXT]
 QUICK = {"steps": 6, "contexts": 0, "alpha": 0.5, "beta": 2.0, "gamma": 1.0}
@@ -112,13 +112,15 @@ def test_steps_see_each_bare_prompt_and_all_contexts_in_turn():
     assert step_rows(2, 3, 1).tolist() == [0, 3, 2, 4]
 
 
-def test_training_is_that_of_a_plain_loop_on_whole_passes():
+@pytest.mark.parametrize(("decay", "irrelevant"), [(None, None), (True, 12)])
+def test_training_is_that_of_a_plain_loop_on_whole_passes(decay, irrelevant):
     base = tiny_base("llama")
-    method = wise(base, steps=3, lr=0.5, stop_loss=0.0, mask_ratio=0.5)
+    given = {"decay": decay, "irrelevant": irrelevant}
+    method = wise(base, steps=3, lr=0.5, stop_loss=0.0, mask_ratio=0.5, **given)
     edit = method.edit([REQUESTS[0]])
     rows = base.rows([REQUESTS[0].prompt], [REQUESTS[0].target_new])
     end, answer = int(rows.prompt_end[0]), rows.answer_ids[0]
-    (prompts,) = Background(base, 0).of([REQUESTS[0]], 8)
+    (prompts,) = Background(base, 0, samples=irrelevant or 8).of([REQUESTS[0]], irrelevant or 8)
     module = edit.plan.module
     with torch.no_grad(), capture(base.model, [module]) as seen:
         keys = []
@@ -135,7 +137,7 @@ def test_training_is_that_of_a_plain_loop_on_whole_passes():
         return moved
 
     handle = base.module(module).register_forward_hook(add)
-    for _ in range(3):
+    for step in range(3):
         change.requires_grad_()
         logits = base.model(**rows.inputs).logits[0, end : end + len(answer)]
         nll = torch.nn.functional.cross_entropy(logits, answer)
@@ -143,9 +145,14 @@ def test_training_is_that_of_a_plain_loop_on_whole_passes():
         others = (irrelevant @ change.T).pow(2).sum(-1).clamp(min=1e-12).sqrt()
         loss = nll + margin_loss(relevant[None], others[None], 0.5, 2.0, 1.0)
         (gradient,) = torch.autograd.grad(loss, change)
-        change = (change.detach() - 0.5 * gradient * mask).clamp(-1, 1)
+        rate = 0.5 * (1 - step / 3) if decay else 0.5
+        change = (change.detach() - rate * gradient * mask).clamp(-1, 1)
     handle.remove()
     torch.testing.assert_close(edit.change, change, rtol=0, atol=1e-9)
+
+
+def test_a_falling_rate_starts_at_that_of_each_fact():
+    assert falling_rates(0.5, facts=20, steps=4) == [10.0, 7.5, 5.0, 2.5]
 
 
 # ---- what it leaves alone

@@ -58,6 +58,7 @@ class MEMOIRDefaults:
     layer: int
     steps: int = 70
     lr: float = 1.0
+    threshold: float = 0.6
     contexts: int = 10
 
 
@@ -69,7 +70,7 @@ class MEMOIRSettings(MethodSettings):
     steps: Count | None
     lr: Positive | None
     active: Count | None
-    threshold: PositiveShare
+    threshold: PositiveShare | None
     contexts: CountOrZero | None
     stop_loss: NotNegative
 
@@ -90,7 +91,8 @@ class MEMOIR(EditMethod):
         steps: Steps of plain gradient descent at most; 70 when absent, unless known otherwise.
         lr: Learning rate; 1 when absent, unless known otherwise for the model.
         active: Features in a mask; two in seven when absent, as published.
-        threshold: Overlap, as a share of a mask, from which on a prompt counts as a fact's.
+        threshold: Overlap, as a share of a mask, from which on a prompt counts as a fact's; 0.6
+            when absent, unless known otherwise for the model.
         contexts: Texts by the model that stand before prompts in training; 10 when absent, unless
             known otherwise for the model.
         stop_loss: Training ends below this loss.
@@ -107,7 +109,7 @@ class MEMOIR(EditMethod):
         steps: int | None = None,
         lr: float | None = None,
         active: int | None = None,
-        threshold: float = 0.6,
+        threshold: float | None = None,
         contexts: int | None = None,
         stop_loss: float = 0.02,
         seed: int | None = None,
@@ -135,7 +137,7 @@ class MEMOIR(EditMethod):
             )
         values = {n: getattr(resolved, n) for n in names}
         self.settings = settings = replace(settings, active=active, **values)
-        self.plan = OverlapPlan(module, active, settings.start, settings.threshold)
+        self.plan = OverlapPlan(module, active, settings.start, resolved.threshold)
         self._contexts = sample_contexts(
             self.base, resolved.contexts, settings.start, _LENGTHS if resolved.contexts else ()
         )

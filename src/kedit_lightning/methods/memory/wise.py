@@ -44,9 +44,8 @@ from kedit_lightning.requests import EditRequest
 
 #: Depth, as a share of the blocks, in models without published settings.
 USUAL_DEPTH = 0.84
-#: Lengths of the contexts, in tokens, and irrelevant prompts of a request.
+#: Lengths of the contexts, in tokens.
 _LENGTHS = (5, 10)
-_IRRELEVANT = 8
 
 
 @dataclass(frozen=True)
@@ -65,6 +64,8 @@ class WISEDefaults:
     shards_per_memory: int = 2
     mask_ratio: float = 0.2
     contexts: int = 10
+    irrelevant: int = 8
+    decay: bool = False
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,9 @@ class WISESettings(MethodSettings):
     retrieve: bool
     replay: CountOrZero
     contexts: CountOrZero | None
+    irrelevant: Count | None
     background: str | None
+    decay: bool | None
     stop_loss: NotNegative
 
 
@@ -137,7 +140,12 @@ class WISE(EditMethod):
         replay: Earlier facts of the shard that are trained along with new ones.
         contexts: Texts by the model that stand before prompts in training; 10 when absent, unless
             known otherwise for the model.
+        irrelevant: Irrelevant prompts of a request; 8 when absent, unless known otherwise for the
+            model.
         background: File of irrelevant prompts, one a line, in place of the usual ones.
+        decay: Let the learning rate start at ``lr`` for each fact that is trained, since the loss
+            is a mean over them, and fall to zero over the steps; as published it stays at ``lr``,
+            which is the default unless known otherwise for the model.
         stop_loss: Training ends below this loss, the penalty of the activations included.
         seed: Seed of masks and contexts, and, together with the requests, of irrelevant prompts.
     """
@@ -164,7 +172,9 @@ class WISE(EditMethod):
         retrieve: bool = True,
         replay: int = 0,
         contexts: int | None = None,
+        irrelevant: int | None = None,
         background: str | None = None,
+        decay: bool | None = None,
         stop_loss: float = 0.02,
         seed: int | None = None,
     ) -> None:
@@ -196,7 +206,9 @@ class WISE(EditMethod):
             density=settings.density,
             activation_ratio=resolved.activation_ratio,
         )
-        self._background = Background(self.base, settings.start, settings.background)
+        self._background = Background(
+            self.base, settings.start, settings.background, resolved.irrelevant
+        )
         self._contexts = sample_contexts(
             self.base, resolved.contexts, settings.start, _LENGTHS if resolved.contexts else ()
         )
@@ -238,6 +250,9 @@ class WISE(EditMethod):
         change = shard.start.clone().requires_grad_()
         mask = plan.mask((change.shape[0], change.shape[1]), shard.number).to(change)
         losses: list[float] = []
+        rates = [resolved.lr] * resolved.steps
+        if resolved.decay:
+            rates = falling_rates(resolved.lr, len(requests), resolved.steps)
 
         def side(part: AnswerPasses, x: Tensor, y: Tensor) -> Tensor:
             return from_prompt_end(y, side_output(x, y, change), part.rows.prompt_end)
@@ -260,16 +275,25 @@ class WISE(EditMethod):
                 break
             (gradient,) = gradients_of(loss, [change])
             with torch.no_grad():
-                change -= resolved.lr * gradient * mask
+                change -= rates[step] * gradient * mask
                 change.clamp_(-settings.norm_constraint, settings.norm_constraint)
         return change.detach(), passes.keys[:, 0], losses
 
     def _irrelevant_keys(self, requests: Sequence[EditRequest]) -> Tensor:
         """Keys of prompts that have nothing to do with each request, ``[n, prompts, d_in]``."""
-        prompts = self._background.of(requests, _IRRELEVANT)
+        prompts = self._background.of(requests, self.resolved.irrelevant)
         every = [prompt for own in prompts for prompt in own]
         keys = last_states(self.base, self.plan.module, every).inputs
         return keys.reshape(len(prompts), -1, keys.shape[-1])
+
+
+def falling_rates(lr: float, facts: int, steps: int) -> list[float]:
+    """The learning rate of each step, from ``lr`` for each of the facts down towards zero.
+
+    >>> falling_rates(0.5, facts=20, steps=4)
+    [10.0, 7.5, 5.0, 2.5]
+    """
+    return [lr * facts * (1 - step / steps) for step in range(steps)]
 
 
 def routing_activations(keys: Tensor, change: Tensor) -> Tensor:

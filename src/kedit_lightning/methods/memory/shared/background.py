@@ -16,8 +16,8 @@ from kedit_lightning.statistics import few_sample_texts
 
 #: Words of an opening of a text, fewest and most.
 _WORDS = (4, 10)
-#: Other subjects that the model is asked for, and the tokens of each.
-_SAMPLES, _TOKENS = 8, 8
+#: Tokens of a subject that the model is asked for.
+_TOKENS = 8
 
 
 def read_prompts(path: str) -> list[str]:
@@ -68,10 +68,13 @@ class Background:
         base: The base model.
         seed: Seed of all choices.
         path: File of prompts to choose from instead, one a line.
+        samples: How often the model is asked for another subject.
     """
 
-    def __init__(self, base: BaseModel, seed: int, path: str | None = None) -> None:
-        self._base, self._seed = base, seed
+    def __init__(
+        self, base: BaseModel, seed: int, path: str | None = None, samples: int = 8
+    ) -> None:
+        self._base, self._seed, self._samples = base, seed, samples
         self._given = None if path is None else read_prompts(path)
         self._named: dict[tuple[str, str], list[str]] = {}
 
@@ -113,6 +116,6 @@ class Background:
         devices = [base.device] if base.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), base.edits.suspended():
             torch.manual_seed(request_generator(self._seed, [blank], "subjects").initial_seed())
-            texts = base.generate([prefix] * _SAMPLES, _TOKENS, do_sample=True, top_k=0)
+            texts = base.generate([prefix] * self._samples, _TOKENS, do_sample=True, top_k=0)
         names = [subject_in(text, suffix) for text in texts]
         return [name for name in dict.fromkeys(names) if name]
