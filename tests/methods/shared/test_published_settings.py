@@ -63,7 +63,7 @@ def test_an_entry_has_the_fields_of_its_kind_and_blocks_that_exist(method, key, 
         if name == "target_modules":
             assert all(type(end) is str for end in value)
             continue
-        assert all(type(number) in (int, float) for number in numbers(value))
+        assert all(type(number) in (int, float, bool) for number in numbers(value))
     layers = [*values.get("layers", ()), *({values["layer"]} if "layer" in values else ())]
     layers += [i for at in values.get("blocks", {}).values() for i in at]
     assert layers or method == "UltraEdit" or "target_modules" in values

@@ -122,8 +122,9 @@ class CaliNet(EditMethod):
             slots: The slots to start from.
         """
         settings, module = self.settings, self.place.writes
-        *leaves, queries = (tensor.clone() for tensor in slots.tensors)
-        slots = Neurons(*(leaf.requires_grad_() for leaf in leaves), queries)
+        keys, biases, values = (leaf.clone().requires_grad_() for leaf in slots.tensors[:3])
+        leaves, queries = [keys, biases, values], slots.queries
+        slots = Neurons(keys, biases, values, queries)
         tokens = passes.row.bincount()
         # Each request counts alike, however long its answer is.
         shares = 1 / (tokens[passes.row] * len(tokens)).to(queries)
@@ -140,7 +141,7 @@ class CaliNet(EditMethod):
             for leaf, gradient in zip(leaves, torch.autograd.grad(loss, leaves), strict=True):
                 leaf.grad = gradient
             optimizer.step()
-        return Neurons(*(leaf.detach() for leaf in leaves), queries), answers
+        return Neurons(keys.detach(), biases.detach(), values.detach(), queries), answers
 
 
 def silence_loss(slots: Neurons, silent: Tensor, margin: float) -> Tensor:
@@ -154,4 +155,4 @@ def silence_loss(slots: Neurons, silent: Tensor, margin: float) -> Tensor:
     if not len(silent):
         return silent.new_zeros(())
     earlier = Neurons(slots.keys, slots.biases + margin, slots.values, slots.queries)
-    return earlier.change(earlier.activations(silent)).norm(dim=1).mean()
+    return torch.linalg.vector_norm(earlier.change(earlier.activations(silent)), dim=1).mean()
