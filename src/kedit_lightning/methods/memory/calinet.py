@@ -155,4 +155,5 @@ def silence_loss(slots: Neurons, silent: Tensor, margin: float) -> Tensor:
     if not len(silent):
         return silent.new_zeros(())
     earlier = Neurons(slots.keys, slots.biases + margin, slots.values, slots.queries)
-    return torch.linalg.vector_norm(earlier.change(earlier.activations(silent)), dim=1).mean()
+    lengths: Tensor = earlier.change(earlier.activations(silent)).norm(dim=1)
+    return lengths.mean()
