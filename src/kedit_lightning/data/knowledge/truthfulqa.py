@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -83,7 +82,7 @@ def _listed(fields: Fields, key: str) -> list[str]:
     return [text for part in fields.text(key).split(";") if (text := part.strip())]
 
 
-def _labelled(fields: Fields, key: str) -> tuple[Sequence[str], Sequence[str]]:
+def _labelled(fields: Fields, key: str) -> tuple[list[str], list[str]]:
     """Right and wrong choices."""
     given = fields.fields(key)
     if "choices" in given:
