@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter, SymmetricalLogLocator
 
 from kedit_lightning.analysis.comparison import Run
 
@@ -121,6 +122,8 @@ def _draw(axes: Axes, curves: Sequence[Curve], title: str, x_label: str) -> None
         axes.plot(curve.x, curve.y, "o-", color=color, ms=3, lw=1.5, label=curve.label)
         axes.fill_between(curve.x, curve.low, curve.high, color=color, alpha=0.15, lw=0)
     axes.set_xscale("symlog", linthresh=1)
+    axes.xaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=1, subs=[1, 2, 5]))
+    axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.set_xlabel(x_label, fontsize=8, color=_MUTED)
     axes.set_title(title, fontsize=8, color=_INK, loc="left", parse_math=False)
     axes.tick_params(labelsize=7, colors=_MUTED)
