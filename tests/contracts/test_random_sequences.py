@@ -28,7 +28,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 SETTINGS = dict(METHODS)
 MAKERS = [*SETTINGS, *KINDS]
 EDITS, STEPS = 4, 14
-FAST, ALL, BLOCK = 15, 300, 15
+FAST, ALL, BLOCK = 15, 180, 15
 
 
 @cache
