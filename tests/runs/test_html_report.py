@@ -99,3 +99,13 @@ def test_a_stream_has_its_matrices_and_its_orders() -> None:
     assert "collapsed after 5 facts" in page.text
     plain = Page(html_report(FACTS, SCORES, []))
     assert not re.search("stream keeps|orders of the", plain.text)
+
+
+def test_the_end_of_a_stream_stands_before_what_was_scored_on_the_way() -> None:
+    later = {
+        f"{stage}{key}": entry for stage in ("final/", "forget/") for key, entry in SCORES.items()
+    }
+    page = Page(html_report(FACTS, {**SCORES, **later}, [record("0", "a", "b")]))
+    titles = ["After the last edit", "Right after each edit", "Lost in between"]
+    assert [page.text.index(title) for title in titles] == sorted(map(page.text.index, titles))
+    assert "Right after each edit" not in Page(html_report(FACTS, SCORES, [])).text

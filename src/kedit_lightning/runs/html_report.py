@@ -14,6 +14,8 @@ from kedit_lightning.runs.results import is_headline, place_of_score
 
 #: Examples that a page shows; a browser gets slow with more. ``results.csv`` has all of them.
 SHOWN = 1000
+#: Stages of a run, the end of a stream first.
+_STAGES = {"final": "After the last edit", "": "Right after each edit", "forget": "Lost in between"}
 
 
 class Score(NamedTuple):
@@ -25,6 +27,11 @@ class Score(NamedTuple):
     high: float
     n: int
     is_share: bool
+
+    @property
+    def stage(self) -> str:
+        """When it was scored; empty for scores right after an edit."""
+        return place_of_score(self.key)[0]
 
     def number(self, value: float) -> str:
         """A value of it as text."""
@@ -82,7 +89,11 @@ def html_report(
     return environment.get_template("report.html.j2").render(
         facts=_plain_facts(facts),
         title=f"{facts['method']['name']} on {facts['base_model']['name']}",
-        scores=[row for row in rows if is_headline(row.key)],
+        stages=[
+            (title, found)
+            for stage, title in _STAGES.items()
+            if (found := [r for r in rows if is_headline(r.key) and r.stage == stage])
+        ],
         groups=[row for row in rows if not is_headline(row.key)],
         stream=_stream(retention) if retention else None,
         orders={key: spread for key, spread in (orders or {}).items() if is_headline(key)},
