@@ -44,18 +44,21 @@ def text_table(comparison: Comparison) -> Table:
 
 
 def told_apart(comparison: Comparison) -> str:
-    """Which pairs cannot be told apart, a line for each score."""
+    """Which pairs cannot be told apart, a line for all scores that say the same of them."""
     by_score: dict[str, list[Difference]] = defaultdict(list)
     for one in comparison.differences:
         by_score[one.score].append(one)
-    lines = []
+    verdicts: dict[tuple[str, ...], list[str]] = defaultdict(list)
     for score, found in by_score.items():
-        alike = [f"{one.first} and {one.second}" for one in found if not one.told_apart]
-        if not alike:
-            lines.append(f"{score}: all pairs differ")
-            continue
+        alike = tuple(f"{one.first} and {one.second}" for one in found if not one.told_apart)
+        verdicts[alike].append(score)
+    lines = []
+    for alike, scores in sorted(verdicts.items(), key=lambda item: len(item[0])):
         more = f" and {len(alike) - _NAMED} more pairs" if len(alike) > _NAMED else ""
-        lines.append(f"{score}: not told apart: {', '.join(alike[:_NAMED])}{more}")
+        verdict = (
+            f"not told apart: {', '.join(alike[:_NAMED])}{more}" if alike else "all pairs differ"
+        )
+        lines.append(f"{verdict}: {', '.join(scores)}")
     return "\n".join(lines)
 
 
