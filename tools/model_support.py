@@ -34,8 +34,9 @@ The write path says how a change of the down projection reaches the block's outp
 scaled copy (with its gain in the tiny model, which the configuration may set), or *normalised or
 gated*, so that no single factor describes it. In a mixture of experts, the dense layers and the
 shared experts are located, and in blocks without them the routed experts (`…experts.down_proj`,
-`…experts.mlp.w2`, `…output_linear.weight`), which FTM and the closed-form methods edit. Where no
-block has an MLP of its own, these methods edit what state-space mixers write (`…mixer.out_proj`,
+`…experts.mlp.w2`, `…output_linear.weight`), which FTM and the closed-form methods edit, and which
+LoRA trains where `target_modules` names them (but for those of dbrx). Where no block has an MLP of
+its own, FTM and the closed-form methods edit what state-space mixers write (`…mixer.out_proj`,
 `…mamba.out_proj`); other methods refuse.
 
 | model type | blocks | down projection | write path |

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
@@ -84,7 +85,8 @@ class RoutedExperts:
     @property
     def fused(self) -> Tensor:
         """The parameter of down projections."""
-        return self.module.get_parameter(self.parameter)  # type: ignore[no-any-return]
+        # No `get_parameter`: peft makes it a property of the module while it trains the experts.
+        return attrgetter(self.parameter)(self.module)  # type: ignore[no-any-return]
 
     def matrices(self, fused: Tensor) -> Tensor:
         """The parameter of down projections, or one like it, as ``[experts, d_out, d_in]``."""

@@ -47,6 +47,43 @@ class FusedChange:
         return right.flatten(0, 1), left.permute(1, 2, 0).flatten(1)
 
 
+def expert_changes(projection: ExpertProjection, a: Tensor, b: Tensor) -> dict[str, LowRankDelta]:
+    """Changes of single experts by name, those that are zero left out.
+
+    Args:
+        projection: The projection of all experts.
+        a: ``lora_A.weight`` of the parameter that holds them, ``[experts · rank, ...]``.
+        b: Its ``lora_B.weight``, with the scale. Shape ``[..., rank · experts]``.
+    """
+    experts = projection.experts
+    right = a.unflatten(0, (experts.count, -1))
+    left = b.unflatten(1, (-1, experts.count)).permute(2, 0, 1)
+    if getattr(experts.module, "is_transposed", False):  # peft takes its in-features first
+        left, right = right.mT, left.mT
+    if experts.transposed:
+        left, right = right.mT, left.mT
+    pairs = enumerate(zip(right, left, strict=True))
+    return {
+        projection.name_of(expert): LowRankDelta(down.contiguous(), up.contiguous())
+        for expert, (down, up) in pairs
+        if bool(down.any()) and bool(up.any())
+    }
+
+
+def check_adaptable(projection: ExpertProjection) -> None:
+    """Make sure that peft's forward pass uses a change of the parameter that holds experts.
+
+    Raises:
+        UnsupportedUseError: It would leave it out.
+    """
+    if isinstance(projection.experts, FlatExperts):
+        raise UnsupportedUseError(
+            f"the experts in '{projection.fused_name}' are read by a module around the one that "
+            "peft would adapt, so that its forward pass would leave the change out; export the "
+            "full model instead, and train such experts with FTM"
+        )
+
+
 def fused_changes(model: nn.Module, deltas: Mapping[str, LowRankDelta]) -> dict[str, FusedChange]:
     """Those changes that are of experts, by name of the parameter that holds them.
 
@@ -57,12 +94,7 @@ def fused_changes(model: nn.Module, deltas: Mapping[str, LowRankDelta]) -> dict[
     for name, delta in deltas.items():
         module = find_module(model, name)
         if isinstance(module, ExpertProjection) and module.expert is not None:
-            if isinstance(module.experts, FlatExperts):
-                raise UnsupportedUseError(
-                    f"the experts in '{module.fused_name}' are read by a module around the one "
-                    "that peft would adapt, so that its forward pass would leave the change out; "
-                    "export the full model instead"
-                )
+            check_adaptable(module)
             cpu = delta.to(torch.device("cpu"))
             found.setdefault(module.fused_name, (module, {}))[1][module.expert] = cpu
     return {name: FusedChange(*change) for name, change in found.items()}

@@ -44,7 +44,9 @@ class LoRA(AdapterMethod):
             ``q_proj``. When absent the published ones of a known model, or else those that peft
             has for the model's type (mostly queries and values), or else those of the MLP; where
             blocks have routed experts alone those of attention, and in state-space models what
-            the mixers write.
+            the mixers write. Routed experts, which one parameter holds, are trained where a name
+            of two parts or more asks for it (``experts.down_proj``), without dropout; the edit
+            then changes single experts.
         layers: Blocks that get an adapter, negative numbers from the end; all when absent.
         rank: Rank of the adapter of each projection.
         alpha: Scale of the adapter, divided by its rank.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, TypeAlias
 
@@ -15,11 +15,16 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from kedit_lightning.base_models import BaseModel
+from kedit_lightning.base_models.mixture import routed_block
 from kedit_lightning.edits import AdapterEdit
 from kedit_lightning.edits.edit import check_finite
+from kedit_lightning.edits.expert_projection import ExpertProjection
+from kedit_lightning.edits.fused_factors import check_adaptable, expert_changes
 from kedit_lightning.edits.projections import (
+    base_layer,
     check_editable,
     expert_projection,
+    find_module,
     projection_shape,
     projections_in,
 )
@@ -98,7 +103,11 @@ class AdapterMethod(EditMethod):
         targets = settings.target_modules or usual.target_modules or usual_targets(self.base)
         names = projections_named(self.base, targets, settings.layers)
         for name in names:
-            check_editable(self.base.model, name)
+            mixture = expert_projection(self.base.model, name)
+            if mixture is None:
+                check_editable(self.base.model, name)
+            else:
+                self.check_experts(mixture)
         self.modules_trained = tuple(names)
         self.settings = replace(
             settings,
@@ -106,6 +115,28 @@ class AdapterMethod(EditMethod):
             lr=settings.lr or usual.lr or self.usual_lr,
             steps=settings.steps or usual.steps or self.usual_steps,
         )
+
+    def check_experts(self, mixture: ExpertProjection) -> None:
+        """Make sure that peft can train all experts of a block.
+
+        Raises:
+            UnsupportedUseError: It cannot.
+        """
+        check_adaptable(mixture)
+        name, reason = mixture.fused_name, None
+        holder = find_module(self.base.model, name.rpartition(".")[0], adapted=True)
+        if self.tuner is not LoraModel:
+            reason = f"{type(self).__name__} has none; use LoRA"
+        elif self.settings.dropout:
+            reason = "there it has no dropout; set dropout to 0"
+        elif base_layer(holder) is not holder:
+            reason = "others stand around them already; merge these first"
+        elif mixture.experts.fused.is_meta:
+            reason = "they are offloaded; load the model whole"
+        if reason is not None:
+            raise UnsupportedUseError(
+                f"experts are trained with peft's adapters of parameters, and for '{name}' {reason}"
+            )
 
     @abstractmethod
     def config(self, optimizer_steps: int) -> LoraConfig:
@@ -134,6 +165,11 @@ class AdapterMethod(EditMethod):
         """``A [rank, d_in]`` and ``B [d_out, rank]`` that a layer ends with."""
         return scaled_factors(layer)
 
+    def changes(self, name: str, layer: LoraLayer) -> Mapping[str, tuple[Tensor, Tensor]]:
+        """What a layer ends with by name of projection: its own, or those of single experts."""
+        mixture, (a, b) = expert_projection(self.base.model, name), self.factors(layer)
+        return {name: (a, b)} if mixture is None else expert_changes(mixture, a, b)
+
     def compute_edit(self, requests: Sequence[EditRequest]) -> AdapterEdit:
         """Train an adapter on all requests together."""
         base, settings, names = self.base, self.settings, self.modules_trained
@@ -160,8 +196,8 @@ class AdapterMethod(EditMethod):
                 after_step=lambda step: self.after_step(adapter, step),
             )
             with torch.no_grad():
-                pairs = {name: self.factors(layer) for name, layer in adapter.layers.items()}
-        factors = {name: pair for name, pair in pairs.items() if len(pair[0])}
+                changes = [self.changes(name, layer) for name, layer in adapter.layers.items()]
+        factors = {n: pair for found in changes for n, pair in found.items() if len(pair[0])}
         ranks = {name: len(a) for name, (a, _) in factors.items()}
         notes = {"epochs": len(history), "ranks": ranks}
         return AdapterEdit(base, factors, self.origin(requests, **notes))
@@ -192,9 +228,27 @@ def _width(base: BaseModel, name: str) -> int:
 
 
 def projections_fitting(base: BaseModel, targets: Sequence[str]) -> list[str]:
-    """Names of all projections in blocks that end in one of some names."""
-    ends = re.compile(rf"(.*\.)?({'|'.join(map(re.escape, targets))})")
-    return [name for name in block_projections(base) if ends.fullmatch(name)]
+    """Names of all projections in blocks that end in one of some names, experts' behind others.
+
+    Experts are meant by names of more than one part, such as ``experts.down_proj``.
+    """
+
+    def fitting(names: Sequence[str], ends: Sequence[str]) -> list[str]:
+        pattern = re.compile(rf"(.*\.)?({'|'.join(map(re.escape, ends))})")
+        return [name for name in names if pattern.fullmatch(name)]
+
+    parts = [target for target in targets if "." in target]
+    experts = fitting(block_experts(base), parts) if parts else []
+    return fitting(block_projections(base), targets) + experts
+
+
+def block_experts(base: BaseModel) -> list[str]:
+    """Names of the parameters that hold the experts' down projections of blocks, in order."""
+    names = [base.layout.block_name(index) for index in range(len(base.layout))]
+    size = base.layout.hidden_size
+    blocks = [routed_block(name, base.module(name), size) for name in names]
+    down = [block.down.split(".") for block in blocks if block is not None]
+    return [".".join(part for part in parts if part != "base_layer") for parts in down]
 
 
 def block_projections(base: BaseModel) -> list[str]:
@@ -224,6 +278,8 @@ def projections_named(
     unfit = [t for t in targets if not any(f".{n}".endswith(f".{t}") for n in names)]
     if unfit or not names:
         there = {n.split(".")[-1]: None for n in block_projections(base) if n.startswith(inside)}
+        mixed = (n for n in block_experts(base) if n.startswith(inside))
+        there |= {".".join(n.split(".")[-2:]): None for n in mixed}
         raise UnsupportedUseError(
             f"target_modules {article_list(unfit) or '[]'} fit no projection of the chosen blocks "
             f"of '{base.name}'; theirs are called {article_list(list(there), 12) or 'nothing'}"

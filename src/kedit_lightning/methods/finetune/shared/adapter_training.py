@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import cast_adapter_dtype
 from torch import Tensor, nn
 
 from kedit_lightning.edits.compilation import uncompiled
-from kedit_lightning.edits.projections import base_layer, is_transposed
+from kedit_lightning.edits.projections import base_layer, expert_projection, is_transposed
 from kedit_lightning.edits.weight_storage import loaded
 from kedit_lightning.errors import UnsupportedUseError
 
@@ -43,6 +43,8 @@ class TrainedAdapter:
 class Projections(nn.Module):
     """Some projections of a model and nothing else, for peft to put its layers around.
 
+    For experts it is the module with the parameter that holds them.
+
     What peft does to the model it is given, it does to this one: an error half way leaves the base
     model as it was.
 
@@ -59,6 +61,32 @@ class Projections(nn.Module):
         self.is_loaded_in_8bit = bool(getattr(model, "is_loaded_in_8bit", False))
         self.is_loaded_in_4bit = bool(getattr(model, "is_loaded_in_4bit", False))
         self.hf_quantizer = getattr(model, "hf_quantizer", None)
+
+
+def adapted_place(model: nn.Module, name: str) -> tuple[str, str | None]:
+    """Name of the module that peft's layer of a projection stands around.
+
+    For all experts of a block also that of the parameter there that holds them.
+    """
+    if expert_projection(model, name) is None:
+        return name, None
+    owner, _, parameter = name.rpartition(".")
+    return owner, parameter
+
+
+@contextmanager
+def parameters_kept(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Afterwards the modules have the same parameters, in the same order.
+
+    peft takes a parameter that it adapts out of its module in each pass, and puts it last.
+    """
+    before = [dict(module._parameters) for module in modules]
+    try:
+        yield
+    finally:
+        for module, parameters in zip(modules, before, strict=True):
+            module._parameters.clear()
+            module._parameters.update(parameters)
 
 
 def place_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
@@ -99,7 +127,7 @@ def adapter_training(
 
     Args:
         model: The model; its own edits and adapters stay in force.
-        names: The projections.
+        names: The projections; all experts of a block have the name of their parameter.
         tuner: Kind of the adapter.
         config: Its settings, without the modules.
         generator: Its first number seeds the start of the factors and the dropout.
@@ -107,9 +135,14 @@ def adapter_training(
     Raises:
         UnsupportedUseError: peft has no adapter for a projection of this kind.
     """
-    modules = [base_layer(model.get_submodule(name)) for name in names]
+    places = [adapted_place(model, name) for name in names]
+    modules = [base_layer(model.get_submodule(owner)) for owner, _ in places]
     projections = Projections(model, modules)
-    config.target_modules = list(dict(projections.named_children()))
+    parameters = [parameter for _, parameter in places]
+    held = dict(zip(projections._modules, parameters, strict=True))
+    config.target_modules = [key for key, parameter in held.items() if parameter is None]
+    config.target_parameters = [f"{key}.{p}" for key, p in held.items() if p is not None]
+    holders = [module for module, p in zip(modules, parameters, strict=True) if p is not None]
     # peft warns when it must set this by itself.
     config.fan_in_fan_out = any(map(is_transposed, modules))
     devices = {m.device for m in model.parameters() if m.device.type == "cuda"}
@@ -131,7 +164,8 @@ def adapter_training(
         layers: dict[str, Any] = dict(zip(names, projections.children(), strict=True))
         for layer in layers.values():
             layer.lora_dropout.train()
-        with standing_in(model, layers), uncompiled():
+        owners = {owner: layer for (owner, _), layer in zip(places, layers.values(), strict=True)}
+        with parameters_kept(holders), standing_in(model, owners), uncompiled():
             yield TrainedAdapter(wrapped, layers)
 
 
