@@ -27,6 +27,7 @@ from kedit_lightning.callbacks import AbilityCheck
 from kedit_lightning.cli.config_arguments import with_ability
 from kedit_lightning.cli.messages import UsageError
 from kedit_lightning.data import Requests
+from kedit_lightning.edits import PromptEdit, PromptEntry
 from kedit_lightning.errors import (
     DataFileError,
     DataFileNotFoundError,
@@ -49,6 +50,18 @@ TASK = SAMPLES / "ability" / "capitals.yaml"
 
 def values(answers: RequestAnswers, pairs: list[tuple[str, str]]) -> list[float]:
     return [value for value, _ in answers.log_likelihoods(pairs)]
+
+
+def test_demonstrations_make_way_for_a_context_as_whole_texts() -> None:
+    base = tiny_base("llama", max_position_embeddings=128)
+    shown = tuple(f"New Fact: Number {n} is red\n" for n in range(20))
+    entry = PromptEntry("Ada died in", "", shown, "New Fact: Ada died in Rome\n")
+    with PromptEdit(base, [entry]):
+        row = RequestAnswers(base)._row("Ada died in", " Rome")
+    assert 100 < len(row.prompt) + len(row.answer) <= 128
+    text = base.tokenizer.decode(row.prompt, skip_special_tokens=True)
+    assert text.startswith("New Fact: Number")
+    assert text.endswith("New Fact: Ada died in Rome\nAda died in")
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])

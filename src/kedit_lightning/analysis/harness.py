@@ -82,7 +82,7 @@ class RequestAnswers:
     def _shown(self, context: str, room: int) -> str:
         """A context, rewritten by edits of prompts, which leave room for so many more tokens."""
         base, most = self.base, self.base.max_tokens - room
-        return base.edits.render(context, lambda text: base.encoder.count_prompt(text) <= most)
+        return base.edits.render(context, lambda text: most - base.encoder.count_prompt(text))
 
     def _prompt(self, shown: str) -> tuple[int, ...]:
         """Ids of a context as it is shown; that of an empty one begins a text."""
