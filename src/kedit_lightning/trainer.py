@@ -35,7 +35,7 @@ from kedit_lightning.runs.output_folder import OutputFolder, opened
 from kedit_lightning.runs.processes import check_processes, processes_here
 from kedit_lightning.runs.prompts import check_prompts, prompt_loader, read_prompts
 from kedit_lightning.runs.results import predictions_table, summary_table
-from kedit_lightning.runs.saved_stack import apply_saved, load_stack
+from kedit_lightning.runs.saved_stack import apply_saved, edits_to_answer_under, load_stack
 from kedit_lightning.runs.stream_orders import orders_of, tell_spread
 
 
@@ -270,7 +270,7 @@ class EditTrainer(Trainer):
         verbose: bool = True,
         force: bool = False,
     ) -> list[Any]:
-        """Answer prompts with and without saved edits.
+        """Answer prompts with and without saved edits, or the edit of a method that needs no facts.
 
         Args:
             model: The editing method, for its base model.
@@ -297,7 +297,7 @@ class EditTrainer(Trainer):
         dataloaders, datamodule = data_source("predict", dataloaders, datamodule)
         running = self._running("predict", model, datamodule, ckpt_path)
         with running as method, method.base.edits.restored():
-            apply_saved([] if edits is None else load_stack(edits, method.base, force))
+            apply_saved(edits_to_answer_under(method, edits, force))
             check_prompts(method.base, asked)
             applied = len(method.base.edits)
             batches = super().predict(model, dataloaders, datamodule, True, ckpt_path, weights_only)

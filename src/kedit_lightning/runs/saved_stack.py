@@ -65,6 +65,19 @@ def load_stack(path: str | Path, base: BaseModel, force: bool = False) -> list[E
     return edits
 
 
+def edits_to_answer_under(method: Any, path: str | Path | None, force: bool) -> list[Edit]:
+    """The saved edits at a path; without one, the edit of a method that writes no facts.
+
+    Args:
+        method: The editing method.
+        path: The folder or file, if one was named.
+        force: Load edits even if they were made for another base model.
+    """
+    if path is not None:
+        return load_stack(path, method.base, force)
+    return [] if method.writes_facts else [method.edit()]
+
+
 def labels(origin: Mapping[str, Any]) -> list[str]:
     """How ``stack.json`` names the requests of an edit."""
     return [request.get("id") or request["prompt"] for request in origin["requests"]]

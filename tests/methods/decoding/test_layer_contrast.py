@@ -10,7 +10,7 @@ from edit_kinds import ANSWERS, PROMPTS
 from support import REQUESTS, tiny_base
 from tiny_decoders import tiny_decoder
 
-from kedit_lightning import BaseModel, Edit
+from kedit_lightning import BaseModel, Edit, EditTrainer
 from kedit_lightning.edits.kinds.decoding.layer_contrast import (
     EXCLUDED,
     candidate_tokens,
@@ -263,3 +263,18 @@ def test_a_file_that_reads_no_layer_is_refused():
     values["exits"]["modules"] = ("nowhere",)
     with pytest.raises(UnsupportedUseError, match="no module 'nowhere'"):
         type(edit).from_state(base, edit.origin, tensors, values)
+
+
+def test_prompts_are_answered_under_the_edit_without_a_saved_one(tmp_path):
+    base = tiny_base("llama", dtype=torch.float32)
+    method, prompts = DoLa(base), list(PROMPTS)
+    trainer = EditTrainer(enable_progress_bar=False)
+    with method.edit() as edit:
+        wanted = base.generate(prompts, max_new_tokens=8, stop_at_sentence=True)
+        path = edit.save(tmp_path / "edit.safetensors")
+    for edits in (None, path):  # a saved one acts once
+        found = trainer.predict(method, prompt=prompts, edits=edits, verbose=False)
+        assert [answer["prompt"] for answer in found] == prompts
+        assert [a["edited"][:3] for a in found] == [text[:3] for text in wanted]
+        assert any(answer["edited"] != answer["base"] for answer in found)
+    assert not base.edits.ids
