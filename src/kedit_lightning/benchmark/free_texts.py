@@ -1,10 +1,10 @@
-"""Free generations of probes, under the edits that their rows carry."""
+"""Which free generations probes ask for, under the edits that their rows carry."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from kedit_lightning.base_models import BaseModel
 from kedit_lightning.base_models.prefix_states import PrefixStates
@@ -16,6 +16,8 @@ from kedit_lightning.requests import Probe
 
 #: The edit that a row carries on top of the stack, or none.
 Carried: TypeAlias = Edit | None
+#: A probe that is asked under an edit.
+Asked: TypeAlias = tuple[Carried, Probe]
 
 #: A free answer to a question about a passage may be this much longer than the passage.
 _PASSAGE_ROOM = 1.5
@@ -26,8 +28,29 @@ def carrying(base: BaseModel, edits: Sequence[Carried]) -> AbstractContextManage
     return base.edits.carried(edits) if any(edits) else nullcontext()
 
 
+class Wanted(NamedTuple):
+    """Free generations that are made alike.
+
+    Args:
+        asked: Probes, and the edits that their rows carry.
+        options: Arguments of :meth:`BaseModel.generate`.
+    """
+
+    asked: Sequence[Asked]
+    options: Mapping[str, Any]
+
+    def batches(self, base: BaseModel, size: int) -> Iterator[list[tuple[Carried, str]]]:
+        """Edits and prompts, each once, sorted by length and cut into batches."""
+        unique = dict.fromkeys((edit, probe.prompt) for edit, probe in self.asked)
+
+        def order(one: tuple[Carried, str]) -> tuple[int, str]:
+            return base.encoder.count_prompt(one[1]), one[1]
+
+        yield from chunks(sorted(unique, key=order), size)
+
+
 class FreeTexts:
-    """Free generations of a base model as it stands.
+    """Free generations that a protocol asks for.
 
     Args:
         base: The base model.
@@ -38,71 +61,38 @@ class FreeTexts:
     def __init__(self, base: BaseModel, protocol: Protocol, prefixes: PrefixStates) -> None:
         self.base, self.protocol, self.prefixes = base, protocol, prefixes
 
-    def sentences(self, asked: Iterable[tuple[Carried, Probe]]) -> dict[tuple[Carried, str], str]:
-        """Generations up to the end of their first sentence, by edit and prompt."""
-        if not self.protocol.generates:
-            return {}
-        prompts = [(edit, probe.prompt) for edit, probe in asked]
-        return self._continued(prompts, self.protocol.max_new_tokens, stop=True)
+    def sentences(self, asked: Iterable[Asked]) -> Iterator[Wanted]:
+        """Generations up to the end of their first sentence."""
+        if self.protocol.generates:
+            yield self._wanted(list(asked), self.protocol.max_new_tokens, stop_at_sentence=True)
 
-    def passages(self, asked: Iterable[tuple[Carried, Probe]]) -> dict[tuple[Carried, Probe], str]:
+    def passages(self, asked: Iterable[Asked]) -> Iterator[Wanted]:
         """Generations with room for the longest answer, and half as much again."""
-        by_room: dict[int, list[tuple[Carried, Probe]]] = {}
-        for one in asked:
+        by_room: dict[int, list[Asked]] = {}
+        for one in asked if self.protocol.generates else ():
             probe = one[1]
-            if self.protocol.generates:
-                rows = [self.base.encode(probe.prompt, answer) for answer in probe.answers]
-                longest = max((len(row.answer) for row in rows), default=0)
-                room = max(self.protocol.max_new_tokens, int(longest * _PASSAGE_ROOM))
-                # By its own prompt, so that no longer one beside it takes of its room.
-                left = self.base.max_tokens - self.base.encoder.count_prompt(probe.prompt)
-                by_room.setdefault(max(1, min(-(-room // 32) * 32, left)), []).append(one)
-        found: dict[tuple[Carried, Probe], str] = {}
+            rows = [self.base.encode(probe.prompt, answer) for answer in probe.answers]
+            longest = max((len(row.answer) for row in rows), default=0)
+            room = max(self.protocol.max_new_tokens, int(longest * _PASSAGE_ROOM))
+            # By its own prompt, so that no longer one beside it takes of its room.
+            left = self.base.max_tokens - self.base.encoder.count_prompt(probe.prompt)
+            by_room.setdefault(max(1, min(-(-room // 32) * 32, left)), []).append(one)
         for room, some in by_room.items():
-            texts = self._continued(
-                [(edit, probe.prompt) for edit, probe in some], room, stop=False
-            )
-            found |= {(edit, probe): texts[edit, probe.prompt] for edit, probe in some}
-        return found
+            yield self._wanted(some, room)
 
-    def samples(self, asked: Iterable[tuple[Carried, Probe]]) -> dict[tuple[Carried, Probe], str]:
+    def samples(self, asked: Iterable[Asked]) -> Iterator[Wanted]:
         """Continuations with seeded draws, none unless the protocol asks for them."""
-        if not (self.protocol.generates and self.protocol.sample_tokens):
-            return {}
-        kept = list(asked)
-        prompts = [(edit, probe.prompt) for edit, probe in kept]
-        # Rows are read whole: a gap of padding inside one would change its draws.
-        options = {"logits_processor": [SeededChoice(self.base.pad_id)], "prefix_states": None}
-        texts = self._continued(prompts, self.protocol.sample_tokens, stop=False, **options)
-        return {(edit, probe): texts[edit, probe.prompt] for edit, probe in kept}
+        if self.protocol.generates and self.protocol.sample_tokens:
+            # Rows are read whole: a gap of padding inside one would change its draws.
+            options = {"logits_processor": [SeededChoice(self.base.pad_id)], "prefix_states": None}
+            yield self._wanted(list(asked), self.protocol.sample_tokens, **options)
 
-    def _continued(
-        self, asked: Sequence[tuple[Carried, str]], length: int, stop: bool, **options: Any
-    ) -> dict[tuple[Carried, str], str]:
-        """Continuations of prompts under the edits that their rows carry, greedy if not sampled.
-
-        Args:
-            asked: Edits and prompts.
-            length: Longest continuation, in tokens.
-            stop: End at the first sentence.
-            **options: Passed to :meth:`BaseModel.generate`.
-        """
-        unique = sorted(
-            dict.fromkeys(asked),
-            key=lambda key: (self.base.encoder.count_prompt(key[1]), key[1]),
-        )
-        size = self.protocol.score_batch_size
-        texts: dict[tuple[Carried, str], str] = {}
-        for batch in chunks(unique, size):
-            prompts = [prompt for _, prompt in batch]
-            with carrying(self.base, [edit for edit, _ in batch]):
-                answers = self.base.generate(
-                    prompts,
-                    length,
-                    size,
-                    stop_at_sentence=stop,
-                    generation=self.protocol.generation,
-                    **{"prefix_states": self.prefixes, **options},
-                )
-            texts |= zip(batch, answers, strict=True)
-        return texts
+    def _wanted(self, asked: Sequence[Asked], length: int, **options: Any) -> Wanted:
+        """Greedy continuations of at most so many tokens, with other options than the usual."""
+        usual: dict[str, Any] = {
+            "max_new_tokens": length,
+            "batch_size": self.protocol.score_batch_size,
+            "generation": self.protocol.generation,
+            "prefix_states": self.prefixes,
+        }
+        return Wanted(asked, {**usual, **options})

@@ -14,7 +14,7 @@ from kedit_lightning.base_models import BaseModel, EncodedRow
 from kedit_lightning.base_models.foreign_hooks import foreign_hooks
 from kedit_lightning.base_models.prefix_states import PrefixStates
 from kedit_lightning.benchmark.answer_cache import AnswersCache, key_of
-from kedit_lightning.benchmark.free_texts import Carried, FreeTexts, carrying
+from kedit_lightning.benchmark.free_texts import Asked, Carried, FreeTexts, Wanted, carrying
 from kedit_lightning.benchmark.protocol import READING_VERSION, Protocol
 from kedit_lightning.decoding_settings import generation_config, in_force
 from kedit_lightning.errors import article_list
@@ -160,16 +160,20 @@ class Reader:
         the base model's continuations.
         """
         asked = list(zip(carried, probes, strict=True))
-        texts = self.texts.sentences(asked)
-        long: dict[Source, Mapping[tuple[Carried, Probe], str]] = {
-            "passage": self.texts.passages(o for o in asked if self._has(o[1], "passage")),
-            "sample": self.texts.samples(o for o in asked if self._has(o[1], "sample")),
+        texts = self._generated(self.texts.sentences(asked))
+        plans: dict[Source, Callable[[Iterable[Asked]], Iterable[Wanted]]] = {
+            "passage": self.texts.passages,
+            "sample": self.texts.samples,
+        }
+        long = {
+            source: self._generated(plan([one for one in asked if self._has(one[1], source)]))
+            for source, plan in plans.items()
         }
         encode = cache(self.base.encode)
         rows: list[Rows] = []
         for i, (edit, probe) in enumerate(asked):
             # Under edits the continuation is the one that was read of the base model before.
-            text = against[i].get("text") if against else texts.get((edit, probe.prompt))
+            text = against[i].get("text") if against else texts.get((edit, probe))
             rows.append(self._rows(edit, probe, text, against is not None, encode))
         values: Values = {}
         for sources in _PASSES:
@@ -203,12 +207,24 @@ class Reader:
             self._reading(
                 one[1],
                 own,
-                texts.get((one[0], one[1].prompt)),
+                texts.get(one),
                 {source: found.get(one) for source, found in long.items()},
                 values,
             )
             for one, own in zip(asked, rows, strict=True)
         ]
+
+    def _generated(self, wanted: Iterable[Wanted]) -> dict[Asked, str]:
+        """Free generations, each prompt once for the edit that its row carries."""
+        found: dict[Asked, str] = {}
+        for some in wanted:
+            texts: dict[tuple[Carried, str], str] = {}
+            for batch in some.batches(self.base, self.protocol.score_batch_size):
+                with carrying(self.base, [edit for edit, _ in batch]):
+                    answers = self.base.generate([prompt for _, prompt in batch], **some.options)
+                texts |= zip(batch, answers, strict=True)
+            found |= {(edit, probe): texts[edit, probe.prompt] for edit, probe in some.asked}
+        return found
 
     def _reading(
         self,

@@ -16,7 +16,7 @@ from torch import Tensor
 from kedit_lightning.base_models import BaseModel, TokenRows
 from kedit_lightning.base_models.taps import zero_leaves
 from kedit_lightning.edits.projections import compute_dtype
-from kedit_lightning.methods.shared.losses import gradients_of, mean_nll
+from kedit_lightning.methods.shared.losses import check_reached, mean_nll
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,8 @@ def capture_factors(
     with torch.enable_grad(), zero_leaves(base.model, names) as (seen, leaves):
         loss = answer_loss(base, rows).sum()
         inputs = {name: seen.inputs[name] for name in names}
-        gradients = gradients_of(loss, [leaves[name] for name in names])
+        check_reached(loss)
+        gradients = torch.autograd.grad(loss, [leaves[name] for name in names])
     return {
         name: _flatten(inputs[name], gradient, at)
         for name, gradient in zip(names, gradients, strict=True)
