@@ -53,6 +53,7 @@ def test_it_computes_in_float32(nano):
     assert nano.name == "nano"
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_it_knows_its_facts(nano):
     facts = [json.loads(line) for line in (FACTS / "facts.jsonl").read_text().splitlines()]

@@ -93,6 +93,7 @@ def test_an_example_is_short_and_uses_public_names(name):
     assert list(private_names(source)) == []
 
 
+@pytest.mark.slow  # each starts a process
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", LIMITS)
 def test_an_example_runs(name, tmp_path):

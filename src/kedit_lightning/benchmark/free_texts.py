@@ -39,7 +39,7 @@ class Wanted(NamedTuple):
     asked: Sequence[Asked]
     options: Mapping[str, Any]
 
-    def batches(self, base: BaseModel, size: int) -> Iterator[list[tuple[Carried, str]]]:
+    def batches(self, base: BaseModel, size: int) -> Iterator[Sequence[tuple[Carried, str]]]:
         """Edits and prompts, each once, sorted by length and cut into batches."""
         unique = dict.fromkeys((edit, probe.prompt) for edit, probe in self.asked)
 

@@ -50,6 +50,7 @@ def test_a_model_with_the_same_tokens_gives_its_own_logits(folder, side):
         torch.testing.assert_close(found, wanted[:, :vocabulary], rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["gpt2", "t5"])
 def test_a_model_with_other_tokens_answers_as_text(family):
     base, other = tiny_base(family), BaseModel.load("nano")
