@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kedit_lightning.base_models import BaseModel
 from kedit_lightning.base_models.blocks import text_config
+from kedit_lightning.base_models.taps import Capture, capture
 from kedit_lightning.contradictions import OnConflict, settle
 from kedit_lightning.edits import Edit
 from kedit_lightning.edits.kinds.decoding.early_exit_edit import EarlyExitEdit, EarlyExits
@@ -71,26 +72,11 @@ class DecodingMethod(EditMethod):
 
 
 @torch.no_grad()
-def _outputs(base: BaseModel, modules: Sequence[str]) -> tuple[dict[str, Tensor], Tensor]:
-    """Outputs of modules on a short text, and its logits, both ``[tokens, width]``."""
-    found: dict[str, Tensor] = {}
-
-    def keep(name: str) -> object:
-        def hook(module: object, args: object, output: object) -> None:
-            first = output[0] if isinstance(output, tuple) else output
-            assert isinstance(first, Tensor)
-            found[name] = first[0]
-
-        return hook
-
-    with base.edits.suspended():
-        handles = [base.module(n).register_forward_hook(keep(n)) for n in modules]  # type: ignore[arg-type]
-        try:
-            ids = torch.tensor([base.encode(_TEXT).prompt], device=base.device)
-            return found, base.model(input_ids=ids, use_cache=False).logits[0]
-        finally:
-            for handle in handles:
-                handle.remove()
+def _probed(base: BaseModel, names: Sequence[str]) -> tuple[Capture, Tensor]:
+    """Inputs and outputs of modules on a short text, ``[1, tokens, width]``, and its logits."""
+    ids = torch.tensor([base.encode(_TEXT).prompt], device=base.device)
+    with base.edits.suspended(), capture(base.model, names) as seen:
+        return seen, base.model(input_ids=ids, use_cache=False).logits
 
 
 def logit_scaling(base: BaseModel, unembedding: Sequence[str]) -> tuple[float, float | None]:
@@ -102,8 +88,8 @@ def logit_scaling(base: BaseModel, unembedding: Sequence[str]) -> tuple[float, f
         UnsupportedUseError: It does something else.
     """
     head = unembedding[-1]
-    found, logits = _outputs(base, [head])
-    raw, logits = found[head].double(), logits.double()
+    seen, logits = _probed(base, [head])
+    raw, logits = seen.outputs[head].double(), logits.double()
     cap = getattr(text_config(base.model), "final_logit_softcapping", None)
     if cap is not None and _near(cap * (raw / cap).tanh(), logits):
         return 1.0, float(cap)
@@ -125,22 +111,10 @@ def embedding_name(base: BaseModel) -> str:
     """
     embedding = base.model.get_input_embeddings()
     name = next(str(name) for name, module in base.model.named_modules() if module is embedding)
-    inputs: list[Tensor] = []
-
-    def read(module: object, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        first = args[0] if args else kwargs.get("hidden_states")
-        assert isinstance(first, Tensor)
-        inputs.append(first[0])
-
-    handle = base.module(base.layout.block_name(0)).register_forward_pre_hook(
-        read,
-        with_kwargs=True,
-    )
-    try:
-        found, _ = _outputs(base, [name])
-    finally:
-        handle.remove()
-    if inputs[0].shape != found[name].shape or not _near(inputs[0].double(), found[name].double()):
+    block = base.layout.block_name(0)
+    seen, _ = _probed(base, [name, block])
+    given, read = seen.outputs[name].double(), seen.inputs[block].double()
+    if given.shape != read.shape or not _near(read, given):
         raise UnsupportedUseError(
             f"the first block of '{base.name}' does not read what '{name}' gives, so layer 0 has "
             "no hidden state of its own here; leave 0 out of --model.layers"
