@@ -12,13 +12,12 @@ from typing import Any
 import torch
 
 from kedit_lightning.base_models import BaseModel, EncodedRow
+from kedit_lightning.base_models.batching import logit_batches
 from kedit_lightning.base_models.generation import continuations
 from kedit_lightning.decoding_settings import generation_config, neutral_options
 from kedit_lightning.errors import MissingExtraError, UnsupportedUseError
 from kedit_lightning.metrics.functional import exact_match, widened
 
-#: Logits held at a time (numbers); batches are cut finer where the vocabulary is large.
-_LOGITS = 1 << 26
 #: Longest free answer where a task names none, as in the harness.
 _LONGEST = 256
 
@@ -120,7 +119,9 @@ class RequestAnswers:
         """Summed log-probability of each answer, and whether all its tokens are arg-max."""
         found: dict[int, tuple[float, bool]] = {}
         order = sorted(range(len(rows)), key=lambda at: (len(rows[at].answer), rows[at].prompt))
-        for places in self._batches(rows, order):
+        vocabulary = int(self.base.model.config.get_text_config().vocab_size)
+        batches = logit_batches(order, lambda at: len(rows[at].answer), vocabulary, self.batch_size)
+        for places in batches:
             tokens = self.base.pad([rows[at] for at in places])
             logits = widened(self.base.answer_logits(tokens))  # [batch, width, vocab]
             ids, mask = tokens.answer_ids, tokens.answer_mask
@@ -130,18 +131,6 @@ class RequestAnswers:
             found |= {at: (value, bool(same)) for at, (value, same) in
                       zip(places, values, strict=True)}  # fmt: skip
         return [found[at] for at in range(len(rows))]
-
-    def _batches(self, rows: Sequence[EncodedRow], order: Sequence[int]) -> Iterator[list[int]]:
-        vocabulary = int(self.base.model.config.get_text_config().vocab_size)
-        batch: list[int] = []
-        for at in order:  # the longest answer comes last
-            numbers = (len(batch) + 1) * max(1, len(rows[at].answer)) * vocabulary
-            if batch and (len(batch) == self.batch_size or numbers > _LOGITS):
-                yield batch
-                batch = []
-            batch.append(at)
-        if batch:
-            yield batch
 
 
 def harness() -> Any:

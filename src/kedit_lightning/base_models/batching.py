@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,8 +19,13 @@ from kedit_lightning.edits.weight_storage import device_of
 _SAME = {8: 1e-6, 4: 1e-4, 2: 5e-2}
 #: The same between two fillings of the padding, whose passes have one shape.
 _SAME_FILLED = {8: 1e-6, 4: 1e-5, 2: 1e-2}
+#: Logits held at a time (numbers).
+_LOGITS = 1 << 26
 #: Errors of models whose logits have another form; rows of one length ask nothing of the mask.
 _OTHER_FORM = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+
+Row = TypeVar("Row")
 
 
 class Decoder(Protocol):
@@ -134,6 +139,28 @@ def rows_decode_apart(model: Any, pad_id: int) -> bool:
         )
     except _OTHER_FORM:
         return False
+
+
+def logit_batches(
+    rows: Iterable[Row], answer_length: Callable[[Row], int], vocabulary: int, size: int
+) -> Iterator[list[Row]]:
+    """Cut rows into batches of a forward pass that holds logits at the tokens of their answers.
+
+    Args:
+        rows: Sorted by the length of their answers, the longest last.
+        answer_length: Tokens of a row's answer.
+        vocabulary: Logits of a token; batches are cut finer where it is large.
+        size: Most rows of a batch.
+    """
+    batch: list[Row] = []
+    for row in rows:
+        numbers = (len(batch) + 1) * max(1, answer_length(row)) * vocabulary
+        if batch and (len(batch) == size or numbers > _LOGITS):
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
 
 
 def parts_of(lengths: Sequence[int], size: int, alike: bool) -> list[list[int]]:

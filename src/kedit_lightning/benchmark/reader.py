@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeAlias, cast
 import torch
 
 from kedit_lightning.base_models import BaseModel, EncodedRow
+from kedit_lightning.base_models.batching import logit_batches
 from kedit_lightning.base_models.foreign_hooks import foreign_hooks
 from kedit_lightning.base_models.prefix_states import PrefixStates
 from kedit_lightning.benchmark.answer_cache import AnswersCache, key_of
@@ -24,9 +25,6 @@ from kedit_lightning.metrics.measurement import RECORDED, Measurement, Source, V
 from kedit_lightning.requests import Probe
 
 Compute: TypeAlias = Callable[[ForwardPass], Sequence[Value]]
-
-#: Logits held at a time (numbers); batches are cut finer where the vocabulary is large.
-_LOGITS = 1 << 26
 
 
 class ForcedRow(NamedTuple):
@@ -307,13 +305,7 @@ class Reader:
             return len(answer), len(prompt), prompt, answer
 
         vocabulary = int(self.base.model.config.get_text_config().vocab_size)
-        batch: list[ForcedRow] = []
-        for row in sorted(rows, key=order):
-            # The longest answer comes last, and with it the width of the logits.
-            numbers = (len(batch) + 1) * max(1, len(row.tokens.answer)) * vocabulary
-            if batch and (len(batch) == self.protocol.score_batch_size or numbers > _LOGITS):
-                yield batch
-                batch = []
-            batch.append(row)
-        if batch:
-            yield batch
+        size = self.protocol.score_batch_size
+        return logit_batches(
+            sorted(rows, key=order), lambda row: len(row.tokens.answer), vocabulary, size
+        )
