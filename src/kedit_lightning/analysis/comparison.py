@@ -20,7 +20,7 @@ from kedit_lightning.metrics.functional.bootstrap import paired_difference, resa
 from kedit_lightning.metrics.functional.paired_tests import bootstrap_p, holm, mcnemar
 from kedit_lightning.metrics.retention import Spread
 from kedit_lightning.metrics.scores.case_mean import Cases
-from kedit_lightning.runs.record_lines import read_lines
+from kedit_lightning.runs.record_lines import records_in
 from kedit_lightning.runs.results import read_results
 from kedit_lightning.runs.stream_orders import read_spreads
 
@@ -101,11 +101,11 @@ def read_run(path: Path) -> Run:
         DataFileNotFoundError: It holds no results.
         DataFileError: A newer release wrote them.
     """
-    facts, lines = read_results(path), path / "results.jsonl"
+    facts = read_results(path)
     protocol = facts["protocol"]
     rules = {name: protocol[name] for name in ("scoring", "answers") if name in protocol}
     kind = type(new_metrics(Protocol(**rules)))
-    metrics = kind.from_records(read_lines(lines, lines.read_bytes()), seed=facts["seed"])
+    metrics = kind.from_records(records_in(path), seed=facts["seed"])
     cases = {key: found for key, (_, found) in metrics.gathered().items()}
     scores = {row.key: row for row in metrics.summary()}
     drift = _read_json(path / "drift.json")

@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 from kedit_lightning.metrics import ExampleRecord
-from kedit_lightning.runs.record_lines import read_lines
+from kedit_lightning.runs.record_lines import COSTS, records_in
 from kedit_lightning.runs.results import read_results
 from kedit_lightning.runs.resumption import differences
 
-#: What differs between two runs of the same settings.
-_COSTS = ("timing", "memory")
 #: Hashes of what the last digits of an edit decide.
 _IDS = ("edit_id",)
 #: Where a value stands in a record: names, and places in lists.
@@ -89,7 +87,7 @@ def reproduction(first: Path, second: Path, tolerance: float = 0.0) -> Reproduct
         if not _near(means[0].get(key), means[1].get(key), tolerance)
     ]
     # What a stream keeps is made of the same records as the scores.
-    left_out = ("scores", "retention", *_COSTS)
+    left_out = ("scores", "retention", *COSTS)
     facts = [{k: v for k, v in run.items() if k not in left_out} for run in runs]
     return Reproduction(
         readings,
@@ -103,15 +101,14 @@ def reproduction(first: Path, second: Path, tolerance: float = 0.0) -> Reproduct
 
 
 def _by_place(folder: Path) -> dict[tuple[str, str], ExampleRecord]:
-    path = folder / "results.jsonl"
-    return {(r["id"], r["stage"]): r for r in read_lines(path, path.read_bytes())}
+    return {(record["id"], record["stage"]): record for record in records_in(folder)}
 
 
 def _leaves(value: Any, path: _Place = ()) -> Iterator[tuple[_Place, Any]]:
     """The single values of a record with their paths, without costs."""
     if isinstance(value, Mapping):
         for name, inner in value.items():
-            if path or name not in _COSTS:
+            if path or name not in COSTS:
                 yield from _leaves(inner, (*path, name))
     elif isinstance(value, list):
         for place, inner in enumerate(value):

@@ -38,11 +38,10 @@ class EditMetrics(KeyedMetrics):
     - Locality: ``repeat``; ``perplexity`` of plain text; ``keep_text``, ``keep_top1``, ``kl`` (with
       ``kl/p95``) and ``known``, which compare with the unedited base model.
     - Tasks, of the datasets that have them: opinions ``tf_es``, ``gen_sentiment``; passages
-      ``gen_bleu``, ``gen_rougel_f``, ``gen_rouge1``, ``gen_rouge2``,
-      ``gen_rougel``, ``gen_cosine``, and on characters ``gen_char_rougel``; sanitation
-      ``gen_forgotten``, ``gen_retained``; RippleEdits ``gen_test``; HalluEditBench ``gen_form``,
-      ``gen_hop``, ``gen_robust``. With a
-      judge ``gen_judge``.
+      ``gen_bleu``, ``gen_rougel_f``, ``gen_rouge1``, ``gen_rouge2``, ``gen_rougel``,
+      ``gen_cosine``, and on characters ``gen_char_rougel``; sanitation ``gen_forgotten``,
+      ``gen_retained``; RippleEdits ``gen_test``; HalluEditBench ``gen_form``, ``gen_hop``,
+      ``gen_robust``; multiple choice ``mc1``, ``mc2``, ``mc3``. With a judge ``gen_judge``.
     - Costs: ``edit/bytes``, ``timing/edit_seconds`` and whatever else the blocks ``edit``,
       ``timing`` and ``memory`` hold, each with ``/median`` and ``/p95``; once a case, from its
       first record that has them.

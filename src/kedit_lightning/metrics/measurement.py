@@ -66,6 +66,11 @@ class ForwardPass:
         """Log-probabilities. Shape ``[rows, tokens, vocab]``."""
         return self.logits.log_softmax(-1)
 
+    @cached_property
+    def fed_log_probs(self) -> Tensor:
+        """Log-probabilities of the fed tokens. Shape ``[rows, tokens]``."""
+        return self.log_probs.gather(-1, self.ids[..., None])[..., 0]
+
 
 @dataclass(frozen=True)
 class Measurement:
@@ -88,13 +93,11 @@ class Measurement:
 
 
 def _log_prob(forward: ForwardPass) -> Any:
-    fed = forward.log_probs.gather(-1, forward.ids[..., None])[..., 0]
-    return mean_log_prob(fed, forward.mask).tolist()
+    return mean_log_prob(forward.fed_log_probs, forward.mask).tolist()
 
 
 def _sum_log_prob(forward: ForwardPass) -> Any:
-    fed = forward.log_probs.gather(-1, forward.ids[..., None])[..., 0]
-    return fed.masked_fill(~forward.mask, 0.0).sum(-1).tolist()
+    return forward.fed_log_probs.masked_fill(~forward.mask, 0.0).sum(-1).tolist()
 
 
 def _top1(forward: ForwardPass) -> Any:

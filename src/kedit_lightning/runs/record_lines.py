@@ -11,8 +11,8 @@ from typing import Any, cast
 from kedit_lightning.errors import ResumeError
 from kedit_lightning.metrics import ExampleRecord
 
-#: Costs differ from run to run; what is left of a record does not.
-_COSTS = ("timing", "memory")
+#: Blocks that differ between two runs of the same settings; what is left does not.
+COSTS = ("timing", "memory")
 _DIGEST = "digest"
 
 
@@ -21,6 +21,16 @@ def line_of(record: ExampleRecord) -> bytes:
     values = json.loads(json.dumps(record))
     values[_DIGEST] = _digest(values)
     return (json.dumps(values, ensure_ascii=False) + "\n").encode("utf-8")
+
+
+def records_in(folder: Path) -> Iterator[ExampleRecord]:
+    """The records of a finished run.
+
+    Raises:
+        ResumeError: A line is damaged; the message has its number.
+    """
+    path = folder / "results.jsonl"
+    return read_lines(path, path.read_bytes())
 
 
 def read_lines(path: Path, content: bytes) -> Iterator[ExampleRecord]:
@@ -48,7 +58,7 @@ def read_lines(path: Path, content: bytes) -> Iterator[ExampleRecord]:
 
 
 def _digest(record: Mapping[str, Any]) -> str:
-    values = {name: value for name, value in record.items() if name not in (*_COSTS, _DIGEST)}
+    values = {name: value for name, value in record.items() if name not in (*COSTS, _DIGEST)}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -24,14 +24,13 @@ from kedit_lightning.errors import DataFileError, DataFileNotFoundError
 from kedit_lightning.metrics import ExampleRecord, SummaryRow, name_id
 from kedit_lightning.metrics.functional import answer_text
 from kedit_lightning.metrics.retention import retention
+from kedit_lightning.runs.record_lines import COSTS
 
 _PACKAGES = ("kedit-lightning", "torch", "lightning", "transformers", "tokenizers", "peft", "numpy")
 #: Of ``results.json``; a field that changes its meaning, or goes, raises it.
 FORMAT = 1
 #: In a table, what is asked stands in this order, and costs behind it.
 _KINDS = ("rewrite", "rephrase", "portability", "locality", "edit", "timing", "memory")
-#: Blocks that differ between two runs of the same settings.
-_COSTS = ("timing", "memory")
 
 
 def _learned(method: LightningModule) -> str | None:
@@ -173,10 +172,10 @@ def summary_of(records: Iterable[ExampleRecord], protocol: Protocol, seed: int) 
         parent, _, name = key.rpartition("/")
         if key not in entries and parent in entries:
             entries[parent][name] = value
-    blocks: dict[str, Any] = {"scores": {}, **{name: {} for name in _COSTS}}
+    blocks: dict[str, Any] = {"scores": {}, **{name: {} for name in COSTS}}
     for key, entry in entries.items():
         block, _, rest = key.partition("/")
-        block, rest = (block, rest) if block in _COSTS else ("scores", key)
+        block, rest = (block, rest) if block in COSTS else ("scores", key)
         blocks[block][rest] = entry
     if protocol.grouping == "sequential" and protocol.every is not None:
         places = {name_id(id): place for place, id in enumerate(order, start=1)}

@@ -25,7 +25,7 @@ from kedit_lightning.errors import UnsupportedUseError
 from kedit_lightning.metrics import SummaryRow
 from kedit_lightning.metrics.retention import Spread
 from kedit_lightning.runs.html_report import html_report
-from kedit_lightning.runs.record_lines import read_lines
+from kedit_lightning.runs.record_lines import records_in
 
 #: The file that tells the spread, in the folder of the first order.
 SPREAD_FILE = "orders.json"
@@ -87,10 +87,10 @@ def _write(folder: Path, found: Mapping[str, Spread]) -> None:
     content = {"spread": {key: spread._asdict() for key, spread in found.items()}}
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     write_atomically(folder / SPREAD_FILE, text.encode("utf-8"))
-    results, lines = folder / "results.json", folder / "results.jsonl"
+    results = folder / "results.json"
     if results.is_file():  # the page of the first order was written before the others had run
         facts = json.loads(results.read_text(encoding="utf-8"))
-        records = read_lines(lines, lines.read_bytes())
+        records = records_in(folder)
         page = html_report(facts, facts["scores"], records, facts.get("retention"), found)
         write_atomically(folder / "report.html", page.encode("utf-8"))
 
