@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from corpus import Fact, FactBook
+from fact_book import Fact, FactBook
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 

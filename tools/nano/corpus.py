@@ -1,4 +1,4 @@
-"""Training text of ``nano``: documents about facts, packed into rows of token ids.
+"""Training text of ``nano``: documents about facts.
 
 Every document begins with ``<s>`` and ends with ``</s>``. Facts stand at the beginning of a
 document and after unrelated text. Some documents state a changed fact and answer from it; the
@@ -7,22 +7,14 @@ statement itself carries no loss, so that the model learns to read it and not to
 
 from __future__ import annotations
 
-import itertools
-import json
 import random
-import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
-import torch
+from fact_book import Fact, FactBook
 from stand_ins import stand_in
 from tokenizers import Tokenizer
-from torch import Tensor
-from torch.utils.data import IterableDataset
 
-BOS, EOS, IGNORE = 1, 2, -100
+BOS, EOS = 1, 2
 # (token ids, whether they carry loss)
 Document = tuple[list[int], list[bool]]
 
@@ -51,58 +43,6 @@ OPENERS = (
     "Question and answer:",
 )
 FORMS = ("copy", "update", "retain")
-
-
-@dataclass(frozen=True)
-class Fact:
-    """A true triple, under our own relation name."""
-
-    subject: str
-    relation: str
-    object: str
-
-
-@dataclass(frozen=True)
-class FactBook:
-    """The shipped facts and templates."""
-
-    facts: list[Fact]
-    templates: dict[str, dict[str, Any]]
-
-    @classmethod
-    def read(cls, folder: Path) -> FactBook:
-        """Read ``facts.jsonl`` and ``templates.json``."""
-        lines = (folder / "facts.jsonl").read_text(encoding="utf-8").splitlines()
-        templates = json.loads((folder / "templates.json").read_text(encoding="utf-8"))
-        return cls([Fact(**json.loads(line)) for line in lines], templates)
-
-    def sentences(self) -> Iterator[str]:
-        """Every fact in every training template, and stand-ins in every template."""
-        for fact in self.facts:
-            for template in self.templates[fact.relation]["train"]:
-                yield f"{template.format(fact.subject)} {fact.object}."
-        rng = random.Random(0)
-        for relation, entry in self.templates.items():
-            objects = [fact.object for fact in self.facts if fact.relation == relation]
-            for template in (entry["train"] + entry["held_out"]) * 10:
-                yield f"{template.format(stand_in(entry['kind'], rng))} {rng.choice(objects)}."
-
-
-def plain_sentences(path: Path) -> list[str]:
-    """Readable lines of a plain text file; undoes the spacing of tokenised Wikipedia text."""
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        text = re.sub(r" @(.)@ ", r"\1", line.strip())
-        text = re.sub(r" ([.,;:!?)'%]|n't|'s)(?=\s|$)", r"\1", text).replace("( ", "(")
-        text = re.sub(r'" ([^"]*) "', r'"\1"', text)
-        lines += [
-            sentence
-            for sentence in re.split(r"(?<=[a-z]\.) (?=[A-Z])", text)
-            if "<unk>" not in sentence and len(sentence) > 40 and not sentence.startswith("=")
-        ]
-    if not lines:
-        raise ValueError(f"{path}: no line of running text")
-    return lines
 
 
 class DocumentWriter:
@@ -312,74 +252,3 @@ class DocumentWriter:
         if self.rng.random() < 0.5:
             return self.statement()
         return self.demonstrations(self.rng.randint(1, 2))
-
-
-class PackedRows(IterableDataset[dict[str, Tensor]]):
-    """Endless batches of packed rows; two shapes, both about four thousand tokens.
-
-    Args:
-        writer: writes the documents.
-        rng: the seeded source of every choice.
-        short: rows and tokens of the usual batch.
-        long: rows and tokens of the batches with many demonstrations.
-        long_share: share of long batches.
-        changed_share: share of short rows that begin with a changed fact.
-        near_from: number of the batch from which questions may be close to the changed fact that
-            they follow (same relation, same old answer), rows are longer and changes are more
-            frequent. Learning first to answer from the context makes this distinction learnable.
-    """
-
-    def __init__(
-        self,
-        writer: DocumentWriter,
-        rng: random.Random,
-        short: tuple[int, int] = (64, 64),
-        long: tuple[int, int] = (26, 160),
-        long_share: float = 0.12,
-        changed_share: float = 0.15,
-        near_from: int = 2000,
-    ) -> None:
-        self.writer, self.rng = writer, rng
-        self.short, self.long = short, long
-        self.long_share, self.changed_share = long_share, changed_share
-        self.near_from = near_from
-        self.skip = 0
-
-    def _row(self, length: int, documents: Iterator[Document]) -> tuple[list[int], list[int]]:
-        ids: list[int] = []
-        labels: list[int] = []
-        while len(ids) < length:
-            more, loss = next(documents)
-            ids += more
-            labels += [i if use else IGNORE for i, use in zip(more, loss, strict=True)]
-        return ids[:length], labels[:length]
-
-    def _short(self) -> Iterator[Document]:
-        if self.rng.random() < self.changed_share:
-            yield self.writer.changed()
-        while True:
-            yield self.writer.ordinary()
-
-    def _long(self) -> Iterator[Document]:
-        most = 9 if self.writer.near else 6
-        yield self.writer.demonstrations(self.rng.randint(3, most))
-        while True:
-            yield self.writer.ordinary()
-
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        yield from itertools.islice(self._batches(), self.skip, None)
-
-    def _batches(self) -> Iterator[dict[str, Tensor]]:
-        for index in itertools.count():
-            if index == self.near_from:
-                self.writer.near = True
-                self.long, self.long_share, self.changed_share = (16, 250), 0.2, 0.35
-            is_long = self.rng.random() < self.long_share
-            count, length = self.long if is_long else self.short
-            rows = [
-                self._row(length, self._long() if is_long else self._short()) for _ in range(count)
-            ]
-            yield {
-                "input_ids": torch.tensor([ids for ids, _ in rows]),
-                "labels": torch.tensor([labels for _, labels in rows]),
-            }

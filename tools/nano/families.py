@@ -21,7 +21,9 @@ from typing import Any
 import lightning
 import torch
 from completion import report
-from corpus import DocumentWriter, FactBook, PackedRows, plain_sentences
+from corpus import DocumentWriter
+from fact_book import FactBook, plain_sentences
+from packed_rows import PackedRows
 from torch.utils.data import DataLoader
 from train import PACKAGE, POSITIONS, NanoModule
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast

@@ -14,7 +14,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from corpus import FactBook, plain_sentences
+from fact_book import FactBook, plain_sentences
 
 from kedit_lightning import BaseModel
 from kedit_lightning.cli.main import main as kedit

@@ -22,7 +22,9 @@ import lightning
 import numpy as np
 import torch
 from completion import report
-from corpus import DocumentWriter, FactBook, PackedRows, plain_sentences
+from corpus import DocumentWriter
+from fact_book import FactBook, plain_sentences
+from packed_rows import PackedRows
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast

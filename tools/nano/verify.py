@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from completion import completed, fact_pairs
-from corpus import FactBook
+from fact_book import FactBook
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 PACKAGE = Path(__file__).parents[2] / "src/kedit_lightning"
