@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import inspect
 from importlib import import_module
 from typing import get_args
 
@@ -14,6 +15,7 @@ from places import ROOT
 
 from kedit_lightning import callbacks, data, methods, registry
 from kedit_lightning.registry import Entry, Kind, entries, register
+from kedit_lightning.task_registry import tasks
 
 PACKAGE = {"method": "methods", "dataset": "data", "metric": "metrics", "callback": "callbacks"}
 CONFIGS = {"method": ("methods", "model"), "dataset": ("data", "data")}
@@ -80,6 +82,21 @@ def test_entries_and_packaged_configs_belong_together(kind):
 def test_configs_of_variants_name_methods():
     for path in (ROOT / "configs" / "variants").glob("*.yaml"):
         assert yaml.safe_load(path.read_text())["model"]["class_path"] in entries("method")
+
+
+def test_tasks_and_packaged_configs_belong_together():
+    folder = ROOT / "configs" / "tasks"
+    assert {path.stem for path in folder.glob("*.yaml")} == set(tasks())
+    for name, task in tasks().items():
+        values = yaml.safe_load((folder / f"{name}.yaml").read_text(encoding="utf-8"))
+        assert task.file == folder / f"{name}.yaml"
+        assert values["data"]["class_path"] == task.dataset in entries("dataset")
+        assert values.keys() <= {"data", "trainer", "methods"}
+        assert set(task.metrics) <= set(entries("metric"))
+        assert task.metrics
+        for method, settings in task.method_settings().items():
+            known = inspect.signature(entries("method")[method].load()).parameters
+            assert settings.keys() <= set(known), (name, method)
 
 
 def test_the_tables_of_the_readme_are_those_of_the_registry():

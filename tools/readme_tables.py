@@ -1,4 +1,4 @@
-"""Write the README's tables of methods and datasets from the registry.
+"""Write the README's tables of methods, datasets and tasks from the registry.
 
 Run ``python tools/readme_tables.py`` after a change of an entry or of what a method can do.
 """
@@ -10,6 +10,7 @@ from pathlib import Path
 
 from kedit_lightning.methods import EditMethod
 from kedit_lightning.registry import Entry, entries
+from kedit_lightning.task_registry import tasks
 
 README = Path(__file__).parents[1] / "README.md"
 #: The families of methods in the order of the table, which are packages of ``methods``.
@@ -19,6 +20,7 @@ METHODS = (
     "Phi, OLMo | single | batch | sequential | rollback | export | `fit` learns |"
 )
 DATASETS = "| dataset | reads |"
+TASKS = "| task | asks | data | scores of its own | sets for methods |"
 #: Remarks in cells, which no declaration of a method gives.
 REMARKS = {
     ("LocFTBF", "batch"): " breadth first",
@@ -70,10 +72,27 @@ def datasets_table() -> Iterator[str]:
         yield f"| `{entry.name}` | {entry.summary} |"
 
 
+def tasks_table() -> Iterator[str]:
+    """Lines of the table of tasks."""
+    yield TASKS
+    yield "|---|---|---|---|---|"
+    for task in tasks().values():
+        scores = [f"`{entries('metric')[metric].load().name}`" for metric in task.metrics]
+        own = [
+            f"`{method}`: {', '.join(f'`{setting}`' for setting in settings)}"
+            for method, settings in task.method_settings().items()
+        ]
+        yield (
+            f"| `{task.name}` | {task.summary} | `{task.dataset}` | {', '.join(scores)} | "
+            f"{'; '.join(own) or '–'} |"
+        )
+
+
 def with_tables(text: str) -> str:
-    """A README in which both tables are those of the registry."""
+    """A README in which all tables are those of the registry."""
     lines = text.splitlines()
-    for header, table in ((METHODS, methods_table()), (DATASETS, datasets_table())):
+    tables = ((METHODS, methods_table()), (DATASETS, datasets_table()), (TASKS, tasks_table()))
+    for header, table in tables:
         start = lines.index(header)
         end = next(at for at in range(start, len(lines)) if not lines[at].startswith("|"))
         lines[start:end] = table

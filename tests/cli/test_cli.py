@@ -253,6 +253,7 @@ def test_every_shipped_config_parses(name: str, capsys: pytest.CaptureFixture[st
     assert not stop.value.code
     parsed = yaml.safe_load(capsys.readouterr().out)
     given = yaml.safe_load(text)
+    given.pop("methods", None)  # of a task: settings of methods that are not named here
 
     def within(part: Any, whole: Any) -> bool:
         if isinstance(part, dict):

@@ -16,6 +16,7 @@ FLOORS = [
     [
         "requests",
         "registry",
+        "task_registry",
         "cache_folder",
         "run_seed",
         "sentence",

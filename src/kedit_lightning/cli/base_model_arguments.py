@@ -35,7 +35,7 @@ def with_one_base_model(args: list[str]) -> list[str]:
     """
     spec: dict[str, Any] = {}
     kept: list[str] = []
-    for option, value, words in _options(args):
+    for option, value, words in options_of(args):
         name = option.replace(".init_args", "")
         given: Any = None
         if option in _CONFIGS or name == "--model":
@@ -44,7 +44,7 @@ def with_one_base_model(args: list[str]) -> list[str]:
                 words = [f"{option}={rest}"]  # the parser would miss the name
             kept += words
         elif name == _OPTION:
-            given = _mapping(value)
+            given = mapping_of(value)
             given = value if given is None else given
         elif name.startswith(f"{_OPTION}.") and name.count(".") == 2:
             given = {name.rpartition(".")[2]: value}
@@ -58,7 +58,7 @@ def with_one_base_model(args: list[str]) -> list[str]:
     return [*kept, *(f"{_OPTION}.{part}={text}" for part, text in texts.items())]
 
 
-def _options(args: Sequence[str]) -> Iterator[tuple[str, str, list[str]]]:
+def options_of(args: Sequence[str]) -> Iterator[tuple[str, str, list[str]]]:
     """Each option with its value, and the words that gave them; others with an empty value."""
     rest = list(args)
     while rest:
@@ -70,7 +70,7 @@ def _options(args: Sequence[str]) -> Iterator[tuple[str, str, list[str]]]:
         del rest[:words]
 
 
-def _mapping(text: str) -> dict[str, Any] | None:
+def mapping_of(text: str) -> dict[str, Any] | None:
     """The mapping that a text or a file of YAML holds, if it does."""
     inline = any(mark in text for mark in "{\n")
     if not inline and not Path(text).is_file():
@@ -84,7 +84,7 @@ def _mapping(text: str) -> dict[str, Any] | None:
 
 def _base_model_of(text: str, is_model: bool) -> tuple[Any, str]:
     """What a config says about the base model, and the config without it."""
-    config = _mapping(text) or {}
+    config = mapping_of(text) or {}
     model = config if is_model else config.get("model")
     settings = model.get("init_args", model) if isinstance(model, dict) else None
     if not isinstance(settings, dict) or "base_model" not in settings:
@@ -105,7 +105,7 @@ def check_trust(config: Any, args: Sequence[str]) -> None:
     """
     if os.environ.get(TRUST, "").lower() in ("1", "true", "yes"):
         return
-    said = [(option.replace(".init_args", ""), value) for option, value, _ in _options(args)]
+    said = [(option.replace(".init_args", ""), value) for option, value, _ in options_of(args)]
     written = any("trust_remote_code" in value and "{" in value for _, value in said)
     for path in _trusting(config):
         name = "--" + path.replace(".init_args", "").replace(".dict_kwargs", "")

@@ -11,6 +11,7 @@ import yaml
 
 from kedit_lightning.cli.messages import UsageError, meant
 from kedit_lightning.errors import DataFileError, DataFileNotFoundError, ResumeError
+from kedit_lightning.task_registry import tasks
 
 #: Options that mean yes without a value.
 _FLAGS = ("--strict", "--force")
@@ -45,6 +46,11 @@ def config_file(name: str) -> str:
     known = packaged_configs()
     if plain in known:
         return str(files("kedit_lightning.configs").joinpath(f"{plain}.yaml"))
+    folder, _, rest = plain.partition("/")
+    if folder == "tasks":
+        if rest in tasks():
+            return str(tasks()[rest].file)
+        known = [f"tasks/{task}" for task in tasks()]
     raise DataFileNotFoundError(
         f"there is no config file '{name}', and none of the packaged configs has that name"
         f"{meant(plain, known)}"

@@ -40,6 +40,7 @@ also:
   reproduce RUN [--output DIR] [--tolerance 1e-5]
             repeat a finished run with its own config, and compare it number by number
   metrics   say what the names of scores mean, such as tf_all
+  tasks     list the tasks: data, metrics and settings of methods that belong together
   completion bash|zsh|fish
             print a script by which a shell completes options; it takes some seconds
 
@@ -47,8 +48,8 @@ options:
   -h, --help      show this; `kedit <command> --help` shows what a command takes (--help-all
                   with all of Lightning), `kedit <command> --model.help ROME` what a method takes
   --version       show the version
-  -c NAME         a config: a file, or a packaged one such as methods/rome; several compose, and
-                  options behind it override it
+  -c NAME         a config: a file, or a packaged one such as methods/rome or tasks/truthfulness;
+                  several compose, and options behind it override it
   --ability TASKS of `edit`, and of `test` in sequential mode: tasks of lm-eval, or YAML files of
                   your own, before and after the edits, paired by document
 
@@ -60,6 +61,8 @@ examples:
       --prompt "The Eiffel Tower stands in"
   kedit test -c methods/memit -c data/counterfact --model.base_model gpt2-xl \\
       --trainer.protocol.mode sequential --trainer.protocol.chunk_size 100 --output scores/
+  kedit test -c tasks/truthfulness -c methods/dola --data.path TruthfulQA.csv \\
+      --model.base_model gpt2-xl
   kedit test --resume scores/
 """
 
@@ -68,6 +71,12 @@ REPORTS = {
     "compare": ("run_comparison", "run_comparison"),
     "data": ("data_report", "data_report"),
     "reproduce": ("run_reproduction", "run_reproduction"),
+}
+
+#: Commands that print what is known, in the same form.
+LISTS = {
+    "metrics": ("metric_glossary", "metric_glossary"),
+    "tasks": ("task_arguments", "task_list"),
 }
 
 #: What gloo and NCCL say when a process waits for another one that has ended.
@@ -102,9 +111,10 @@ def main(args: Any = None, run: bool = True) -> Any:
         _leave(HELP, 0 if arguments else 2)
     if arguments == ["--version"]:
         _leave(f"kedit {__version__}\n", 0)
-    if run and arguments == ["metrics"]:
+    if run and arguments in [[name] for name in LISTS]:
         load_plugins()
-        _leave(import_module("kedit_lightning.cli.metric_glossary").metric_glossary(), 0)
+        name, function = LISTS[arguments[0]]
+        _leave(getattr(import_module(f"kedit_lightning.cli.{name}"), function)(), 0)
     if run and arguments and arguments[0] in REPORTS:
         name, function = REPORTS[arguments[0]]
         with _errors_in_one_line(), without_notices():

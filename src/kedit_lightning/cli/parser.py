@@ -41,6 +41,7 @@ from kedit_lightning.cli.messages import (
     explain,
     kedit_error,
 )
+from kedit_lightning.cli.task_arguments import with_task_settings
 from kedit_lightning.errors import DataFileNotFoundError
 from kedit_lightning.methods import EditMethod
 from kedit_lightning.methods.training.checkpoint import load_checkpoint
@@ -147,7 +148,7 @@ class KEditCLI(LightningCLI):
                 sys.stdout.write(completion_script(parser, self._typed[1:]))
                 raise SystemExit(0)
             args = with_ability(with_flags(self._typed))
-            args = with_saved_config(with_config_files(args))
+            args = with_saved_config(with_task_settings(with_config_files(args)))
             args = with_all_prompts(with_one_base_model(with_saved_method(args)))
         with warnings.catch_warnings():
             if own:
