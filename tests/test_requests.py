@@ -175,3 +175,17 @@ def test_what_type_checkers_read_of_a_constructor_is_what_it_takes(kind):
     taken = inspect.signature(kind).parameters.values()
     assert written[0] == [parameter.name for parameter in taken]
     assert written[1] == [p.default for p in taken if p.default is not inspect.Parameter.empty]
+
+
+def test_a_constraint_is_a_question_with_its_answer():
+    whole = EditRequest("p", "t", constraint_prompt="q", constraint_answer=" a ")
+    assert whole.constraint_answer == "a"
+    for field in ("constraint_prompt", "constraint_answer"):
+        with pytest.raises(errors.InvalidRequestError, match="a constraint is a question with it"):
+            EditRequest("p", "t", **{field: "x"})
+    # Ids of edits and hashes of data made without it stay.
+    plain = EditExample.from_request(EditRequest("p", "t"), "1").to_json()
+    assert not any("constraint" in name for name in plain["requests"][0])
+    origin = EditOrigin(requests=(whole, EditRequest("p", "t")))
+    assert EditOrigin.from_json(origin.to_json()).requests == origin.requests
+    assert not any("constraint" in name for name in origin.to_json()["requests"][1])

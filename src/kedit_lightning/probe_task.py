@@ -14,6 +14,7 @@ from kedit_lightning.errors import InvalidRequestError
 #: be given. ``retain``: what was known should stay so. ``ripple``: the probe is part of a test of
 #: several questions. ``form``: the fact is asked in another form. ``hop``: the question goes over
 #: several facts. ``doubt``: the answer is doubted. ``choice``: right answers stand against wrong.
+#: ``defence``: the reply should be safe, whatever else it says.
 TaskName: TypeAlias = Literal[
     "passage",
     "characters",
@@ -25,6 +26,7 @@ TaskName: TypeAlias = Literal[
     "hop",
     "doubt",
     "choice",
+    "defence",
 ]
 
 
@@ -58,6 +60,11 @@ class ProbeTask:
             rule = f"must be one of {', '.join(get_args(TaskName))}"
             raise InvalidRequestError(f"field 'task' of a probe {rule}, got {self.name!r}")
         object.__setattr__(self, "against", tuple(map(trimmed, self.against)))
+
+    @property
+    def has_answers(self) -> bool:
+        """Whether some answers are right: a reply may be safe in any words."""
+        return self.name != "defence"
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, without those that are as usual.

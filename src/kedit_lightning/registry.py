@@ -198,6 +198,11 @@ _OWN: dict[tuple[Kind, str], dict[str, tuple[str, str, str]]] = {
             "rippleedits",
             "six criteria of what follows from an edit",
         ),
+        "SafeEdit": (
+            "safety.safeedit",
+            "safeedit",
+            "attacked questions with a safe and an unsafe reply, and what must stay known",
+        ),
         "Texts": (
             "text.texts",
             "texts",
@@ -242,6 +247,9 @@ _OWN: dict[tuple[Kind, str], dict[str, tuple[str, str, str]]] = {
         "AnyWording": ("generation_quality", "", "one wording of a question is answered"),
         "BaseKL": ("locality", "", "KL divergence from the base model"),
         "CharacterRouge": ("passages", "", "ROUGE-L with the wanted sentence, on characters"),
+        "DefenceChange": ("defence", "", "replies that are safe, less those of the base model"),
+        "DefenceGeneralization": ("defence", "", "replies to related questions are safe"),
+        "DefenceSuccess": ("defence", "", "the reply is safe"),
         "ExactMatch": ("answers", "", "all tokens of an answer are arg-max, teacher-forced"),
         "Forgotten": ("tasks", "", "the free generation mentions no forbidden answer"),
         "Fluency": ("fluency", "", "n-gram entropy of a sampled continuation"),

@@ -16,6 +16,8 @@ from kedit_lightning.errors import InvalidRequestError, article_list
 from kedit_lightning.probe_task import ProbeTask
 
 ProbeKind: TypeAlias = Literal["rewrite", "rephrase", "locality", "portability"]
+#: Fields that the first records of requests and probes did not have.
+_NEWER = ("image", "constraint_prompt", "constraint_answer")
 
 
 def _is_text(value: object) -> bool:
@@ -79,9 +81,13 @@ class EditRequest:
         id: Name of the request in reports and file names.
         task: Name of the kind of fact, such as a relation; some methods need it.
         image: Path or URL of the picture that the prompt is about, for vision-language models.
+        constraint_prompt: A question whose answer the edit should leave as it is; some methods
+            train against its change.
+        constraint_answer: The answer to it.
 
     Raises:
-        InvalidRequestError: A text is empty or not text, or the subject is not part of the prompt.
+        InvalidRequestError: A text is empty or not text, the subject is not part of the prompt, or
+            a constraint lacks its question or its answer.
     """
 
     prompt: str
@@ -91,6 +97,8 @@ class EditRequest:
     id: str | None = None
     task: str | None = None
     image: str | None = None
+    constraint_prompt: str | None = None
+    constraint_answer: str | None = None
 
     if TYPE_CHECKING:  # the attribute is a text, whatever was given
 
@@ -103,6 +111,8 @@ class EditRequest:
             id: str | None = None,
             task: str | None = None,
             image: str | None = None,
+            constraint_prompt: str | None = None,
+            constraint_answer: str | None = None,
         ) -> None: ...
 
     def __post_init__(self) -> None:
@@ -114,7 +124,10 @@ class EditRequest:
                 raise _refuse(self.label, field, f"{rule}, got {value!r}")
             if value is not None:
                 _check_unicode(self.label, field, value)
-        texts = ("target_new", "target_old", "subject")
+        if (self.constraint_prompt is None) != (self.constraint_answer is None):
+            lacking = "constraint_answer" if self.constraint_prompt else "constraint_prompt"
+            raise _refuse(self.label, lacking, "is absent, and a constraint is a question with it")
+        texts = ("target_new", "target_old", "subject", "constraint_answer")
         _keep(self, {name: trimmed(text) for name in texts if (text := getattr(self, name))})
         if self.subject is not None:
             asked = passage_with(self.prompt, self.subject)
@@ -152,7 +165,8 @@ class Probe:
         kind: What the answer tells: ``rewrite``, ``rephrase``, ``locality`` or ``portability``.
         prompt: Text that ends where the answer begins, or messages as in :class:`EditRequest`.
         answers: Answers that count as right, the preferred one first. May be empty for locality,
-            which asks whether the base model's own answer has changed.
+            which asks whether the base model's own answer has changed, and for a task that has no
+            right answers.
         group: Name under which scores are collected, such as ``neighborhood``; the kind if empty.
         contrast: An answer that should be less likely than ``answers[0]`` after the edit.
         image: Path or URL of the picture that the prompt is about, for vision-language models.
@@ -196,7 +210,8 @@ class Probe:
             raise _refuse(name, "answers", f"must be a list of texts, got {self.answers!r}")
         # Lists arrive from JSON; a tuple keeps the probe hashable.
         object.__setattr__(self, "answers", tuple(self.answers))
-        if not self.answers and self.kind != "locality":
+        asked = self.task is None or self.task.has_answers
+        if not self.answers and self.kind != "locality" and asked:
             raise _refuse(name, "answers", "must hold at least one answer")
         texts = [("answers", answer) for answer in self.answers]
         texts += [("contrast", self.contrast)] if self.contrast is not None else []
@@ -254,8 +269,9 @@ class EditExample:
         """Plain values; what newer fields lack is left out, so that hashes made without it stay."""
         values = asdict(self)
         for item in (*values["requests"], *values["probes"]):
-            if item["image"] is None:
-                del item["image"]
+            for name in _NEWER:
+                if name in item and item[name] is None:
+                    del item[name]
         for item, probe in zip(values["probes"], self.probes, strict=True):
             if probe.task is None:
                 del item["task"]

@@ -69,6 +69,11 @@ def tasks() -> dict[str, Task]:
 
 #: The tasks of this package: what each asks, its dataset, and its metrics.
 _OWN: dict[str, tuple[str, str, Iterable[str]]] = {
+    "safety": (
+        "are replies to attacked questions safe, and those to related questions",
+        "SafeEdit",
+        ("DefenceSuccess", "DefenceGeneralization", "DefenceChange", "Fluency", "FluencyChange"),
+    ),
     "truthfulness": (
         "are true answers likelier than common false ones",
         "TruthfulQA",

@@ -16,7 +16,8 @@ from toys import Toy
 
 from kedit_lightning import EditExample
 from kedit_lightning.benchmark import Protocol, ProtocolRunner, RunContext, judge
-from kedit_lightning.benchmark.graders import Graders, sentiment_classifier
+from kedit_lightning.benchmark.classifiers import POSITIVE
+from kedit_lightning.benchmark.graders import Graders
 from kedit_lightning.benchmark.judge import KEY_VARIABLE, Judge, Judgement, verdict
 from kedit_lightning.chat_turns import prompt_text
 from kedit_lightning.errors import BaseModelNotFoundError, UnsupportedUseError
@@ -293,7 +294,7 @@ def test_a_sequence_classifier_judges_sentiment(tmp_path, named):
     model = transformers.AutoModelForSequenceClassification.from_config(config).eval()
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    classify = sentiment_classifier(str(tmp_path), CPU)
+    classify = POSITIVE.classifier(str(tmp_path), CPU)
     (found,) = classify(["I love it."])
     assert classify(["I love it.", "It is too loud for me."])[0] == found
     ids = torch.tensor([tokenizer("I love it.")["input_ids"]])
@@ -302,6 +303,6 @@ def test_a_sequence_classifier_judges_sentiment(tmp_path, named):
     config.id2label = {0: "LABEL_0", 1: "LABEL_1"}
     config.save_pretrained(tmp_path)
     with pytest.raises(UnsupportedUseError, match="one class that is called positive"):
-        sentiment_classifier(str(tmp_path), CPU)
+        POSITIVE.classifier(str(tmp_path), CPU)
     with pytest.raises(BaseModelNotFoundError, match="sequence classifier"):
-        sentiment_classifier(str(tmp_path / "none"), CPU)
+        POSITIVE.classifier(str(tmp_path / "none"), CPU)

@@ -111,6 +111,7 @@ def test_the_list_names_all_tasks(capsys: pytest.CaptureFixture[str]) -> None:
 
 #: Samples of the tasks, and settings that keep their runs short.
 SAMPLES_OF = {
+    "safety": "safeedit.json",
     "truthfulness": "truthfulqa.csv",
     "unstructured": "unke.json",
 }

@@ -27,6 +27,7 @@ CLASSES = {
     "mquake": "MQuAKE",
     "qaedit": "QAEdit",
     "rippleedits": "RippleEdits",
+    "safeedit": "SafeEdit",
     "truthfulqa": "TruthfulQA",
     "unke": "UnKE",
     "wikibigedit": "WikiBigEdit",

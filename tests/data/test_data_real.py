@@ -21,6 +21,7 @@ from kedit_lightning.data import (
     MQuAKE,
     QAEdit,
     Requests,
+    SafeEdit,
     Texts,
     ZsRE,
 )
@@ -311,3 +312,15 @@ def test_plain_text(shared_data: Path) -> None:
         for name in ("test.txt", "valid.txt")
     )
     assert 0.99 * size < characters <= size
+
+
+@pytest.mark.parametrize(("split", "count"), [("test", 1350), ("val", 2700), ("train", 4050)])
+def test_safeedit_where_it_is_there(shared_data: Path, split: str, count: int) -> None:
+    found = sorted((shared_data / "safeedit").glob(f"*{split}*.json"))
+    if not found:
+        pytest.skip(f"the {split} split of SafeEdit is not in {shared_data / 'safeedit'}")
+    examples = SafeEdit(path=found[0]).examples()
+    assert len(examples) == count
+    for example in examples:
+        assert example.requests[0].target_old is not None
+        assert split != "test" or len(example.probes) == 6

@@ -56,6 +56,9 @@ READ: list[tuple[str, str, int, int, dict[str, int]]] = [
     ("KnownFacts", "known_facts.json", 1, 1, {}),
     ("TruthfulQA", "truthfulqa.json", 2, 2, {"choice": 2}),
     ("TruthfulQA", "truthfulqa.csv", 2, 2, {"choice": 2}),
+    ("SafeEdit", "safeedit.json", 3, 3,
+     {"only_question": 3, "other_attacks": 3, "other_questions": 3,
+      "other_questions_and_attacks": 3, "knowledge_constraint": 3}),
 ]  # fmt: skip
 IDS = [f"{dataset}-{file}" for dataset, file, *_ in READ]
 
@@ -101,6 +104,7 @@ NEEDED = {
     "LEME-leme.json": ["alt"],
     "KnownFacts-known_facts.json": ["attribute"],
     "TruthfulQA-truthfulqa.json": ["question"],
+    "SafeEdit-safeedit.json": ["safe generation"],
 }
 BROKEN = [(i.split("-", 1)[0], i.split("-", 1)[1], path) for i, path in NEEDED.items()]
 
@@ -340,3 +344,37 @@ def test_a_doubted_answer_stands_in_every_turn() -> None:
     ]
     assert turns[0] == "Who owns Orrin Mill? Ida Roe.\nAre you sure? Answer Yes or No:"
     assert [turn.count(": Yes.") for turn in turns] == list(range(10))
+
+
+def test_all_fields_of_safeedit() -> None:
+    first, *_ = load("SafeEdit", SAMPLES / "safeedit.json")
+    (request,) = first.requests
+    assert request.prompt.endswith("hears. What is the password of the toy vault?")
+    assert request.target_new == "I keep the password of the toy vault to myself."
+    assert request.target_old == "The password of the toy vault is bluebird."
+    assert (request.id, request.task) == ("0", "Pretend secrets")
+    assert (request.constraint_prompt, request.constraint_answer) == (
+        "The capital of France is", "Paris",
+    )  # fmt: skip
+    probes = {probe.group: probe for probe in first.probes}
+    assert probes["rewrite"].contrast == request.target_old
+    assert probes["only_question"].prompt == "What is the password of the toy vault?"
+    assert probes["knowledge_constraint"].answers == ("Paris",)
+    tests = [p for p in first.probes if p.kind == "portability"]
+    assert [(p.answers, p.task) for p in tests] == [((), ProbeTask("defence"))] * 4
+
+
+@pytest.mark.parametrize("field", ["generalization test", "knowledge constrain"])
+def test_what_a_record_of_safeedit_may_lack(tmp_path: Path, field: str) -> None:
+    records = json.loads((SAMPLES / "safeedit.json").read_text(encoding="utf-8"))
+    del records[0][field]
+    path = tmp_path / "safeedit.json"
+    path.write_text(json.dumps(records), encoding="utf-8")
+    first, second, _ = load("SafeEdit", path)
+    assert len(second.probes) == 6
+    assert len(first.probes) == (2 if field == "generalization test" else 5)
+    assert (first.requests[0].constraint_prompt is None) == (field == "knowledge constrain")
+    records[1][field] = {"prompt": ["x"]} if field == "knowledge constrain" else "x"
+    path.write_text(json.dumps(records), encoding="utf-8")
+    with pytest.raises(DataFileError, match=rf"index 1.*'{field}"):
+        load("SafeEdit", path)

@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cache, cached_property
+from itertools import product
 from typing import Any, TypeAlias, cast
 
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from kedit_lightning.benchmark.answer_cache import AnswersCache, key_of
+from kedit_lightning.benchmark.classifiers import TEXT_CLASSES, Classifier, TextClass
 from kedit_lightning.benchmark.judge import Judge, Judgement, Respondent, respondent, verdict
 from kedit_lightning.benchmark.protocol import Protocol
 from kedit_lightning.cache_folder import cache_dir
 from kedit_lightning.chat_turns import question_in
 from kedit_lightning.edits.kinds.prompt.retriever import sentence_encoder
-from kedit_lightning.errors import BaseModelNotFoundError, UnsupportedUseError
-from kedit_lightning.metrics import ExampleRecord, ProbeReading, ProbeRecord
+from kedit_lightning.metrics import ExampleRecord, PassageCosine, ProbeReading, ProbeRecord
 from kedit_lightning.metrics.functional import nearest_cosine
-from kedit_lightning.metrics.measurement import COSINE, JUDGED, PASSAGE, SENTIMENT, TEXT
+from kedit_lightning.metrics.measurement import COSINE, JUDGED, PASSAGE, TEXT
 from kedit_lightning.probe_task import scored_by
 
-#: Probabilities that texts are positive.
-Classifier: TypeAlias = Callable[[Sequence[str]], Sequence[float]]
 #: Embeddings of texts, ``[texts, dimension]``.
 Encoder: TypeAlias = Callable[[Sequence[str]], Any]
 
@@ -143,7 +141,8 @@ class Graders:
         """Cosine of passages with the answers that they should be."""
         for probe, states in zip(probes, found, strict=True):
             text = PASSAGE.of(probe["after"])
-            if text is None or not probe["answers"]:
+            compared = scored_by(probe.get("task"), PassageCosine.tasks)
+            if text is None or not probe["answers"] or not compared:
                 continue
             if self.protocol.embedder is None:
                 self._warn(
@@ -158,63 +157,28 @@ class Graders:
             cosine = nearest_cosine(vectors[0], torch.stack(vectors[1:]))
             states["after"][COSINE.name] = cosine
 
-    # ---- sentiment
+    # ---- classes
 
-    @cached_property
-    def _classifier(self) -> Classifier:
-        named = self.protocol.sentiment
-        return named if callable(named) else sentiment_classifier(str(named), self.device)
+    @cache  # noqa: B019 - graders live as long as a run
+    def _classifier(self, wanted: TextClass) -> Classifier:
+        return wanted.classifier(getattr(self.protocol, wanted.option), self.device)
 
     def _classify(
         self, probes: Sequence[ProbeRecord], found: list[dict[str, dict[str, Any]]]
     ) -> None:
-        """How positive opinions are, without and with the edit."""
-        for probe, states in zip(probes, found, strict=True):
-            if not scored_by(probe.get("task"), ("opinion",)):
+        """How likely free answers are of a class, without and with the edit."""
+        for wanted, (probe, states) in product(TEXT_CLASSES, zip(probes, found, strict=True)):
+            if not scored_by(probe.get("task"), (wanted.task,)):
                 continue
-            if self.protocol.sentiment is None:
-                self._warn(
-                    "sentiment",
-                    "opinions of this dataset are also judged by a classifier of sentiment, and "
-                    "protocol.sentiment names none; gen_sentiment is left out",
-                )
-                return
+            if getattr(self.protocol, wanted.option) is None:
+                self._warn(wanted.option, wanted.absence)
+                continue
             for state, new in states.items():
-                text = TEXT.of(probe[state])  # type: ignore[literal-required]
-                if text is not None:
-                    new[SENTIMENT.name] = float(self._classifier([text])[0])
-
-
-def sentiment_classifier(name: str, device: torch.device) -> Classifier:
-    """Probabilities of the positive class, by a sequence classifier of the hub or a folder.
-
-    Raises:
-        BaseModelNotFoundError: There is no such model.
-        UnsupportedUseError: None of its classes, or more than one, is called positive.
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model: Any = AutoModelForSequenceClassification.from_pretrained(name).to(device).eval()
-    except (OSError, ValueError) as error:
-        raise BaseModelNotFoundError(
-            f"protocol.sentiment '{name}' could not be loaded as a sequence classifier "
-            f"({str(error).partition(chr(10))[0]}); give a folder or a name on the hub that this "
-            "machine can reach"
-        ) from error
-    labels = {int(index): str(label) for index, label in model.config.id2label.items()}
-    positive = [index for index, label in labels.items() if label.lower().startswith("pos")]
-    if len(positive) != 1:
-        raise UnsupportedUseError(
-            f"protocol.sentiment '{name}' must have one class that is called positive, and has "
-            f"{', '.join(labels.values())}; set id2label in its config.json"
-        )
-
-    @torch.no_grad()
-    def classify(texts: Sequence[str]) -> list[float]:
-        found = []
-        for text in texts:  # one at a time, so that no padding changes a score
-            inputs = tokenizer(text, return_tensors="pt", truncation=True).to(device)
-            found.append(model(**inputs).logits[0].float().softmax(-1)[positive[0]].item())
-        return found
-
-    return classify
+                reading: ProbeReading = probe[state]
+                text = PASSAGE.of(reading)
+                if (text := TEXT.of(reading) if text is None else text) is None:
+                    continue
+                given = wanted.empty if not text.strip() else None
+                if given is None:
+                    given = float(self._classifier(wanted)([text])[0])
+                new[wanted.measurement.name] = given

@@ -22,6 +22,8 @@ Grid: TypeAlias = Literal["log"]
 
 #: Part of every protocol id; raised when the same settings would give other numbers.
 READING_VERSION = 2
+#: Fields that name what measures finished texts.
+_GRADERS = ("judge", "sentiment", "safety", "embedder")
 
 
 def _name_of(grader: Any) -> Any:
@@ -74,6 +76,8 @@ class Protocol:
         judge: A model that judges free answers, as ``gen_judge``; it stands in for no other score.
         sentiment: Sequence classifier of opinions (name or folder; in Python also a function from
             texts to probabilities of positive sentiment), for ``gen_sentiment``.
+        safety: Sequence classifier of replies (name or folder; in Python also a function from texts
+            to probabilities that they are unsafe), for ``ds`` and ``dg``.
         embedder: Model of sentence-transformers (name or folder; in Python also a function from
             texts to vectors) that compares passages, for ``gen_cosine``.
     """
@@ -94,6 +98,7 @@ class Protocol:
     generation: Generation = "greedy"
     judge: Judge | None = None
     sentiment: str | Callable[..., Any] | None = None
+    safety: str | Callable[..., Any] | None = None
     embedder: str | Callable[..., Any] | None = None
 
     def __post_init__(self) -> None:
@@ -184,7 +189,7 @@ class Protocol:
 
     def facts(self) -> dict[str, Any]:
         """What the scores depend on, as plain values."""
-        plain = replace(self, judge=None, sentiment=None, embedder=None)
+        plain = replace(self, judge=None, sentiment=None, safety=None, embedder=None)
         facts = asdict(plain) | {"evaluate": sorted(self.moments), "version": READING_VERSION}
         facts |= {"generate": self.generates, "mode": self.grouping}
         # Neither the rows of a forward pass nor how many examples are read together change a score,
@@ -201,7 +206,7 @@ class Protocol:
         if not self.generates:
             del facts["max_new_tokens"], facts["answers"], facts["generation"]
         # Absent where none is named or asked, so that ids made without them stay.
-        for name in ("judge", "sentiment", "embedder"):
+        for name in _GRADERS:
             grader = getattr(self, name)
             del facts[name]
             if grader is not None and self.generates:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from kedit_lightning.data.knowledge.zsre import ZsRE
     from kedit_lightning.data.record_parsing import SkipRecord
     from kedit_lightning.data.records import Fields
+    from kedit_lightning.data.safety.safeedit import SafeEdit
     from kedit_lightning.data.text.texts import TextBatch, Texts
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "QAEdit",
     "Requests",
     "RippleEdits",
+    "SafeEdit",
     "SkipRecord",
     "Split",
     "TextBatch",

@@ -52,7 +52,8 @@ class EditOrigin:
         if not self.full_fingerprint:
             del values["full_fingerprint"]
         for request in values["requests"]:
-            for name in ("task", "image"):  # earlier releases had none; their edits keep their ids
+            # Earlier releases had none of these; their edits keep their ids.
+            for name in ("task", "image", "constraint_prompt", "constraint_answer"):
                 if request.get(name) is None:
                     request.pop(name, None)
         return values

@@ -25,6 +25,11 @@ from kedit_lightning.metrics.scores.choices import (
     RightAbove,
     RightMass,
 )
+from kedit_lightning.metrics.scores.defence import (
+    DefenceChange,
+    DefenceGeneralization,
+    DefenceSuccess,
+)
 from kedit_lightning.metrics.scores.edit_cost import CostMean
 from kedit_lightning.metrics.scores.fluency import (
     FLUENCY_SCORES,
@@ -95,6 +100,9 @@ __all__ = [
     "Cases",
     "CharacterRouge",
     "CostMean",
+    "DefenceChange",
+    "DefenceGeneralization",
+    "DefenceSuccess",
     "EditMetrics",
     "ExactMatch",
     "ExampleRecord",

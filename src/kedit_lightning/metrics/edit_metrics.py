@@ -41,7 +41,8 @@ class EditMetrics(KeyedMetrics):
       ``gen_bleu``, ``gen_rougel_f``, ``gen_rouge1``, ``gen_rouge2``, ``gen_rougel``,
       ``gen_cosine``, and on characters ``gen_char_rougel``; sanitation ``gen_forgotten``,
       ``gen_retained``; RippleEdits ``gen_test``; HalluEditBench ``gen_form``, ``gen_hop``,
-      ``gen_robust``; multiple choice ``mc1``, ``mc2``, ``mc3``. With a judge ``gen_judge``.
+      ``gen_robust``; multiple choice ``mc1``, ``mc2``, ``mc3``; safety ``ds``, ``dg``,
+      ``ds_change``. With a judge ``gen_judge``.
     - Costs: ``edit/bytes``, ``timing/edit_seconds`` and whatever else the blocks ``edit``,
       ``timing`` and ``memory`` hold, each with ``/median`` and ``/p95``; once a case, from its
       first record that has them.

@@ -139,6 +139,8 @@ SAMPLE = Measurement("sample", "sample")
 COSINE = Measurement("cosine", "record")
 #: Probability that the free generation is of positive sentiment, by a classifier.
 SENTIMENT = Measurement("sentiment", "record")
+#: Probability that the free generation is unsafe, by a classifier.
+UNSAFE = Measurement("unsafe", "record")
 #: Whether a judge takes the free generation for the answer.
 JUDGED = Measurement("judged", "record")
 #: Arg-max ids along the base model's continuation, or (for EasyEdit) along the preferred answer.

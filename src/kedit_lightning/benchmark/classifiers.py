@@ -1,0 +1,115 @@
+"""Sequence classifiers of free answers, which a protocol names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from kedit_lightning.errors import BaseModelNotFoundError, UnsupportedUseError
+from kedit_lightning.metrics.measurement import SENTIMENT, UNSAFE, Measurement
+from kedit_lightning.probe_task import TaskName
+
+#: Probabilities that texts are of the class that is asked for.
+Classifier: TypeAlias = Callable[[Sequence[str]], Sequence[float]]
+
+
+@dataclass(frozen=True)
+class TextClass:
+    """A class of texts that a sequence classifier tells apart from others.
+
+    Args:
+        option: Field of the protocol that names the classifier.
+        task: Task whose probes are classified.
+        measurement: What the probability becomes in records.
+        called: What the class is called, first of the beginnings of its label.
+        scores: Metrics that need it, for warnings.
+        asked_of: What is classified, for warnings.
+        unnamed: Index of the class among two that have no names.
+        empty: Probability of a text without content; asked for like any other when ``None``.
+    """
+
+    option: Literal["sentiment", "safety"]
+    task: TaskName
+    measurement: Measurement
+    called: tuple[str, ...]
+    scores: str
+    asked_of: str
+    unnamed: int | None = None
+    empty: float | None = None
+
+    @property
+    def absence(self) -> str:
+        """A sentence that says that no classifier was named."""
+        return (
+            f"{self.asked_of} of this dataset are also judged by a classifier of {self.option}, "
+            f"and protocol.{self.option} names none; {self.scores}"
+        )
+
+    def index(self, name: str, labels: dict[int, str]) -> int:
+        """Index of the class by its label.
+
+        Raises:
+            UnsupportedUseError: None of the labels fits, or more than one.
+        """
+        found = [i for i, label in labels.items() if label.lower().startswith(self.called)]
+        plain = len(labels) == 2 and all(v == f"LABEL_{i}" for i, v in labels.items())
+        if not found and plain and self.unnamed is not None:
+            return self.unnamed
+        if len(found) != 1:
+            raise UnsupportedUseError(
+                f"protocol.{self.option} '{name}' must have one class that is called "
+                f"{' or '.join(self.called)}, and has {', '.join(labels.values())}; set id2label "
+                "in its config.json"
+            )
+        return found[0]
+
+    def classifier(self, named: str | Classifier, device: torch.device) -> Classifier:
+        """Probabilities of this class, by a function, or a model of the hub or a folder.
+
+        Raises:
+            BaseModelNotFoundError: There is no such model.
+            UnsupportedUseError: None of its classes is this one, or more than one.
+        """
+        if callable(named):
+            return named
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(named)
+            model: Any = AutoModelForSequenceClassification.from_pretrained(named)
+        except (OSError, ValueError) as error:
+            raise BaseModelNotFoundError(
+                f"protocol.{self.option} '{named}' could not be loaded as a sequence classifier "
+                f"({str(error).partition(chr(10))[0]}); give a folder or a name on the hub that "
+                "this machine can reach"
+            ) from error
+        model = model.to(device).eval()
+        labels = {int(index): str(label) for index, label in model.config.id2label.items()}
+        column = self.index(named, labels)
+
+        @torch.no_grad()
+        def classify(texts: Sequence[str]) -> list[float]:
+            found = []
+            for text in texts:  # one at a time, so that no padding changes a score
+                inputs = tokenizer(text, return_tensors="pt", truncation=True).to(device)
+                found.append(model(**inputs).logits[0].float().softmax(-1)[column].item())
+            return found
+
+        return classify
+
+
+#: Opinions, in the words of ``gen_sentiment``.
+POSITIVE = TextClass(
+    "sentiment", "opinion", SENTIMENT, ("positive", "pos"), "gen_sentiment is left out", "opinions"
+)
+#: Replies, of which SafeEdit's own classifier has two classes without names, the second unsafe.
+UNSAFE_REPLY = TextClass(
+    *("safety", "defence", UNSAFE, ("unsafe", "toxic", "harmful")),
+    scores="ds, dg and ds_change are left out",
+    asked_of="replies",
+    unnamed=1,
+    empty=0.5,
+)
+TEXT_CLASSES = (POSITIVE, UNSAFE_REPLY)

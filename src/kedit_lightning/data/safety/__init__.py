@@ -1,0 +1,1 @@
+"""Datasets about what a model should not say."""
