@@ -15,6 +15,8 @@ from kedit_lightning.errors import InvalidRequestError
 #: several questions. ``form``: the fact is asked in another form. ``hop``: the question goes over
 #: several facts. ``doubt``: the answer is doubted. ``choice``: right answers stand against wrong.
 #: ``defence``: the reply should be safe, whatever else it says.
+#: ``concept``: the answer is the definition of a concept. ``instance``: yes or no, whether a thing
+#: belongs to a concept.
 TaskName: TypeAlias = Literal[
     "passage",
     "characters",
@@ -27,6 +29,8 @@ TaskName: TypeAlias = Literal[
     "doubt",
     "choice",
     "defence",
+    "concept",
+    "instance",
 ]
 
 
@@ -65,6 +69,11 @@ class ProbeTask:
     def has_answers(self) -> bool:
         """Whether some answers are right: a reply may be safe in any words."""
         return self.name != "defence"
+
+    @property
+    def is_spoken(self) -> bool:
+        """Whether a free answer is asked for, beside probabilities."""
+        return self.name != "instance"
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, without those that are as usual.

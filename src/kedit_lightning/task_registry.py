@@ -74,6 +74,14 @@ _OWN: dict[str, tuple[str, str, Iterable[str]]] = {
         "SafeEdit",
         ("DefenceSuccess", "DefenceGeneralization", "DefenceChange", "Fluency", "FluencyChange"),
     ),
+    "concept": (
+        "is a definition replaced, and do instances of the concept follow",
+        "ConceptEdit",
+        (
+            *("InstanceChange", "InstanceToNo", "InstanceToYes", "InstanceUnparsed"),
+            *("InstanceShift", "ConsistencyCosine", "ConsistencyJudged"),
+        ),
+    ),
     "truthfulness": (
         "are true answers likelier than common false ones",
         "TruthfulQA",

@@ -77,7 +77,8 @@ def test_arguments_stay_where_no_task_sets_anything() -> None:
 
 
 def test_settings_of_what_is_no_method_are_refused(tmp_path: Path) -> None:
-    for text, said in (("{ROMMEL: {}}", "which is no method .was ROME"), ("[ROME]", "such as MEND")):
+    cases = (("{ROMMEL: {}}", "which is no method .was ROME"), ("[ROME]", "such as MEND"))
+    for text, said in cases:
         with pytest.raises(UsageError, match=said):
             with_task_settings(["test", "-c", json.dumps({"methods": yaml.safe_load(text)})])
 
@@ -112,6 +113,7 @@ def test_the_list_names_all_tasks(capsys: pytest.CaptureFixture[str]) -> None:
 #: Samples of the tasks, and settings that keep their runs short.
 SAMPLES_OF = {
     "safety": "safeedit.json",
+    "concept": "final_gpt2_inter.json",
     "truthfulness": "truthfulqa.csv",
     "unstructured": "unke.json",
 }

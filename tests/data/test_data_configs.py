@@ -14,6 +14,7 @@ CONFIGS = ROOT / "configs" / "data"
 CLASSES = {
     "requests": "Requests",
     "zsre": "ZsRE",
+    "conceptedit": "ConceptEdit",
     "counterfact": "CounterFact",
     "nano_facts": "NanoFacts",
     "texts": "Texts",

@@ -55,6 +55,8 @@ READ: list[tuple[str, str, int, int, dict[str, int]]] = [
       "multi_hop": 1}),
     ("KnownFacts", "known_facts.json", 1, 1, {}),
     ("TruthfulQA", "truthfulqa.json", 2, 2, {"choice": 2}),
+    ("ConceptEdit", "final_gpt2_inter.json", 2, 2,
+     {"rephrase": 2, "neighborhood": 2, "instance": 3}),
     ("TruthfulQA", "truthfulqa.csv", 2, 2, {"choice": 2}),
     ("SafeEdit", "safeedit.json", 3, 3,
      {"only_question": 3, "other_attacks": 3, "other_questions": 3,
@@ -105,6 +107,7 @@ NEEDED = {
     "KnownFacts-known_facts.json": ["attribute"],
     "TruthfulQA-truthfulqa.json": ["question"],
     "SafeEdit-safeedit.json": ["safe generation"],
+    "ConceptEdit-final_gpt2_inter.json": ["target_new_desc"],
 }
 BROKEN = [(i.split("-", 1)[0], i.split("-", 1)[1], path) for i, path in NEEDED.items()]
 

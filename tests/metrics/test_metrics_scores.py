@@ -28,6 +28,7 @@ from kedit_lightning.metrics import (
     GenerationContains,
     GenerationExact,
     Inflation,
+    InstanceUnparsed,
     NegativeLogLikelihood,
     ProbabilityPreference,
     Repetition,
@@ -97,7 +98,7 @@ def test_scores_leave_out_what_was_not_measured(score):
     assert score.case_value([record]) is None
     assert score.case_value([]) is None
     assert score.full_state_update is False
-    less = (Inflation, BaseKL, NegativeLogLikelihood, RunOn, Repetition)
+    less = (Inflation, BaseKL, NegativeLogLikelihood, RunOn, Repetition, InstanceUnparsed)
     assert score.higher_is_better is (score not in less)
 
 

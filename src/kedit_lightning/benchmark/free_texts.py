@@ -64,7 +64,8 @@ class FreeTexts:
     def sentences(self, asked: Iterable[Asked]) -> Iterator[Wanted]:
         """Generations up to the end of their first sentence."""
         if self.protocol.generates:
-            yield self._wanted(list(asked), self.protocol.max_new_tokens, stop_at_sentence=True)
+            spoken = [one for one in asked if one[1].task is None or one[1].task.is_spoken]
+            yield self._wanted(spoken, self.protocol.max_new_tokens, stop_at_sentence=True)
 
     def passages(self, asked: Iterable[Asked]) -> Iterator[Wanted]:
         """Generations with room for the longest answer, and half as much again."""

@@ -17,11 +17,20 @@ from kedit_lightning.benchmark.protocol import Protocol
 from kedit_lightning.cache_folder import cache_dir
 from kedit_lightning.chat_turns import question_in
 from kedit_lightning.edits.kinds.prompt.retriever import sentence_encoder
-from kedit_lightning.metrics import ExampleRecord, PassageCosine, ProbeReading, ProbeRecord
+from kedit_lightning.metrics import (
+    ConsistencyCosine,
+    ConsistencyJudged,
+    ExampleRecord,
+    PassageCosine,
+    ProbeReading,
+    ProbeRecord,
+)
 from kedit_lightning.metrics.functional import nearest_cosine
 from kedit_lightning.metrics.measurement import COSINE, JUDGED, PASSAGE, TEXT
 from kedit_lightning.probe_task import scored_by
 
+#: Tasks whose passages are compared by their embeddings.
+_COMPARED = (*PassageCosine.tasks, *ConsistencyCosine.tasks)
 #: Embeddings of texts, ``[texts, dimension]``.
 Encoder: TypeAlias = Callable[[Sequence[str]], Any]
 
@@ -81,6 +90,12 @@ class Graders:
         """Whether the free answers are right in the eyes of the judge."""
         judge = self.protocol.judge
         if judge is None:
+            if any(scored_by(probe.get("task"), ConsistencyJudged.tasks) for probe in probes):
+                self._warn(
+                    "judge",
+                    "definitions of this dataset are also compared by a judge, and protocol.judge "
+                    f"names none; {ConsistencyJudged.name} is left out",
+                )
             return
         asked: dict[int, Judgement] = {}
         for index, probe in enumerate(probes):
@@ -141,15 +156,16 @@ class Graders:
         """Cosine of passages with the answers that they should be."""
         for probe, states in zip(probes, found, strict=True):
             text = PASSAGE.of(probe["after"])
-            compared = scored_by(probe.get("task"), PassageCosine.tasks)
+            compared = scored_by(probe.get("task"), _COMPARED)
             if text is None or not probe["answers"] or not compared:
                 continue
             if self.protocol.embedder is None:
+                of_concept = scored_by(probe.get("task"), ConsistencyCosine.tasks)
+                score = (ConsistencyCosine if of_concept else PassageCosine).name
                 self._warn(
                     "embedder",
                     "answers of this dataset are also compared by their embeddings, and "
-                    "protocol.embedder names no sentence-transformers model; gen_cosine is left "
-                    "out",
+                    f"protocol.embedder names no sentence-transformers model; {score} is left out",
                 )
                 return
             # One text at a time, so that no padding changes a score.

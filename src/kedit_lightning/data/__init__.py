@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from kedit_lightning.data.datamodule import EditDataModule, Split
     from kedit_lightning.data.knowledge.akew import AKEW
     from kedit_lightning.data.knowledge.cknowedit import CKnowEdit
+    from kedit_lightning.data.knowledge.conceptedit import ConceptEdit
     from kedit_lightning.data.knowledge.counterfact import CounterFact
     from kedit_lightning.data.knowledge.hallueditbench import HalluEditBench
     from kedit_lightning.data.knowledge.knowedit import KnowEdit
@@ -33,6 +34,7 @@ __all__ = [
     "AKEW",
     "LEME",
     "CKnowEdit",
+    "ConceptEdit",
     "CounterFact",
     "EditDataModule",
     "EditEverything",

@@ -77,7 +77,7 @@ FORMATS = (
     _read("HalluEditBench", "HalluEditBench", "relation", "object", "question"),
     _renamed("InstructEdit", "type", "prompt", "target_new"),
     _renamed("SafeEdit", "adversarial prompt"),
-    _renamed("ConceptEdit", "target_new_desc"),
+    _read("ConceptEdit", "ConceptEdit", "target_new_desc"),
     _read("RippleEdits", "RippleEdits", "edit.prompt", "example_type"),
     _read("UnKE", "UnKE", "question", "para_question", "answer"),
     _read("KnownFacts", "known_1000 (causal tracing)", "attribute", "template", "prediction"),

@@ -25,6 +25,15 @@ from kedit_lightning.metrics.scores.choices import (
     RightAbove,
     RightMass,
 )
+from kedit_lightning.metrics.scores.concepts import (
+    ConsistencyCosine,
+    ConsistencyJudged,
+    InstanceChange,
+    InstanceShift,
+    InstanceToNo,
+    InstanceToYes,
+    InstanceUnparsed,
+)
 from kedit_lightning.metrics.scores.defence import (
     DefenceChange,
     DefenceGeneralization,
@@ -99,6 +108,8 @@ __all__ = [
     "CaseMean",
     "Cases",
     "CharacterRouge",
+    "ConsistencyCosine",
+    "ConsistencyJudged",
     "CostMean",
     "DefenceChange",
     "DefenceGeneralization",
@@ -113,6 +124,11 @@ __all__ = [
     "GenerationContains",
     "GenerationExact",
     "Inflation",
+    "InstanceChange",
+    "InstanceShift",
+    "InstanceToNo",
+    "InstanceToYes",
+    "InstanceUnparsed",
     "Judged",
     "KeyedMetrics",
     "LegacyEasyEdit",

@@ -42,7 +42,10 @@ class EditMetrics(KeyedMetrics):
       ``gen_cosine``, and on characters ``gen_char_rougel``; sanitation ``gen_forgotten``,
       ``gen_retained``; RippleEdits ``gen_test``; HalluEditBench ``gen_form``, ``gen_hop``,
       ``gen_robust``; multiple choice ``mc1``, ``mc2``, ``mc3``; safety ``ds``, ``dg``,
-      ``ds_change``. With a judge ``gen_judge``.
+      ``ds_change``; concepts
+      ``consistency_cosine``, ``consistency_judge``, and of their instances ``instance_change``,
+      ``instance_to_no``, ``instance_to_yes``, ``instance_unparsed``, ``instance_shift``. With a
+      judge ``gen_judge``.
     - Costs: ``edit/bytes``, ``timing/edit_seconds`` and whatever else the blocks ``edit``,
       ``timing`` and ``memory`` hold, each with ``/median`` and ``/p95``; once a case, from its
       first record that has them.

@@ -100,6 +100,10 @@ def _sum_log_prob(forward: ForwardPass) -> Any:
     return forward.fed_log_probs.masked_fill(~forward.mask, 0.0).sum(-1).tolist()
 
 
+def _greedy(forward: ForwardPass) -> Any:
+    return exact_match(forward.predicted, forward.ids, forward.mask).tolist()
+
+
 def _top1(forward: ForwardPass) -> Any:
     rows = zip(forward.predicted, forward.mask, strict=True)
     return [ids[mask].tolist() for ids, mask in rows]
@@ -115,9 +119,7 @@ def _kl(forward: ForwardPass) -> Any:
 #: Share of the preferred answer's tokens that are arg-max.
 TF_TOK = Measurement("tf_tok", "answer", lambda f: token_match(f.predicted, f.ids, f.mask).tolist())
 #: Whether every token of an accepted answer is arg-max.
-TF_ALL = Measurement(
-    "tf_all", "answers", lambda f: exact_match(f.predicted, f.ids, f.mask).tolist()
-)
+TF_ALL = Measurement("tf_all", "answers", _greedy)
 #: Mean log-probability of the tokens of the preferred answer, and of the contrast.
 LOG_PROB = Measurement("log_prob", "answer", _log_prob)
 CONTRAST_LOG_PROB = Measurement("contrast_log_prob", "contrast", _log_prob)
@@ -129,6 +131,9 @@ AGAINST_LOG_PROB = Measurement("against_log_prob", "against", _log_prob, fmean)
 #: the task is against.
 RIGHT_LOG_PROBS = Measurement("right_log_probs", "answers", _sum_log_prob, list)
 WRONG_LOG_PROBS = Measurement("wrong_log_probs", "against", _sum_log_prob, list)
+#: Whether greedy decoding says each of them: all of its tokens are arg-max.
+RIGHT_GREEDY = Measurement("right_greedy", "answers", _greedy, list)
+WRONG_GREEDY = Measurement("wrong_greedy", "against", _greedy, list)
 #: Greedy free generation up to the model's own stop, where the protocol generates.
 TEXT = Measurement("text", "text")
 #: Greedy free generation with room for a passage, of probes whose answer is one.

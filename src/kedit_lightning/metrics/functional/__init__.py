@@ -36,6 +36,7 @@ from kedit_lightning.metrics.functional.text_match import (
     normalise_answer,
     repetition_rate,
 )
+from kedit_lightning.metrics.functional.yes_no import share_of_yes, yes_or_no
 from kedit_lightning.sentence import answer_text
 
 __all__ = [
@@ -59,6 +60,7 @@ __all__ = [
     "prefers",
     "repetition_rate",
     "share_interval",
+    "share_of_yes",
     "square_and_add_interval",
     "token_match",
     "total_log_prob",
@@ -66,4 +68,5 @@ __all__ = [
     "unchanged_top1",
     "widened",
     "wilson_interval",
+    "yes_or_no",
 ]

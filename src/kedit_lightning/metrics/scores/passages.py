@@ -20,7 +20,7 @@ class PassageBleu(ProbeMean):
     """
 
     name = "gen_bleu"
-    tasks = ("passage",)
+    tasks = ("passage", "concept")
     measurements = (PASSAGE,)
     is_share = True
 
@@ -38,7 +38,7 @@ class PassageRouge(ProbeMean):
     """
 
     name = "gen_rougel_f"
-    tasks: ClassVar[tuple[TaskName, ...]] = ("passage",)
+    tasks: ClassVar[tuple[TaskName, ...]] = ("passage", "concept")
     measurements = (PASSAGE,)
     is_share = True
     key: ClassVar[Literal["rouge1", "rouge2", "rougeL"]] = "rougeL"
@@ -100,7 +100,7 @@ class PassageCosine(ProbeMean):
     """
 
     name = "gen_cosine"
-    tasks = ("passage", "characters")
+    tasks: ClassVar[tuple[TaskName, ...]] = ("passage", "characters")
     value_range = "-1 to 1"
     measurements = (PASSAGE, COSINE)
 

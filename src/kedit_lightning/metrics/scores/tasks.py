@@ -22,6 +22,7 @@ from kedit_lightning.metrics.scores.answers import (
 )
 from kedit_lightning.metrics.scores.case_mean import ProbeMean
 from kedit_lightning.metrics.scores.choices import CHOICE_SCORES
+from kedit_lightning.metrics.scores.concepts import CONCEPT_SCORES
 from kedit_lightning.metrics.scores.defence import DEFENCE_SCORES
 
 
@@ -243,6 +244,7 @@ SQUAD_TASKS: dict[type[ProbeMean], type[ProbeMean]] = {
 TASK_SCORES: tuple[type[ProbeMean], ...] = (
     *CHOICE_SCORES,
     *DEFENCE_SCORES,
+    *CONCEPT_SCORES,
     OpinionSuccess,
     SentimentShift,
     Forgotten,
