@@ -85,6 +85,7 @@ def page(entry: Entry) -> str:
         "keeps earlier edits": "yes" if can.sequential else "no",
         "quantised weights": "yes" if can.quantised else "no",
         "encoder and decoder": "yes" if can.encoder_decoder else "no",
+        "pictures": "yes" if can.images else "no",
         "export": ", ".join(
             ["edit file", *["LoRA adapter"] * can.adapter, *["full model"] * can.weights]
         ),

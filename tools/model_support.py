@@ -112,6 +112,35 @@ packages of the others ask for another torch or were not installed. Their projec
 by `in_features` and `out_features`; a weight is read through the module's `dequantize_weight` or
 `dequantize`, and refused by the name of its kind where it has neither.
 """
+VISION = """
+## Pictures
+
+`BaseModel(model, tokenizer, processor=processor)`, and `BaseModel.load` of a folder or name with a
+processor, read pictures: a path, a URL, bytes or a Pillow image, one or several, beside text-only
+rows. The processor makes the tokens, the model's own `get_image_features` the visual features,
+which are computed once for each picture. Edits act on the language tower; text-only rows are those
+of the text model. `tests/base_models/test_vision_families.py` compares tiny random models with
+direct calls, and edits them:
+
+| model type | rows with pictures | FT-M | remarks |
+|---|---|---|---|
+| llava | as direct calls | takes | ROME takes |
+| llava_onevision | as direct calls | takes | |
+| qwen2_vl | as direct calls | takes | ROME takes; positions of three dimensions |
+| qwen2_5_vl | as direct calls | takes | positions of three dimensions |
+| qwen3_vl | as direct calls | takes | positions of three dimensions, features for several layers |
+| gemma3 | as direct calls | takes | pictures are read in both directions |
+| paligemma | as direct calls | takes | prompts are read in both directions |
+| internvl | as direct calls | takes | |
+| idefics3 | as direct calls | takes | |
+| blip-2 | refused | | it must be given pixels, and text-only rows have none |
+| mllama | refused | | it reads pictures by cross-attention; text alone works |
+
+Processors that read videos too (llava_onevision, qwen2_vl, qwen2_5_vl, qwen3_vl, internvl) need
+torchvision: `pip install 'kedit-lightning[vision]'`. The text editors that read pictures are FTM,
+FTL, LocFTBF, LoRA and its relatives, the closed-form methods and UltraEdit, the hypernetworks, and
+GRACE; the others refuse requests with a picture in a sentence.
+"""
 
 
 def _cell(text: str, limit: int = 160) -> str:
@@ -199,7 +228,7 @@ def page(findings: Sequence[Finding], taken: str) -> str:
     unpadded = ", ".join(finding.kind for finding in findings if not finding.reads_mask)
     text += UNPADDED + f"| {unpadded} |\n"
     text += UNBUILT + "".join(f"| {f.kind} | {_cell(f.reason)} |\n" for f in of["not built"])
-    return text + taken + HELD
+    return text + taken + HELD + VISION
 
 
 def _reason(finding: Finding) -> str:

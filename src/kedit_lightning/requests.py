@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 from kedit_lightning.character_forms import differences, is_unicode, spans_of, trimmed
 from kedit_lightning.chat_turns import Message, passage_with, prompt_text, question_in
 from kedit_lightning.errors import InvalidRequestError, article_list
+from kedit_lightning.image_reference import Image, ImageSource, references, settled
 from kedit_lightning.probe_task import ProbeTask
 
 ProbeKind: TypeAlias = Literal["rewrite", "rephrase", "locality", "portability"]
@@ -57,11 +58,17 @@ def _keep(item: EditRequest | Probe, values: dict[str, Any]) -> None:
             object.__setattr__(item, name, value)
 
 
-def _settle_prompt(of: EditRequest | Probe) -> None:
-    """Give messages their one spelling; what is no prompt at all is refused by its owner."""
+def _settle(of: EditRequest | Probe) -> None:
+    """Give messages and pictures their one spelling; no prompt at all is refused by its owner."""
     given: object = of.prompt
     if isinstance(given, (str, list, tuple)):
         object.__setattr__(of, "prompt", prompt_text(given))
+    try:
+        object.__setattr__(of, "image", settled(of.image))
+    except InvalidRequestError as error:
+        raise _refuse(of.label, "image", str(error)) from error
+    for reference in references(of.image):
+        _check_unicode(of.label, "image", reference)
 
 
 @dataclass(frozen=True)
@@ -80,7 +87,8 @@ class EditRequest:
         target_old: The answer the fact had before, where known.
         id: Name of the request in reports and file names.
         task: Name of the kind of fact, such as a relation; some methods need it.
-        image: Path or URL of the picture that the prompt is about, for vision-language models.
+        image: The picture that the prompt is about, or a list of several, for vision-language
+            models: a path, a URL, bytes or a Pillow image, which become a data URL here.
         constraint_prompt: A question whose answer the edit should leave as it is; some methods
             train against its change.
         constraint_answer: The answer to it.
@@ -96,7 +104,7 @@ class EditRequest:
     target_old: str | None = None
     id: str | None = None
     task: str | None = None
-    image: str | None = None
+    image: Image | None = None
     constraint_prompt: str | None = None
     constraint_answer: str | None = None
 
@@ -110,14 +118,16 @@ class EditRequest:
             target_old: str | None = None,
             id: str | None = None,
             task: str | None = None,
-            image: str | None = None,
+            image: ImageSource | Sequence[ImageSource] | None = None,
             constraint_prompt: str | None = None,
             constraint_answer: str | None = None,
         ) -> None: ...
 
     def __post_init__(self) -> None:
-        _settle_prompt(self)
+        _settle(self)
         for field, value in list(vars(self).items()):
+            if field == "image":
+                continue
             needed = field in ("prompt", "target_new")
             if (needed or value is not None) and not _is_text(value):
                 rule = "must be text that is not empty" + (", or absent" if not needed else "")
@@ -169,7 +179,8 @@ class Probe:
             right answers.
         group: Name under which scores are collected, such as ``neighborhood``; the kind if empty.
         contrast: An answer that should be less likely than ``answers[0]`` after the edit.
-        image: Path or URL of the picture that the prompt is about, for vision-language models.
+        image: The picture that the prompt is about, or a list of several, for vision-language
+            models: a path, a URL, bytes or a Pillow image, which become a data URL here.
         task: What a benchmark asks of it beside its answers.
 
     Raises:
@@ -181,7 +192,7 @@ class Probe:
     answers: tuple[str, ...] = ()
     group: str = ""
     contrast: str | None = None
-    image: str | None = None
+    image: Image | None = None
     task: ProbeTask | None = None
 
     if TYPE_CHECKING:  # as above; lists become tuples
@@ -193,12 +204,12 @@ class Probe:
             answers: Sequence[str] = (),
             group: str = "",
             contrast: str | None = None,
-            image: str | None = None,
+            image: ImageSource | Sequence[ImageSource] | None = None,
             task: ProbeTask | None = None,
         ) -> None: ...
 
     def __post_init__(self) -> None:
-        _settle_prompt(self)
+        _settle(self)
         name = self.label
         if self.kind not in get_args(ProbeKind):
             raise _refuse(name, "kind", f"must be one of {', '.join(get_args(ProbeKind))}")
@@ -215,7 +226,6 @@ class Probe:
             raise _refuse(name, "answers", "must hold at least one answer")
         texts = [("answers", answer) for answer in self.answers]
         texts += [("contrast", self.contrast)] if self.contrast is not None else []
-        texts += [("image", self.image)] if self.image is not None else []
         for field, text in texts:
             if not _is_text(text):
                 raise _refuse(name, field, f"must hold text that is not empty, got {text!r}")

@@ -9,10 +9,10 @@ import pytest
 from source_tree import OPTIONAL, Module, check, circles, graph, modules, planted
 
 # Parts of one floor do not import each other. `errors` lies under all that raise them,
-# and `chat_turns` and `probe_task` under `requests`, whose prompts and probes have them.
+# and `chat_turns`, `image_reference` and `probe_task` under `requests`, which have them.
 FLOORS = [
     ["errors", "character_forms"],
-    ["chat_turns", "probe_task"],
+    ["chat_turns", "image_reference", "probe_task"],
     [
         "requests",
         "registry",

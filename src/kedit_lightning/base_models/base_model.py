@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from os import PathLike, fspath
 from typing import Any
 
@@ -30,6 +29,7 @@ from kedit_lightning.base_models.rows import (
 from kedit_lightning.base_models.spec import BaseModelSpec, load_pretrained, longest_row
 from kedit_lightning.base_models.taps import gathering
 from kedit_lightning.base_models.text_inputs import call_parameters, check_text_inputs
+from kedit_lightning.base_models.visual_features import VisualFeatures
 from kedit_lightning.chat_turns import prompt_text
 from kedit_lightning.decoding_settings import Generation, generation_config, neutral_options
 from kedit_lightning.edits import EditStack, plain_model
@@ -37,6 +37,7 @@ from kedit_lightning.edits.adapter_state import model_inside
 from kedit_lightning.edits.projections import compute_dtype, expert_projection
 from kedit_lightning.edits.weight_storage import device_of, must_stay
 from kedit_lightning.errors import InvalidRequestError
+from kedit_lightning.image_reference import Image, references
 
 
 class BaseModel:
@@ -79,12 +80,14 @@ class BaseModel:
         self.edits = EditStack.of(model)
         self._identity = ModelIdentity(model)
         images = None if processor is None else ImageEncoder(processor)
-        self.encoder = RowEncoder(tokenizer, chat, images)
+        self.encoder, taken = RowEncoder(tokenizer, chat, images), call_parameters(model)
+        #: What it sees of pictures.
+        self.sight = VisualFeatures(model, images, taken)
         self.layout = Layout(model)
         #: Which rows it may read together.
         self.batching = Batching(self)
         #: Whether its ``forward`` takes ``position_ids``.
-        self.takes_positions = "position_ids" in call_parameters(model)
+        self.takes_positions = "position_ids" in taken
         #: Whether its passes can start in the middle; ``None`` until ``can_resume`` has tried.
         self.resumes: bool | None = None
         self.edits.adopt(self)
@@ -102,7 +105,7 @@ class BaseModel:
         """
         given = source if isinstance(source, BaseModelSpec) else BaseModelSpec(fspath(source))
         spec = replace(given, **options)
-        base = cls(*load_pretrained(spec), name=spec.name)
+        base = cls(**load_pretrained(spec), name=spec.name)
         base.revision = base.revision or spec.revision
         return base
 
@@ -193,7 +196,7 @@ class BaseModel:
         answers: Sequence[str | None] | None = None,
         subjects: Sequence[str | None] | None = None,
         padding_side: PaddingSide | None = None,
-        images: Sequence[str | None] | None = None,
+        images: Sequence[Image | None] | None = None,
     ) -> TokenRows:
         """Pad the rows of :meth:`encode`.
 
@@ -202,7 +205,7 @@ class BaseModel:
             answers: The text that follows each of them.
             subjects: The part of each prompt that the fact is about.
             padding_side: Side of padding; that of the base model if not given.
-            images: Path or URL of the picture that each prompt is about.
+            images: Reference to the picture that each prompt is about, or several.
         """
         _refuse_one_text(prompts)
         absent = [None] * len(prompts)
@@ -226,18 +229,14 @@ class BaseModel:
                 # Behind the tokens, padding does no harm to a decoder.
                 side = "left" if self.batching.reads_mask else "right"
             rows = pad_rows(encoded, pad_id, side, self.takes_positions, self.device)
-        images = self.encoder.images
-        if images is None or not any(row.images for row in encoded):
-            return rows
-        pixels = partial(images.pixels, device=self.device, dtype=self.dtype)
-        return rows.with_pictures([[pixels(image) for image in row.images] for row in encoded])
+        return self.sight.added(rows, encoded, self)
 
     def encode(
         self,
         prompt: str,
         answer: str | None = None,
         subject: str | None = None,
-        image: str | None = None,
+        image: Image | None = None,
     ) -> EncodedRow:
         """Tokenise one row, its prompt rewritten by prompt edits on the stack.
 
@@ -245,7 +244,7 @@ class BaseModel:
             InvalidRequestError: It is longer than the model allows, or lacks its subject.
             UnsupportedUseError: It has a picture, and the base model no processor.
         """
-        images = () if image is None else (image,)
+        images = references(image)
         reserve = 32 if answer is None else self.encoder.count(answer) + 2
         prompt = prompt_text(prompt)
         rendered = self.edits.render(
@@ -267,7 +266,7 @@ class BaseModel:
     def forward(self, rows: TokenRows, **options: Any) -> Any:
         """Run the model on rows; memory edits learn where the prompts end."""
         with self.edits.prompts_end_at(rows.prompt_end), naming_inputs(self.model, self.edits):
-            return self.model(**{**rows.inputs, "use_cache": False, **options})
+            return self.model(**{**rows.call, "use_cache": False, **options})
 
     def answer_logits(self, rows: TokenRows) -> Tensor:
         """Logits that predict the answer tokens. Shape ``[batch, width, vocab]``."""
@@ -309,7 +308,7 @@ class BaseModel:
         max_new_tokens: int = 64,
         batch_size: int = 32,
         stop_at_sentence: bool = False,
-        images: Sequence[str | None] | None = None,
+        images: Sequence[Image | None] | None = None,
         generation: Generation = "greedy",
         **options: Any,
     ) -> list[str]:
@@ -323,7 +322,7 @@ class BaseModel:
             max_new_tokens: Longest continuation.
             batch_size: Prompts answered together; it never changes an answer.
             stop_at_sentence: End once every row has ended a line or a sentence.
-            images: Path or URL of the picture that each prompt is about.
+            images: Reference to the picture that each prompt is about, or several.
             generation: ``model`` lets the generation config act, except for sampling.
             **options: Passed to ``transformers``' ``generate``.
         """

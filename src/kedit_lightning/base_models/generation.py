@@ -116,7 +116,7 @@ def generate_texts(
         settings.setdefault("tokenizer", tokenizer)
     criteria = [*settings.pop("stopping_criteria", []), *([ended] if stop_at_sentence else [])]
     ids: Tensor = model.generate(
-        **{name: value for name, value in rows.inputs.items() if name not in _MADE},
+        **{name: value for name, value in rows.call.items() if name not in _MADE},
         stopping_criteria=StoppingCriteriaList(criteria),
         logits_processor=LogitsProcessorList(settings.pop("logits_processor", [])),
         **settings,

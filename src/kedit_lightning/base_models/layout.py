@@ -180,6 +180,10 @@ class Layout:
         inside = [name.startswith(f"{list_name}.") for name in modules]
         return min(int(place[0]) for place in places) if all(inside) else 0
 
+    def has_in_blocks(self, module: str) -> bool:
+        """Whether a module lies in one of the blocks."""
+        return module.startswith(f"{self._found[0]}.")
+
     def block(self, index: int) -> Block:
         """The block with a number; negative numbers count from the end.
 

@@ -13,7 +13,9 @@ from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSeq2SeqLM,
+    AutoProcessor,
     AutoTokenizer,
     BitsAndBytesConfig,
 )
@@ -24,6 +26,7 @@ from kedit_lightning.errors import BaseModelNotFoundError, MissingExtraError, Un
 #: Base models that come with the package.
 PACKAGED = ("nano",)
 #: Files of a saved tokenizer.
+_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
 
 Dtype: TypeAlias = Literal["auto", "float32", "float64", "bfloat16", "float16"]
@@ -143,12 +146,36 @@ def _errors_of(spec: BaseModelSpec) -> Iterator[None]:
         ) from error
 
 
-def load_pretrained(spec: BaseModelSpec) -> tuple[Any, Any]:
-    """Load model and tokenizer.
+def _sees(config: Any) -> bool:
+    """Whether a configuration is that of a vision-language model."""
+    known = AutoModelForImageTextToText._model_mapping
+    return hasattr(config, "vision_config") and type(config) in known
+
+
+def _processor(spec: BaseModelSpec) -> Any:
+    """The processor of a vision-language model; ``None`` where its files have none."""
+    where, source = resolve(spec.name), _source(spec)
+    folder = Path(where)
+    if folder.is_dir() and not any((folder / name).is_file() for name in _PROCESSOR_FILES):
+        return None
+    try:
+        return AutoProcessor.from_pretrained(where, **source)
+    except (ImportError, AttributeError) as error:
+        # Without torchvision, transformers fails on processors that read videos too, in two ways.
+        raise MissingExtraError(
+            f"the processor of '{spec.name}' does not load ({str(error).strip().splitlines()[0]}); "
+            "it needs pillow and, for most models, torchvision: "
+            "pip install 'kedit-lightning[vision]'"
+        ) from error
+
+
+def load_pretrained(spec: BaseModelSpec) -> dict[str, Any]:
+    """Load ``model`` and ``tokenizer``, and the ``processor`` of a vision-language model.
 
     Raises:
         BaseModelNotFoundError: There is no such model.
         UnsupportedUseError: It needs code of its own, which is not trusted.
+        MissingExtraError: Its processor needs a package that is not installed.
     """
     where = resolve(spec.name)
     # The packaged model is stored in 16 bit and computes in 32.
@@ -164,8 +191,12 @@ def load_pretrained(spec: BaseModelSpec) -> tuple[Any, Any]:
             raise OSError("it holds no tokenizer")
         config = AutoConfig.from_pretrained(where, **source)
         tokenizer = AutoTokenizer.from_pretrained(where, **source)
-        sequence_to_sequence = getattr(config, "is_encoder_decoder", False)
-        loader = AutoModelForSeq2SeqLM if sequence_to_sequence else AutoModelForCausalLM
+        loader: Any = AutoModelForCausalLM
+        if _sees(config):
+            loader = AutoModelForImageTextToText
+        elif getattr(config, "is_encoder_decoder", False):
+            loader = AutoModelForSeq2SeqLM
         with _bar_for(spec.name):
             model = loader.from_pretrained(where, dtype=dtype, **options)
-    return model, tokenizer
+        processor = _processor(spec) if _sees(config) else None
+    return {"model": model, "tokenizer": tokenizer, "processor": processor}

@@ -39,8 +39,8 @@ def check_text_inputs(model: Any) -> None:
         needed = [next(iter(taken)) if first == "input_ids" else first]
     if needed:
         raise UnsupportedUseError(
-            f"a model of type '{_kind(model)}' must be given {' and '.join(needed)}, and requests "
-            f"hold text alone; {_WAY_OUT}"
+            f"a model of type '{_kind(model)}' must be given {' and '.join(needed)}, and rows "
+            f"of text alone have none; {_WAY_OUT}"
         )
     if getattr(model.config, "is_encoder_decoder", False):
         sizes = [_entries(half) for half in (model.get_encoder(), model.get_decoder())]

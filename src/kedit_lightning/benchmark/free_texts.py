@@ -12,12 +12,16 @@ from kedit_lightning.base_models.seeded_choice import SeededChoice
 from kedit_lightning.benchmark.protocol import Protocol
 from kedit_lightning.data.dataloader import chunks
 from kedit_lightning.edits import Edit
+from kedit_lightning.image_reference import Image, references
 from kedit_lightning.requests import Probe
 
 #: The edit that a row carries on top of the stack, or none.
 Carried: TypeAlias = Edit | None
 #: A probe that is asked under an edit.
 Asked: TypeAlias = tuple[Carried, Probe]
+
+#: An edit, the prompt that is asked under it, and the picture it is about.
+Question: TypeAlias = tuple[Carried, str, Image | None]
 
 #: A free answer to a question about a passage may be this much longer than the passage.
 _PASSAGE_ROOM = 1.5
@@ -39,12 +43,12 @@ class Wanted(NamedTuple):
     asked: Sequence[Asked]
     options: Mapping[str, Any]
 
-    def batches(self, base: BaseModel, size: int) -> Iterator[Sequence[tuple[Carried, str]]]:
-        """Edits and prompts, each once, sorted by length and cut into batches."""
-        unique = dict.fromkeys((edit, probe.prompt) for edit, probe in self.asked)
+    def batches(self, base: BaseModel, size: int) -> Iterator[Sequence[Question]]:
+        """Edits and questions, each once, sorted by length and cut into batches."""
+        unique = dict.fromkeys((edit, probe.prompt, probe.image) for edit, probe in self.asked)
 
-        def order(one: tuple[Carried, str]) -> tuple[int, str]:
-            return base.encoder.count_prompt(one[1]), one[1]
+        def order(one: Question) -> tuple[int, str]:
+            return base.encoder.count_prompt(one[1], references(one[2])), one[1]
 
         yield from chunks(sorted(unique, key=order), size)
 
@@ -72,11 +76,12 @@ class FreeTexts:
         by_room: dict[int, list[Asked]] = {}
         for one in asked if self.protocol.generates else ():
             probe = one[1]
-            rows = [self.base.encode(probe.prompt, answer) for answer in probe.answers]
+            rows = [self.base.encode(probe.prompt, a, image=probe.image) for a in probe.answers]
             longest = max((len(row.answer) for row in rows), default=0)
             room = max(self.protocol.max_new_tokens, int(longest * _PASSAGE_ROOM))
             # By its own prompt, so that no longer one beside it takes of its room.
-            left = self.base.max_tokens - self.base.encoder.count_prompt(probe.prompt)
+            seen = references(probe.image)
+            left = self.base.max_tokens - self.base.encoder.count_prompt(probe.prompt, seen)
             by_room.setdefault(max(1, min(-(-room // 32) * 32, left)), []).append(one)
         for room, some in by_room.items():
             yield self._wanted(some, room)

@@ -15,10 +15,18 @@ from kedit_lightning.base_models.batching import logit_batches
 from kedit_lightning.base_models.foreign_hooks import foreign_hooks
 from kedit_lightning.base_models.prefix_states import PrefixStates
 from kedit_lightning.benchmark.answer_cache import AnswersCache, key_of
-from kedit_lightning.benchmark.free_texts import Asked, Carried, FreeTexts, Wanted, carrying
+from kedit_lightning.benchmark.free_texts import (
+    Asked,
+    Carried,
+    FreeTexts,
+    Question,
+    Wanted,
+    carrying,
+)
 from kedit_lightning.benchmark.protocol import READING_VERSION, Protocol
 from kedit_lightning.decoding_settings import generation_config, in_force
 from kedit_lightning.errors import article_list
+from kedit_lightning.image_reference import content_hash, references
 from kedit_lightning.metrics import SCORINGS, ForwardPass, ProbeReading
 from kedit_lightning.metrics.functional import widened
 from kedit_lightning.metrics.measurement import RECORDED, Measurement, Source, Value, built_in
@@ -141,7 +149,9 @@ class Reader:
         added = {m.name for m in self._measured(probe)}.difference(built_in(probe.kind))
         local = probe.kind == "locality"
         against = probe.task.against if probe.task and self._has(probe, "against") else ()
-        return key_of(local, probe.prompt, probe.answers, probe.contrast, *sorted(added), *against)
+        seen = [content_hash(reference) for reference in references(probe.image)]
+        parts = (local, probe.prompt, probe.answers, probe.contrast, *sorted(added), *against)
+        return key_of(*parts, *([{"images": seen}] if seen else []))
 
     # ---- forward passes
 
@@ -216,12 +226,13 @@ class Reader:
         """Free generations, each prompt once for the edit that its row carries."""
         found: dict[Asked, str] = {}
         for some in wanted:
-            texts: dict[tuple[Carried, str], str] = {}
+            texts: dict[Question, str] = {}
             for batch in some.batches(self.base, self.protocol.score_batch_size):
-                with carrying(self.base, [edit for edit, _ in batch]):
-                    answers = self.base.generate([prompt for _, prompt in batch], **some.options)
+                edits, prompts, images = zip(*batch, strict=True)
+                with carrying(self.base, edits):
+                    answers = self.base.generate(prompts, images=images, **some.options)
                 texts |= zip(batch, answers, strict=True)
-            found |= {(edit, probe): texts[edit, probe.prompt] for edit, probe in some.asked}
+            found |= {(e, p): texts[e, p.prompt, p.image] for e, p in some.asked}
         return found
 
     def _reading(
@@ -252,18 +263,23 @@ class Reader:
         probe: Probe,
         text: str | None,
         compare: bool,
-        encode: Callable[[str, str], EncodedRow],
+        encode: Callable[..., EncodedRow],
     ) -> Rows:
         """Rows of a probe by source; that of ``text``, the continuation, only where measured."""
-        accepted = [ForcedRow(edit, encode(probe.prompt, answer)) for answer in probe.answers]
+
+        def forced(answers: Iterable[str]) -> list[ForcedRow]:
+            rows = (encode(probe.prompt, answer, image=probe.image) for answer in answers)
+            return [ForcedRow(edit, row) for row in rows]
+
+        accepted = forced(probe.answers)
         contrast = [probe.contrast] if probe.contrast else []
         against = probe.task.against if probe.task and self._has(probe, "against") else ()
         continued = self._has(probe, "continuation")
         return {
             "answer": accepted[:1],
             "answers": accepted,
-            "contrast": [ForcedRow(edit, encode(probe.prompt, answer)) for answer in contrast],
-            "against": [ForcedRow(edit, encode(probe.prompt, answer)) for answer in against],
+            "contrast": forced(contrast),
+            "against": forced(against),
             "continuation": [self._continuation(edit, probe, text, compare)] if continued else [],
         }
 
@@ -278,7 +294,7 @@ class Reader:
         base = self.base
         with base.edits.suspended():
             answer = probe.answers[0] if text is None and probe.answers else None
-            plain = base.encode(probe.prompt, answer)
+            plain = base.encode(probe.prompt, answer, image=probe.image)
         ids = plain.answer
         if answer is None:
             # The ids as the model generated them, not as they would be joined to the prompt; text
@@ -290,10 +306,11 @@ class Reader:
         if not compare:
             return ForcedRow(edit, replace(plain, answer=ids))
         room = base.max_tokens - len(ids) - 2
+        images = references(probe.image)
         prompt = base.edits.render(
-            probe.prompt, lambda text: room - base.encoder.count_prompt(text)
+            probe.prompt, lambda text: room - base.encoder.count_prompt(text, images)
         )
-        row = plain if prompt == probe.prompt else base.encoder.encode(prompt)
+        row = plain if prompt == probe.prompt else base.encoder.encode(prompt, images=images)
         ids = ids[: max(1, base.max_tokens - len(row.prompt))]
         return ForcedRow(edit, replace(row, answer=ids), replace(plain, answer=ids))
 

@@ -154,6 +154,11 @@ class EditStack:
         return self._tracker.current
 
     @property
+    def modules(self) -> tuple[str, ...]:
+        """Names of the modules that the edits act on."""
+        return tuple(self._plan.names)
+
+    @property
     def active(self) -> bool:
         """Whether edits act now; inside :meth:`suspended` they do not."""
         return self._active and bool(self._edits or any(self._carried))

@@ -38,6 +38,7 @@ class Capabilities:
         encoder_decoder: Works on models with an encoder and a decoder.
         adapter: Its edits can be exported as a LoRA adapter.
         weights: Its edits can be exported as a full model.
+        images: Reads the pictures of requests, on a vision-language model.
     """
 
     batch: bool = True
@@ -46,6 +47,7 @@ class Capabilities:
     encoder_decoder: bool = False
     adapter: bool = False
     weights: bool = False
+    images: bool = False
 
     def check_base(self, name: str, base: BaseModel) -> None:
         """Check that the named method can edit models of this kind.

@@ -223,9 +223,9 @@ class EditMethod(pl.LightningModule):
 
         Raises:
             MissingNeedsError: Names every request that lacks something, and the field.
-            UnsupportedUseError: Names every request with an image, which no method reads yet.
+            UnsupportedUseError: Names every request with an image, if it reads none.
         """
-        refuse_images(type(self).__name__, requests)
+        refuse_images(type(self).__name__, requests, self.can.images)
         check_needs(type(self).__name__, requests, self.needs)
 
     def check_examples(self, examples: Sequence[EditExample], fitting: bool = False) -> None:

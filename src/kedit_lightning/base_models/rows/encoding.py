@@ -21,6 +21,17 @@ from kedit_lightning.chat_turns import messages_in, passage_with
 from kedit_lightning.errors import InvalidRequestError, UnsupportedUseError
 
 
+def _place_in(ids: tuple[int, ...], tail: tuple[int, ...], subject: str) -> int:
+    """Index at which the last tokens of a prompt stand among those that a processor made of it."""
+    for at in range(len(ids) - len(tail), -1, -1):
+        if ids[at : at + len(tail)] == tail:
+            return at
+    raise InvalidRequestError(
+        f"subject {subject!r} is not found behind the pictures of its prompt; put image tokens "
+        "before the subject, or leave them out"
+    )
+
+
 def join_text(prompt: str, answer: str) -> str:
     r"""Put an answer behind a prompt with one space between.
 
@@ -46,7 +57,8 @@ class EncodedRow:
         answer: Ids of the answer; empty when there is none.
         subject_end: Index in ``prompt`` of the subject's last token; ``-1`` without a subject.
         subject_start: Index of its first token; ``-1`` without a subject.
-        images: Paths or URLs of the pictures whose placeholder ids the prompt holds, in order.
+        images: References to the pictures whose placeholder ids the prompt holds, in order.
+        types: Other inputs with a value for each token of such a prompt, by name.
     """
 
     prompt: tuple[int, ...]
@@ -54,6 +66,7 @@ class EncodedRow:
     subject_end: int = -1
     subject_start: int = -1
     images: tuple[str, ...] = ()
+    types: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
 
 class _Rendered(NamedTuple):
@@ -174,7 +187,7 @@ class RowEncoder:
             prompt: The prompt, after prompt edits have rewritten it.
             answer: Text that follows.
             subject: Part of the prompt; its last occurrence as a whole word counts.
-            images: Paths or URLs of the pictures that the prompt is about.
+            images: References to the pictures that the prompt is about.
 
         Raises:
             InvalidRequestError: The subject is not part of the prompt, or a text is empty.
@@ -224,12 +237,24 @@ class RowEncoder:
                 f"prompt {prompt[:60]!r} has an image, and the base model no processor; give one: "
                 "BaseModel(model, tokenizer, processor=...)"
             )
-        row = self.encode(self.images.prompt(prompt, images), answer, subject)
-        ids, index = self.images.expand(row.prompt, images)
-        start, end = (index[i] if i >= 0 else -1 for i in (row.subject_start, row.subject_end))
-        return replace(
-            row, prompt=tuple(ids), subject_start=start, subject_end=end, images=tuple(images)
-        )
+        shown = self.images.prompt(prompt, images)
+        row, rendered = self.encode(shown, answer, subject), self._render(shown)
+        seen = self.images.encode(rendered.text, tuple(images), not rendered.in_template)
+        ids = seen.ids
+        if self.suffix and ids[-len(self.suffix) :] == self.suffix:
+            ids = ids[: -len(self.suffix)]
+        if answer is not None and not rendered.text.endswith("\n"):
+            # PaliGemma's processor ends prompts with a line break.
+            end = self.tokenizer.decode(ids[-1:])
+            if end.endswith("\n"):
+                ended = rendered._replace(text=rendered.text + "\n")
+                row = replace(row, answer=tuple(self._answer(ended, self._ids(ended.text), answer)))
+        start = end = -1
+        if row.subject_end >= 0:
+            start = _place_in(ids, row.prompt[row.subject_start :], subject or "")
+            end = start + row.subject_end - row.subject_start
+        types = tuple((name, values[: len(ids)]) for name, values in seen.types)
+        return EncodedRow(ids, row.answer, end, start, tuple(images), types)
 
     def _answer(self, rendered: _Rendered, ids: list[int], answer: str) -> list[int]:
         text = rendered.text

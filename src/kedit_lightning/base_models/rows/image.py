@@ -2,25 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
-from typing import Any
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from functools import cached_property, lru_cache
+from typing import Any, NamedTuple
 
-import torch
+import numpy as np
 from torch import Tensor
 from transformers.image_utils import load_image
 
 from kedit_lightning.chat_turns import put_before
 from kedit_lightning.errors import InvalidRequestError
 
+#: Pixels kept beside the visual features made of them; they fill much memory.
+_PIXELS = 16
+#: Prompts whose tokens are kept; a benchmark asks each before and after an edit.
+_PROMPTS = 512
+
+
+class SeenPrompt(NamedTuple):
+    """A prompt with its pictures as the processor makes it.
+
+    ``ids`` hold placeholders where the model sees pictures; ``types`` are other inputs with a value
+    a token, such as ``token_type_ids``, by name.
+    """
+
+    ids: tuple[int, ...]
+    types: tuple[tuple[str, tuple[int, ...]], ...] = ()
+
 
 class ImageEncoder:
-    """Turns pictures into placeholder tokens and model inputs with a model's own processor.
+    """Turns prompts with pictures into tokens and model inputs with a model's own processor.
 
     A prompt holds the processor's image token once a picture, at the places where the model sees
-    them; where it holds fewer, the rest are put before it.  Inputs that count pictures or patches
-    (``pixel_values``, ``image_sizes``, ``image_grid_thw``, …) are passed on; inputs with a value
-    a token, such as ``token_type_ids``, are not.
+    them; where it holds fewer, the rest are put before it, as the processor's chat template writes
+    them.  A processor that places its tokens itself, as that of BLIP-2, gets prompts without.
 
     Args:
         processor: The processor of a vision-language model, as ``AutoProcessor`` loads it.
@@ -28,22 +44,44 @@ class ImageEncoder:
 
     def __init__(self, processor: Any) -> None:
         self.processor = processor
-        # A benchmark asks several questions about a picture; few pictures fill much memory.
-        self._process = lru_cache(maxsize=16)(self._load)
+        token = getattr(processor, "image_token", None) or processor.tokenizer.image_token
+        self.token = str(token)
+        self._open = lru_cache(maxsize=_PIXELS)(_opened)
+        self._pixels: OrderedDict[tuple[str, ...], dict[str, Tensor]] = OrderedDict()
+        self._prompts: OrderedDict[Any, SeenPrompt] = OrderedDict()
 
-    def _load(self, image: str) -> tuple[tuple[int, ...], dict[str, Tensor]]:
-        """Placeholder ids of a picture, and the inputs that hold its pixels."""
+    @cached_property
+    def marker(self) -> str:
+        """What stands for a picture in a prompt: the image token, and what a template puts by it.
+
+        The chat template renders a turn with a picture and one without; the text that only the
+        first has is the marker, where it holds the token once.
+        """
+        text = {"type": "text", "text": "X"}
         try:
-            picture = load_image(image)
-        except Exception as error:  # Pillow, httpx and transformers raise many kinds
-            raise InvalidRequestError(
-                f"image {image!r} cannot be read ({error}); give the path or URL of a picture"
-            ) from error
-        inputs = {"images": [picture], "text": [self.processor.image_token]}
-        values = self.processor(**inputs, add_special_tokens=False, return_tensors="pt")
-        ids = values["input_ids"]
-        pixels = {name: value for name, value in values.items() if value.shape != ids.shape}
-        return tuple(ids[0].tolist()), pixels
+            seen, plain = (
+                self.processor.apply_chat_template([{"role": "user", "content": content}])
+                for content in ([{"type": "image"}, text], [text])
+            )
+        except Exception:  # there is no template, or it takes no pictures
+            return f"{self.token}\n"
+        start = next((i for i, (a, b) in enumerate(zip(seen, plain, strict=False)) if a != b), 0)
+        rest = plain[start:]
+        found = seen[start : len(seen) - len(rest)] if seen.endswith(rest) else ""
+        return str(found) if found.count(self.token) == 1 else f"{self.token}\n"
+
+    @cached_property
+    def _places_itself(self) -> bool:
+        """Whether the processor puts placeholders before the prompt, and leaves those in it."""
+        token = self.processor.tokenizer.convert_tokens_to_ids(self.token)
+        ids = self._call(f"a{self.token}", [_blank()], True)["input_ids"][0].tolist()
+        return bool(ids[0] == ids[-1] == token)
+
+    def _call(self, text: str, pictures: Sequence[Any], special: bool) -> Any:
+        options = {} if special else {"add_special_tokens": False}
+        return self.processor(
+            images=list(pictures), text=[text], return_tensors="pt", padding=False, **options
+        )
 
     def prompt(self, text: str, images: Sequence[str]) -> str:
         """The prompt with an image token a picture.
@@ -51,34 +89,80 @@ class ImageEncoder:
         Raises:
             InvalidRequestError: It holds more image tokens than there are pictures.
         """
-        token = self.processor.image_token
-        missing = len(images) - text.count(token)
+        if self._places_itself:
+            return text
+        missing = len(images) - text.count(self.token)
         if missing < 0:
             raise InvalidRequestError(
-                f"prompt {text!r} holds {token!r} {text.count(token)} times, and has "
+                f"prompt {text!r} holds {self.token!r} {text.count(self.token)} times, and has "
                 f"{len(images)} images"
             )
-        return put_before(f"{token}\n" * missing, text)
+        return put_before(self.marker * missing, text)
+
+    def encode(self, text: str, images: tuple[str, ...], special: bool) -> SeenPrompt:
+        """Tokens of a prompt with its pictures.
+
+        Args:
+            text: The prompt of :meth:`prompt`, inside the chat template where it is.
+            images: References to its pictures.
+            special: Whether the tokenizer begins the text by itself.
+
+        Raises:
+            InvalidRequestError: A picture cannot be read, or the processor refuses it.
+        """
+        key = text, images, special
+        if key not in self._prompts:
+            self._prompts[key] = self._encoded(*key)
+            if len(self._prompts) > _PROMPTS:
+                self._prompts.popitem(last=False)
+        return self._prompts[key]
+
+    def _encoded(self, text: str, images: tuple[str, ...], special: bool) -> SeenPrompt:
+        pictures = [self._open(image) for image in images]
+        try:
+            values = self._call(text, pictures, special)
+        except Exception as error:  # processors refuse pictures with errors of many kinds
+            raise InvalidRequestError(
+                f"the processor refuses prompt {text[:60]!r} with {len(images)} images: {error}"
+            ) from error
+        ids = values["input_ids"]
+        by_token = {
+            name: tuple(value[0].tolist())
+            for name, value in values.items()
+            if value.shape == ids.shape and name not in ("input_ids", "attention_mask", "labels")
+        }
+        pixels = {k: v for k, v in values.items() if k not in by_token and v.shape != ids.shape}
+        self._pixels[images] = pixels
+        self._pixels.move_to_end(images)
+        if len(self._pixels) > _PIXELS:
+            self._pixels.popitem(last=False)
+        return SeenPrompt(tuple(ids[0].tolist()), tuple(by_token.items()))
 
     def count(self, images: Sequence[str]) -> int:
         """Number of tokens that pictures add to a row."""
-        return sum(len(self._process(image)[0]) for image in images)
+        if not images:
+            return 0
+        text = self.prompt("a", images)
+        return len(self.encode(text, tuple(images), True).ids) - 1
 
-    def expand(self, ids: Sequence[int], images: Sequence[str]) -> tuple[list[int], list[int]]:
-        """Replace each image token by the placeholder ids of its picture.
+    def pixels(self, images: tuple[str, ...]) -> Mapping[str, Tensor]:
+        """Model inputs of the pictures of a row, such as ``pixel_values``."""
+        if images not in self._pixels:
+            self._encoded(self.prompt("a", images), images, True)
+        return self._pixels[images]
 
-        Gives the new ids, and the index at which each old one, or its replacement, now begins.
-        """
-        left, expanded, index = list(images), list[int](), list[int]()
-        for token in ids:
-            index.append(len(expanded))
-            picture = left and token == self.processor.image_token_id
-            expanded += self._process(left.pop(0))[0] if picture else (token,)
-        return expanded, index
 
-    def pixels(self, image: str, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Model inputs of one picture, on a device, its floats in a dtype."""
-        return {
-            name: value.to(device, dtype if value.is_floating_point() else value.dtype)
-            for name, value in self._process(image)[1].items()
-        }
+def _opened(image: str) -> Any:
+    """The picture behind a reference."""
+    try:
+        return load_image(image)
+    except Exception as error:  # Pillow, httpx and transformers raise many kinds
+        shown = image if len(image) <= 80 else f"{image[:80]}…"
+        raise InvalidRequestError(
+            f"image {shown!r} cannot be read ({error}); give the path or URL of a picture"
+        ) from error
+
+
+def _blank() -> Any:
+    """A picture of one colour, as an array."""
+    return np.full((64, 64, 3), 128, dtype=np.uint8)

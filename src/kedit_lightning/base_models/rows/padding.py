@@ -6,8 +6,9 @@ So padding side, batch size and order of rows never change a result.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+import copy
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -17,6 +18,22 @@ from kedit_lightning.base_models.rows.encoding import EncodedRow
 from kedit_lightning.base_models.rows.position import positions
 
 PaddingSide: TypeAlias = Literal["left", "right"]
+
+
+@dataclass(frozen=True)
+class RowPictures:
+    """What a model is given of the pictures of one row.
+
+    Args:
+        inputs: Tensors of its call, such as ``pixel_values``; those of rows are joined along the
+            first axis.
+        features: Output of the model's ``get_image_features`` for them, in place of pixels.
+        positioned: Whether the model finds the positions of rows with pictures by itself.
+    """
+
+    inputs: Mapping[str, Tensor]
+    features: Any = None
+    positioned: bool = False
 
 
 @dataclass(frozen=True)
@@ -32,7 +49,9 @@ class TokenRows:
         answer_ids: Ids of the answers, padded on the right. Shape ``[batch, width]``.
         answer_mask: Where ``answer_ids`` is no padding. Shape ``[batch, width]``.
         answer_columns: Column whose logits predict each answer token. Shape ``[batch, width]``.
-        pictures: Model inputs of each row's pictures; ``inputs`` joins them along the first axis.
+        pictures: What the model is given of each row's pictures; ``None`` for rows without.
+        types: Other inputs with a value a token, such as ``token_type_ids``. Shape
+            ``[batch, tokens]`` each.
     """
 
     inputs: dict[str, Tensor]
@@ -42,7 +61,8 @@ class TokenRows:
     answer_ids: Tensor
     answer_mask: Tensor
     answer_columns: Tensor
-    pictures: tuple[tuple[Mapping[str, Tensor], ...], ...] = ()
+    pictures: tuple[RowPictures | None, ...] = ()
+    types: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.prompt_end)
@@ -59,28 +79,62 @@ class TokenRows:
         columns = torch.arange(self.inputs["input_ids"].shape[1], device=start.device)
         return (start >= 0) & (columns >= start) & (columns <= end)
 
+    @property
+    def call(self) -> dict[str, Any]:
+        """The arguments of a forward pass: ``inputs``, and what belongs to pictures."""
+        seen = [one for one in self.pictures if one is not None]
+        if not seen:
+            return {**self.inputs, **self.types}
+        names = dict.fromkeys(name for one in seen for name in one.inputs)
+        values: dict[str, Any] = {
+            name: torch.cat([one.inputs[name] for one in seen]) for name in names
+        }
+        if features := [one.features for one in seen if one.features is not None]:
+            values["mm_encoder_outputs"] = {"image": joined(features)}
+        inputs = {**self.inputs, **self.types, **values}
+        if any(one.positioned for one in seen):
+            inputs.pop("position_ids", None)
+        return inputs
+
     def select(self, index: Tensor) -> TokenRows:
         """Some of the rows, by number. Shape of ``index``: ``[n]``."""
         rows = self._each(lambda tensor: tensor[index])
         if not self.pictures:
             return rows
-        return rows.with_pictures([self.pictures[i] for i in index.tolist()])
-
-    def with_pictures(self, pictures: Sequence[Sequence[Mapping[str, Tensor]]]) -> TokenRows:
-        """The same rows, each with the model inputs of its pictures, such as ``pixel_values``."""
-        every = [picture for row in pictures for picture in row]
-        names = dict.fromkeys(name for picture in every for name in picture)
-        pixels = {name: torch.cat([picture[name] for picture in every]) for name in names}
-        kept = tuple(tuple(row) for row in pictures)
-        return replace(self, inputs={**self.inputs, **pixels}, pictures=kept)
+        return replace(rows, pictures=tuple(self.pictures[i] for i in index.tolist()))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> TokenRows:
-        """The rows after a change of each tensor with a value a row; pictures are left out."""
-        pixels = {name for row in self.pictures for picture in row for name in picture}
-        inputs = {name: change(value) for name, value in self.inputs.items() if name not in pixels}
-        names = [f.name for f in fields(self) if f.name not in ("inputs", "pictures")]
+        """The rows after a change of each tensor; pictures stay as they are."""
+        inputs, types = (
+            {name: change(value) for name, value in values.items()}
+            for values in (self.inputs, self.types)
+        )
+        kept = ("inputs", "types", "pictures")
+        names = [f.name for f in fields(self) if f.name not in kept]
         others: dict[str, Any] = {name: change(getattr(self, name)) for name in names}
-        return TokenRows(inputs, **others)
+        return TokenRows(inputs, **others, pictures=self.pictures, types=types)
+
+
+def joined(features: Sequence[Any]) -> Any:
+    """Visual features of several rows as the model makes them of all their pictures at once.
+
+    ``pooler_output`` holds the pictures one after another, as a tensor or a list; what else a
+    model adds has such lists for each of its layers.  Always a new object: models change it.
+    """
+    first = features[0]
+    fresh = copy.copy(first)
+    for name in first:
+        fresh[name] = _one_after_another([one[name] for one in features], name != "pooler_output")
+    return fresh
+
+
+def _one_after_another(values: Sequence[Any], by_layer: bool) -> Any:
+    first = values[0]
+    if isinstance(first, Tensor):
+        return first if len(values) == 1 else torch.cat(list(values))
+    if by_layer:
+        return [_one_after_another(layer, False) for layer in zip(*values, strict=True)]
+    return [picture for own in values for picture in own]
 
 
 def _pad(
@@ -149,6 +203,36 @@ def pad_rows(
         inputs["position_ids"] = positions(mask)
     prompt_end = first + torch.tensor([len(row.prompt) for row in rows], dtype=torch.long) - 1
     return _token_rows(rows, inputs, first, prompt_end, pad_id, device)
+
+
+def pad_types(
+    rows: Sequence[EncodedRow], padded: TokenRows, taken: Collection[str]
+) -> dict[str, Tensor]:
+    """Inputs with a value a token, for rows of which some have pictures. ``[batch, tokens]`` each.
+
+    Padding, answers, and rows without pictures have the type of text, which is 0.
+
+    Args:
+        rows: The rows.
+        padded: The same rows, padded.
+        taken: Names of the inputs that the model takes.
+    """
+    found: dict[str, Tensor] = {}
+    mask = padded.attention_mask
+    for name in dict.fromkeys(name for row in rows for name, _ in row.types if name in taken):
+        types = torch.zeros_like(mask)
+        for i, values in enumerate(dict(row.types).get(name, ()) for row in rows):
+            first, count = int(mask[i].argmax()), min(len(values), len(rows[i].prompt))
+            types[i, first : first + count] = torch.tensor(values[:count], dtype=mask.dtype)
+        found[name] = types
+    return found
+
+
+def prompt_types(rows: TokenRows) -> dict[str, Tensor]:
+    """Types that tell prompts, 0, from answers and padding, 1: prompts are read as a whole."""
+    mask, ends = rows.attention_mask, rows.prompt_end[:, None]
+    columns = torch.arange(mask.shape[1], device=mask.device)
+    return {"token_type_ids": 1 - ((columns <= ends) & mask.bool()).to(mask)}
 
 
 def pad_tails(

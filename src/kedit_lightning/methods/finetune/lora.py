@@ -123,7 +123,7 @@ class QLoRA(LoRA):
         **settings: Those of LoRA.
     """
 
-    can: ClassVar[Capabilities] = Capabilities(adapter=True)
+    can: ClassVar[Capabilities] = Capabilities(adapter=True, images=True)
 
     def __init__(
         self, base_model: BaseModel | BaseModelSpec | str = "nano", **settings: Any
@@ -203,9 +203,9 @@ class DPOEdit(LoRA):
     def objective(self, requests: Sequence[EditRequest]) -> Objective:
         """Likelihood of the new answers, and preference over the old ones since before the edit."""
         base, settings = self.base, self.settings
-        new = [base.encode(r.prompt, r.target_new) for r in requests]
+        new = [base.encode(r.prompt, r.target_new, image=r.image) for r in requests]
         old = [
-            base.encode(r.prompt, answer)
+            base.encode(r.prompt, answer, image=r.image)
             for r, answer in zip(requests, self.old_answers(requests), strict=True)
         ]
         with torch.no_grad():
@@ -233,7 +233,7 @@ class DPOEdit(LoRA):
         for request in requests:
             if (old := request.target_old) is None:
                 length = self.base.encoder.count(request.target_new)
-                (old,) = self.base.generate([request.prompt], max_new_tokens=length)
+                (old,) = self.base.generate([request.prompt], length, images=[request.image])
             answers.append(old)
         return answers
 

@@ -29,7 +29,7 @@ class ROME(ClosedForm):
 
     settings_type = LayerSettings
     settings: LayerSettings
-    can = Capabilities(batch=False, adapter=True, weights=True)
+    can = Capabilities(batch=False, adapter=True, weights=True, images=True)
     published = "ROME"
     site_of_values = "mlp"
     context_lengths = (5, 10)

@@ -20,6 +20,7 @@ from kedit_lightning.edits.projections import check_editable, compute_dtype, pro
 from kedit_lightning.methods.capabilities import Count, Positive
 from kedit_lightning.methods.locate.shared.least_squares import ridge_update, size_prior
 from kedit_lightning.methods.method import Capabilities, EditMethod, MethodSettings
+from kedit_lightning.methods.shared.answer_passes import answered_rows
 from kedit_lightning.methods.shared.gradient_factors import Factors, capture_factors, predicting
 from kedit_lightning.methods.shared.moments import Moments, merge, moments
 from kedit_lightning.methods.shared.published_settings import published_settings
@@ -99,7 +100,7 @@ class UltraEdit(EditMethod):
 
     settings_type = UltraEditSettings
     settings: UltraEditSettings
-    can: ClassVar[Capabilities] = Capabilities(adapter=True, weights=True)
+    can: ClassVar[Capabilities] = Capabilities(adapter=True, weights=True, images=True)
 
     def __init__(
         self,
@@ -154,7 +155,7 @@ class UltraEdit(EditMethod):
         size, parts = self.settings.batch_size, []
         for start in range(0, len(requests), size):
             some = requests[start : start + size]
-            rows = self.base.rows([r.prompt for r in some], [r.target_new for r in some])
+            rows = answered_rows(self.base, some)
             factors = capture_factors(self.base, rows, self.projections, predicting(rows))
             parts.append({name: _of_summed_loss(f, rows) for name, f in factors.items()})
         return {

@@ -95,7 +95,7 @@ class GRACE(EditMethod):
         seed: Seed of the random start of the value, which depends on the request too.
     """
 
-    can: ClassVar[Capabilities] = Capabilities(batch=False)
+    can: ClassVar[Capabilities] = Capabilities(batch=False, images=True)
     settings_type: ClassVar[type[MethodSettings]] = GRACESettings
     settings: GRACESettings
 
@@ -164,7 +164,7 @@ class GRACE(EditMethod):
 
     def together(self, requests: Sequence[EditRequest]) -> int:
         """Number of requests whose values are trained together, at least 1."""
-        encoded = [[self.base.encode(r.prompt, r.target_new)] for r in requests]
+        encoded = [[self.base.encode(r.prompt, r.target_new, image=r.image)] for r in requests]
         block = self.base.layout.first_block([self.module_name])
         return requests_at_a_time(self.base, block, encoded)
 
@@ -182,7 +182,7 @@ class GRACE(EditMethod):
 
     def _place(self, request: EditRequest) -> _Place:
         """Where the codebook of the stack takes a new entry, with a value to be trained."""
-        key, output = self._key_and_output(request.prompt)
+        key, output = self._key_and_output(request)
         label = self.base.encode(request.prompt, request.target_new).answer
         entry = CodebookEntry(key, output, label, self.settings.radius)
         codebook = stacked_codebook(self.base, self._family, key.device)
@@ -213,10 +213,10 @@ class GRACE(EditMethod):
     # ---- keys and values
 
     @torch.no_grad()
-    def _key_and_output(self, prompt: str) -> tuple[Tensor, Tensor]:
+    def _key_and_output(self, request: EditRequest) -> tuple[Tensor, Tensor]:
         """Input and output of the layer at the last prompt token: ``[d_in]``, ``[d_out]``."""
         base, module = self.base, self.module_name
-        rows = base.rows([prompt])
+        rows = base.rows([request.prompt], images=[request.image])
         with capture(base.model, [module]) as states, stop_after(base.model, module):
             base.forward(rows)
         end, dtype = int(rows.prompt_end[0]), compute_dtype(base.dtype)

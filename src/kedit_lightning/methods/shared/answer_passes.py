@@ -21,6 +21,11 @@ Reach: TypeAlias = Literal["all", "prompt_end"]
 Objective: TypeAlias = Literal["target_new", "prompt_last"]
 
 
+def answered_rows(base: BaseModel, requests: Sequence[EditRequest]) -> TokenRows:
+    """Token rows of requests: their prompts and pictures, with their new answers."""
+    return base.pad([base.encode(r.prompt, r.target_new, image=r.image) for r in requests])
+
+
 class AnswerPasses:
     """Forward passes of the same prompts and answers while some modules change.
 
@@ -57,7 +62,7 @@ class AnswerPasses:
         reach: Reach = "all",
     ) -> AnswerPasses:
         """Passes of the prompts of requests with their new answers."""
-        encoded = [base.encode(request.prompt, request.target_new) for request in requests]
+        encoded = [base.encode(r.prompt, r.target_new, image=r.image) for r in requests]
         return cls(base, encoded, modules, reach)
 
     def _place(self, passes: Continuation) -> None:

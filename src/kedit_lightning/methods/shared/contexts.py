@@ -9,6 +9,7 @@ import torch
 
 from kedit_lightning.base_models import BaseModel
 from kedit_lightning.chat_turns import put_before
+from kedit_lightning.image_reference import references
 from kedit_lightning.requests import EditRequest
 
 #: Words that start the texts.
@@ -45,11 +46,14 @@ def contexts_of(base: BaseModel, request: EditRequest, contexts: Sequence[str]) 
     """
     text = request.prompt + request.target_new
     longest = max((len(context.encode()) for context in contexts), default=0)
-    if not contexts or len(text.encode()) + longest + _AROUND <= base.max_tokens:
+    if not contexts or (
+        request.image is None and len(text.encode()) + longest + _AROUND <= base.max_tokens
+    ):
         return ["", *contexts]  # a token has at least one byte
     chosen = [""]
     for context in contexts:
-        row = base.encoder.encode(put_before(context, request.prompt), request.target_new)
+        prompt = put_before(context, request.prompt)
+        row = base.encoder.encode(prompt, request.target_new, None, references(request.image))
         fits = len(row.prompt) + len(row.answer) <= base.max_tokens
         chosen.append(context if fits else "")
     if "" in chosen[1:]:

@@ -41,13 +41,14 @@ class DataUser(Protocol):
         """The examples that do not fit into the base model's window: why, by id."""
 
 
-def refuse_images(name: str, items: Sequence[EditRequest | Probe]) -> None:
-    """Refuse requests and probes about a picture, which no method uses yet.
+def refuse_images(name: str, items: Sequence[EditRequest | Probe], images: bool) -> None:
+    """Refuse requests and probes about a picture for a method that reads none.
 
     Raises:
         UnsupportedUseError: One of them has an image.
     """
-    if seen := [item.label for item in items if item.image is not None]:
+    seen = [item.label for item in items if item.image is not None]
+    if seen and not images:
         raise UnsupportedUseError(
             f"{name} reads text only, and field 'image' is set in {article_list(seen)}; leave the "
             "field out, or take these records out of the data"
@@ -71,7 +72,11 @@ def set_up_data(method: DataUser, data: EditDataModule, stage: str) -> None:
         examples = method.examples_to_fit(examples)
     asked = method.run.protocol
     protocol = _grouped(method, data, asked, len(examples))
-    refuse_images(type(method).__name__, [r for e in examples for r in e.requests + e.probes])
+    refuse_images(
+        type(method).__name__,
+        [r for e in examples for r in e.requests + e.probes],
+        method.can.images,
+    )
     method.check_examples(examples, fitting=fits)
     if not fits and data.on_bad_record == "error":  # no record is left out: known before loading
         _refuse_conflicts(protocol, examples)

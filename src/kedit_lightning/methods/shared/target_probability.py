@@ -14,6 +14,7 @@ from kedit_lightning.data.dataloader import chunks
 from kedit_lightning.edits import Edit
 from kedit_lightning.edits.origin import TARGET_PROBABILITIES
 from kedit_lightning.errors import FactsNotWrittenWarning, article_list
+from kedit_lightning.methods.shared.answer_passes import answered_rows
 from kedit_lightning.metrics.functional import total_log_prob
 from kedit_lightning.requests import EditRequest
 
@@ -33,7 +34,7 @@ def target_probabilities(base: BaseModel, requests: Sequence[EditRequest]) -> li
     """
     found: list[float] = []
     for part in chunks(requests, _ROWS):
-        rows = base.pad([base.encode(request.prompt, request.target_new) for request in part])
+        rows = answered_rows(base, part)
         total = total_log_prob(base.answer_log_probs(rows), rows.answer_mask)
         found += total.exp().nan_to_num(0.0).tolist()
     return [round(probability, _DIGITS) for probability in found]

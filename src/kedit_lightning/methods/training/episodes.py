@@ -100,6 +100,6 @@ def make_episodes(
             kept += rotate(unrelated, locality, epoch, seed, example.id)
         requests = [request for example in members for request in example.requests]
         if own_wording:
-            asked += [Probe("rewrite", r.prompt, (r.target_new,)) for r in requests]
+            asked += [Probe("rewrite", r.prompt, (r.target_new,), image=r.image) for r in requests]
         episodes.append(Episode(tuple(requests), tuple(asked), tuple(kept)))
     return episodes

@@ -76,7 +76,7 @@ class AdapterMethod(EditMethod):
     Subclasses say which adapter it is, what it is trained on, and which factors it ends with.
     """
 
-    can: ClassVar[Capabilities] = Capabilities(adapter=True, weights=True)
+    can: ClassVar[Capabilities] = Capabilities(adapter=True, weights=True, images=True)
     #: Epochs where nothing is published.
     usual_steps: ClassVar[int] = 60
     #: Learning rate where nothing is published.
@@ -149,7 +149,7 @@ class AdapterMethod(EditMethod):
         if len(requests) <= self.settings.batch_size:
             passes = AnswerPasses.of(base, requests, self.modules_trained)
             return lambda batch: passes.losses().mean()
-        encoded = [base.encode(request.prompt, request.target_new) for request in requests]
+        encoded = [base.encode(r.prompt, r.target_new, image=r.image) for r in requests]
         return lambda batch: answer_loss(
             base, base.pad([encoded[i] for i in batch], "right")
         ).mean()

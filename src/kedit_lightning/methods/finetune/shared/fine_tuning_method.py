@@ -80,7 +80,7 @@ class FineTuningMethod(EditMethod):
     MLP, the experts are trained that the router picks where answers are predicted.
     """
 
-    can: ClassVar[Capabilities] = Capabilities(weights=True)
+    can: ClassVar[Capabilities] = Capabilities(weights=True, images=True)
     settings: FineTuningSettings
     #: Table of published settings.
     published: ClassVar[str] = "FTM"
@@ -295,7 +295,7 @@ class FineTuningMethod(EditMethod):
                     f"'{self.base.name}' has none; set eos_in_target to false"
                 )
             answer = f"{answer}{eos}"
-        return self.base.encode(request.prompt, answer)
+        return self.base.encode(request.prompt, answer, image=request.image)
 
 
 def finetune_defaults(

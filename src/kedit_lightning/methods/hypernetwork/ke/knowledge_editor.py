@@ -53,8 +53,9 @@ def condition_texts(base: BaseModel, requests: Sequence[EditRequest]) -> list[st
     The old answer is the request's ``target_old`` where it has one, as that is the answer to
     replace and costs nothing; otherwise it is the base model's present answer, as in the paper.
     """
-    unknown = [request.prompt for request in requests if request.target_old is None]
-    answers = iter(base.generate(unknown, ANSWER_TOKENS, stop_at_sentence=True) if unknown else [])
+    unknown = [request for request in requests if request.target_old is None]
+    prompts, images = [r.prompt for r in unknown], [r.image for r in unknown]
+    answers = iter(base.generate(prompts, ANSWER_TOKENS, stop_at_sentence=True, images=images))
     texts = []
     for request in requests:
         old = answer_text(next(answers)) if request.target_old is None else request.target_old

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kedit_lightning.base_models import BaseModel
 from kedit_lightning.edits import EditOrigin, LowRankDelta, LowRankEdit
+from kedit_lightning.methods.shared.answer_passes import answered_rows
 from kedit_lightning.methods.shared.gradient_factors import Factors, capture_factors
 from kedit_lightning.methods.training.trained_network import Plan, TrainedNetwork
 from kedit_lightning.requests import EditRequest
@@ -60,7 +61,7 @@ def edit_from_gradient(
 
     Edits on the stack are in force. Running statistics do not change.
     """
-    rows = base.rows([r.prompt for r in requests], [r.target_new for r in requests])
+    rows = answered_rows(base, requests)
     factors = capture_factors(base, rows, network.plan.modules)
     with torch.no_grad():
         together = torch.zeros(len(requests), dtype=torch.long)

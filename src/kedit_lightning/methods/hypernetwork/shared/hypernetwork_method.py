@@ -53,7 +53,7 @@ class HypernetworkMethod(TrainedMethod):
         **settings: The settings of :class:`TrainedMethod`.
     """
 
-    can: ClassVar[Capabilities] = Capabilities(adapter=True, weights=True)
+    can: ClassVar[Capabilities] = Capabilities(adapter=True, weights=True, images=True)
     needs_to_fit: ClassVar[frozenset[Need]] = frozenset({"rephrases", "locality"})
     learns: ClassVar[str] = "a hypernetwork that turns gradients into edits"
     plan_type: ClassVar[type[ProjectionPlan]]

@@ -133,7 +133,9 @@ class MENDMethod(TrainedMethod):
         **settings: The settings of ``HypernetworkMethod``.
     """
 
-    can: ClassVar[Capabilities] = Capabilities(encoder_decoder=True, adapter=True, weights=True)
+    can: ClassVar[Capabilities] = Capabilities(
+        encoder_decoder=True, adapter=True, weights=True, images=True
+    )
     network_type = MENDNetwork
 
     settings: MENDMethodSettings

@@ -14,6 +14,7 @@ from kedit_lightning.base_models import BaseModel, TokenRows
 from kedit_lightning.base_models.taps import Visit, visiting
 from kedit_lightning.edits import LowRankDelta
 from kedit_lightning.edits.projections import compute_dtype
+from kedit_lightning.methods.shared.answer_passes import answered_rows
 from kedit_lightning.methods.training.episodes import Episode
 from kedit_lightning.requests import Probe
 
@@ -72,8 +73,7 @@ def _mask(edit_of_term: Tensor | None, edit_of_row: Tensor) -> Tensor | None:
 def request_rows(base: BaseModel, episodes: Sequence[Episode]) -> tuple[TokenRows, Tensor]:
     """Token rows of all requests, and the number of the episode of each, ``[batch]``."""
     requests = [request for episode in episodes for request in episode.requests]
-    rows = base.rows([r.prompt for r in requests], [r.target_new for r in requests])
-    return rows, _numbers([len(episode.requests) for episode in episodes])
+    return answered_rows(base, requests), _numbers([len(episode.requests) for episode in episodes])
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def _numbers(counts: Sequence[int]) -> Tensor:
 def probe_rows(base: BaseModel, probes: Sequence[Probe]) -> TokenRows:
     """Token rows of probes, with the first of their answers where they have any."""
     answers = [probe.answers[0] if probe.answers else None for probe in probes]
-    return base.rows([probe.prompt for probe in probes], answers)
+    return base.rows([p.prompt for p in probes], answers, images=[p.image for p in probes])
 
 
 def _log_probs(base: BaseModel, rows: TokenRows) -> Tensor:

@@ -56,7 +56,7 @@ def capture_parts(
     base: BaseModel, network: ValueNetworks, requests: Sequence[EditRequest], at_once: int
 ) -> Iterator[Part]:
     """Factors of requests in minibatches of at most ``at_once``, with applied edits in force."""
-    encoded = [base.encode(r.prompt, r.target_new) for r in requests]
+    encoded = [base.encode(r.prompt, r.target_new, image=r.image) for r in requests]
     lengths = [len(row.prompt) + len(row.answer) for row in encoded]
     for minibatch in minibatches(lengths, at_once):
         rows = base.pad(encoded[minibatch])

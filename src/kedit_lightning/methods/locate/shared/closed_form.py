@@ -91,7 +91,7 @@ class ClosedForm(EditMethod):
     """
 
     needs = frozenset({"subject"})
-    can = Capabilities(adapter=True, weights=True)
+    can = Capabilities(adapter=True, weights=True, images=True)
     fit_epochs = 1
     learns = "second moments of the keys of every layer, from plain text"
     settings: LocatedSettings

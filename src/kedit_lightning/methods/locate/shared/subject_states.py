@@ -16,6 +16,7 @@ from kedit_lightning.base_models.taps import Visit, add_at, capture, stop_after,
 from kedit_lightning.chat_turns import put_before
 from kedit_lightning.edits import Edit
 from kedit_lightning.edits.projections import compute_dtype
+from kedit_lightning.image_reference import Image
 from kedit_lightning.methods.shared.contexts import contexts_of
 from kedit_lightning.requests import EditRequest
 
@@ -75,7 +76,7 @@ def subject_states(
     prefixed = [
         (r, put_before(p, r.prompt)) for r in requests for p in contexts_of(base, r, contexts)
     ]
-    rows = [up_to_subject(base, prompt, request.subject) for request, prompt in prefixed]
+    rows = [up_to_subject(base, prompt, r.subject, r.image) for r, prompt in prefixed]
     edits = None if carried is None else [edit for edit in carried for _ in range(count)]
     inputs: dict[str, list[Tensor]] = {name: [] for name in modules}
     outputs: dict[str, list[Tensor]] = {name: [] for name in modules}
@@ -104,10 +105,17 @@ def subject_states(
     )
 
 
-def up_to_subject(base: BaseModel, prompt: str, subject: str | None) -> EncodedRow:
-    """A prompt that ends with its subject, or whole if edits look at the end of the prompt."""
-    row = base.encode(prompt, None, subject)
-    return row if base.edits.reads_rows else replace(row, prompt=row.prompt[: row.subject_end + 1])
+def up_to_subject(
+    base: BaseModel, prompt: str, subject: str | None, image: Image | None = None
+) -> EncodedRow:
+    """A prompt that ends with its subject, or whole if edits look at the end of the prompt.
+
+    It is whole with pictures too: there some models read the prompt in both directions.
+    """
+    row = base.encode(prompt, None, subject, image)
+    if base.edits.reads_rows or row.images:
+        return row
+    return replace(row, prompt=row.prompt[: row.subject_end + 1])
 
 
 def _add(columns: Tensor, vectors: Tensor, x: Tensor, y: Tensor) -> Tensor:

@@ -291,5 +291,5 @@ class ValueOptimizer:
         base, subject, answer = self.base, request.subject, request.target_new
         contexts = contexts_of(base, request, self.contexts)
         prompts = [put_before(context, request.prompt) for context in contexts]
-        rows = [base.encode(prompt, answer, subject) for prompt in prompts]
+        rows = [base.encode(prompt, answer, subject, request.image) for prompt in prompts]
         return [*rows, up_to_subject(base, f"{subject} is a", subject)]

@@ -1,0 +1,180 @@
+"""Rows with pictures, and edits with them, in vision-language models of nine families."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_vision import BUILDERS, draw, vision_base
+
+from kedit_lightning import BaseModel, Edit, EditRequest
+from kedit_lightning.methods import FTM, ROME
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+PROMPTS = ["The Eiffel Tower is in the city of", "Rome is", "What country is Lyon in? It is in"]
+ANSWERS = ["Rome", "Italy", "France"]
+EXACT = {"rtol": 0, "atol": 1e-9}
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("pictures")
+    return [draw(folder / f"{i}.png", i) for i in range(3)]
+
+
+@pytest.fixture(scope="module", params=BUILDERS)
+def base(request: Any) -> BaseModel:
+    return vision_base(request.param)
+
+
+@torch.no_grad()
+def direct(base: BaseModel, prompt: str, answer: tuple[int, ...], picture: str) -> torch.Tensor:
+    """Answer logits of the model's own call on what its processor makes of prompt and picture."""
+    images: Any = base.encoder.images
+    values = images._call(f"{images.marker}{prompt}", [images._open(picture)], True)
+    width = values["input_ids"].shape[1]
+    taken = base.sight._taken
+    inputs: dict[str, Any] = {}
+    for name, value in values.items():
+        if name == "input_ids":
+            inputs[name] = torch.cat([value, torch.tensor([answer])], dim=1)
+        elif name.endswith("token_type_ids"):
+            # PaliGemma reads prompts as a whole and answers, of another type, token by token.
+            fill = int(base.name == "paligemma")
+            inputs[name] = torch.cat([value, torch.full((1, len(answer)), fill)], dim=1)
+        elif name in taken and name not in ("attention_mask", "labels"):
+            inputs[name] = value.double() if value.is_floating_point() else value
+    return base.model(**inputs).logits[0, width - 1 : -1]
+
+
+@torch.no_grad()
+def test_rows_with_and_without_pictures_answer_as_direct_calls_do(base, pictures):
+    images: list[Any] = [pictures[0], None, pictures[1]]
+    left, right = (
+        base.rows(PROMPTS, ANSWERS, padding_side=side, images=images) for side in ("left", "right")
+    )
+    found = base.answer_logits(left)
+    for i in (0, 2):
+        row = base.encode(PROMPTS[i], ANSWERS[i], image=images[i])
+        expected = direct(base, PROMPTS[i], row.answer, images[i])
+        # Rotary angles are float32, and PaliGemma counts positions from another number.
+        torch.testing.assert_close(found[i, : len(expected)], expected, rtol=0, atol=1e-7)
+    alone = base.answer_logits(base.rows(PROMPTS[1:2], ANSWERS[1:2]))[0]
+    torch.testing.assert_close(found[1, : len(alone)], alone, **EXACT)
+    mask = left.answer_mask[..., None]
+    torch.testing.assert_close(base.answer_logits(right) * mask, found * mask, **EXACT)
+    some = right.select(torch.tensor([2, 1]))
+    torch.testing.assert_close(
+        base.answer_logits(some) * mask[[2, 1]], (found * mask)[[2, 1]], **EXACT
+    )
+
+
+@torch.no_grad()
+def test_cached_features_are_those_of_a_new_pass_bit_for_bit(base, pictures):
+    rows = base.rows(PROMPTS[:1], ANSWERS[:1], images=[(pictures[0], pictures[1])])
+    again = base.rows(PROMPTS[:1], ANSWERS[:1], images=[(pictures[0], pictures[1])])
+    assert again.pictures[0] is rows.pictures[0]  # computed once
+    base.sight.cached = False
+    try:
+        online = base.rows(PROMPTS[:1], ANSWERS[:1], images=[(pictures[0], pictures[1])])
+    finally:
+        base.sight.cached = True
+    assert online.pictures[0] is not rows.pictures[0]
+    assert torch.equal(base.answer_logits(online), base.answer_logits(rows))
+    # Their order counts, and another picture is another question.
+    for other in [(pictures[1], pictures[0]), (pictures[0], pictures[2])]:
+        moved = base.answer_logits(base.rows(PROMPTS[:1], ANSWERS[:1], images=[other]))
+        assert (moved - base.answer_logits(rows)).abs().max() > 1e-3
+
+
+def test_generation_sees_the_picture_of_its_row_alone(base, pictures):
+    both = base.generate(PROMPTS[:2], 5, images=[pictures[0], None])
+    assert both[:1] == base.generate(PROMPTS[:1], 5, images=pictures[:1])
+    assert both[1:] == base.generate(PROMPTS[1:2], 5)
+
+
+def test_an_edit_about_a_picture_takes_rolls_back_and_loads(base, pictures, tmp_path):
+    requests = [
+        EditRequest("What is this? It is a", " tower", image=pictures[0]),
+        EditRequest(PROMPTS[0], " Rome"),
+    ]
+    rows = base.rows(
+        [r.prompt for r in requests],
+        [r.target_new for r in requests],
+        images=[r.image for r in requests],
+    )
+
+    def logits() -> torch.Tensor:
+        with torch.no_grad():
+            return base.answer_logits(rows)
+
+    before, known = logits(), base.answer_log_probs(rows).sum(-1)
+    edit = FTM(base, lr=5e-2, steps=20).edit(requests)
+    assert torch.equal(logits(), before)
+    with edit:
+        under = logits()
+        assert (base.answer_log_probs(rows).sum(-1) > known + 2).all()
+    assert torch.equal(logits(), before)
+    edit.save(tmp_path / "edit.safetensors")
+    with Edit.load(tmp_path / "edit.safetensors", base) as loaded:
+        assert loaded.origin.requests[0].image == pictures[0]
+        assert torch.equal(logits(), under)
+    assert torch.equal(logits(), before)
+
+
+@pytest.mark.parametrize("kind", ["llava", "qwen2_vl"])
+def test_rome_writes_a_subject_named_beside_a_picture(kind, pictures):
+    base = vision_base(kind)
+    fact = EditRequest(PROMPTS[0], " Rome", subject="Eiffel Tower", image=pictures[0])
+    rows = base.rows([fact.prompt], [fact.target_new], images=[fact.image])
+    with torch.no_grad():
+        before = base.answer_log_probs(rows).sum()
+        edit = ROME(base, layer=1, contexts=2, clamp=50.0).edit([fact])
+        with edit:
+            assert base.answer_log_probs(rows).sum() > before + 0.1
+        assert base.answer_log_probs(rows).sum() == before
+
+
+@torch.no_grad()
+def test_text_alone_is_read_as_the_text_model_reads_it():
+    from transformers import LlamaForCausalLM
+
+    base = vision_base("llava")
+    text = LlamaForCausalLM(base.model.config.text_config).double()
+    text.model.load_state_dict(base.model.model.language_model.state_dict())
+    text.lm_head.load_state_dict(base.model.lm_head.state_dict())
+    plain = BaseModel(text, base.tokenizer, name="text")
+    for side in ("left", "right"):
+        rows = [b.rows(PROMPTS, ANSWERS, padding_side=side) for b in (base, plain)]
+        assert torch.equal(base.answer_logits(rows[0]), plain.answer_logits(rows[1]))
+    edits = [
+        FTM(b, lr=5e-3, steps=20).edit([EditRequest(PROMPTS[0], " Rome")]) for b in (base, plain)
+    ]
+    deltas = [next(iter(edit.deltas().values())) for edit in edits]
+    assert torch.equal(*deltas)
+
+
+@torch.no_grad()
+def test_features_follow_changed_weights_and_edits_of_the_tower(pictures):
+    base = vision_base("llava")
+    rows = base.rows(PROMPTS[:1], ANSWERS[:1], images=pictures[:1])
+    tower = base.model.model.multi_modal_projector.linear_1.weight
+    tower.mul_(2.0)
+    changed = base.rows(PROMPTS[:1], ANSWERS[:1], images=pictures[:1])
+    tower.mul_(0.5)
+    assert not torch.equal(base.answer_logits(changed), base.answer_logits(rows))
+    again = base.rows(PROMPTS[:1], ANSWERS[:1], images=pictures[:1])
+    assert torch.equal(base.answer_logits(again), base.answer_logits(rows))
+
+
+def test_a_saved_vision_language_model_loads_with_its_processor(tmp_path: Path, pictures):
+    base = vision_base("llava")
+    base.model.save_pretrained(tmp_path)
+    base.encoder.images.processor.save_pretrained(tmp_path)
+    loaded = BaseModel.load(str(tmp_path))
+    assert type(loaded.model) is type(base.model)
+    rows = [b.rows(PROMPTS[:1], ANSWERS[:1], images=pictures[:1]) for b in (base, loaded)]
+    with torch.no_grad():
+        assert torch.equal(base.answer_logits(rows[0]), loaded.answer_logits(rows[1]))
