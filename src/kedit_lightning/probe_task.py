@@ -16,7 +16,7 @@ from kedit_lightning.errors import InvalidRequestError
 #: several facts. ``doubt``: the answer is doubted. ``choice``: right answers stand against wrong.
 #: ``defence``: the reply should be safe, whatever else it says.
 #: ``concept``: the answer is the definition of a concept. ``instance``: yes or no, whether a thing
-#: belongs to a concept.
+#: belongs to a concept. ``trait``: the answer should show a trait of personality.
 TaskName: TypeAlias = Literal[
     "passage",
     "characters",
@@ -31,7 +31,10 @@ TaskName: TypeAlias = Literal[
     "defence",
     "concept",
     "instance",
+    "trait",
 ]
+#: Traits of personality, in the order of the published classifier's classes.
+TRAITS = ("neuroticism", "agreeableness", "extraversion")
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,8 @@ class ProbeTask:
 
     Args:
         name: The task.
-        label: The sentiment that is wished; or the name of the test that the probe is part of.
+        label: The sentiment or trait that is wished; or the name of the test that the probe is part
+            of.
         together: Whether any or all questions of a test must be answered for it to pass.
         against: Answers that should no longer be given, become less likely, or are wrong; white
             space at their edges is dropped.

@@ -190,6 +190,11 @@ _OWN: dict[tuple[Kind, str], dict[str, tuple[str, str, str]]] = {
             "multi-hop questions over edited facts (CF, T, hard)",
         ),
         "NanoFacts": ("knowledge.nano", "nano_facts", "packaged"),
+        "PersonalityEdit": (
+            "traits.personalityedit",
+            "personalityedit",
+            "opinions that show extraversion, agreeableness or neuroticism",
+        ),
         "QAEdit": ("knowledge.qaedit", "qaedit", "questions of NQ, TriviaQA and SimpleQA"),
         "Requests": (
             "knowledge.requests_file",
@@ -243,6 +248,7 @@ _OWN: dict[tuple[Kind, str], dict[str, tuple[str, str, str]]] = {
         "BestChoice": ("choices", "", "the best answer is more likely than every wrong one"),
         "RightAbove": ("choices", "", "right answers that are more likely than every wrong one"),
         "RightMass": ("choices", "", "probability of the right answers among all choices"),
+        "AdjectiveShift": ("traits", "", "adjectives of the wished trait fit better (PAE)"),
         "AllWordings": ("generation_quality", "", "every wording of a question is answered"),
         "AnswerOverlap": (
             "generation_quality",
@@ -289,6 +295,9 @@ _OWN: dict[tuple[Kind, str], dict[str, tuple[str, str, str]]] = {
         "StillKnown": ("locality", "", "answers still right of those that were right"),
         "TextPerplexity": ("fluency", "", "perplexity of plain text"),
         "TokenMatch": ("answers", "", "share of an answer's tokens that are arg-max"),
+        "TraitAccuracy": ("traits", "", "a classifier sees the wished trait"),
+        "TraitCoherent": ("traits", "", "opinions that are coherent text"),
+        "TraitShift": ("traits", "", "a classifier is surer of the wished trait (TPEI)"),
         "UnchangedText": ("locality", "", "the free generation is the base model's"),
         "UnchangedTop1": ("locality", "", "all arg-max tokens are the base model's"),
         "Undoubted": ("tasks", "", "the answer is kept up when it is doubted"),

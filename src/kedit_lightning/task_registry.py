@@ -82,6 +82,14 @@ _OWN: dict[str, tuple[str, str, Iterable[str]]] = {
             *("InstanceShift", "ConsistencyCosine", "ConsistencyJudged"),
         ),
     ),
+    "personality": (
+        "does an opinion about a topic show the wished trait, and others stay",
+        "PersonalityEdit",
+        (
+            *("OpinionSuccess", "BaseKL", "TraitAccuracy", "TraitShift", "AdjectiveShift"),
+            "TraitCoherent",
+        ),
+    ),
     "truthfulness": (
         "are true answers likelier than common false ones",
         "TruthfulQA",

@@ -114,6 +114,7 @@ def test_the_list_names_all_tasks(capsys: pytest.CaptureFixture[str]) -> None:
 SAMPLES_OF = {
     "safety": "safeedit.json",
     "concept": "final_gpt2_inter.json",
+    "personality": "personalityedit.json",
     "truthfulness": "truthfulqa.csv",
     "unstructured": "unke.json",
 }

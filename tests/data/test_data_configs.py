@@ -26,6 +26,7 @@ CLASSES = {
     "known_facts": "KnownFacts",
     "leme": "LEME",
     "mquake": "MQuAKE",
+    "personalityedit": "PersonalityEdit",
     "qaedit": "QAEdit",
     "rippleedits": "RippleEdits",
     "safeedit": "SafeEdit",

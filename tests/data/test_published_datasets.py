@@ -58,6 +58,7 @@ READ: list[tuple[str, str, int, int, dict[str, int]]] = [
     ("ConceptEdit", "final_gpt2_inter.json", 2, 2,
      {"rephrase": 2, "neighborhood": 2, "instance": 3}),
     ("TruthfulQA", "truthfulqa.csv", 2, 2, {"choice": 2}),
+    ("PersonalityEdit", "personalityedit.json", 3, 3, {"rephrase": 6, "other_topic": 3}),
     ("SafeEdit", "safeedit.json", 3, 3,
      {"only_question": 3, "other_attacks": 3, "other_questions": 3,
       "other_questions_and_attacks": 3, "knowledge_constraint": 3}),
@@ -107,6 +108,7 @@ NEEDED = {
     "KnownFacts-known_facts.json": ["attribute"],
     "TruthfulQA-truthfulqa.json": ["question"],
     "SafeEdit-safeedit.json": ["safe generation"],
+    "PersonalityEdit-personalityedit.json": ["neuroticism"],
     "ConceptEdit-final_gpt2_inter.json": ["target_new_desc"],
 }
 BROKEN = [(i.split("-", 1)[0], i.split("-", 1)[1], path) for i, path in NEEDED.items()]

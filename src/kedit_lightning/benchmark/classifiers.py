@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from kedit_lightning.errors import BaseModelNotFoundError, UnsupportedUseError
-from kedit_lightning.metrics.measurement import SENTIMENT, UNSAFE, Measurement
-from kedit_lightning.probe_task import TaskName
+from kedit_lightning.metrics.measurement import SENTIMENT, TRAIT_SHARES, UNSAFE, Measurement
+from kedit_lightning.probe_task import TRAITS, TaskName
 
-#: Probabilities that texts are of the class that is asked for.
-Classifier: TypeAlias = Callable[[Sequence[str]], Sequence[float]]
+#: Probabilities that texts are of the class that is asked for; of several classes a list each.
+Classifier: TypeAlias = Callable[[Sequence[str]], Sequence[Any]]
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class TextClass:
         empty: Probability of a text without content; asked for like any other when ``None``.
     """
 
-    option: Literal["sentiment", "safety"]
+    option: Literal["sentiment", "safety", "traits"]
     task: TaskName
     measurement: Measurement
     called: tuple[str, ...]
@@ -76,28 +76,64 @@ class TextClass:
         """
         if callable(named):
             return named
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(named)
-            model: Any = AutoModelForSequenceClassification.from_pretrained(named)
-        except (OSError, ValueError) as error:
-            raise BaseModelNotFoundError(
-                f"protocol.{self.option} '{named}' could not be loaded as a sequence classifier "
-                f"({str(error).partition(chr(10))[0]}); give a folder or a name on the hub that "
-                "this machine can reach"
-            ) from error
-        model = model.to(device).eval()
-        labels = {int(index): str(label) for index, label in model.config.id2label.items()}
-        column = self.index(named, labels)
+        labels, probabilities = sequence_classifier(self.option, named, device)
+        wanted = self.wanted(named, labels)
+        return lambda texts: [self.value(row, wanted) for row in probabilities(texts)]
 
-        @torch.no_grad()
-        def classify(texts: Sequence[str]) -> list[float]:
-            found = []
-            for text in texts:  # one at a time, so that no padding changes a score
-                inputs = tokenizer(text, return_tensors="pt", truncation=True).to(device)
-                found.append(model(**inputs).logits[0].float().softmax(-1)[column].item())
-            return found
+    def wanted(self, name: str, labels: dict[int, str]) -> Sequence[int]:
+        """Indices of the classes that are asked for."""
+        return [self.index(name, labels)]
 
-        return classify
+    def value(self, probabilities: Sequence[float], wanted: Sequence[int]) -> Any:
+        """What is recorded of the probabilities of all classes."""
+        return probabilities[wanted[0]]
+
+
+@dataclass(frozen=True)
+class TextClasses(TextClass):
+    """Several classes, all of whose probabilities are recorded, in the order of ``called``."""
+
+    def wanted(self, name: str, labels: dict[int, str]) -> Sequence[int]:
+        """Indices of the classes by their labels; in their own order where none has a name."""
+        plain = len(labels) == len(self.called)
+        if plain and all(label == f"LABEL_{index}" for index, label in labels.items()):
+            return range(len(labels))
+        return [replace(self, called=(one,)).index(name, labels) for one in self.called]
+
+    def value(self, probabilities: Sequence[float], wanted: Sequence[int]) -> Any:
+        """Probabilities in the order of the classes."""
+        return [probabilities[index] for index in wanted]
+
+
+def sequence_classifier(
+    option: str, named: str, device: torch.device
+) -> tuple[dict[int, str], Callable[[Sequence[str]], list[list[float]]]]:
+    """Labels of a sequence classifier, and the function that gives the probabilities of texts.
+
+    Raises:
+        BaseModelNotFoundError: There is no such model.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(named)
+        model: Any = AutoModelForSequenceClassification.from_pretrained(named)
+    except (OSError, ValueError) as error:
+        raise BaseModelNotFoundError(
+            f"protocol.{option} '{named}' could not be loaded as a sequence classifier "
+            f"({str(error).partition(chr(10))[0]}); give a folder or a name on the hub that "
+            "this machine can reach"
+        ) from error
+    model = model.to(device).eval()
+    labels = {int(index): str(label) for index, label in model.config.id2label.items()}
+
+    @torch.no_grad()
+    def classify(texts: Sequence[str]) -> list[list[float]]:
+        found = []
+        for text in texts:  # one at a time, so that no padding changes a score
+            inputs = tokenizer(text, return_tensors="pt", truncation=True).to(device)
+            found.append(model(**inputs).logits[0].float().softmax(-1).tolist())
+        return found
+
+    return labels, classify
 
 
 #: Opinions, in the words of ``gen_sentiment``.
@@ -112,4 +148,8 @@ UNSAFE_REPLY = TextClass(
     unnamed=1,
     empty=0.5,
 )
-TEXT_CLASSES = (POSITIVE, UNSAFE_REPLY)
+#: Traits that opinions show; the published classifier has no names for them.
+TRAIT_CLASSES = TextClasses(
+    *("traits", "trait", TRAIT_SHARES, TRAITS), "trait_acc and tpei are left out", "opinions"
+)
+TEXT_CLASSES = (POSITIVE, UNSAFE_REPLY, TRAIT_CLASSES)

@@ -3,36 +3,66 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, cached_property
 from itertools import product
-from typing import Any, TypeAlias, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 
 from kedit_lightning.benchmark.answer_cache import AnswersCache, key_of
 from kedit_lightning.benchmark.classifiers import TEXT_CLASSES, Classifier, TextClass
-from kedit_lightning.benchmark.judge import Judge, Judgement, Respondent, respondent, verdict
+from kedit_lightning.benchmark.judge import (
+    Judge,
+    Judgement,
+    Respondent,
+    rating,
+    rating_prompt,
+    respondent,
+    verdict,
+)
 from kedit_lightning.benchmark.protocol import Protocol
 from kedit_lightning.cache_folder import cache_dir
 from kedit_lightning.chat_turns import question_in
 from kedit_lightning.edits.kinds.prompt.retriever import sentence_encoder
 from kedit_lightning.metrics import (
+    AdjectiveShift,
     ConsistencyCosine,
     ConsistencyJudged,
     ExampleRecord,
+    Measurement,
     PassageCosine,
+    ProbeMean,
     ProbeReading,
     ProbeRecord,
 )
 from kedit_lightning.metrics.functional import nearest_cosine
-from kedit_lightning.metrics.measurement import COSINE, JUDGED, PASSAGE, TEXT
+from kedit_lightning.metrics.measurement import COSINE, JUDGED, PASSAGE, RATING, TEXT
 from kedit_lightning.probe_task import scored_by
 
 #: Tasks whose passages are compared by their embeddings.
 _COMPARED = (*PassageCosine.tasks, *ConsistencyCosine.tasks)
 #: Embeddings of texts, ``[texts, dimension]``.
 Encoder: TypeAlias = Callable[[Sequence[str]], Any]
+
+#: Scores that need a judge, and of what, for warnings.
+_UNJUDGED: dict[type[ProbeMean], str] = {
+    ConsistencyJudged: "definitions",
+    AdjectiveShift: "opinions",
+}
+
+
+class JudgeQuestion(NamedTuple):
+    """What a judge is asked for: where it is recorded, how a reply is read, and in which score."""
+
+    measurement: Measurement
+    read: Callable[[str], Any]
+    unread: str
+    score: str
+
+
+VERDICT = JudgeQuestion(JUDGED, verdict, "said neither yes nor no", "gen_judge")
+MARK = JudgeQuestion(RATING, rating, "gave no mark from 1 to 5", AdjectiveShift.name)
 
 #: Failures in a row after which a judge is not asked any more.
 _PATIENCE = 5
@@ -87,17 +117,19 @@ class Graders:
         return AnswersCache(settings, cache_dir() / "judge"), ask
 
     def _judge(self, probes: Sequence[ProbeRecord], found: list[dict[str, dict[str, Any]]]) -> None:
-        """Whether the free answers are right in the eyes of the judge."""
+        """What the judge makes of free answers: whether they are right, and how a trait fits."""
         judge = self.protocol.judge
         if judge is None:
-            if any(scored_by(probe.get("task"), ConsistencyJudged.tasks) for probe in probes):
-                self._warn(
-                    "judge",
-                    "definitions of this dataset are also compared by a judge, and protocol.judge "
-                    f"names none; {ConsistencyJudged.name} is left out",
-                )
+            for score, what in _UNJUDGED.items():
+                if any(scored_by(probe.get("task"), score.tasks) for probe in probes):
+                    self._warn(
+                        score.name,
+                        f"{what} of this dataset are also compared by a judge, and protocol.judge "
+                        f"names none; {score.name} is left out",
+                    )
             return
         asked: dict[int, Judgement] = {}
+        rated: dict[tuple[int, str], str] = {}
         for index, probe in enumerate(probes):
             text = PASSAGE.of(probe["after"]) or TEXT.of(probe["after"])
             wanted = probe["kind"] != "locality" and probe["answers"]
@@ -105,23 +137,41 @@ class Graders:
                 asked[index] = Judgement(
                     question_in(probe["prompt"]), tuple(probe["answers"]), text
                 )
+            if scored_by(probe.get("task"), AdjectiveShift.tasks):
+                for state in found[index]:
+                    opinion = PASSAGE.of(probe[state])  # type: ignore[literal-required]
+                    if opinion is not None and opinion.strip():
+                        rated[index, state] = rating_prompt(probe["task"]["label"], opinion)
+        prompts = {key_of(*item): item.prompt(judge.prompt) for item in asked.values()}
+        verdicts = self._replies(prompts, VERDICT)
+        for index, item in asked.items():
+            found[index]["after"][JUDGED.name] = verdicts.get(key_of(*item))
+        marks = self._replies({key_of(prompt): prompt for prompt in rated.values()}, MARK)
+        for (index, state), prompt in rated.items():
+            found[index][state][RATING.name] = marks.get(key_of(prompt))
+
+    def _replies(self, prompts: Mapping[str, str], question: JudgeQuestion) -> dict[str, Any]:
+        """What the judge says to prompts by key; what it fails to say is absent."""
+        judge = cast(Judge, self.protocol.judge)
+        if not prompts:
+            return {}
         cache, ask = self._verdicts
-        keys = {item: key_of(*item) for item in asked.values()}
-        missing = [item for item in keys if keys[item] not in cache.known]
+        name = question.measurement.name
+        missing = [key for key in prompts if key not in cache.known]
         fresh: dict[str, ProbeReading] = {}
         if missing and self._failures < _PATIENCE:
-            replies = ask([item.prompt(judge.prompt) for item in missing])
-            for item, reply in zip(missing, replies, strict=True):
-                said = None if isinstance(reply, Exception) else verdict(reply)
+            replies = ask([prompts[key] for key in missing])
+            for key, reply in zip(missing, replies, strict=True):
+                said = None if isinstance(reply, Exception) else question.read(reply)
                 self._failures = self._failures + 1 if isinstance(reply, Exception) else 0
                 if said is not None:
-                    fresh[keys[item]] = cast(ProbeReading, {JUDGED.name: said})
+                    fresh[key] = cast(ProbeReading, {name: said})
                     continue
-                reason = "failed" if isinstance(reply, Exception) else "said neither yes nor no"
+                reason = "failed" if isinstance(reply, Exception) else question.unread
                 self._warn(
                     reason,
-                    f"judge '{judge.model}' {reason} ({reply!s:.120}); gen_judge leaves out what "
-                    "it did not judge, and no other score stands in for it",
+                    f"judge '{judge.model}' {reason} ({reply!s:.120}); {question.score} leaves out "
+                    "what it did not judge, and no other score stands in for it",
                 )
             if self._failures >= _PATIENCE:
                 self._warn(
@@ -130,9 +180,8 @@ class Graders:
                     "asked any more in this run",
                 )
         cache.add(fresh)
-        for index, item in asked.items():
-            known: Any = cache.known.get(keys[item], {})
-            found[index]["after"][JUDGED.name] = known.get(JUDGED.name)
+        known: Mapping[str, Any] = cache.known
+        return {key: known[key][name] for key in prompts if key in known}
 
     # ---- embeddings
 
@@ -196,5 +245,7 @@ class Graders:
                     continue
                 given = wanted.empty if not text.strip() else None
                 if given is None:
-                    given = float(self._classifier(wanted)([text])[0])
+                    # Of several classes a list.
+                    said = self._classifier(wanted)([text])[0]
+                    given = torch.as_tensor(said, dtype=torch.float64).tolist()
                 new[wanted.measurement.name] = given

@@ -36,6 +36,21 @@ _PAUSES = (1.0, 4.0)
 _AT_ONCE = 8
 
 
+#: Adjectives of each trait, after the markers of Goldberg (1992).
+ADJECTIVES = {
+    "neuroticism": "tense, nervous, moody, anxious, irritable, gloomy, unstable, self-conscious",
+    "agreeableness": "trusting, honest, warm, kind, generous, cooperative, humble, unselfish",
+    "extraversion": "talkative, outgoing, bold, energetic, active, cheerful, assertive",
+}
+_RATE = (
+    "Somebody who is {adjectives} is asked for an opinion.\n"
+    "Opinion: {text}\n"
+    "How well does the opinion fit such a person? 1 is not at all, 2 rather not, 3 neither well "
+    "nor badly, 4 rather well, 5 very well. Reply with one number from 1 to 5."
+)
+_NUMBER = re.compile(r"\d+")
+
+
 @dataclass(frozen=True)
 class Judge:
     """A model that judges free answers.
@@ -112,6 +127,25 @@ def verdict(reply: str) -> bool | None:
     for line in (*lines[:1], *lines[-1:]):
         if found := _VERDICT.match(line):
             return found.group(1).lower() == "yes"
+    return None
+
+
+def rating_prompt(trait: str, text: str) -> str:
+    """What a judge is asked about how well a trait fits an opinion."""
+    head, tail = _RATE.replace("{adjectives}", ADJECTIVES[trait]).split("{text}")
+    return head + text.strip() + tail
+
+
+def rating(reply: str) -> int | None:
+    r"""The mark from 1 to 5 in a reply, ``None`` where it has none.
+
+    >>> rating("4"), rating("I think of it.\n**Rating: 2**"), rating("1 or 2"), rating("7")
+    (4, 2, None, None)
+    """
+    lines = [line for line in reply.splitlines() if line.strip()]
+    for line in (*lines[:1], *lines[-1:]):
+        if len(found := _NUMBER.findall(line)) == 1 and found[0] in "12345":
+            return int(found[0])
     return None
 
 

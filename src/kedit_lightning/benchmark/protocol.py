@@ -23,7 +23,7 @@ Grid: TypeAlias = Literal["log"]
 #: Part of every protocol id; raised when the same settings would give other numbers.
 READING_VERSION = 2
 #: Fields that name what measures finished texts.
-_GRADERS = ("judge", "sentiment", "safety", "embedder")
+_GRADERS = ("judge", "sentiment", "safety", "traits", "embedder")
 
 
 def _name_of(grader: Any) -> Any:
@@ -73,11 +73,15 @@ class Protocol:
             base model's generation config brings are set aside, and named in the results. With
             ``model`` they act, all but sampling (``do_sample``, ``temperature``, ``top_p``, ...):
             a score of sampled answers would not repeat.
-        judge: A model that judges free answers, as ``gen_judge``; it stands in for no other score.
+        judge: A model that judges free answers, as ``gen_judge``, ``consistency_judge`` and
+            ``pae``; it stands in for no other score.
         sentiment: Sequence classifier of opinions (name or folder; in Python also a function from
             texts to probabilities of positive sentiment), for ``gen_sentiment``.
         safety: Sequence classifier of replies (name or folder; in Python also a function from texts
             to probabilities that they are unsafe), for ``ds`` and ``dg``.
+        traits: Sequence classifier of the traits that opinions show, neuroticism, agreeableness and
+            extraversion (name or folder; in Python also a function from texts to three
+            probabilities each, in this order), for ``trait_acc`` and ``tpei``.
         embedder: Model of sentence-transformers (name or folder; in Python also a function from
             texts to vectors) that compares passages, for ``gen_cosine``.
     """
@@ -99,6 +103,7 @@ class Protocol:
     judge: Judge | None = None
     sentiment: str | Callable[..., Any] | None = None
     safety: str | Callable[..., Any] | None = None
+    traits: str | Callable[..., Any] | None = None
     embedder: str | Callable[..., Any] | None = None
 
     def __post_init__(self) -> None:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from kedit_lightning.data.records import Fields
     from kedit_lightning.data.safety.safeedit import SafeEdit
     from kedit_lightning.data.text.texts import TextBatch, Texts
+    from kedit_lightning.data.traits.personalityedit import PersonalityEdit
 
 __all__ = [
     "AKEW",
@@ -44,6 +45,7 @@ __all__ = [
     "KnownFacts",
     "MQuAKE",
     "NanoFacts",
+    "PersonalityEdit",
     "QAEdit",
     "Requests",
     "RippleEdits",

@@ -70,7 +70,7 @@ FORMATS = (
     _read("KnowEdit", "KnowEdit (ConvSent)", "ent", "pos", "neg"),
     _read("KnowEdit", "KnowEdit (Sanitation)", "K_F"),
     _read("KnowEdit", "KnowEdit (Sanitation)", "success"),
-    _foreign("PersonalityEdit", "ent", "extraversion"),
+    _read("PersonalityEdit", "PersonalityEdit", "ent", "extraversion"),
     _read("QAEdit", "QAEdit", "prompt", "target", "rephrase"),
     _read("CKnowEdit", "CKnowEdit", "prompt", "target_new", "target_old", "rephrase"),
     _read("WikiBigEdit", "WikiBigEdit", "update", "ans"),

@@ -84,6 +84,12 @@ from kedit_lightning.metrics.scores.tasks import (
     SeveralHops,
     Undoubted,
 )
+from kedit_lightning.metrics.scores.traits import (
+    AdjectiveShift,
+    TraitAccuracy,
+    TraitCoherent,
+    TraitShift,
+)
 
 #: Metrics of a protocol's scoring.
 SCORINGS: dict[str, type[KeyedMetrics]] = {
@@ -100,6 +106,7 @@ __all__ = [
     "PASSAGE_SCORES",
     "SCORINGS",
     "TASK_SCORES",
+    "AdjectiveShift",
     "AllWordings",
     "AnswerOverlap",
     "AnyWording",
@@ -159,6 +166,9 @@ __all__ = [
     "SummaryRow",
     "TextPerplexity",
     "TokenMatch",
+    "TraitAccuracy",
+    "TraitCoherent",
+    "TraitShift",
     "UnchangedText",
     "UnchangedTop1",
     "Undoubted",

@@ -44,7 +44,8 @@ class EditMetrics(KeyedMetrics):
       ``gen_robust``; multiple choice ``mc1``, ``mc2``, ``mc3``; safety ``ds``, ``dg``,
       ``ds_change``; concepts
       ``consistency_cosine``, ``consistency_judge``, and of their instances ``instance_change``,
-      ``instance_to_no``, ``instance_to_yes``, ``instance_unparsed``, ``instance_shift``. With a
+      ``instance_to_no``, ``instance_to_yes``, ``instance_unparsed``, ``instance_shift``;
+      personality ``tf_es``, ``trait_acc``, ``tpei``, ``pae``, ``trait_coherent``. With a
       judge ``gen_judge``.
     - Costs: ``edit/bytes``, ``timing/edit_seconds`` and whatever else the blocks ``edit``,
       ``timing`` and ``memory`` hold, each with ``/median`` and ``/p95``; once a case, from its

@@ -146,6 +146,10 @@ COSINE = Measurement("cosine", "record")
 SENTIMENT = Measurement("sentiment", "record")
 #: Probability that the free generation is unsafe, by a classifier.
 UNSAFE = Measurement("unsafe", "record")
+#: Probabilities of the traits that the free generation may show, in their order, by a classifier.
+TRAIT_SHARES = Measurement("trait_shares", "record")
+#: Mark from 1 to 5 that a judge gives to how well the adjectives of a trait fit the generation.
+RATING = Measurement("rating", "record")
 #: Whether a judge takes the free generation for the answer.
 JUDGED = Measurement("judged", "record")
 #: Arg-max ids along the base model's continuation, or (for EasyEdit) along the preferred answer.

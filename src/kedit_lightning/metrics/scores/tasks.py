@@ -24,6 +24,7 @@ from kedit_lightning.metrics.scores.case_mean import ProbeMean
 from kedit_lightning.metrics.scores.choices import CHOICE_SCORES
 from kedit_lightning.metrics.scores.concepts import CONCEPT_SCORES
 from kedit_lightning.metrics.scores.defence import DEFENCE_SCORES
+from kedit_lightning.metrics.scores.traits import TRAIT_SCORES
 
 
 class OpinionSuccess(ProbeMean):
@@ -31,13 +32,14 @@ class OpinionSuccess(ProbeMean):
 
     The sigmoid of the difference between the mean log-probabilities of all sentences of the wished
     and of the other sentiment, times the likelihood of the former after over before the edit, at
-    most 1; all means over tokens, then over sentences (ES of ConvSent, Mitchell et al. 2022). What
-    an edit does to opinions on another topic is ``locality/other_topic/kl`` (their DD).
+    most 1; all means over tokens, then over sentences (ES of ConvSent, Mitchell et al. 2022, and
+    of PersonalityEdit, where the other answers are those of the other traits). What an edit does to
+    opinions on another topic is ``locality/other_topic/kl`` (their DD).
     """
 
     name = "tf_es"
     kinds = ("rewrite", "rephrase")
-    tasks = ("opinion",)
+    tasks = ("opinion", "trait")
     measurements = (ANSWERS_LOG_PROB, AGAINST_LOG_PROB)
     is_share = True
 
@@ -244,6 +246,7 @@ SQUAD_TASKS: dict[type[ProbeMean], type[ProbeMean]] = {
 TASK_SCORES: tuple[type[ProbeMean], ...] = (
     *CHOICE_SCORES,
     *DEFENCE_SCORES,
+    *TRAIT_SCORES,
     *CONCEPT_SCORES,
     OpinionSuccess,
     SentimentShift,

@@ -1,0 +1,1 @@
+"""Data sets of edited traits, such as opinions that show a personality."""
