@@ -9,6 +9,7 @@ from torch import nn
 
 from kedit_lightning.base_models import BaseModel
 from kedit_lightning.base_models.fingerprint import checksum
+from kedit_lightning.base_models.foreign_hooks import package_of
 from kedit_lightning.benchmark import EditCallback
 from kedit_lightning.edits.weight_storage import stored_tensors
 from kedit_lightning.errors import article_list
@@ -66,7 +67,12 @@ def state_of(base: BaseModel) -> dict[str, Any]:
         f"weight '{name}'": checksum(tensor) for name, tensor in stored_tensors(model)
     }
     for name, module in model.named_modules():
-        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        # transformers hooks a vision tower when its hidden states are first asked for.
+        hooks = [
+            hook
+            for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+            if package_of(hook) != "transformers"
+        ]
         if hooks:
             found[f"hooks of '{name}'"] = len(hooks)
     found["stack of edits"] = base.edits.ids

@@ -163,6 +163,8 @@ _OWN: dict[tuple[Kind, str], dict[str, tuple[str, str, str]]] = {
             "counterfact",
             "ROME's nested records and EasyEdit's flat ones, told apart by content",
         ),
+        "EIC": ("multimodal.mmedit", "eic", "captions of pictures, corrected (MMEdit)"),
+        "EVQA": ("multimodal.mmedit", "evqa", "answers about pictures, corrected (MMEdit)"),
         "EditEverything": (
             "knowledge.unke",
             "editeverything",
@@ -200,8 +202,8 @@ _OWN: dict[tuple[Kind, str], dict[str, tuple[str, str, str]]] = {
             "knowledge.requests_file",
             "requests",
             "your own JSON, JSONL or CSV: `prompt` (or chat `messages`), `target_new`, "
-            "`subject?`, `target_old?`, `id?`, `task?`, `rephrases?`, `locality?`, "
-            "`portability?`",
+            "`subject?`, `target_old?`, `id?`, `task?`, `image?`, `rephrases?`, "
+            "`image_rephrases?`, `locality?`, `portability?`",
         ),
         "RippleEdits": (
             "knowledge.rippleedits",

@@ -320,6 +320,11 @@ class EditBatch:
         """The prompts of all requests in order."""
         return [request.prompt for request in self.requests]
 
+    @property
+    def images(self) -> list[Image | None]:
+        """The pictures of all requests in order."""
+        return [request.image for request in self.requests]
+
     def to(self, *args: Any, **kwargs: Any) -> EditBatch:
         """Return the batch itself; text has no device."""
         return self

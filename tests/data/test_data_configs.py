@@ -21,6 +21,8 @@ CLASSES = {
     "akew": "AKEW",
     "cknowedit": "CKnowEdit",
     "editeverything": "EditEverything",
+    "eic": "EIC",
+    "evqa": "EVQA",
     "hallueditbench": "HalluEditBench",
     "knowedit": "KnowEdit",
     "known_facts": "KnownFacts",

@@ -22,7 +22,7 @@ def foreign_hooks(model: nn.Module) -> list[str]:
         name or type(module).__name__
         for name, module in model.named_modules()
         if any(
-            _package(function) not in _HARMLESS
+            package_of(function) not in _HARMLESS
             for function in (
                 *module._forward_hooks.values(),
                 *module._forward_pre_hooks.values(),
@@ -32,7 +32,8 @@ def foreign_hooks(model: nn.Module) -> list[str]:
     ]
 
 
-def _package(function: Any) -> str:
+def package_of(function: Any) -> str:
+    """The package that a hook comes from."""
     while isinstance(function, partial):
         function = function.func
     return str(function.__module__).partition(".")[0]

@@ -7,14 +7,20 @@ from functools import partial
 
 from kedit_lightning.base_models import BaseModel
 from kedit_lightning.benchmark.protocol import Protocol
+from kedit_lightning.image_reference import Image
 
 
 def free_answers(
-    base: BaseModel, prompts: Sequence[str], protocol: Protocol
+    base: BaseModel,
+    prompts: Sequence[str],
+    protocol: Protocol,
+    images: Sequence[Image | None] | None = None,
 ) -> list[dict[str, str]]:
     """For each ``prompt`` its answer without (``base``) and with the applied edits (``edited``)."""
     settings = protocol.max_new_tokens, protocol.score_batch_size
-    generate = partial(base.generate, prompts, *settings, True, generation=protocol.generation)
+    generate = partial(
+        base.generate, prompts, *settings, True, images=images, generation=protocol.generation
+    )
     with base.edits.suspended():
         unedited = generate()
     edited = generate() if base.edits.active else unedited

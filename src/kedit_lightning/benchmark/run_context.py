@@ -15,6 +15,7 @@ from kedit_lightning.benchmark.edit_callback import EditCallback
 from kedit_lightning.benchmark.protocol import Protocol
 from kedit_lightning.data.datamodule import EditDataModule, Split
 from kedit_lightning.edits import Edit
+from kedit_lightning.image_reference import Image
 from kedit_lightning.metrics import EditMetrics, ExampleRecord, LegacyEasyEdit, SquadMetrics
 from kedit_lightning.requests import EditRequest
 from kedit_lightning.run_seed import run_seed
@@ -27,6 +28,7 @@ class PromptBatch:
     """Prompts that travel together through Lightning's loops, as text."""
 
     prompts: list[str]
+    images: Sequence[Image | None] | None = None
 
     def to(self, *args: Any, **kwargs: Any) -> PromptBatch:
         """Return the batch itself; text has no device."""

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from kedit_lightning.data.knowledge.unke import EditEverything, UnKE
     from kedit_lightning.data.knowledge.wikibigedit import WikiBigEdit
     from kedit_lightning.data.knowledge.zsre import ZsRE
+    from kedit_lightning.data.multimodal.mmedit import EIC, EVQA
     from kedit_lightning.data.record_parsing import SkipRecord
     from kedit_lightning.data.records import Fields
     from kedit_lightning.data.safety.safeedit import SafeEdit
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AKEW",
+    "EIC",
+    "EVQA",
     "LEME",
     "CKnowEdit",
     "ConceptEdit",

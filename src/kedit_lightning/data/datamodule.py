@@ -105,6 +105,8 @@ class EditDataModule(LightningDataModule, ABC):
         self.seed = seed
         self.locality_path = locality_path
         self.locality_probes = locality_probes
+        #: Folder of the file that is read; paths in records are relative to it.
+        self.folder: Path | None = None
         self._loaded: dict[Split, LoadedSplit] = {}
         self._lost_subjects: list[str] = []
 
@@ -276,6 +278,7 @@ class EditDataModule(LightningDataModule, ABC):
     def _parsed(self, path: Path) -> tuple[list[Record], str, Parsed]:
         """Records, hash and examples of a file, read no further than ``limit`` asks."""
         # One that draws from the whole file has to read it.
+        self.folder = path if path.is_dir() else path.parent
         most = self.limit if type(self).select is EditDataModule.select else None
         while True:
             read, sha256 = read_source(path, most)

@@ -55,7 +55,7 @@ FORMATS = (
     _read("CounterFact", "CounterFact", "requested_rewrite.subject"),
     _read("CounterFact", "CounterFact", "prompt", "target_new", "locality_prompt"),
     _read("CounterFact", "CounterFact", "prompt", "target_new", "rephrase_prompt", "case_id"),
-    _foreign("a multimodal benchmark (E-VQA, E-IC)", "m_loc", note="its facts are about pictures"),
+    _read("EVQA", "E-VQA or E-IC (MMEdit)", "m_loc"),
     _foreign("ComprehendEdit", "multimodal_locality_prompt", note="its facts are about pictures"),
     _read("LEME", "LEME", "coupled_prompts_and_properties"),
     _read("ZsRE", "zsRE", "src", "alt"),

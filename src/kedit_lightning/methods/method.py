@@ -314,7 +314,7 @@ class EditMethod(pl.LightningModule):
 
     def predict_step(self, batch: PromptBatch | EditBatch, batch_idx: int) -> list[dict[str, str]]:
         """Answer each ``prompt`` without (``base``) and with the applied edits (``edited``)."""
-        return free_answers(self.base, batch.prompts, self.run.protocol)
+        return free_answers(self.base, batch.prompts, self.run.protocol, batch.images)
 
     # ---- checkpoints
 

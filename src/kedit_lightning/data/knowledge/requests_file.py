@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Literal
 
 from kedit_lightning.data.datamodule import EditDataModule, Split
+from kedit_lightning.data.picture_files import located, picture
 from kedit_lightning.data.records import Fields
 from kedit_lightning.data.splits import LoadedSplit
 from kedit_lightning.errors import UnsupportedUseError
+from kedit_lightning.image_reference import Image
 from kedit_lightning.requests import EditExample, EditRequest, Probe
 
 
@@ -24,7 +26,10 @@ class Requests(EditDataModule):
             target_old, id, task, rephrases (a list of texts), locality and portability. The last
             two map the name of a group to a list of probes, each with prompt and answers (a text
             or a list of texts; locality needs none), as in
-            {"near": [{"prompt": "The capital of Italy is", "answers": ["Rome"]}]}. In place of
+            {"near": [{"prompt": "The capital of Italy is", "answers": ["Rome"]}]}. For a
+            vision-language model a record and a probe may have an image, the path or URL of a
+            picture, or a list of several, and a record image_rephrases, other pictures of the same
+            thing; paths are relative to the file. In place of
             prompt there may be messages, a list of objects with role and content, which go into
             the chat template; a rephrase may be such a list, too. In a CSV file rephrases are
             separated by |, and there is no locality or portability.
@@ -33,12 +38,13 @@ class Requests(EditDataModule):
         target_new: The answer that the single fact shall have.
         target_old: The answer that the single fact had before.
         task: Name of the kind of fact that the single fact is.
+        image: Path or URL of the picture that the single fact is about.
     """
 
     id_field = "id"
     known_fields = frozenset(
-        {"prompt", "messages", "target_new", "subject", "target_old", "id", "task"}
-        | {"rephrases", "locality", "portability"}
+        {"prompt", "messages", "target_new", "subject", "target_old", "id", "task", "image"}
+        | {"rephrases", "image_rephrases", "locality", "portability"}
     )
     where_to_get_it = ", or give one fact with prompt, subject and target_new"
 
@@ -57,6 +63,7 @@ class Requests(EditDataModule):
         target_new: str | None = None,
         target_old: str | None = None,
         task: str | None = None,
+        image: str | None = None,
     ) -> None:
         super().__init__(
             *(path, limit, on_bad_record, train_path, val_path, seed),
@@ -67,6 +74,7 @@ class Requests(EditDataModule):
         self.target_new = target_new
         self.target_old = target_old
         self.task = task
+        self.image = image
 
     def parse(self, fields: Fields, id: str) -> EditExample:
         """Make an example of one record; see the class for its fields."""
@@ -77,18 +85,29 @@ class Requests(EditDataModule):
             target_old=fields.optional_text("target_old"),
             id=id,
             task=fields.optional_text("task"),
+            image=picture(fields, "image", self.folder),
         )
         answer, old = (request.target_new,), request.target_old
-        probes = [Probe("rephrase", text, answer, contrast=old) for text in self._rephrases(fields)]
+        probes = [
+            Probe("rephrase", text, answer, "", old, request.image)
+            for text in self._rephrases(fields)
+        ]
+        places = located(fields.texts("image_rephrases"), self.folder, "field 'image_rephrases'")
+        probes += [
+            Probe("rephrase", request.prompt, answer, "image", old, image) for image in places
+        ]
         for group, item in fields.groups("locality"):
-            item.refuse_others("prompt", "messages", "answers")
-            answers = tuple(item.texts("answers"))
-            probes.append(Probe("locality", item.prompt(), answers, group))
+            image, answers = self._seen(item), tuple(item.texts("answers"))
+            probes.append(Probe("locality", item.prompt(), answers, group, image=image))
         for group, item in fields.groups("portability"):
-            item.refuse_others("prompt", "messages", "answers")
-            answers = tuple(item.required_texts("answers"))
-            probes.append(Probe("portability", item.prompt(), answers, group))
+            image, answers = self._seen(item), tuple(item.required_texts("answers"))
+            probes.append(Probe("portability", item.prompt(), answers, group, image=image))
         return EditExample.from_request(request, id, probes)
+
+    def _seen(self, item: Fields) -> Image | None:
+        """The picture of a probe, all of whose fields are known."""
+        item.refuse_others("prompt", "messages", "answers", "image")
+        return picture(item, "image", self.folder)
 
     @staticmethod
     def _rephrases(fields: Fields) -> list[str]:
@@ -100,7 +119,7 @@ class Requests(EditDataModule):
     def _read(self, split: Split) -> LoadedSplit:
         fact = {
             name: value
-            for name in ("prompt", "subject", "target_new", "target_old", "task")
+            for name in ("prompt", "subject", "target_new", "target_old", "task", "image")
             if (value := getattr(self, name)) is not None
         }
         if not fact or split != "test":
@@ -116,6 +135,8 @@ class Requests(EditDataModule):
                 raise UnsupportedUseError(
                     f"the single fact has no {name} (given: {given}); add --data.{name}"
                 )
+        if self.image is not None:
+            (fact["image"],) = located([self.image], None, "--data.image")
         example = EditExample.from_request(EditRequest(**fact, id="0"), "0")
         digest = hashlib.sha256(json.dumps(fact, sort_keys=True).encode()).hexdigest()
         return LoadedSplit([example], None, digest)
