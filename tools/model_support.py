@@ -138,8 +138,10 @@ direct calls, and edits them:
 
 Processors that read videos too (llava_onevision, qwen2_vl, qwen2_5_vl, qwen3_vl, internvl) need
 torchvision: `pip install 'kedit-lightning[vision]'`. The text editors that read pictures are FTM,
-FTL, LocFTBF, LoRA and its relatives, the closed-form methods and UltraEdit, the hypernetworks, and
-GRACE; the others refuse requests with a picture in a sentence.
+FTL, LocFTBF, LoRA and its relatives, the closed-form methods and UltraEdit, the hypernetworks,
+GRACE, WISE, MEMOIR, DEFER, MELO, and IKE and PROMPT, which state a fact in words and look for facts
+by words alone. The others refuse requests with a picture in a sentence: the scope of SERAC and its
+counterfactual model read text.
 """
 
 

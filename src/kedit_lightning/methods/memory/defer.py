@@ -19,7 +19,7 @@ from kedit_lightning.edits.projections import check_editable, compute_dtype, pro
 from kedit_lightning.edits.prompt_routing import from_prompt_end
 from kedit_lightning.methods.capabilities import Count, NotNegative, Positive
 from kedit_lightning.methods.memory.shared.memory_passes import PromptPasses, followed_layer
-from kedit_lightning.methods.method import EditMethod, MethodSettings
+from kedit_lightning.methods.method import Capabilities, EditMethod, MethodSettings
 from kedit_lightning.methods.shared.answer_passes import AnswerPasses
 from kedit_lightning.methods.shared.losses import gradients_of
 from kedit_lightning.methods.shared.published_settings import published_settings
@@ -66,6 +66,7 @@ class DEFER(EditMethod):
         seed: Unused; there is no random choice.
     """
 
+    can: ClassVar[Capabilities] = Capabilities(images=True)
     settings_type: ClassVar[type[MethodSettings]] = DEFERSettings
     settings: DEFERSettings
 

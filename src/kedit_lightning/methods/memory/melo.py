@@ -21,7 +21,7 @@ from kedit_lightning.edits.projections import check_editable, compute_dtype, pro
 from kedit_lightning.edits.prompt_routing import at_columns
 from kedit_lightning.errors import UnsupportedUseError
 from kedit_lightning.methods.capabilities import Count, CountOrZero, NotNegative, Positive
-from kedit_lightning.methods.method import EditMethod, MethodSettings
+from kedit_lightning.methods.method import Capabilities, EditMethod, MethodSettings
 from kedit_lightning.methods.shared.answer_passes import AnswerPasses
 from kedit_lightning.methods.shared.losses import gradients_of
 from kedit_lightning.methods.shared.published_settings import published_settings
@@ -95,6 +95,7 @@ class MELO(EditMethod):
         seed: Seed of the first factors, which depend on the requests too.
     """
 
+    can: ClassVar[Capabilities] = Capabilities(images=True)
     settings_type: ClassVar[type[MethodSettings]] = MELOSettings
     settings: MELOSettings
 
@@ -152,7 +153,7 @@ class MELO(EditMethod):
         blocks = [block for part in parts for block in part]
         requests = [request for block in blocks for request in block]
         numbers = [number for number, block in enumerate(blocks) for _ in block]
-        encoded = [self.base.encode(r.prompt, r.target_new) for r in requests]
+        encoded = [self.base.encode(r.prompt, r.target_new, image=r.image) for r in requests]
         # A row gets its own block in the place of an earlier one.
         with self.base.edits.without(BlocksEdit.family_of(self.key_module, self.trained)):
             keys = self._keys(requests)
@@ -188,7 +189,7 @@ class MELO(EditMethod):
     def _keys(self, requests: Sequence[EditRequest]) -> Tensor:
         """Output of the key module at the last token of each prompt. Shape ``[n, d]``."""
         base, module = self.base, self.key_module
-        rows = base.rows([request.prompt for request in requests])
+        rows = base.rows([r.prompt for r in requests], images=[r.image for r in requests])
         with capture(base.model, [module]) as seen, stop_after(base.model, module):
             base.forward(rows)
         return at_columns(seen.outputs[module], rows.prompt_end).to(compute_dtype(base.dtype))

@@ -35,7 +35,7 @@ from kedit_lightning.methods.memory.shared.memory_passes import (
     followed_layer,
     last_states,
 )
-from kedit_lightning.methods.method import EditMethod, MethodSettings
+from kedit_lightning.methods.method import Capabilities, EditMethod, MethodSettings
 from kedit_lightning.methods.shared.answer_passes import AnswerPasses
 from kedit_lightning.methods.shared.contexts import sample_contexts
 from kedit_lightning.methods.shared.losses import gradients_of
@@ -99,6 +99,7 @@ class MEMOIR(EditMethod):
         seed: Seed of the permutation, the contexts and the irrelevant prompts.
     """
 
+    can: ClassVar[Capabilities] = Capabilities(images=True)
     settings_type: ClassVar[type[MethodSettings]] = MEMOIRSettings
     settings: MEMOIRSettings
 

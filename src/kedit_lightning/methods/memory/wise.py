@@ -35,7 +35,7 @@ from kedit_lightning.methods.memory.shared.memory_passes import (
     followed_layer,
     last_states,
 )
-from kedit_lightning.methods.method import EditMethod, MethodSettings
+from kedit_lightning.methods.method import Capabilities, EditMethod, MethodSettings
 from kedit_lightning.methods.shared.answer_passes import AnswerPasses
 from kedit_lightning.methods.shared.contexts import sample_contexts
 from kedit_lightning.methods.shared.losses import check_reached, gradients_of
@@ -150,6 +150,7 @@ class WISE(EditMethod):
         seed: Seed of masks and contexts, and, together with the requests, of irrelevant prompts.
     """
 
+    can: ClassVar[Capabilities] = Capabilities(images=True)
     settings_type: ClassVar[type[MethodSettings]] = WISESettings
     settings: WISESettings
 

@@ -21,7 +21,7 @@ from kedit_lightning.requests import EditExample, EditRequest, Probe
 class StatingMethod(EditMethod):
     """States facts before a question; nothing is trained and no weight changes."""
 
-    can: ClassVar[Capabilities] = Capabilities(encoder_decoder=True)
+    can: ClassVar[Capabilities] = Capabilities(encoder_decoder=True, images=True)
 
     def statement_of(self, request: EditRequest) -> PromptEntry:
         """The statement of a fact, without demonstrations."""

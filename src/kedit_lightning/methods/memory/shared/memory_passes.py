@@ -74,7 +74,9 @@ class PromptPasses:
         module: str,
     ) -> None:
         rows = [
-            base.encode(put_before(context, request.prompt), request.target_new)
+            base.encode(
+                put_before(context, request.prompt), request.target_new, image=request.image
+            )
             for request in requests
             for context in contexts_of(base, request, contexts)
         ]

@@ -1,0 +1,146 @@
+"""Editors on requests about pictures: runs on E-VQA, memories that tell pictures apart, MEND."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fit_support import fit
+from hypernetwork_support import SMALL
+from places import ROOT
+from tiny_vision import draw, vision_base
+
+from kedit_lightning import BaseModel, Edit, EditRequest, EditTrainer
+from kedit_lightning.benchmark import Protocol
+from kedit_lightning.data import EIC, EVQA
+from kedit_lightning.errors import UnsupportedUseError
+from kedit_lightning.methods import (
+    DEFER,
+    FTM,
+    GRACE,
+    IKE,
+    MELO,
+    MEMOIR,
+    MEND,
+    SERAC,
+    WISE,
+    LoRA,
+)
+from kedit_lightning.methods.hypernetwork.shared.outer_loss import outer_losses
+from kedit_lightning.methods.training.episodes import make_episodes
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+SAMPLES = ROOT / "tests" / "samples" / "published"
+QUESTION = "What is this? It is a"
+
+
+@pytest.fixture(scope="module")
+def base() -> BaseModel:
+    return vision_base("llava")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("pictures")
+    return [draw(folder / f"{i}.png", i) for i in range(2)]
+
+
+def _logits(base: BaseModel, *images: str | None) -> torch.Tensor:
+    count = len(images)
+    with torch.no_grad():
+        rows = base.rows([QUESTION] * count, [" tower"] * count, images=images)
+        return base.answer_logits(rows)
+
+
+def _test(method: Any, data: Any) -> dict[str, float]:
+    trainer = EditTrainer(
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        protocol=Protocol(mode="single", generate=False),
+    )
+    (scores,) = trainer.test(method, data, verbose=False)
+    return dict(scores)
+
+
+@pytest.mark.parametrize("data", [EVQA, EIC])
+def test_a_run_scores_the_five_kinds_of_probe(base, data, tmp_path):
+    file = "vqa_eval.json" if data is EVQA else "caption_eval_edit.json"
+    before = _logits(base, None)
+    scores = _test(FTM(base, lr=5e-2, steps=20), data(SAMPLES / file))
+    assert torch.equal(_logits(base, None), before)
+    assert scores["rewrite/tf_tok"] > 0.5
+    for name in ("rephrase/text", "rephrase/image"):
+        assert 0 <= scores[f"{name}/tf_tok"] <= 1
+    for name in ("locality/text", "locality/image"):
+        assert scores[f"{name}/kl"] > 0
+    same = _test(FTM(base, lr=1e-30, steps=1), data(SAMPLES / file))
+    for name in ("locality/text", "locality/image"):
+        assert same[f"{name}/keep_top1"] == 1
+        assert same[f"{name}/kl"] < 1e-12
+
+
+def test_grace_tells_pictures_apart(base, pictures):
+    before = _logits(base, pictures[0], pictures[1], None)
+    fact = EditRequest(QUESTION, " tower", image=pictures[0])
+    with GRACE(base, layer=1, radius=1e-3, steps=30).edit([fact]):
+        after = _logits(base, pictures[0], pictures[1], None)
+    assert not torch.allclose(after[0], before[0], atol=1e-3)
+    assert torch.equal(after[1:], before[1:])
+
+
+METHODS: list[tuple[type[Any], dict[str, Any]]] = [
+    (LoRA, {"lr": 5e-2, "steps": 20}),
+    (WISE, {"contexts": 1, "irrelevant": 2, "steps": 20}),
+    (MEMOIR, {"contexts": 1, "steps": 20}),
+    (DEFER, {"steps": 30}),
+    (MELO, {"steps": 30}),
+    (IKE, {"demonstrations": 0}),
+]
+
+
+@pytest.mark.parametrize(("method", "settings"), METHODS, ids=[m.__name__ for m, _ in METHODS])
+def test_an_edit_about_a_picture_acts_rolls_back_and_loads(
+    base, pictures, tmp_path: Path, method, settings
+):
+    before = _logits(base, pictures[0], None)
+    edit = method(base, **settings).edit([EditRequest(QUESTION, " tower", image=pictures[0])])
+    assert torch.equal(_logits(base, pictures[0], None), before)
+    with edit:
+        after = _logits(base, pictures[0], None)
+        assert not torch.allclose(after[0], before[0], atol=1e-4)
+    edit.save(tmp_path / "edit.safetensors")
+    with Edit.load(tmp_path / "edit.safetensors", base):
+        assert torch.equal(_logits(base, pictures[0], None), after)
+    assert torch.equal(_logits(base, pictures[0], None), before)
+
+
+def test_mend_learns_from_pictures(base, tmp_path):
+    data = EVQA(SAMPLES / "vqa_eval.json", train_path=SAMPLES / "vqa_eval.json")
+    method = MEND(base, **{"checkpoint": "none", **SMALL, "n_rephrases": 2, "n_locality": 2})
+    method.configure_model()
+    (first, *_) = make_episodes(data.examples(), 1, 0, 0, 2, 2)
+    blind = [replace(probe, image=None) for probe in first.asked]
+    seen, unseen = (
+        outer_losses(base, [episode], {}, {})
+        for episode in (first, replace(first, asked=tuple(blind)))
+    )
+    assert abs(float(seen.edit - unseen.edit)) > 1e-3
+    before = {name: value.clone() for name, value in method.network.state_dict().items()}
+    fit(method, tmp_path, source=data)
+    after = method.network.state_dict()
+    assert any(not torch.equal(after[name], value) for name, value in before.items())
+    request = data.examples()[0].requests[0]
+    plain = _logits(base, str(request.image))
+    with method.edit([request]) as edit:
+        assert edit.origin.requests[0].image == request.image
+        assert not torch.equal(_logits(base, str(request.image)), plain)
+    assert torch.equal(_logits(base, str(request.image)), plain)
+
+
+def test_what_reads_no_pictures_says_so(base, pictures):
+    with pytest.raises(UnsupportedUseError, match="SERAC reads text only, and field 'image'"):
+        SERAC(base).edit([EditRequest(QUESTION, " tower", image=pictures[0])])
