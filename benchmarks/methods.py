@@ -50,6 +50,7 @@ METHODS = {
     "LoRA": ({}, 1),
     "AdaLoRA": ({}, 1),
     "DPOEdit": ({}, 1),
+    "DINM": ({}, 1),
     "ROME": (ONE, 1),
     "RROME": (ONE, 1),
     "MEMIT": (FIVE, 32),

@@ -20,6 +20,7 @@ METHODS = [
     ("CaliNet", {"slots": 8, "steps": 8, "lr": 0.1, "silence_weight": 0.01, "irrelevant": 2}),
     ("DeCo", {"alpha": 20.0}),
     ("DoLa", {}),
+    ("DINM", {"lr": 1e-2, "steps": 4, "suffix": ""}),
     ("DPOEdit", {"lr": 1e-2, "steps": 5}),
     ("DEFER", {"steps": 10, "lr": 0.1}),
     ("EMMET", LOCATE),

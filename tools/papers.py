@@ -76,6 +76,13 @@ PAPERS: dict[str, tuple[Paper, ...]] = {
             "2211.11031",
         ),
     ),
+    "DINM": (
+        Paper(
+            "Detoxifying Large Language Models via Knowledge Editing",
+            "Wang et al., ACL 2024",
+            "2403.14472",
+        ),
+    ),
     "EMMET": (
         Paper("A Unified Framework for Model Editing", "Gupta et al., EMNLP 2024", "2403.14236"),
     ),

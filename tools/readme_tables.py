@@ -14,7 +14,7 @@ from kedit_lightning.task_registry import tasks
 
 README = Path(__file__).parents[1] / "README.md"
 #: The families of methods in the order of the table, which are packages of ``methods``.
-FAMILIES = ("finetune", "locate", "hypernetwork", "memory", "in_context", "decoding")
+FAMILIES = ("finetune", "locate", "hypernetwork", "memory", "in_context", "decoding", "safety")
 METHODS = (
     "| method | kind | GPT-2, GPT-J, GPT-Neo(X), OPT, BLOOM, Falcon | Llama, Mistral, Qwen, Gemma, "
     "Phi, OLMo | single | batch | sequential | rollback | export | `fit` learns |"

@@ -107,6 +107,7 @@ _OWN: dict[tuple[Kind, str], dict[str, tuple[str, str, str]]] = {
             "dpoedit",
             "adapter that prefers the new answer to the old",
         ),
+        "DINM": ("safety.dinm", "dinm", "detoxifies the layer that tells replies apart"),
         "DeCo": ("decoding.deco", "deco", "corrects the last layer by a surer earlier one"),
         "DoLa": ("decoding.dola", "dola", "contrasts the last layer with an earlier one"),
         "DEFER": ("memory.defer", "defer", "a gate that defers to a trained copy of a layer"),

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from kedit_lightning.methods.memory.tpatcher.tpatcher import TPatcher
     from kedit_lightning.methods.memory.wise import WISE
     from kedit_lightning.methods.method import Capabilities, EditMethod, MethodSettings
+    from kedit_lightning.methods.safety.dinm.dinm import DINM
 
 __getattr__ = lazy_exports(
     "method",
@@ -50,6 +51,7 @@ METHODS = tuple(entries("method"))
 
 __all__ = [
     "DEFER",
+    "DINM",
     "EMMET",
     "FTL",
     "FTM",

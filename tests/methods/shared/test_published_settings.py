@@ -14,6 +14,7 @@ from kedit_lightning.methods.memory.grace import CodebookPlace
 from kedit_lightning.methods.memory.melo import MELODefaults
 from kedit_lightning.methods.memory.memoir import MEMOIRDefaults
 from kedit_lightning.methods.memory.wise import WISEDefaults
+from kedit_lightning.methods.safety.dinm.dinm import DINMDefaults
 from kedit_lightning.methods.shared.published_settings import published_tables
 
 KINDS = {
@@ -22,6 +23,7 @@ KINDS = {
     "FTL": FinetuneDefaults,
     "FTM": FinetuneDefaults,
     "DEFER": DEFERDefaults,
+    "DINM": DINMDefaults,
     "GRACE": CodebookPlace,
     **dict.fromkeys(("LoRA", "AdaLoRA", "DPOEdit"), AdapterDefaults),
     "MELO": MELODefaults,
@@ -63,10 +65,13 @@ def test_an_entry_has_the_fields_of_its_kind_and_blocks_that_exist(method, key, 
         if name == "target_modules":
             assert all(type(end) is str for end in value)
             continue
+        if name == "suffix":
+            assert type(value) is str
+            continue
         assert all(type(number) in (int, float, bool) for number in numbers(value))
     layers = [*values.get("layers", ()), *({values["layer"]} if "layer" in values else ())]
     layers += [i for at in values.get("blocks", {}).values() for i in at]
-    assert layers or method == "UltraEdit" or "target_modules" in values
+    assert layers or method in ("UltraEdit", "DINM") or "target_modules" in values
     assert all(0 <= layer < blocks for layer in layers)
     assert {values.get("projection", 0), *values.get("blocks", ())} <= {0, 1, -1}
 

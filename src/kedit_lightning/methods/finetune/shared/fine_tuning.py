@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -32,26 +31,6 @@ def zero_change(module: nn.Module, dtype: torch.dtype) -> WeightDelta:
     zeros = partial(torch.zeros, dtype=compute_dtype(dtype), device=device, requires_grad=True)
     bias = None if getattr(module, "bias", None) is None else zeros(d_out)
     return WeightDelta(None, zeros(d_out, d_in), bias)
-
-
-@dataclass(frozen=True)
-class RowDelta:
-    """Changes of one projection, one for each row of a pass.
-
-    Args:
-        dense: Transposed, as gradients come out of the product. Shape ``[batch, d_in, d_out]``.
-        bias: Shape ``[batch, d_out]``.
-    """
-
-    dense: Tensor
-    bias: Tensor | None = None
-
-    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
-        """Add the changes to ``y`` of shape ``[batch, tokens, d_out]``, in at least float32."""
-        change = x.to(self.dense.dtype) @ self.dense
-        if self.bias is not None:
-            change = change + self.bias[:, None]
-        return (y.to(change.dtype) + change).to(y.dtype)
 
 
 def clamped(tensors: Sequence[Tensor], bound: float) -> None:

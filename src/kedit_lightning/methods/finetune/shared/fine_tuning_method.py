@@ -26,7 +26,6 @@ from kedit_lightning.edits.projections import (
 from kedit_lightning.errors import UnsupportedUseError
 from kedit_lightning.methods.capabilities import Count, NotNegative, NotNegativeOrInfinite, Positive
 from kedit_lightning.methods.finetune.shared.fine_tuning import (
-    RowDelta,
     clamped,
     fine_tune,
     zero_change,
@@ -36,6 +35,7 @@ from kedit_lightning.methods.shared.answer_passes import AnswerPasses, Objective
 from kedit_lightning.methods.shared.inner_loop import InnerLoop, adam
 from kedit_lightning.methods.shared.joint_edits import JointEdits
 from kedit_lightning.methods.shared.published_settings import published_settings
+from kedit_lightning.methods.shared.row_delta import RowDelta
 from kedit_lightning.methods.shared.row_memory import requests_at_a_time
 from kedit_lightning.requests import EditRequest
 
