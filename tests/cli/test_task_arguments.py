@@ -126,13 +126,23 @@ def test_every_task_has_a_sample() -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize("method", ["ftm", "grace", "prompt"])
-@pytest.mark.parametrize("name", SAMPLES_OF)
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        *((name, method) for name in SAMPLES_OF for method in ("ftm", "grace", "prompt")),
+        *(("personality", method) for method in ("ike", "mend")),
+    ],
+)
 def test_a_task_runs_with_any_method(name: str, method: str, tmp_path: Path) -> None:
     arguments = ["test", "-c", f"tasks/{name}", "-c", f"methods/{method}"]
     arguments += ["--model.base_model=nano", "--trainer.accelerator=cpu", "--data.limit=1"]
     arguments += [f"--data.path={SAMPLES / 'published' / SAMPLES_OF[name]}"]
+    if method == "ike":  # demonstrations
+        arguments += [f"--data.train_path={SAMPLES / 'published' / SAMPLES_OF[name]}"]
     main([*arguments, f"--output={tmp_path / 'run'}", "--trainer.protocol.max_new_tokens=8"])
     scores = json.loads((tmp_path / "run" / "results.json").read_text())["scores"]
     own = {entries("metric")[metric].load().name for metric in tasks()[name].metrics}
     assert own & {key.rpartition("/")[2] for key in scores}
+    changed = {key.lower(): set_ for key, set_ in tasks()[name].method_settings().items()}
+    settings = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["model"]["init_args"]
+    assert {key: settings[key] for key in changed.get(method, ())} == changed.get(method, {})

@@ -37,10 +37,10 @@ class PersonalityEdit(EditDataModule):
     that shows it, and is of the trait's task. All answers of the trait count, those of both others
     are what the edit should make less likely. Questions are drawn from thirteen, one for the
     request and others for rephrases, and another topic of the file is asked about as locality
-    other_topic. All draws follow from the seed and the topic alone, so that runs before and after
-    an edit, in any process and order, ask the same. What a model says about a topic is compared by
-    a classifier of traits and a judge where the protocol names them. Licence MIT. Paper:
-    https://arxiv.org/abs/2310.02168.
+    other_topic, with all opinions about it. All draws follow from the seed and the topic alone, so
+    that runs before and after an edit, in any process and order, ask the same. What a model says
+    about a topic is compared by a classifier of traits and a judge where the protocol names them.
+    Licence MIT. Paper: https://arxiv.org/abs/2310.02168.
 
     Args:
         path: File with the topics to edit and test, such as ``test.json``.
@@ -89,16 +89,24 @@ class PersonalityEdit(EditDataModule):
         return super().select(examples)
 
     def unpack(self, records: list[Record]) -> list[Record]:
-        """Records with the other topics that are asked about."""
-        values = [record.values for record in records]
-        topics = sorted({v["ent"] for v in values if isinstance(v, dict) and _is_name(v)})
+        """Records with the other topics that are asked about, and opinions about them."""
+        topics: dict[str, list[str]] = {}
+        for record in records:
+            if topic := _topic(record.values):
+                given = [record.values.get(name) for name in TRAITS]
+                texts = [text for part in given if isinstance(part, list) for text in part]
+                topics[topic] = [text for text in texts if isinstance(text, str) and text.strip()]
         found = []
         for record in records:
-            if isinstance(record.values, dict) and _is_name(record.values):
-                others = [topic for topic in topics if topic != record.values["ent"]]
-                draws = self._draws("other topics", record.values["ent"])
+            if topic := _topic(record.values):
+                draws = self._draws("other topics", topic)
+                others = sorted(set(topics) - {topic})
                 drawn = draws.sample(others, min(self.other_topics, len(others)))
-                record = replace(record, values={**record.values, "other_topics": drawn})
+                asked = [
+                    {"ent": other, "opinions": draws.sample(topics[other], len(topics[other]))}
+                    for other in drawn
+                ]
+                record = replace(record, values={**record.values, "other_topics": asked})
             found.append(record)
         return found
 
@@ -125,8 +133,13 @@ class PersonalityEdit(EditDataModule):
         probes = [Probe("rewrite", first, shown, "", others[0], task=task)]
         probes += [Probe("rephrase", prompt, shown, "", others[0], task=task) for prompt in rest]
         probes += [
-            Probe("locality", self._prompt(questions[0], other), (), "other_topic")
-            for other in fields.texts("other_topics")
+            Probe(
+                "locality",
+                self._prompt(questions[0], other.text("ent")),
+                other.texts("opinions"),
+                "other_topic",
+            )
+            for other in fields.objects("other_topics")
         ]
         return EditExample((request,), tuple(probes), id)
 
@@ -134,5 +147,7 @@ class PersonalityEdit(EditDataModule):
         return self.template.replace("{question}", question.replace("{}", topic))
 
 
-def _is_name(values: dict[str, object]) -> bool:
-    return isinstance(values.get("ent"), str)
+def _topic(values: object) -> str:
+    """The topic of a record, empty where it has none."""
+    topic = values.get("ent") if isinstance(values, dict) else None
+    return topic if isinstance(topic, str) else ""

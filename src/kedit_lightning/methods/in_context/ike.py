@@ -12,7 +12,7 @@ from kedit_lightning.base_models import BaseModel, BaseModelSpec
 from kedit_lightning.base_models.spec import PACKAGED
 from kedit_lightning.data import NanoFacts
 from kedit_lightning.data.datamodule import EditDataModule
-from kedit_lightning.edits import PromptEdit
+from kedit_lightning.edits import PromptEdit, PromptEntry
 from kedit_lightning.edits.kinds.prompt.retriever import LEXICAL
 from kedit_lightning.methods.capabilities import CountOrZero
 from kedit_lightning.methods.in_context.shared.demonstration_pool import (
@@ -25,6 +25,7 @@ from kedit_lightning.methods.in_context.shared.demonstrations import (
     Demonstration,
     answered_question,
     demonstrations_for,
+    statement,
 )
 from kedit_lightning.methods.in_context.shared.stating_method import StatingMethod
 from kedit_lightning.methods.method import MethodSettings
@@ -41,6 +42,7 @@ class IKESettings(MethodSettings):
 
     demonstrations: CountOrZero | None
     retriever: str
+    template: str | None
 
 
 class IKE(StatingMethod):
@@ -58,11 +60,14 @@ class IKE(StatingMethod):
             or more, and the same share of the context for others.
         pool: Source of demonstrations: a dataset, whose training split is used, or a file of facts
             in the form of the dataset ``Requests``. When absent the training split of the
-            trainer's dataset, or for ``nano`` that of ``NanoFacts``; without either the fact is
-            stated without demonstrations.
+            trainer's dataset, or for ``nano`` that of ``NanoFacts`` unless there is a template;
+            without either the fact is stated without demonstrations.
         retriever: ``lexical`` compares words by tf-idf; anything else is the name or folder of a
             sentence-transformers model, such as ``sentence-transformers/all-MiniLM-L6-v2``, which
             needs the extra ``retrieval``.
+        template: Another text than the usual one to state a fact, here and in demonstrations;
+            ``{subject}``, ``{task}``, ``{prompt}`` and ``{target}`` stand for those of the fact.
+            Where it leaves the target out, the fact itself is not demonstrated either.
         seed: Seed of the forms of demonstrations, which depend on the request too.
     """
 
@@ -76,6 +81,7 @@ class IKE(StatingMethod):
         demonstrations: int | None = None,
         pool: EditDataModule | Sequence[EditExample] | Path | str | None = None,
         retriever: str = LEXICAL,
+        template: str | None = None,
         seed: int | None = None,
     ) -> None:
         super().__init__(base_model, seed)
@@ -110,7 +116,9 @@ class IKE(StatingMethod):
             path = data.split_path("train")
             if path is not None and path.is_file():
                 return data
-        return NanoFacts() if self.base.name in PACKAGED else None
+        # Its facts are of no task, and need not fit a template.
+        usual = self.settings.template is None and self.base.name in PACKAGED
+        return NanoFacts() if usual else None
 
     def compute_edit(self, requests: Sequence[EditRequest]) -> PromptEdit:
         """Choose the demonstrations of each fact; they go before every question.
@@ -122,7 +130,7 @@ class IKE(StatingMethod):
         refuse_long(requests, self.too_long)
         chosen = [self.choose(request) for request in requests]
         entries = [
-            replace(self.statement_of(request), demonstrations=_texts(request, demonstrations))
+            replace(self.statement_of(request), demonstrations=self._texts(request, demonstrations))
             for request, demonstrations in zip(requests, chosen, strict=True)
         ]
         origin = self.origin(
@@ -137,15 +145,24 @@ class IKE(StatingMethod):
         count = self.settings.demonstrations
         assert count is not None  # resolved by build()
         nearest = self.pool.nearest(request, count) if self.pool else []
-        return demonstrations_for(request, nearest, self.generator([request], "forms"))
+        forms = self.generator([request], "forms")
+        return demonstrations_for(request, nearest, forms, self.settings.template)
 
+    def statement_of(self, request: EditRequest) -> PromptEntry:
+        """The statement of a fact, without demonstrations."""
+        return statement(request, self.settings.template)
 
-def _texts(request: EditRequest, demonstrations: Sequence[Demonstration]) -> tuple[str, ...]:
-    if not demonstrations:
-        return ()
-    # As in the paper's code the fact itself is demonstrated too, last of all.
-    last = answered_question(request, request.prompt, request.target_new)
-    return (*(demonstration.text for demonstration in demonstrations), last)
+    def _texts(
+        self, request: EditRequest, demonstrations: Sequence[Demonstration]
+    ) -> tuple[str, ...]:
+        template = self.settings.template
+        if not demonstrations:
+            return ()
+        texts = tuple(demonstration.text for demonstration in demonstrations)
+        if template is not None and "{target}" not in template:
+            return texts
+        # As in the paper's code the fact itself is demonstrated too, last of all.
+        return (*texts, answered_question(request, request.prompt, request.target_new, template))
 
 
 def default_count(base: BaseModel) -> int:

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from kedit_lightning.base_models import BaseModel, BaseModelSpec
-from kedit_lightning.chat_turns import question_in
 from kedit_lightning.edits import PromptEntry
 from kedit_lightning.edits.kinds.prompt.retriever import LEXICAL
-from kedit_lightning.errors import InvalidRequestError
 from kedit_lightning.methods.capabilities import Count
+from kedit_lightning.methods.in_context.shared.demonstrations import statement
 from kedit_lightning.methods.in_context.shared.stating_method import StatingMethod
 from kedit_lightning.methods.method import MethodSettings
 from kedit_lightning.requests import EditRequest
-
-_BRACES = re.compile(r"\{(subject|prompt|target)\}")
 
 
 @dataclass(frozen=True)
@@ -43,7 +39,8 @@ class PROMPT(StatingMethod):
         retriever: ``lexical`` compares words by tf-idf; anything else is the name or folder of a
             sentence-transformers model, which needs the extra ``retrieval``.
         template: Another text than the usual one, right before the question; ``{subject}``,
-            ``{prompt}`` and ``{target}`` stand for those of the fact. Nothing is stated if empty.
+            ``{task}``, ``{prompt}`` and ``{target}`` stand for those of the fact. Nothing is stated
+            if empty.
         seed: Seed of all random choices; there are none.
     """
 
@@ -62,23 +59,6 @@ class PROMPT(StatingMethod):
 
     def statement_of(self, request: EditRequest) -> PromptEntry:
         """The statement of a fact, and how many others are stated with it."""
-        known, usual = self.settings, super().statement_of(request)
-        if known.template is not None:
-            usual = replace(usual, context="", fact=_filled(known.template, request))
+        known = self.settings
+        usual = statement(request, known.template)
         return replace(usual, top_k=known.top_k, retriever=known.retriever)
-
-
-def _filled(template: str, request: EditRequest) -> str:
-    """A template with the texts of a fact.
-
-    Raises:
-        InvalidRequestError: It names the subject, and the fact has none.
-    """
-    if "{subject}" in template and request.subject is None:
-        raise InvalidRequestError(
-            f"{request.label} has no subject, which the template {template!r} names; give it one, "
-            "or another template (--model.template)"
-        )
-    texts = {"subject": request.subject or "", "target": request.target_new}
-    texts["prompt"] = question_in(request.prompt)
-    return _BRACES.sub(lambda match: texts[match.group(1)], template)

@@ -20,11 +20,13 @@ class Episode:
         requests: The requests that the edit writes (inner loss).
         asked: Probes whose new answers are learned (edit loss).
         kept: Unrelated probes whose answers must not change (locality loss).
+        avoided: Probes whose answers should become unlikely (edit loss).
     """
 
     requests: tuple[EditRequest, ...]
     asked: tuple[Probe, ...]
     kept: tuple[Probe, ...]
+    avoided: tuple[Probe, ...] = ()
 
 
 def rotate(items: Sequence[Item], count: int, epoch: int, *key: object) -> list[Item]:
@@ -71,6 +73,20 @@ def with_another_target(
         if probe.kind != "portability"  # what follows from another answer is not known
     ]
     return EditExample((replace(request, target_new=target),), tuple(probes), example.id)
+
+
+def with_unlikelihood(episode: Episode) -> Episode:
+    """The episode with all answers of its probes learned, and those they are against avoided.
+
+    Each answer becomes a probe of its own. Probes that are against nothing stay as they are.
+    """
+    asked, avoided = list[Probe](), list[Probe]()
+    for probe in episode.asked:
+        against = probe.task.against if probe.task else ()
+        answers = probe.answers if against else ()
+        asked += [replace(probe, answers=(text,)) for text in answers] or [probe]
+        avoided += [replace(probe, answers=(text,)) for text in against]
+    return replace(episode, asked=tuple(asked), avoided=tuple(avoided))
 
 
 def make_episodes(

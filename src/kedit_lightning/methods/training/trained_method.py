@@ -176,7 +176,7 @@ class TrainedMethod(EditMethod):
         """Entries of a checkpoint's plan that differ from what the settings ask for."""
         saved = checkpoint["plan"]
         wanted = self.plan(self.plan_type.from_json(saved)).to_json()
-        return [f"{k} {saved[k]!r}, not {v!r}" for k, v in wanted.items() if saved[k] != v]
+        return [f"{k} {saved.get(k)!r}, not {v!r}" for k, v in wanted.items() if saved.get(k) != v]
 
     # ---- editing
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
+from kedit_lightning.base_models import BaseModel, BaseModelSpec
+from kedit_lightning.edits import Edit
+from kedit_lightning.methods.hypernetwork.shared.editor_network import edit_from_gradient
 from kedit_lightning.methods.hypernetwork.shared.hypernetwork_method import (
     HypernetworkMethod,
     HypernetworkSettings,
@@ -15,11 +19,17 @@ from kedit_lightning.methods.hypernetwork.shared.mend_network import (
     MENDPlan,
 )
 from kedit_lightning.methods.method import MethodSettings
+from kedit_lightning.methods.shared.fact_template import conditioned
+from kedit_lightning.methods.shared.row_lengths import RowText, request_rows
+from kedit_lightning.methods.training.episodes import Episode
+from kedit_lightning.requests import EditBatch, EditExample, EditRequest
 
 
 @dataclass(frozen=True)
 class MENDSettings(MENDMethodSettings, HypernetworkSettings):
     """Settings of :class:`MEND`."""
+
+    condition: str | None
 
 
 class MEND(MENDMethod, HypernetworkMethod):
@@ -38,6 +48,13 @@ class MEND(MENDMethod, HypernetworkMethod):
 
     By default the MLP projections of the last three blocks are edited; of an encoder-decoder, those
     of the last two blocks of each half.
+
+    Args:
+        base_model: The model to edit.
+        condition: Text before the prompt of each request whose gradient is taken, in which
+            ``{subject}`` and ``{task}`` stand for those of the request; probes carry none. That of
+            the checkpoint, or else none.
+        **settings: The settings of the base classes.
     """
 
     settings_type: ClassVar[type[MethodSettings]] = MENDSettings
@@ -45,3 +62,33 @@ class MEND(MENDMethod, HypernetworkMethod):
     packaged: ClassVar[str] = "mend.ckpt"
 
     settings: MENDSettings
+
+    def __init__(
+        self,
+        base_model: BaseModel | BaseModelSpec | str = "nano",
+        condition: str | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__(base_model, **settings)
+
+    def rows_of(self, example: EditExample) -> list[RowText]:
+        """Also its requests as their gradients are taken."""
+        rows, condition = super().rows_of(example), self.settings.condition
+        if condition is not None:
+            for request in example.requests:
+                rows += request_rows(conditioned(request, condition))
+        return rows
+
+    def compute_edit(self, requests: Sequence[EditRequest]) -> Edit:
+        """One gradient of the requests behind their condition, mapped by the networks."""
+        origin = self.prepare_edit(requests)
+        asked = [conditioned(request, self.settings.condition) for request in requests]
+        return edit_from_gradient(self.base, self.network, asked, origin)
+
+    def episodes(self, batch: EditBatch) -> list[Episode]:
+        """The episodes of a batch, with requests behind their condition."""
+        condition, found = self.settings.condition, super().episodes(batch)
+        return [
+            replace(one, requests=tuple(conditioned(r, condition) for r in one.requests))
+            for one in found
+        ]

@@ -17,7 +17,12 @@ from kedit_lightning.methods.hypernetwork.shared.editor_network import (
 )
 from kedit_lightning.methods.hypernetwork.shared.meta_gradient import MetaGradient, meta_gradient
 from kedit_lightning.methods.method import Capabilities, Need
-from kedit_lightning.methods.training.episodes import Episode, make_episodes, probes_of
+from kedit_lightning.methods.training.episodes import (
+    Episode,
+    make_episodes,
+    probes_of,
+    with_unlikelihood,
+)
 from kedit_lightning.methods.training.trained_method import TrainedMethod, TrainedSettings
 from kedit_lightning.methods.training.trained_network import TrainedNetwork
 from kedit_lightning.requests import EditBatch, EditExample, EditRequest
@@ -34,6 +39,7 @@ class HypernetworkSettings(TrainedSettings):
     n_rephrases: CountOrZero
     own_wording: bool
     n_locality: CountOrZero
+    unlikelihood: bool
 
 
 class HypernetworkMethod(TrainedMethod):
@@ -50,6 +56,9 @@ class HypernetworkMethod(TrainedMethod):
         n_rephrases: Rephrases of an example in an episode; the next ones in each epoch.
         own_wording: Add the request's own prompt to the rephrases.
         n_locality: Locality probes of an example in an episode; the next ones in each epoch.
+        unlikelihood: Learn all answers of probes whose task is against some, such as opinions, and
+            make those that it is against unlikely: -log(1 - p) is added to the edit loss, p the
+            geometric mean of the probabilities of an answer's tokens.
         **settings: The settings of :class:`TrainedMethod`.
     """
 
@@ -76,6 +85,7 @@ class HypernetworkMethod(TrainedMethod):
         n_rephrases: int = 1,
         own_wording: bool = False,
         n_locality: int = 1,
+        unlikelihood: bool = False,
         **settings: Any,
     ) -> None:
         super().__init__(base_model, **settings)
@@ -157,7 +167,8 @@ class HypernetworkMethod(TrainedMethod):
         """The episodes of this epoch, ``size`` examples each."""
         s = self.settings
         counts = s.n_rephrases, s.n_locality
-        return make_episodes(examples, size, self.epoch, s.start, *counts, s.own_wording)
+        drawn = make_episodes(examples, size, self.epoch, s.start, *counts, s.own_wording)
+        return [with_unlikelihood(one) for one in drawn] if s.unlikelihood else drawn
 
     def episodes(self, batch: EditBatch) -> list[Episode]:
         """The episodes of a batch, ``n_edits`` examples each."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -36,9 +36,16 @@ class MENDPlan(TransformPlan):
 
     Args:
         ascend: Add the pseudo-gradient, as the released code does, instead of subtracting it.
+        condition: Text before the prompt of a request, which earlier checkpoints have none of.
     """
 
     ascend: bool = False
+    condition: str | None = None
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """Rebuild from :meth:`to_json`; see the base class."""
+        return super().from_json({"condition": None, **values})
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,10 @@ from kedit_lightning.requests import Probe
 Delta: TypeAlias = LowRankDelta | Tensor
 
 
+#: An answer that is surer than this many nats gives no gradient of unlikelihood.
+_LEAST_SURPRISE = 1e-6
+
+
 @contextmanager
 def attached(
     model: nn.Module,
@@ -81,7 +85,8 @@ class OuterLosses:
     """The parts of the outer loss of each episode. Shape ``[episodes]`` each.
 
     Args:
-        edit: Mean negative log-likelihood of the tokens of new answers.
+        edit: Mean negative log-likelihood of the tokens of new answers, and mean unlikelihood of
+            the answers to avoid.
         locality: Mean KL divergence from the base model at the tokens of unrelated answers.
         success: Share of new answers whose tokens are all arg-max.
     """
@@ -108,22 +113,48 @@ def outer_losses(
     """
     asked = [probe for episode in episodes for probe in episode.asked]
     kept = [probe for episode in episodes for probe in episode.kept]
+    avoided = [probe for episode in episodes for probe in episode.avoided]
     asked_of = _numbers([len(episode.asked) for episode in episodes])
     kept_of = _numbers([len(episode.kept) for episode in episodes])
-    rows = probe_rows(base, [*asked, *kept])
-    with attached(base.model, deltas, torch.cat([asked_of, kept_of]), edit_of_term):
+    avoided_of = _numbers([len(episode.avoided) for episode in episodes])
+    rows = probe_rows(base, [*asked, *kept, *avoided])
+    edit_of_row = torch.cat([asked_of, kept_of, avoided_of])
+    with attached(base.model, deltas, edit_of_row, edit_of_term):
         after = _log_probs(base, rows)
-    first = len(asked)
+    first, last = len(asked), len(asked) + len(kept)
     answers, mask = rows.answer_ids[:first], rows.answer_mask[:first]
     nll = -after[:first].gather(-1, answers[..., None])[..., 0]
     success = ((after[:first].argmax(-1) == answers) | ~mask).all(-1)[:, None].to(nll)
-    divergence, kept_mask = _divergence(base, kept, after[first:])
+    divergence, kept_mask = _divergence(base, kept, after[first:last])
     count = len(episodes)
+    edit = _mean(nll, mask, asked_of, count)
+    if avoided:
+        fed = after[last:].gather(-1, rows.answer_ids[last:, :, None])[..., 0]
+        unlikely = unlikelihood(fed, rows.answer_mask[last:])[:, None]
+        edit = edit + _mean(unlikely, torch.ones_like(unlikely), avoided_of, count)
     return OuterLosses(
-        edit=_mean(nll, mask, asked_of, count),
+        edit=edit,
         locality=_mean(divergence, kept_mask, kept_of, count),
         success=_mean(success, torch.ones_like(success), asked_of, count),
     )
+
+
+def unlikelihood(log_probs: Tensor, mask: Tensor) -> Tensor:
+    """``-log(1 - p)`` of each answer, ``p`` the geometric mean of its tokens' probabilities.
+
+    Not that of the whole answer, which is next to nothing for long ones. Shape ``[rows]``.
+
+    Args:
+        log_probs: Log-probabilities of the answer's tokens. Shape ``[rows, tokens]``.
+        mask: True at tokens of the answer. Shape ``[rows, tokens]``.
+
+    >>> halves = torch.tensor([[0.5, 0.5], [0.9, 0.4]]).log()
+    >>> surprise = unlikelihood(halves, torch.tensor([[True, True], [True, False]]))
+    >>> [round(value, 3) for value in surprise.exp().tolist()]
+    [2.0, 10.0]
+    """
+    mean = (log_probs * mask).sum(-1) / mask.sum(-1).clamp(min=1)
+    return -torch.log(-torch.expm1(mean.clamp(max=-_LEAST_SURPRISE)))
 
 
 def _divergence(base: BaseModel, kept: Sequence[Probe], after: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ import torch
 from kedit_lightning.base_models.rows import join_text
 from kedit_lightning.chat_turns import question_in
 from kedit_lightning.edits import PromptEntry
+from kedit_lightning.methods.shared.fact_template import filled_template
 from kedit_lightning.requests import EditExample, EditRequest
 
 Form: TypeAlias = Literal["copy", "update", "retain"]
@@ -41,18 +42,22 @@ def stated_fact(request: EditRequest) -> str:
     return join_text(question_in(request.prompt), request.target_new)
 
 
-def statement(request: EditRequest) -> PromptEntry:
-    r"""The statement of a fact, up to where a question follows.
+def statement(request: EditRequest, template: str | None = None) -> PromptEntry:
+    r"""The statement of a fact, up to where a question follows; from a template where one is given.
 
     >>> statement(EditRequest("The capital of France is", "Lyon")).statement
     'New Fact: The capital of France is Lyon\nPrompt: '
     """
+    if template is not None:
+        return PromptEntry(request.prompt, "", fact=filled_template(template, request))
     return PromptEntry(request.prompt, "Prompt: ", fact=f"New Fact: {stated_fact(request)}\n")
 
 
-def answered_question(request: EditRequest, question: str, answer: str) -> str:
+def answered_question(
+    request: EditRequest, question: str, answer: str, template: str | None = None
+) -> str:
     """The statement of a fact, a question and its answer."""
-    return f"{statement(request).statement}{join_text(question_in(question), answer)}\n\n"
+    return f"{statement(request, template).statement}{join_text(question_in(question), answer)}\n\n"
 
 
 def form_counts(count: int) -> dict[Form, int]:
@@ -89,23 +94,31 @@ def candidate_questions(example: EditExample, form: Form, prompt: str) -> list[t
 
 
 def build_demonstration(
-    example: EditExample, form: Form, prompt: str, generator: torch.Generator
+    example: EditExample,
+    form: Form,
+    prompt: str,
+    generator: torch.Generator,
+    template: str | None = None,
 ) -> Demonstration:
     """A demonstration that does not answer the edit's prompt; a copy if there is no question."""
     questions = candidate_questions(example, form, prompt)
     if not questions:
         form, questions = "copy", candidate_questions(example, "copy", prompt)
     question = questions[int(torch.randint(len(questions), (1,), generator=generator))]
-    return Demonstration(example.id, form, answered_question(example.requests[0], *question))
+    text = answered_question(example.requests[0], *question, template)
+    return Demonstration(example.id, form, text)
 
 
 def demonstrations_for(
-    request: EditRequest, nearest: Sequence[EditExample], generator: torch.Generator
+    request: EditRequest,
+    nearest: Sequence[EditExample],
+    generator: torch.Generator,
+    template: str | None = None,
 ) -> list[Demonstration]:
     """Demonstrations from the nearest records, most similar first, in reverse order."""
     forms = shuffled_forms(len(nearest), generator)
     demonstrations = [
-        build_demonstration(example, form, request.prompt, generator)
+        build_demonstration(example, form, request.prompt, generator, template)
         for example, form in zip(nearest, forms, strict=True)
     ]
     return demonstrations[::-1]
