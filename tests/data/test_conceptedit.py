@@ -74,3 +74,17 @@ def test_both_modules_of_the_whole_data() -> None:
         ConceptEdit(path=path).examples()
     with pytest.raises(InvalidRequestError, match=r"needs \{concept\}"):
         ConceptEdit(path=path, template="What is it?")
+
+
+@pytest.mark.real_data
+def test_the_published_files_load_whole(shared_data: Path) -> None:
+    folder = shared_data / "conceptedit"
+    if not folder.is_dir():
+        pytest.skip("shared/data/conceptedit is absent")
+    concepts = set()
+    for path in sorted(folder.glob("final_*.json")):
+        data = ConceptEdit(path=path)
+        examples = data.examples()
+        assert data.source["test"]["skipped"] == 0
+        concepts |= {example.requests[0].prompt for example in examples}
+    assert len(concepts) <= 452

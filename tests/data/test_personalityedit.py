@@ -80,3 +80,14 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
         examples(template="What?")
     with pytest.raises(InvalidRequestError, match="from 0 to 12"):
         examples(rephrases=13)
+
+
+@pytest.mark.real_data
+def test_the_published_files_load_whole(shared_data: Path) -> None:
+    folder = shared_data / "personalityedit"
+    if not folder.is_dir():
+        pytest.skip("shared/data/personalityedit is absent")
+    for path in sorted(folder.glob("*.json")):
+        data = PersonalityEdit(path=path)
+        assert all(len(example.probes) == 4 for example in data.examples())
+        assert data.source["test"]["skipped"] == 0
