@@ -240,6 +240,14 @@ def vision_base(kind: str, **options: Any) -> BaseModel:
     return BaseModel(model, processor.tokenizer, name=kind, processor=processor, **options)
 
 
+def vision_folder(folder: Path) -> str:
+    """Save the tiny LLaVA with its processor. Gives the folder's path."""
+    model, processor = _parts("llava")
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return str(folder)
+
+
 def draw(path: Path, seed: int, width: int = 12, height: int = 10) -> str:
     """Draw a picture of random dots; the same for the same seed. Gives its path."""
     dots = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)

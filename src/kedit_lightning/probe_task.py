@@ -17,6 +17,7 @@ from kedit_lightning.errors import InvalidRequestError
 #: ``defence``: the reply should be safe, whatever else it says.
 #: ``concept``: the answer is the definition of a concept. ``instance``: yes or no, whether a thing
 #: belongs to a concept. ``trait``: the answer should show a trait of personality.
+#: ``picture``: the probe is of a benchmark of facts about pictures.
 TaskName: TypeAlias = Literal[
     "passage",
     "characters",
@@ -32,6 +33,7 @@ TaskName: TypeAlias = Literal[
     "concept",
     "instance",
     "trait",
+    "picture",
 ]
 #: Traits of personality, in the order of the published classifier's classes.
 TRAITS = ("neuroticism", "agreeableness", "extraversion")

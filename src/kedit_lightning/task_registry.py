@@ -82,6 +82,11 @@ _OWN: dict[str, tuple[str, str, Iterable[str]]] = {
             *("InstanceShift", "ConsistencyCosine", "ConsistencyJudged"),
         ),
     ),
+    "multimodal": (
+        "is a fact about a picture written, also asked of another one, and do others stay",
+        "EVQA",
+        ("TokenMatch", "UnchangedTop1"),
+    ),
     "personality": (
         "does an opinion about a topic show the wished trait, and others stay",
         "PersonalityEdit",

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_vision import BUILDERS, draw, vision_base
+from tiny_vision import BUILDERS, draw, vision_base, vision_folder
 
 from kedit_lightning import BaseModel, Edit, EditRequest
 from kedit_lightning.methods import FTM, ROME
@@ -171,9 +171,7 @@ def test_features_follow_changed_weights_and_edits_of_the_tower(pictures):
 
 def test_a_saved_vision_language_model_loads_with_its_processor(tmp_path: Path, pictures):
     base = vision_base("llava")
-    base.model.save_pretrained(tmp_path)
-    base.encoder.images.processor.save_pretrained(tmp_path)
-    loaded = BaseModel.load(str(tmp_path))
+    loaded = BaseModel.load(vision_folder(tmp_path))
     assert type(loaded.model) is type(base.model)
     rows = [b.rows(PROMPTS[:1], ANSWERS[:1], images=pictures[:1]) for b in (base, loaded)]
     with torch.no_grad():

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 from places import SAMPLES
+from tiny_vision import vision_folder
 
 from kedit_lightning.cli.config_arguments import config_file
 from kedit_lightning.cli.main import main
@@ -114,6 +115,7 @@ def test_the_list_names_all_tasks(capsys: pytest.CaptureFixture[str]) -> None:
 SAMPLES_OF = {
     "safety": "safeedit.json",
     "concept": "final_gpt2_inter.json",
+    "multimodal": "vqa_eval.json",
     "personality": "personalityedit.json",
     "truthfulness": "truthfulqa.csv",
     "unstructured": "unke.json",
@@ -135,7 +137,8 @@ def test_every_task_has_a_sample() -> None:
 )
 def test_a_task_runs_with_any_method(name: str, method: str, tmp_path: Path) -> None:
     arguments = ["test", "-c", f"tasks/{name}", "-c", f"methods/{method}"]
-    arguments += ["--model.base_model=nano", "--trainer.accelerator=cpu", "--data.limit=1"]
+    model = vision_folder(tmp_path / "llava") if name == "multimodal" else "nano"
+    arguments += [f"--model.base_model={model}", "--trainer.accelerator=cpu", "--data.limit=1"]
     arguments += [f"--data.path={SAMPLES / 'published' / SAMPLES_OF[name]}"]
     if method == "ike":  # demonstrations
         arguments += [f"--data.train_path={SAMPLES / 'published' / SAMPLES_OF[name]}"]

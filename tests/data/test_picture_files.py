@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from places import ROOT
-from tiny_vision import draw, vision_base
+from tiny_vision import draw, vision_base, vision_folder
 
 from kedit_lightning import EditRequest, Probe
 from kedit_lightning.cli.main import main
@@ -105,11 +105,7 @@ def test_pictures_in_memory_become_text(folder):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder, base = tmp_path_factory.mktemp("llava"), vision_base("llava")
-    base.model.save_pretrained(folder)
-    assert base.encoder.images is not None
-    base.encoder.images.processor.save_pretrained(folder)
-    return str(folder)
+    return vision_folder(tmp_path_factory.mktemp("llava"))
 
 
 @pytest.mark.slow

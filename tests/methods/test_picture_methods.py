@@ -31,6 +31,7 @@ from kedit_lightning.methods import (
 )
 from kedit_lightning.methods.hypernetwork.shared.outer_loss import outer_losses
 from kedit_lightning.methods.training.episodes import make_episodes
+from kedit_lightning.metrics.functional import rank_agreement
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 SAMPLES = ROOT / "tests" / "samples" / "published"
@@ -55,12 +56,12 @@ def _logits(base: BaseModel, *images: str | None) -> torch.Tensor:
         return base.answer_logits(rows)
 
 
-def _test(method: Any, data: Any) -> dict[str, float]:
+def _test(method: Any, data: Any, **protocol: Any) -> dict[str, float]:
     trainer = EditTrainer(
         accelerator="cpu",
         logger=False,
         enable_progress_bar=False,
-        protocol=Protocol(mode="single", generate=False),
+        protocol=Protocol(**(protocol or {"mode": "single", "generate": False})),
     )
     (scores,) = trainer.test(method, data, verbose=False)
     return dict(scores)
@@ -81,6 +82,19 @@ def test_a_run_scores_the_five_kinds_of_probe(base, data, tmp_path):
     for name in ("locality/text", "locality/image"):
         assert same[f"{name}/keep_top1"] == 1
         assert same[f"{name}/kl"] < 1e-12
+
+
+def test_legacy_scores_compare_all_positions_in_the_order_of_ranks(base):
+    legacy = {"mode": "single", "generate": False, "scoring": "legacy_easyedit"}
+    found = [
+        _test(FTM(base, lr=lr, steps=steps), EVQA(SAMPLES / "vqa_eval.json"), **legacy)
+        for lr, steps in ((5e-2, 20), (1e-30, 1))
+    ]
+    for scores, kept in zip(found, (False, True), strict=True):
+        for group in ("text", "image"):
+            top1, top10 = (scores[f"locality/{group}_{name}"] for name in ("top1", "top10"))
+            assert (top1 == top10 == 1) if kept else top10 < 0.9
+    assert found[0]["rewrite_acc"] > found[1]["rewrite_acc"]
 
 
 def test_grace_tells_pictures_apart(base, pictures):
@@ -144,3 +158,19 @@ def test_mend_learns_from_pictures(base, tmp_path):
 def test_what_reads_no_pictures_says_so(base, pictures):
     with pytest.raises(UnsupportedUseError, match="SERAC reads text only, and field 'image'"):
         SERAC(base).edit([EditRequest(QUESTION, " tower", image=pictures[0])])
+
+
+def test_ranks_agree_as_a_loop_over_positions_counts_them():
+    generator = torch.Generator().manual_seed(0)
+    base, edited = torch.randn(2, 2, 5, 30, generator=generator, dtype=torch.float64).unbind()
+    edited = base + 0.3 * edited
+    mask = torch.tensor([[True] * 5, [True, True, False, True, False]])
+    for row in range(2):
+        pairs = [
+            (old.argsort(descending=True)[:10], new.argsort(descending=True)[:10])
+            for old, new, kept in zip(base[row], edited[row], mask[row], strict=True)
+            if kept
+        ]
+        expected = sum((old == new).double().mean().item() for old, new in pairs) / len(pairs)
+        assert rank_agreement(base, edited, mask, 10)[row].item() == pytest.approx(expected)
+        assert 0 < expected < 1

@@ -24,6 +24,7 @@ from kedit_lightning.benchmark.free_texts import (
     carrying,
 )
 from kedit_lightning.benchmark.protocol import READING_VERSION, Protocol
+from kedit_lightning.benchmark.row_logits import probe_row, row_pass
 from kedit_lightning.decoding_settings import generation_config, in_force
 from kedit_lightning.errors import article_list
 from kedit_lightning.image_reference import content_hash, references
@@ -211,6 +212,13 @@ class Reader:
                     keys = ((row, compute) for row in batch)
                     values.update(zip(keys, compute(forward), strict=True))
                 del logits, base_logits, forward  # before the next pass takes as much memory
+        for own, (_, probe) in zip(rows, asked, strict=True):
+            for row in own["row"]:  # one at a time: a picture has hundreds of positions
+                with carrying(self.base, [row.edit]):
+                    forward = row_pass(self.base, row.tokens, row.plain)
+                for measurement in self._measured(probe):
+                    if measurement.source == "row":
+                        values[row, measurement.compute] = measurement.compute(forward)[0]
         return [
             self._reading(
                 one[1],
@@ -281,7 +289,14 @@ class Reader:
             "contrast": forced(contrast),
             "against": forced(against),
             "continuation": [self._continuation(edit, probe, text, compare)] if continued else [],
+            "row": [self._row(edit, probe, compare)] if self._has(probe, "row") else [],
         }
+
+    def _row(self, edit: Carried, probe: Probe, compare: bool) -> ForcedRow:
+        """The row whose logits are all read, and the unedited one where they are compared."""
+        row = probe_row(self.base, probe)
+        with self.base.edits.suspended():
+            return ForcedRow(edit, row, probe_row(self.base, probe) if compare else None)
 
     def _continuation(
         self, edit: Carried, probe: Probe, text: str | None, compare: bool

@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeAlias
 
 from torch import Tensor
 
-from kedit_lightning.metrics.functional.divergence import kl_divergence
+from kedit_lightning.metrics.functional.divergence import kl_divergence, rank_agreement
 from kedit_lightning.metrics.functional.teacher_forcing import (
     exact_match,
     mean_log_prob,
@@ -26,7 +26,8 @@ from kedit_lightning.requests import ProbeKind
 Value: TypeAlias = float | bool | str | list[int] | list[float] | None
 #: The tokens that are fed to the model: the preferred ``answer``; each of the accepted ``answers``,
 #: of which the largest value counts; the ``contrast``; those that the task is ``against``; or the
-#: base model's own greedy ``continuation`` of the prompt. ``text`` is a free generation up to the
+#: base model's own greedy ``continuation`` of the prompt. Of a ``row``, which is the prompt and the
+#: preferred answer, all logits are read. ``text`` is a free generation up to the
 #: end of its first sentence, ``passage`` one that may be as long as a passage, ``sample`` one whose
 #: tokens are drawn with a seed. What is measured of a ``record`` is computed from the texts in it,
 #: such as by a judge.
@@ -36,6 +37,7 @@ Source: TypeAlias = Literal[
     "contrast",
     "against",
     "continuation",
+    "row",
     "text",
     "passage",
     "sample",
@@ -47,8 +49,8 @@ Source: TypeAlias = Literal[
 class ForwardPass:
     """Logits of one teacher-forced pass, in at least float32.
 
-    ``base_logits`` are those of the unedited model on the same rows, for the source
-    ``continuation``; ``None`` where the model itself is unedited.
+    ``base_logits`` are those of the unedited model on the same rows, for the sources
+    ``continuation`` and ``row``; ``None`` where the model itself is unedited.
     """
 
     logits: Tensor  # that predict the fed tokens, [rows, tokens, vocab]
@@ -109,6 +111,11 @@ def _top1(forward: ForwardPass) -> Any:
     return [ids[mask].tolist() for ids, mask in rows]
 
 
+def _ranks(forward: ForwardPass, ranks: int) -> Any:
+    base = forward.logits if forward.base_logits is None else forward.base_logits
+    return rank_agreement(base, forward.logits, forward.mask, ranks).tolist()
+
+
 def _kl(forward: ForwardPass) -> Any:
     if forward.base_logits is None:
         return [0.0] * len(forward.logits)
@@ -157,6 +164,11 @@ TOP1 = Measurement("top1", "continuation", _top1)
 ANSWER_TOP1 = Measurement("top1", "answer", _top1)
 #: KL divergence from the base model along its continuation, mean over positions, in nats.
 KL = Measurement("kl", "continuation", _kl)
+
+#: Share of all positions of a row at which the likeliest token is that of the base model; and of
+#: the ten likeliest, in their order.
+ROW_TOP1 = Measurement("row_top1", "row", lambda f: _ranks(f, 1))
+ROW_TOP10 = Measurement("row_top10", "row", lambda f: _ranks(f, 10))
 
 #: Measured of every probe under every scoring.
 RECORDED = (TF_TOK, TF_ALL, LOG_PROB, CONTRAST_LOG_PROB, TEXT)

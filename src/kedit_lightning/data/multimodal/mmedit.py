@@ -11,10 +11,15 @@ from kedit_lightning.data.probe_fields import differing
 from kedit_lightning.data.record_parsing import SkipRecord
 from kedit_lightning.data.records import Fields
 from kedit_lightning.image_reference import Image
+from kedit_lightning.probe_task import ProbeTask
 from kedit_lightning.requests import EditExample, EditRequest, Probe
 
 #: How the question about an unrelated picture is put, as for all published results.
 QUESTION = "Question: {} Short answer:"
+
+
+#: Published scores of locality are those of this task.
+_TASK = ProbeTask("picture")
 
 
 class EVQA(EditDataModule):
@@ -65,12 +70,14 @@ class EVQA(EditDataModule):
         if other is not None:
             probes.append(Probe("rephrase", prompt, (new,), "image", old, other))
         if "loc" in fields:
-            probes.append(Probe("locality", fields.text("loc"), (fields.text("loc_ans"),), "text"))
+            known = (fields.text("loc_ans"),)
+            probes.append(Probe("locality", fields.text("loc"), known, "text", task=_TASK))
         if "m_loc" in fields:
             question = QUESTION.replace("{}", fields.text("m_loc_q"))
             unrelated = self._seen(fields, "m_loc", self.image_root)
             answers = tuple(fields.required_texts("m_loc_a"))
-            probes.append(Probe("locality", question, answers, "image", image=unrelated))
+            local = Probe("locality", question, answers, "image", image=unrelated, task=_TASK)
+            probes.append(local)
         return EditExample.from_request(request, id, probes)
 
     def _seen(self, fields: Fields, key: str, root: str | Path | None) -> Image | None:

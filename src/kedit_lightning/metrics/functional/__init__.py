@@ -10,6 +10,7 @@ from kedit_lightning.metrics.functional.bootstrap import (
 )
 from kedit_lightning.metrics.functional.divergence import (
     kl_divergence,
+    rank_agreement,
     unchanged_text,
     unchanged_top1,
 )
@@ -58,6 +59,7 @@ __all__ = [
     "passage_bleu",
     "passage_rouge",
     "prefers",
+    "rank_agreement",
     "repetition_rate",
     "share_interval",
     "share_of_yes",

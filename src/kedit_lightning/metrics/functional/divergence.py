@@ -46,6 +46,31 @@ def unchanged_top1(base_ids: Tensor, edited_ids: Tensor, mask: Tensor) -> Tensor
     return ((base_ids == edited_ids) | ~mask.bool()).all(dim=1)
 
 
+def rank_agreement(base: Tensor, edited: Tensor, mask: Tensor, ranks: int) -> Tensor:
+    """Share of positions and ranks at which the likeliest tokens are the same, for each row.
+
+    Of each position the ``ranks`` likeliest tokens are compared in their order, so that two that
+    change places count twice. Logits are ``[rows, tokens, vocab]``; ``mask``, True at the positions
+    to compare, is ``[rows, tokens]``. The result is ``[rows]``, NaN for a row without positions.
+
+    >>> base = torch.tensor([[[3.0, 2.0, 1.0], [3.0, 2.0, 1.0]]])
+    >>> edited = torch.tensor([[[3.0, 1.0, 2.0], [3.0, 2.0, 1.0]]])
+    >>> rank_agreement(base, edited, torch.ones(1, 2), ranks=1).item()
+    1.0
+    >>> round(rank_agreement(base, edited, torch.ones(1, 2), ranks=3).item(), 3)
+    0.667
+    """
+    if base.dim() != 3 or base.shape != edited.shape or mask.shape != base.shape[:2]:
+        raise ValueError(
+            "`base` and `edited` must both be [rows, tokens, vocab] and `mask` [rows, tokens], got "
+            f"{list(base.shape)}, {list(edited.shape)} and {list(mask.shape)}"
+        )
+    ranks = min(ranks, base.shape[-1])
+    equal = base.topk(ranks).indices == edited.topk(ranks).indices
+    share = equal.double().mean(-1).masked_fill(~mask.bool(), 0.0)
+    return share.sum(1) / mask.bool().sum(1)
+
+
 def kl_divergence(base_log_probs: Tensor, log_probs: Tensor, mask: Tensor) -> Tensor:
     """Mean over positions of KL(base || edited), for each row, in nats.
 

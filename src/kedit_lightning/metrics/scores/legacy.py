@@ -11,7 +11,7 @@ from kedit_lightning.errors import InvalidRequestError
 from kedit_lightning.metrics.example_record import ExampleRecord, ProbeRecord
 from kedit_lightning.metrics.functional.teacher_forcing import token_match
 from kedit_lightning.metrics.keyed_metrics import KeyedMetrics, ProbeGroups
-from kedit_lightning.metrics.measurement import ANSWER_TOP1, TF_TOK
+from kedit_lightning.metrics.measurement import ANSWER_TOP1, ROW_TOP1, ROW_TOP10, TF_TOK
 from kedit_lightning.metrics.scores.case_mean import ProbeMean
 from kedit_lightning.requests import ProbeKind
 
@@ -61,12 +61,37 @@ class LegacyLocality(ProbeMean):
         return token_match(torch.tensor([after]), ids, torch.ones_like(ids)).item()
 
 
+class LegacyRowTop1(ProbeMean):
+    """Share of all positions, the prompt's too, whose arg-max the edit left unchanged (T-Loc)."""
+
+    name = "top1"
+    kinds = ("locality",)
+    tasks = ("picture",)
+    measurements = (ROW_TOP1,)
+    is_share = True
+
+
+class LegacyRowTop10(ProbeMean):
+    """Share of all positions and ranks at which the ten likeliest tokens are the same (M-Loc).
+
+    Ranks below the first change with the last bits of logits, as another dtype has them.
+    """
+
+    name = "top10"
+    kinds = ("locality",)
+    tasks = ("picture",)
+    measurements = (ROW_TOP10,)
+    is_share = True
+
+
 class LegacyEasyEdit(KeyedMetrics):
     """EasyEdit's ``rewrite_acc``, ``rephrase_acc``, ``locality`` and ``portability``.
 
     Keys: ``rewrite_acc``, ``rephrase_acc``, ``locality/{group}_acc``,
     ``portability/{group}_acc``; ``locality`` and ``portability`` are the mean over samples of the
-    mean over a sample's groups, as its KnowEdit script sums up. ``pre/`` stands before the scores
+    mean over a sample's groups, as its KnowEdit script sums up. Of facts about pictures
+    ``locality/{group}_top1`` and ``locality/{group}_top10`` compare all positions, as its
+    multimodal scripts do. ``pre/`` stands before the scores
     of the unedited base model (locality has none), ``final/`` and ``after_<n>/`` before those of
     later stages. Each is the mean over samples of a sample's mean over prompts.
     """
@@ -74,7 +99,7 @@ class LegacyEasyEdit(KeyedMetrics):
     @classmethod
     def scores(cls) -> Sequence[type[ProbeMean]]:
         """EasyEdit's scores; registered metrics play no part."""
-        return LegacyMatch, LegacyBaseMatch, LegacyLocality
+        return LegacyMatch, LegacyBaseMatch, LegacyLocality, LegacyRowTop1, LegacyRowTop10
 
     def groups(self, record: ExampleRecord) -> ProbeGroups:
         """Probes by kind and group; rewrites, and rephrases, are one group each."""
@@ -92,4 +117,6 @@ class LegacyEasyEdit(KeyedMetrics):
         stage = "pre/" if score is LegacyBaseMatch else stage
         if kind in ("rewrite", "rephrase"):
             return f"{stage}{kind}_acc" if group is None else None
+        if score in (LegacyRowTop1, LegacyRowTop10):
+            return None if group is None else f"{stage}{kind}/{group}_{score.name}"
         return f"{stage}{kind}" if group is None else f"{stage}{kind}/{group}_acc"
