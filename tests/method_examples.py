@@ -17,6 +17,7 @@ LOCATE = {"statistics": "identity", "contexts": 2, "steps": 4}
 METHODS = [
     ("AdaLoRA", {"lr": 1e-2, "steps": 5}),
     ("AlphaEdit", LOCATE),
+    ("AnyEdit", {"statistics": "identity", "steps": 4, "window": 2, "preserve": 1.0}),
     ("CaliNet", {"slots": 8, "steps": 8, "lr": 0.1, "silence_weight": 0.01, "irrelevant": 2}),
     ("DeCo", {"alpha": 20.0}),
     ("DoLa", {}),

@@ -41,6 +41,13 @@ PAPERS: dict[str, tuple[Paper, ...]] = {
             "2410.02355",
         ),
     ),
+    "AnyEdit": (
+        Paper(
+            "AnyEdit: Edit Any Knowledge Encoded in Language Models",
+            "Jiang et al., ICML 2025",
+            "2502.05628",
+        ),
+    ),
     "CaliNet": (
         Paper(
             "Calibrating Factual Knowledge in Pretrained Language Models",

@@ -101,6 +101,7 @@ _OWN: dict[tuple[Kind, str], dict[str, tuple[str, str, str]]] = {
     ("method", "methods"): {
         "AdaLoRA": ("finetune.adalora", "adalora", "low-rank adapter that shares out its rank"),
         "AlphaEdit": ("locate.alphaedit", "alphaedit", "MEMIT in the null space of typical keys"),
+        "AnyEdit": ("locate.anyedit", "anyedit", "MEMIT for long answers, window by window"),
         "CaliNet": ("memory.calinet", "calinet", "calibration slots beside the last MLP"),
         "DPOEdit": (
             "finetune.lora",

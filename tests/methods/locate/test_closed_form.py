@@ -257,8 +257,7 @@ def test_pmet_writes_the_mlp_alone_and_spreads_by_the_square_root():
         "model.layers.1.self_attn.o_proj",
         "model.layers.1.mlp.down_proj",
     )
-    assert [pmet._share(i) for i in (0, 1)] == [pytest.approx(0.5**0.5), 1.0]
-    assert [memit._share(i) for i in (0, 1)] == [0.5, 1.0]
+    assert (pmet.spread, memit.spread) == (0.5, 1.0)
     edit = pmet.edit(REQUESTS)
     assert all(".mlp.down_proj." in name for name in edit.deltas())
     assert not close(edit, memit.edit(REQUESTS))

@@ -18,7 +18,7 @@ from kedit_lightning.methods.safety.dinm.dinm import DINMDefaults
 from kedit_lightning.methods.shared.published_settings import published_tables
 
 KINDS = {
-    **dict.fromkeys(("ROME", "MEMIT", "AlphaEdit", "PMET", "EMMET"), LocateSettings),
+    **dict.fromkeys(("ROME", "MEMIT", "AlphaEdit", "AnyEdit", "PMET", "EMMET"), LocateSettings),
     "UltraEdit": UltraEditDefaults,
     "FTL": FinetuneDefaults,
     "FTM": FinetuneDefaults,
@@ -49,7 +49,7 @@ def test_every_table_belongs_to_a_method():
     for method in KINDS:
         assert hasattr(methods, method)
     assert methods.RROME.published == "ROME"
-    for method in ("ROME", "MEMIT", "AlphaEdit", "PMET", "EMMET"):
+    for method in ("ROME", "MEMIT", "AlphaEdit", "AnyEdit", "PMET", "EMMET"):
         assert getattr(methods, method).published == method
 
 

@@ -1,8 +1,4 @@
-"""Base of the methods that optimise values at a located layer and solve for its weights.
-
-What other papers add to them stands beside this module: value targets, early stopping, alignment,
-norm anchor, history, weight constraints.
-"""
+"""Base of the methods that optimise values at a located layer and solve for its weights."""
 
 from __future__ import annotations
 
@@ -27,7 +23,7 @@ from kedit_lightning.methods.locate.shared.closed_form_settings import (
     default_weight,
 )
 from kedit_lightning.methods.locate.shared.covariance_factors import CovarianceFactors
-from kedit_lightning.methods.locate.shared.edit_groups import EditGroups
+from kedit_lightning.methods.locate.shared.edit_groups import EditGroups, remembered_keys
 from kedit_lightning.methods.locate.shared.statistics_fit import StatisticsFit
 from kedit_lightning.methods.locate.shared.subject_states import (
     Carried,
@@ -235,13 +231,24 @@ class ClosedForm(EditMethod):
 
     def solve(self, groups: Sequence[Sequence[EditRequest]]) -> list[Edit]:
         """One edit for each group of requests, independent of the others."""
-        batch = EditGroups(self.base, groups)
+        batch = EditGroups(self.base, groups, [self.places(group) for group in groups])
         values = self.layer_values(batch.requests)
-        for layer, module in zip(self.layers, self.edited, strict=True):
+        self.walk(batch, values)
+        self._remember(batch, values.anchor)
+        notes: dict[str, Any] = {"statistics": self.covariances.note, "layers": [*self.edited]}
+        return batch.edits(partial(self.origin, **notes))
+
+    def places(self, requests: Sequence[EditRequest]) -> int:
+        """Number of keys that requests have in a layer: one each."""
+        return len(requests)
+
+    def walk(self, batch: EditGroups, values: LastLayerValues) -> None:
+        """Solve for one layer after another, and add its changes to those of the batch."""
+        for number, (layer, module) in enumerate(zip(self.layers, self.edited, strict=True)):
             with batch.in_force() as carried:
                 residuals = values.residuals(layer, carried)
                 states = self._states([module], batch.requests, carried)
-            share = self._share(layer) if values.spreads else 1.0
+            share = (len(self.layers) - number) ** -self.spread if values.spreads else 1.0
             inside, path = values.site(layer).inside, self.base.layout.write_path
             residuals = residuals * share / (1.0 if inside else path(layer).gain)
             prior, history = self.prior(layer), self._history(module)
@@ -251,9 +258,6 @@ class ClosedForm(EditMethod):
                 delta = self.update(module, own, residuals[part], cost)
                 changes |= self.constraints.changes(self.base, module, delta)
             del prior  # wide layers have large ones
-        self._remember(batch, values.anchor)
-        notes: dict[str, Any] = {"statistics": self.covariances.note, "layers": [*self.edited]}
-        return batch.edits(partial(self.origin, **notes))
 
     def layer_values(self, requests: Sequence[EditRequest]) -> LastLayerValues:
         """Values of requests at the edited layers, optimised when first needed."""
@@ -277,10 +281,6 @@ class ClosedForm(EditMethod):
         tokens, contexts = self.subject_tokens, self.context_texts
         return subject_states(self.base, modules, requests, contexts, carried, tokens=tokens)
 
-    def _share(self, layer: int) -> float:
-        """Share of the residual that a layer takes."""
-        return float(1 / (len(self.layers) - self.layers.index(layer)) ** self.spread)
-
     def _cost(
         self, prior: least_squares.Prior, keys: Tensor, history: Tensor | None, found: list[float]
     ) -> least_squares.Prior:
@@ -293,10 +293,8 @@ class ClosedForm(EditMethod):
 
     def _history(self, module: str) -> Tensor | None:
         """Keys of a module that earlier edits remember. Shape ``[d_in, N]``."""
-        name, past = f"{module}.keys", self._memories() if self.settings.history else []
-        # Those of edits that were read from files are on the CPU.
-        keys = [m[name].to(self.base.device, torch.float64) for m in past if name in m]
-        return torch.cat(keys, dim=1) if keys else None
+        past = self._memories() if self.settings.history else []
+        return remembered_keys(self.base, past, module)
 
     def _memories(self) -> list[dict[str, Tensor]]:
         return memories(self.base, type(self).__name__)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 
+import torch
 from torch import Tensor
 
 from kedit_lightning.base_models import BaseModel
@@ -15,15 +16,36 @@ from kedit_lightning.methods.locate.shared.subject_states import Carried
 from kedit_lightning.requests import EditRequest
 
 
-class EditGroups:
-    """Collects the changes of each group of requests, layer by layer."""
+def remembered_keys(
+    base: BaseModel, memories: Sequence[Mapping[str, Tensor]], module: str
+) -> Tensor | None:
+    """Keys of a module in memories of edits, oldest first. Shape ``[d_in, N]``, float64."""
+    name = f"{module}.keys"
+    # Those of edits that were read from files are on the CPU.
+    keys = [m[name].to(base.device, torch.float64) for m in memories if name in m]
+    return torch.cat(keys, dim=1) if keys else None
 
-    def __init__(self, base: BaseModel, groups: Sequence[Sequence[EditRequest]]) -> None:
+
+class EditGroups:
+    """Collects the changes of each group of requests, layer by layer.
+
+    Args:
+        base: The base model.
+        groups: The requests of each edit.
+        sizes: Number of keys of each group; one a request when absent.
+    """
+
+    def __init__(
+        self,
+        base: BaseModel,
+        groups: Sequence[Sequence[EditRequest]],
+        sizes: Sequence[int] | None = None,
+    ) -> None:
         self.base, self.groups = base, groups
         self.requests = [request for group in groups for request in group]
-        ends = accumulate(len(group) for group in groups)
-        #: Places of each group among the requests.
-        self.parts = [slice(end - len(g), end) for g, end in zip(groups, ends, strict=True)]
+        sizes = [len(group) for group in groups] if sizes is None else sizes
+        #: Places of each group among the keys.
+        self.parts = [slice(e - n, e) for n, e in zip(sizes, accumulate(sizes), strict=True)]
         #: The change of each projection so far, by group.
         self.changes: list[dict[str, WeightDelta]] = [{} for _ in groups]
         self.memories: list[dict[str, Tensor]] = [{} for _ in groups]
@@ -43,12 +65,12 @@ class EditGroups:
             yield None
 
     def remember(self, name: str, values: Tensor) -> None:
-        """Put values of all requests, ``[..., n]``, into the memories of their edits."""
+        """Put values at all keys, ``[..., n]``, into the memories of their edits."""
         for memory, part in zip(self.memories, self.parts, strict=True):
             memory[name] = values[..., part].contiguous()
 
     def changing(self) -> Iterable[tuple[dict[str, WeightDelta], slice, list[float]]]:
-        """Of each group its changes, its place among the requests, and its weights."""
+        """Of each group its changes, its place among the keys, and its weights."""
         return zip(self.changes, self.parts, self.weights, strict=True)
 
     def edits(self, origin: Callable[..., EditOrigin]) -> list[Edit]:

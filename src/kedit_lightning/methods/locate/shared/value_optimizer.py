@@ -82,7 +82,7 @@ def shortened(vectors: Tensor, limit: Tensor) -> Tensor:
 
 
 @dataclass
-class _Adam:
+class Adam:
     """Adam with a state and a step count of its own for each row."""
 
     lr: float
@@ -251,7 +251,7 @@ class ValueOptimizer:
         size = initial.norm(dim=2)
         limit = settings.clamp * size if tie is None else tie.radius(size)
         delta = torch.zeros_like(initial) if tie is None else tie.start(initial)
-        adam = _Adam(settings.lr, torch.zeros_like(delta), torch.zeros_like(delta))
+        adam = Adam(settings.lr, torch.zeros_like(delta), torch.zeros_like(delta))
         forward = _ForwardPass(self.base, self.site, encoded, settings.consistency > 0)
         with torch.no_grad():
             reference = forward.run(torch.zeros_like(delta)).essence
