@@ -10,7 +10,8 @@ copy of its weight with Adam through complete passes with all logits, and puts t
 DINM reads replies together, runs again only what lies above the layer, and trains requests of one
 layer in one loop.  Times are those of the processor, the better of three; the cosine is that of
 both changes, of the request where it is smallest.  ``kept`` counts weights that are bit-equal after
-all edits.
+all edits.  A second line has the mean divergence along the constraints after the edits, with and
+without their part of the loss, and how often it is lower with it.
 """
 
 from __future__ import annotations
@@ -139,6 +140,17 @@ def main() -> None:
     print(
         f"| {base.name} | {layers} | {slow:.4f} | {alone:.4f} | {together:.4f} "
         f"| {together / slow:.2f} | {min(cosines):.6f} | {kept} of {len(weights)} |"
+    )
+    without = DINM(base_model=base, constraint_weight=0.0)
+    pairs = [
+        tuple(edit.origin.notes["constraint_divergence"] for edit in both)
+        for both in zip(edits, without.edit_each([[request] for request in asked]), strict=True)
+    ]
+    means = [sum(values) / len(pairs) for values in zip(*pairs, strict=True)]
+    lower = sum(one < other for one, other in pairs)
+    print(
+        f"divergence {means[0]:.4f} with the constraint, {means[1]:.4f} without, lower in "
+        f"{lower} of {len(pairs)}"
     )
 
 

@@ -205,7 +205,7 @@ _OWN: dict[tuple[Kind, str], dict[str, tuple[str, str, str]]] = {
             "requests",
             "your own JSON, JSONL or CSV: `prompt` (or chat `messages`), `target_new`, "
             "`subject?`, `target_old?`, `id?`, `task?`, `image?`, `rephrases?`, "
-            "`image_rephrases?`, `locality?`, `portability?`",
+            "`image_rephrases?`, `locality?`, `portability?`, `constraint?`",
         ),
         "RippleEdits": (
             "knowledge.rippleedits",

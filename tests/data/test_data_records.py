@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,19 @@ def test_keys_of_a_probe_that_are_not_read(
     )
     named = f"field '{kind}.near[1].{key}'" + (f" (was '{meant}' meant?)" if meant else "")
     assert f"{named} is not read; fields here are prompt, messages, answers" in message
+
+
+def test_a_constraint_is_read_whole(tmp_path: Path) -> None:
+    kept = {"prompt": "Snow is", "answer": "white"}
+    (example,) = Requests(path=write(tmp_path / "f.jsonl", fact(constraint=kept))).examples()
+    request = example.requests[0]
+    assert (request.constraint_prompt, request.constraint_answer) == ("Snow is", "white")
+    for damaged, named in (
+        ({"prompt": "Snow is"}, "'constraint.answer' is missing"),
+        ({**kept, "answers": "x"}, "'constraint.answers'.*fields here are prompt, answer"),
+        ("Snow is white", "'constraint' must be an object"),
+    ):
+        assert re.search(named, complaint(write(tmp_path / "f.jsonl", fact(constraint=damaged))))
 
 
 # ---- keys that stand twice

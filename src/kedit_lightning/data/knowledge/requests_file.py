@@ -26,7 +26,9 @@ class Requests(EditDataModule):
             target_old, id, task, rephrases (a list of texts), locality and portability. The last
             two map the name of a group to a list of probes, each with prompt and answers (a text
             or a list of texts; locality needs none), as in
-            {"near": [{"prompt": "The capital of Italy is", "answers": ["Rome"]}]}. For a
+            {"near": [{"prompt": "The capital of Italy is", "answers": ["Rome"]}]}. A constraint, a
+            question (prompt) with the answer that should stay, is for methods that train on it,
+            such as DINM. For a
             vision-language model a record and a probe may have an image, the path or URL of a
             picture, or a list of several, and a record image_rephrases, other pictures of the same
             thing; paths are relative to the file. In place of
@@ -44,7 +46,7 @@ class Requests(EditDataModule):
     id_field = "id"
     known_fields = frozenset(
         {"prompt", "messages", "target_new", "subject", "target_old", "id", "task", "image"}
-        | {"rephrases", "image_rephrases", "locality", "portability"}
+        | {"rephrases", "image_rephrases", "locality", "portability", "constraint"}
     )
     where_to_get_it = ", or give one fact with prompt, subject and target_new"
 
@@ -86,6 +88,7 @@ class Requests(EditDataModule):
             id=id,
             task=fields.optional_text("task"),
             image=picture(fields, "image", self.folder),
+            **self._constraint(fields),
         )
         answer, old = (request.target_new,), request.target_old
         probes = [
@@ -108,6 +111,14 @@ class Requests(EditDataModule):
         """The picture of a probe, all of whose fields are known."""
         item.refuse_others("prompt", "messages", "answers", "image")
         return picture(item, "image", self.folder)
+
+    @staticmethod
+    def _constraint(fields: Fields) -> dict[str, str]:
+        if "constraint" not in fields:
+            return {}
+        item = fields.fields("constraint")
+        item.refuse_others("prompt", "answer")
+        return {f"constraint_{name}": item.text(name) for name in ("prompt", "answer")}
 
     @staticmethod
     def _rephrases(fields: Fields) -> list[str]:
