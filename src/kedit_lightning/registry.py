@@ -145,6 +145,7 @@ _OWN: dict[tuple[Kind, str], dict[str, tuple[str, str, str]]] = {
         "UltraEdit": ("locate.ultraedit", "ultraedit", "regression of normalised gradients"),
     },
     ("dataset", "data"): {
+        "ADSEdit": ("multimodal.adsedit", "adsedit", "driving scenes in one picture or several"),
         "AKEW": (
             "knowledge.akew",
             "akew",
@@ -154,6 +155,11 @@ _OWN: dict[tuple[Kind, str], dict[str, tuple[str, str, str]]] = {
             "knowledge.cknowedit",
             "cknowedit",
             "Chinese poetry, idioms, pinyin, history, logic",
+        ),
+        "ComprehendEdit": (
+            "multimodal.comprehendedit",
+            "comprehendedit",
+            "errors about pictures across five benchmarks",
         ),
         "ConceptEdit": (
             "knowledge.conceptedit",

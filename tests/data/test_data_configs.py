@@ -20,6 +20,8 @@ CLASSES = {
     "texts": "Texts",
     "akew": "AKEW",
     "cknowedit": "CKnowEdit",
+    "adsedit": "ADSEdit",
+    "comprehendedit": "ComprehendEdit",
     "editeverything": "EditEverything",
     "eic": "EIC",
     "evqa": "EVQA",

@@ -12,7 +12,7 @@ from tiny_vision import draw, vision_base, vision_folder
 
 from kedit_lightning import EditRequest, Probe
 from kedit_lightning.cli.main import main
-from kedit_lightning.data import EVQA, Requests
+from kedit_lightning.data import EVQA, ADSEdit, Requests
 from kedit_lightning.errors import DataFileError, InvalidRequestError
 from kedit_lightning.image_reference import content_hash
 
@@ -80,6 +80,18 @@ def test_probes_of_evqa_ask_about_other_pictures():
         assert unrelated.prompt.startswith("Question: ")
         assert unrelated.prompt.endswith(" Short answer:")
         assert image["locality", "text"].image is None
+
+
+def test_scenes_of_several_pictures_and_no_films(folder):
+    first, second = ADSEdit(SAMPLES / "adsedit.json").examples()
+    assert isinstance(first.requests[0].image, str)
+    assert isinstance(second.requests[0].image, tuple)
+    rows = vision_base("llava").rows(["Which way?"], images=[second.requests[0].image])
+    assert len(rows.pictures[0].features.pooler_output) == 2
+    (record, _) = json.loads((SAMPLES / "adsedit.json").read_text(encoding="utf-8"))
+    path = _file(folder, {**record, "image": "drive.mp4"})
+    with pytest.raises(DataFileError, match="field 'image' names a film; give its frames"):
+        ADSEdit(path).examples()
 
 
 def test_pictures_in_memory_become_text(folder):

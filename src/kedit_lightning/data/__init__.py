@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from kedit_lightning.data.knowledge.unke import EditEverything, UnKE
     from kedit_lightning.data.knowledge.wikibigedit import WikiBigEdit
     from kedit_lightning.data.knowledge.zsre import ZsRE
+    from kedit_lightning.data.multimodal.adsedit import ADSEdit
+    from kedit_lightning.data.multimodal.comprehendedit import ComprehendEdit
     from kedit_lightning.data.multimodal.mmedit import EIC, EVQA
     from kedit_lightning.data.record_parsing import SkipRecord
     from kedit_lightning.data.records import Fields
@@ -37,7 +39,9 @@ __all__ = [
     "EIC",
     "EVQA",
     "LEME",
+    "ADSEdit",
     "CKnowEdit",
+    "ComprehendEdit",
     "ConceptEdit",
     "CounterFact",
     "EditDataModule",

@@ -55,8 +55,9 @@ FORMATS = (
     _read("CounterFact", "CounterFact", "requested_rewrite.subject"),
     _read("CounterFact", "CounterFact", "prompt", "target_new", "locality_prompt"),
     _read("CounterFact", "CounterFact", "prompt", "target_new", "rephrase_prompt", "case_id"),
+    _read("ADSEdit", "ADS-Edit", "image_type", "m_loc"),
     _read("EVQA", "E-VQA or E-IC (MMEdit)", "m_loc"),
-    _foreign("ComprehendEdit", "multimodal_locality_prompt", note="its facts are about pictures"),
+    _read("ComprehendEdit", "ComprehendEdit", "multimodal_locality_prompt"),
     _read("LEME", "LEME", "coupled_prompts_and_properties"),
     _read("ZsRE", "zsRE", "src", "alt"),
     *(

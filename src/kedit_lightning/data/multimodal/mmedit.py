@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,45 @@ QUESTION = "Question: {} Short answer:"
 _TASK = ProbeTask("picture")
 
 
-class EVQA(EditDataModule):
+class PictureData(EditDataModule):
+    """Datasets of facts about pictures.
+
+    Args:
+        path: File with the records to edit and test.
+        image_root: Folder that paths of pictures start from; the folder of the file when absent.
+        **settings: Those of all datasets.
+    """
+
+    def __init__(
+        self,
+        path: str | Path | None = None,
+        image_root: str | Path | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__(path, **settings)
+        self.image_root = image_root
+
+    def seen(
+        self, fields: Fields, key: str, root: str | Path | None = None, needed: bool = False
+    ) -> Image | None:
+        """The picture that a field names, or the several of a list.
+
+        Raises:
+            InvalidRequestError: A file is not there, or a needed field is missing.
+        """
+        if needed and key not in fields:
+            fields.text(key)  # raises
+        start = root or self.image_root
+        return picture(fields, key, self.folder if start is None else Path(start).expanduser())
+
+    @staticmethod
+    def unrelated(prompt: str, answers: Sequence[str], image: Image | None = None) -> Probe:
+        """A question that must keep its answer, without a picture or about one."""
+        group = "text" if image is None else "image"
+        return Probe("locality", prompt, tuple(answers), group, image=image, task=_TASK)
+
+
+class EVQA(PictureData):
     """E-VQA: wrong answers to questions about pictures, with their corrections.
 
     The question ``src`` about ``image`` gets the answer ``alt`` in place of ``pred``, which BLIP-2
@@ -51,8 +90,7 @@ class EVQA(EditDataModule):
         rephrase_root: str | Path | None = None,
         **settings: Any,
     ) -> None:
-        super().__init__(path, **settings)
-        self.image_root = image_root
+        super().__init__(path, image_root, **settings)
         self.rephrase_root = rephrase_root
 
     def parse(self, fields: Fields, id: str) -> EditExample:
@@ -61,27 +99,21 @@ class EVQA(EditDataModule):
             raise SkipRecord("field 'alt' is empty, so the record states no edit")
         new, prompt = fields.text("alt"), fields.text("src")
         old = differing(fields.optional_text("pred"), new)
-        fields.text("image")
-        seen = self._seen(fields, "image", self.image_root)
+        seen = self.seen(fields, "image", needed=True)
         request = EditRequest(prompt, new, None, old, id, image=seen)
-        probes = [Probe("rephrase", text, (new,), "text", old, seen)
-                  for text in fields.texts("rephrase")]  # fmt: skip
-        other = self._seen(fields, "image_rephrase", self.rephrase_root or self.image_root)
+        probes = [
+            Probe("rephrase", text, (new,), "text", old, seen) for text in fields.texts("rephrase")
+        ]
+        other = self.seen(fields, "image_rephrase", self.rephrase_root)
         if other is not None:
             probes.append(Probe("rephrase", prompt, (new,), "image", old, other))
         if "loc" in fields:
-            known = (fields.text("loc_ans"),)
-            probes.append(Probe("locality", fields.text("loc"), known, "text", task=_TASK))
+            probes.append(self.unrelated(fields.text("loc"), [fields.text("loc_ans")]))
         if "m_loc" in fields:
             question = QUESTION.replace("{}", fields.text("m_loc_q"))
-            unrelated = self._seen(fields, "m_loc", self.image_root)
-            answers = tuple(fields.required_texts("m_loc_a"))
-            local = Probe("locality", question, answers, "image", image=unrelated, task=_TASK)
-            probes.append(local)
+            answers = fields.required_texts("m_loc_a")
+            probes.append(self.unrelated(question, answers, self.seen(fields, "m_loc")))
         return EditExample.from_request(request, id, probes)
-
-    def _seen(self, fields: Fields, key: str, root: str | Path | None) -> Image | None:
-        return picture(fields, key, self.folder if root is None else Path(root).expanduser())
 
 
 class EIC(EVQA):
