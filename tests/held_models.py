@@ -82,6 +82,35 @@ def _sharded(model: Any, folder: Path) -> Any:
     return fully_shard(model)
 
 
+class PackedLinear(nn.Module):
+    """A linear layer as GPTQ and AWQ hold it: small integers and scales, in buffers alone."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.bias = None
+        scales = linear.weight.detach().abs().amax(1, keepdim=True) / 127
+        self.register_buffer("scales", scales)
+        self.register_buffer("qweight", (linear.weight.detach() / scales).round().to(torch.int8))
+
+    def dequantize_weight(self) -> torch.Tensor:
+        """The matrix, ``[out, in]``."""
+        return self.qweight * self.scales
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """The map of states ``[..., in]``."""
+        return nn.functional.linear(states, self.dequantize_weight())
+
+
+def packed(model: Any) -> Any:
+    """The model with all projections of its blocks packed."""
+    for name, module in [*model.model.layers.named_modules()]:
+        if isinstance(module, nn.Linear):
+            owner, _, key = name.rpartition(".")
+            setattr(model.model.layers.get_submodule(owner), key, PackedLinear(module))
+    return model
+
+
 def _int8() -> TorchAoConfig:
     from torchao.quantization import Int8WeightOnlyConfig
 
@@ -99,6 +128,7 @@ HELD: dict[str, Callable[[Path], Any]] = {
     "4 bit": lambda f: _loaded(f, quantization_config=BitsAndBytesConfig(load_in_4bit=True)),
     "torchao": lambda folder: _loaded(folder, quantization_config=_int8()),
     "quanto": lambda folder: _loaded(folder, quantization_config=QuantoConfig(weights="int8")),
+    "packed": lambda folder: packed(_loaded(folder)),
     "peft": lambda folder: _with_adapter(_loaded(folder)),
     "sharded": lambda folder: _sharded(_loaded(folder), folder),
     "tied": lambda folder: tiny_model("llama", torch.float32, tie_word_embeddings=True),

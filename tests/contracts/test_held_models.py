@@ -6,6 +6,7 @@ import pytest
 import torch
 from held_models import HELD, TWINS, hold, twin
 from method_examples import LOCATE, POOL, make
+from method_examples import METHODS as EXAMPLES
 from support import REQUESTS, tiny_model, tiny_tokenizer
 from torch import distributed
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -36,6 +37,7 @@ FAST = {
     ("torchao", "MEND"),
     ("torchao", "LoRA"),
     ("quanto", "FTM"),
+    ("packed", "GRACE"),
     ("peft", "FTM"),
     ("tied", "MEMIT"),
 }
@@ -48,14 +50,18 @@ def _no_process_group():
         distributed.destroy_process_group()
 
 
+#: Peft has adapters for modules of the libraries that it knows.
+FOREIGN = {("packed", "LoRA")}
 #: torch compiles anew whenever the stack changes, which takes minutes, so two kinds of hook do.
 COMPILED = {"FTM", "LoRA"}
 CELLS = [
     pytest.param(how, method, marks=() if (how, method) in FAST else pytest.mark.slow)
     for how in HELD
     for method in METHODS
-    if how != "compiled" or method in COMPILED
+    if (how != "compiled" or method in COMPILED) and (how, method) not in FOREIGN
 ]
+#: Methods whose memories are trained beside a projection.
+MEMORIES = ("CaliNet", "DEFER", "MELO", "MEMOIR", "TPatcher", "WISE")
 
 
 def log_probability(base: BaseModel) -> float:
@@ -103,11 +109,30 @@ def test_an_edit_lifts_its_target_as_on_the_plain_model(how, name, tmp_path):
         assert found > wanted / 2
 
 
+@pytest.mark.parametrize("name", MEMORIES)
+@pytest.mark.parametrize("how", ["packed", pytest.param("in memory", marks=pytest.mark.slow)])
+def test_memories_stand_where_a_projection_computes(how, name, tmp_path):
+    base = BaseModel(hold(how, tmp_path), tiny_tokenizer(True), name=how)
+    with torch.no_grad():
+        rows = base.rows([REQUEST.prompt], [REQUEST.target_new])
+        before = base.answer_logits(rows)
+        with make(name, dict(EXAMPLES)[name], base).edit([REQUEST]):
+            assert not base.answer_logits(rows).equal(before)
+        assert base.answer_logits(rows).equal(before)
+
+
+def test_peft_knows_no_adapter_for_a_foreign_projection(tmp_path):
+    base = BaseModel(hold("packed", tmp_path), tiny_tokenizer(True), name="packed")
+    with pytest.raises(UnsupportedUseError, match=r"peft puts no adapter around.*PackedLinear"):
+        make("LoRA", METHODS["LoRA"], base).edit([REQUEST])
+
+
 QUANTISED = {
     "8 bit": "bitsandbytes, 8 bit",
     "4 bit": "bitsandbytes, 4 bit",
     "torchao": "torchao",
     "quanto": "quanto",
+    "packed": "packed integers",
 }
 
 
@@ -121,7 +146,9 @@ def test_quantised_weights_are_written_dequantised_or_not_at_all(how, kind, tmp_
         with pytest.raises(UnsupportedUseError, match=rf"save_pretrained cannot.*\({kind}\)"):
             base.model.save_pretrained(tmp_path / "saved")
         wanted = log_probability(base)
+    before = log_probability(base)
     copy = edit.materialise(dequantise=True)
+    assert log_probability(base) == before
     copy.save_pretrained(tmp_path / "copy")
     tiny_tokenizer(True).save_pretrained(tmp_path / "copy")
     written = BaseModel.load(tmp_path / "copy")

@@ -129,3 +129,12 @@ def test_what_maps_by_one_matrix_is_a_projection():
     assert not is_projection(torch.nn.Bilinear(2, 3, 4))
     assert not is_projection(torch.nn.Sequential(torch.nn.Linear(2, 3)))
     assert device_of(Packed()) == torch.device("cpu")
+
+
+def test_the_matrix_of_unpacked_weights_is_a_copy():
+    # compressed-tensors unpacks weights in the first pass, and leaves its scheme at the module.
+    module = torch.nn.Linear(3, 2)
+    module.quantization_scheme = object()
+    before = module.weight.detach().clone()
+    matrix_of(module).zero_()
+    assert module.weight.equal(before)

@@ -111,6 +111,8 @@ def quantisation(module: nn.Module) -> str | None:
     for held in (inner, weight, module):
         kind = type(held)
         library = _LIBRARIES.get(kind.__module__.partition(".")[0])
+        if library == "GPTQ" and "awq" in kind.__name__.lower():
+            return "AWQ"  # the package has modules of both
         if library == "bitsandbytes":
             return _BITS.get(type(weight).__name__)  # its other modules hold plain weights
         if library is not None:
@@ -161,7 +163,8 @@ def matrix_of(module: nn.Module) -> Tensor:
     if tuple(matrix.shape) not in {(d_out, d_in), (d_in, d_out)} or matrix.dtype.itemsize == 1:
         raise _unreadable(module, kind, f"it reads as {tuple(matrix.shape)}, {matrix.dtype}")
     matrix = matrix if tuple(matrix.shape) == (d_out, d_in) else matrix.T
-    return matrix.detach().to(compute_dtype(matrix.dtype))
+    # Weights that are unpacked already are handed out as they are.
+    return matrix.detach().to(compute_dtype(matrix.dtype), copy=True)
 
 
 def rows_of(module: nn.Module, index: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from kedit_lightning.edits.edit import check_finite
 from kedit_lightning.edits.kinds.deferral.deferral_edit import stacked_deferral
 from kedit_lightning.edits.projections import check_editable, compute_dtype, projection_shape
 from kedit_lightning.edits.prompt_routing import from_prompt_end
+from kedit_lightning.edits.weight_storage import device_of
 from kedit_lightning.methods.capabilities import Count, NotNegative, Positive
 from kedit_lightning.methods.memory.shared.memory_passes import PromptPasses, followed_layer
 from kedit_lightning.methods.method import Capabilities, EditMethod, MethodSettings
@@ -98,7 +99,7 @@ class DEFER(EditMethod):
         """Train the gate and the copy on, from where the edits on the stack have left them."""
         base, module = self.base, self.module_name
         projection = base.module(module)
-        device, dtype = next(projection.parameters()).device, compute_dtype(base.dtype)
+        device, dtype = device_of(projection), compute_dtype(base.dtype)
         start = stacked_deferral(base, module)
         if start is None:
             start = Deferral.zero(*projection_shape(projection), dtype, device)

@@ -19,6 +19,7 @@ from kedit_lightning.edits.kinds.blocks.clusters import BlockEntry
 from kedit_lightning.edits.low_rank import LowRankBatch, LowRankDelta
 from kedit_lightning.edits.projections import check_editable, compute_dtype, projection_shape
 from kedit_lightning.edits.prompt_routing import at_columns
+from kedit_lightning.edits.weight_storage import device_of
 from kedit_lightning.errors import UnsupportedUseError
 from kedit_lightning.methods.capabilities import Count, CountOrZero, NotNegative, Positive
 from kedit_lightning.methods.method import Capabilities, EditMethod, MethodSettings
@@ -233,8 +234,7 @@ class MELO(EditMethod):
         """Trainable factors as LoRA starts them: ``a`` uniform as in a linear layer, ``b`` zero."""
         layer, rank = self.base.module(module), self.settings.rank
         d_in, d_out = projection_shape(layer)
-        like = next(layer.parameters())
-        dtype, device = compute_dtype(self.base.dtype), like.device
+        dtype, device = compute_dtype(self.base.dtype), device_of(layer)
         drawn = [
             torch.rand(rank, d_in, generator=self.generator(block, module), dtype=torch.float64)
             for block in blocks

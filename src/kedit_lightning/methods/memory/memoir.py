@@ -21,6 +21,7 @@ from kedit_lightning.edits.kinds.overlap.overlap_edit import (
 )
 from kedit_lightning.edits.projections import check_editable, compute_dtype, projection_shape
 from kedit_lightning.edits.prompt_routing import from_prompt_end
+from kedit_lightning.edits.weight_storage import device_of
 from kedit_lightning.errors import UnsupportedUseError
 from kedit_lightning.methods.capabilities import (
     Count,
@@ -163,7 +164,7 @@ class MEMOIR(EditMethod):
     def _start(self) -> Tensor:
         """The memory that the edits on the stack form, ``[d_out, d_in]``."""
         module = self.base.module(self.plan.module)
-        device, dtype = next(module.parameters()).device, compute_dtype(self.base.dtype)
+        device, dtype = device_of(module), compute_dtype(self.base.dtype)
         edits = stacked_overlap_edits(self.base, self.plan)
         if edits:
             return residual_memory(edits, device).change.to(dtype)

@@ -22,6 +22,7 @@ from kedit_lightning.edits.kinds.side.side_edit import (
 )
 from kedit_lightning.edits.projections import check_editable, compute_dtype, projection_shape
 from kedit_lightning.edits.prompt_routing import from_prompt_end
+from kedit_lightning.edits.weight_storage import device_of
 from kedit_lightning.methods.capabilities import (
     Count,
     CountOrZero,
@@ -234,7 +235,7 @@ class WISE(EditMethod):
             number, members = number + 1, []
         weight = self.base.module(self.plan.module)
         d_in, d_out = projection_shape(weight)
-        device = next(weight.parameters()).device
+        device = device_of(weight)
         start = torch.zeros(d_out, d_in, dtype=compute_dtype(self.base.dtype), device=device)
         start = shard_changes(members)[number].to(start) if members else start
         facts = [request for edit in members for request in edit.origin.requests]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import ClassVar, TypedDict
 
 import torch
@@ -72,7 +73,7 @@ class CodebookEdit(MemoryEdit):
         self.entries = tuple(entries)
         self.replacement = replacement
         layer = find_module(base.model, module)
-        if next(layer.parameters(), None) is None:
+        if not any(True for _ in chain(layer.parameters(), layer.buffers())):
             raise UnsupportedUseError(f"a codebook needs a module with weights, not '{module}'")
         shape = projection_shape(layer) if is_projection(layer) else None
         for entry in self.entries:

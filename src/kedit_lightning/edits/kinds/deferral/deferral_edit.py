@@ -20,6 +20,7 @@ from kedit_lightning.edits.state_schema import (
     check_tensor,
     check_value,
 )
+from kedit_lightning.edits.weight_storage import device_of
 from kedit_lightning.errors import EditFileError
 
 #: Gate from which on a row is answered by the copy, itself included.
@@ -126,7 +127,7 @@ class DeferralEdit(MemoryEdit):
         return [RouteRows(self.module, self.family, self._build, self.share)]
 
     def _build(self, shares: Sequence[Deferral]) -> RowFunction:
-        device = next(find_module(self.base.model, self.module).parameters()).device
+        device = device_of(find_module(self.base.model, self.module))
         whole = reduce(Deferral.plus, shares).to(device)
         return routed(self.family, whole.route, whole.replace)
 

@@ -21,6 +21,7 @@ from kedit_lightning.edits.state_schema import (
     check_tensor,
     check_value,
 )
+from kedit_lightning.edits.weight_storage import device_of
 from kedit_lightning.errors import EditFileError
 
 
@@ -161,7 +162,7 @@ class OverlapEdit(MemoryEdit):
 
     def _build(self, edits: Sequence[OverlapEdit]) -> RowFunction:
         module = find_module(self.base.model, self.plan.module)
-        memory = residual_memory(edits, next(module.parameters()).device)
+        memory = residual_memory(edits, device_of(module))
         return routed(self.family, memory.route, memory.add)
 
     def state(self) -> tuple[Tensors, Values]:

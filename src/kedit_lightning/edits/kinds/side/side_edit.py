@@ -26,6 +26,7 @@ from kedit_lightning.edits.state_schema import (
     check_tensor,
     check_value,
 )
+from kedit_lightning.edits.weight_storage import device_of
 from kedit_lightning.errors import EditFileError
 
 
@@ -176,7 +177,7 @@ class SideEdit(MemoryEdit):
         return [RouteRows(self.plan.module, self.family, self._build, self)]
 
     def _build(self, edits: Sequence[SideEdit]) -> RowFunction:
-        device = next(find_module(self.base.model, self.plan.module).parameters()).device
+        device = device_of(find_module(self.base.model, self.plan.module))
         memories = side_memories(self.plan, edits, device, state_rounding(self.base.dtype))
         return routed(self.family, memories.route, memories.add)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from kedit_lightning.edits.compilation import uncompiled
 from kedit_lightning.edits.projections import base_layer, expert_projection, is_transposed
-from kedit_lightning.edits.weight_storage import loaded
+from kedit_lightning.edits.weight_storage import device_of, loaded
 from kedit_lightning.errors import UnsupportedUseError
 
 #: Name of the adapter inside peft.
@@ -57,6 +57,9 @@ class Projections(nn.Module):
         super().__init__()
         for number, module in enumerate(modules):
             self.add_module(f"projection{number}", module)
+        # peft reads the device of a first parameter; quantised projections may hold buffers alone.
+        empty = torch.empty(0, device=device_of(modules[0]))
+        self.placed = nn.Parameter(empty, requires_grad=False)
         # What peft asks a model whose weights are quantised.
         self.is_loaded_in_8bit = bool(getattr(model, "is_loaded_in_8bit", False))
         self.is_loaded_in_4bit = bool(getattr(model, "is_loaded_in_4bit", False))
