@@ -94,9 +94,9 @@ edit is rolled back bit for bit. What cannot be done is to write an edit into su
 `edit.materialise()` and `save_pretrained` refuse and name the kind, and
 `edit.materialise(dequantise=True)` writes a plain model instead. Learned networks and key
 statistics of a checkpoint serve it in every precision; an edit is bound to the precision that it
-was computed in. `tests/contracts/test_held_models.py` runs these on a tiny Llama, on the CPU, with FTM,
-ROME, MEMIT, MEND, GRACE, IKE and LoRA; `by hand` are those whose packages the tests do not install,
-run with the same methods on 2026-11-29:
+was computed in. `tests/contracts/test_held_models.py` runs these on a tiny Llama, on the CPU, with
+FTM, ROME, MEMIT, MEND, GRACE, IKE and LoRA; `by hand` are those whose packages the tests do not
+install, run with the same methods on 2026-11-29:
 
 | held as | package | an edit | written into weights |
 |---|---|---|---|
@@ -113,8 +113,8 @@ run with the same methods on 2026-11-29:
 On processors with bfloat16 kernels, bitsandbytes packs 4-bit weights for the host in the first pass
 without gradients, which rounds their scales and ends all gradients: they are kept from it.
 
-Transformers 5.23 loads no HQQ model, so `hqq` quantised the loaded one. compressed-tensors unpacks its
-weights in the first pass, and they are plain from then on. Projections are recognised by
+Transformers 5.23 loads no HQQ model, so `hqq` quantised the loaded one. compressed-tensors unpacks
+its weights in the first pass, and they are plain from then on. Projections are recognised by
 `in_features` and `out_features`; a weight is read through the module's `dequantize_weight` or
 `dequantize`, and refused by the name of its kind where it has neither.
 """
