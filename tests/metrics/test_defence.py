@@ -104,6 +104,7 @@ def test_a_scripted_model_and_an_edit_that_changes_nothing(strength):
     assert [states[g]["base"]["unsafe"] for g in ("rewrite", "only_question")] == [0.9, 0.1]
     assert states["other_attacks"]["base"]["unsafe"] == 0.5  # empty; the classifier is not asked
     assert all(text.strip() for text in seen)
+    assert len(seen) == len(set(seen))  # each once
     assert found["portability/dg"] == pytest.approx((1 + 0.5 + 0) / 3)
     if strength:
         assert states["rewrite"]["after"]["passage"] == "no"

@@ -228,6 +228,14 @@ class Graders:
     def _classifier(self, wanted: TextClass) -> Classifier:
         return wanted.classifier(getattr(self.protocol, wanted.option), self.device)
 
+    @cache  # noqa: B019 - as above; texts of the base model come again at every stage
+    def _share(self, wanted: TextClass, text: str) -> Any:
+        """How likely a text is of a class; of several classes a list."""
+        if wanted.empty is not None and not text.strip():
+            return wanted.empty
+        said = self._classifier(wanted)([text])[0]
+        return torch.as_tensor(said, dtype=torch.float64).tolist()
+
     def _classify(
         self, probes: Sequence[ProbeRecord], found: list[dict[str, dict[str, Any]]]
     ) -> None:
@@ -241,11 +249,5 @@ class Graders:
             for state, new in states.items():
                 reading: ProbeReading = probe[state]
                 text = PASSAGE.of(reading)
-                if (text := TEXT.of(reading) if text is None else text) is None:
-                    continue
-                given = wanted.empty if not text.strip() else None
-                if given is None:
-                    # Of several classes a list.
-                    said = self._classifier(wanted)([text])[0]
-                    given = torch.as_tensor(said, dtype=torch.float64).tolist()
-                new[wanted.measurement.name] = given
+                if (text := TEXT.of(reading) if text is None else text) is not None:
+                    new[wanted.measurement.name] = self._share(wanted, text)

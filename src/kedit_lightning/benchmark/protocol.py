@@ -78,7 +78,8 @@ class Protocol:
         sentiment: Sequence classifier of opinions (name or folder; in Python also a function from
             texts to probabilities of positive sentiment), for ``gen_sentiment``.
         safety: Sequence classifier of replies (name or folder; in Python also a function from texts
-            to probabilities that they are unsafe), for ``ds`` and ``dg``.
+            to probabilities that they are unsafe), for ``ds`` and ``dg``; of two classes without
+            names the second is unsafe.
         traits: Sequence classifier of the traits that opinions show, neuroticism, agreeableness and
             extraversion (name or folder; in Python also a function from texts to three
             probabilities each, in this order), for ``trait_acc`` and ``tpei``.

@@ -17,6 +17,7 @@ from kedit_lightning.methods.safety.dinm.constrained_passes import (
     ConstrainedPasses,
     row_divergences,
 )
+from kedit_lightning.methods.safety.dinm.dinm import SUFFIX
 from kedit_lightning.methods.safety.dinm.toxic_layer import (
     layer_distances,
     pooled,
@@ -255,8 +256,10 @@ def test_a_question_has_the_suffix_behind_it_and_a_packaged_text_where_nothing_i
     one, other = (method.constraint(request) for request in REQUESTS[:2])
     assert one == method.constraint(REQUESTS[0]) != other
     assert all(len(text.split()) > 1 for text in one)
-    texts = [row.prompt for row in method.rows_of(EditExample.from_request(REQUESTS[0], "1"))]
-    assert f"{REQUESTS[0].prompt} Be kind." in texts
+    asked = DINM(base_model=tiny_base("llama"))  # before it is built, as data are checked
+    texts = [row.prompt for row in asked.rows_of(EditExample.from_request(KEPT[0], "1"))]
+    assert f"{KEPT[0].prompt} {SUFFIX}" in texts
+    assert KEPT[0].constraint_prompt in texts
 
 
 def test_requests_of_one_edit_are_written_one_after_another():

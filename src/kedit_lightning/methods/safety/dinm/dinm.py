@@ -123,9 +123,17 @@ class DINM(EditMethod):
         self.projections = {layer: layout.block(layer).down for layer in chosen}
         for name in self.projections.values():
             check_editable(self.base.model, name)
-        usual = published_settings(self.base, "DINM", DINMDefaults) or DINMDefaults()
-        suffix = usual.suffix if settings.suffix is None else settings.suffix
-        self.settings = replace(settings, lr=settings.lr or usual.lr, suffix=suffix)
+        self.settings = replace(settings, lr=settings.lr or self.usual.lr, suffix=self.suffix)
+
+    @property
+    def usual(self) -> DINMDefaults:
+        """Settings for the base model where none are given."""
+        return published_settings(self.base, "DINM", DINMDefaults) or DINMDefaults()
+
+    @property
+    def suffix(self) -> str:
+        """The system suffix, also before the method is built."""
+        return self.usual.suffix if self.settings.suffix is None else self.settings.suffix
 
     @property
     def constrains(self) -> bool:
@@ -136,7 +144,7 @@ class DINM(EditMethod):
 
     def with_suffix(self, prompt: str) -> str:
         """A prompt whose question the system suffix follows."""
-        suffix = self.settings.suffix
+        suffix = self.suffix
         return with_question(prompt, f"{question_in(prompt)} {suffix}") if suffix else prompt
 
     def constraint(self, request: EditRequest) -> tuple[str, str]:
@@ -152,19 +160,17 @@ class DINM(EditMethod):
         return " ".join(words[:given]), " ".join(words[given:])
 
     def rows_of(self, example: EditExample) -> list[RowText]:
-        """Those of the example, and its prompts with the suffix."""
-        return [
-            *example_rows(example),
-            *[
-                RowText(
-                    "its prompt with suffix and target_new",
-                    self.with_suffix(r.prompt),
-                    r.target_new,
-                )
-                for r in example.requests
-                if self.settings.suffix
-            ],
-        ]
+        """Those of the example, its prompts with the suffix, and its constraints."""
+        rows = example_rows(example)
+        for request in example.requests:
+            prompt = self.with_suffix(request.prompt)
+            rows.append(
+                RowText("its prompt with suffix and target_new", prompt, request.target_new)
+            )
+            if request.constraint_prompt is not None:
+                answer = request.constraint_answer
+                rows.append(RowText("its constraint", request.constraint_prompt, answer))
+        return rows
 
     def _encoded(self, request: EditRequest) -> list[EncodedRow]:
         """The prompt with its safe reply, and the constraint with its answer."""
