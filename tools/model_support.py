@@ -145,9 +145,9 @@ direct calls, and edits them:
 Processors that read videos too (llava_onevision, qwen2_vl, qwen2_5_vl, qwen3_vl, internvl) need
 torchvision: `pip install 'kedit-lightning[vision]'`. The text editors that read pictures are FTM,
 FTL, LocFTBF, LoRA and its relatives, the closed-form methods and UltraEdit, the hypernetworks,
-GRACE, WISE, MEMOIR, DEFER, MELO, and IKE and PROMPT, which state a fact in words and look for facts
-by words alone. The others refuse requests with a picture in a sentence: the scope of SERAC and its
-counterfactual model read text.
+GRACE, WISE, MEMOIR, DEFER, MELO, and IKE, ICE and PROMPT, which state a fact in words: facts about
+the very picture that is asked about first, then those in the most similar words. The others refuse
+requests with a picture in a sentence: the scope of SERAC and its counterfactual model read text.
 """
 
 

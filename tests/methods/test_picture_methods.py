@@ -132,6 +132,32 @@ def test_an_edit_about_a_picture_acts_rolls_back_and_loads(
     assert torch.equal(_logits(base, pictures[0], None), before)
 
 
+def test_ike_states_the_fact_of_the_picture_that_is_asked_about(base, pictures, tmp_path):
+    facts = [
+        EditRequest(QUESTION, answer, image=image)
+        for answer, image in ((" tower", pictures[0]), (" bridge", pictures[1]))
+    ]
+    asked = (pictures[0], pictures[1], None)
+
+    def stated() -> list[str]:
+        rows = [base.encode(QUESTION, image=image) for image in asked]
+        texts = [base.tokenizer.decode(row.prompt) for row in rows]
+        return [next(w for w in ("tower", "bridge", "") if w in text) for text in texts]
+
+    assert stated() == ["", "", ""]
+    edit = IKE(base, demonstrations=0).edit(facts)
+    with edit:
+        assert stated() == ["tower", "bridge", "bridge"]  # of equals the latest
+    edit.save(tmp_path / "edit.safetensors")
+    with Edit.load(tmp_path / "edit.safetensors", base) as loaded:
+        assert loaded.id == edit.id
+        assert stated() == ["tower", "bridge", "bridge"]
+    text = EditRequest("What is that? It is a", " gate")
+    with IKE(base, demonstrations=0).edit([text, *facts]):
+        assert stated()[:2] == ["tower", "bridge"]
+        assert "gate" in base.tokenizer.decode(base.encode(QUESTION).prompt)
+
+
 def test_mend_learns_from_pictures(base, tmp_path):
     data = EVQA(SAMPLES / "vqa_eval.json", train_path=SAMPLES / "vqa_eval.json")
     method = MEND(base, **{"checkpoint": "none", **SMALL, "n_rephrases": 2, "n_locality": 2})

@@ -250,6 +250,7 @@ class BaseModel:
         rendered = self.edits.render(
             prompt,
             lambda text: self.max_tokens - reserve - self.encoder.count_prompt(text, images),
+            images,
         )
         row = self.encoder.encode(rendered, answer, subject, images)
         self.encoder.check_ids(row, embedded_tokens(self.model), self.name)

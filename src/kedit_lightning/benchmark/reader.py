@@ -323,7 +323,7 @@ class Reader:
         room = base.max_tokens - len(ids) - 2
         images = references(probe.image)
         prompt = base.edits.render(
-            probe.prompt, lambda text: room - base.encoder.count_prompt(text, images)
+            probe.prompt, lambda text: room - base.encoder.count_prompt(text, images), images
         )
         row = plain if prompt == probe.prompt else base.encoder.encode(prompt, images=images)
         ids = ids[: max(1, base.max_tokens - len(row.prompt))]

@@ -76,8 +76,9 @@ RowFunction: TypeAlias = Callable[[Tensor, Tensor, RowContext], Tensor]
 StatesFunction: TypeAlias = Callable[[Tensor, RowContext], None]
 #: Logits ``[n, vocab]``, their places and the row context -> new logits, or the same tensor.
 LogitsFunction: TypeAlias = Callable[[Tensor, Places, RowContext], Tensor]
-#: A prompt, and whether a text leaves room for an answer -> the new prompt.
-PromptFunction: TypeAlias = Callable[[str, Callable[[str], bool]], str]
+#: A prompt, whether a text leaves room for an answer, and where it has pictures their hashes -> the
+#: new prompt.
+PromptFunction: TypeAlias = Callable[..., str]
 
 
 @dataclass(frozen=True)

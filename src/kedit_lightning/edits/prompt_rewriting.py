@@ -5,9 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from kedit_lightning.edits.effects import PromptFunction
+from kedit_lightning.image_reference import content_hash
 
 
-def rewritten(prompt: str, rewrites: Sequence[PromptFunction], room: Callable[[str], int]) -> str:
+def rewritten(
+    prompt: str,
+    rewrites: Sequence[PromptFunction],
+    room: Callable[[str], int],
+    images: Sequence[str] = (),
+) -> str:
     """The prompt after all rewrites, each of which drops what it can spare where room is short.
 
     A later edit may need room for its fact that demonstrations of an earlier one have taken: then
@@ -17,16 +23,18 @@ def rewritten(prompt: str, rewrites: Sequence[PromptFunction], room: Callable[[s
         prompt: The text.
         rewrites: Functions of the edits, oldest first.
         room: Tokens that are left behind a text and its answer; below 0 it is too long.
+        images: References to the pictures that the prompt is about.
     """
 
     def leaves(spare: int) -> Callable[[str], bool]:
         return lambda text: room(text) >= spare
 
+    seen = (tuple(map(content_hash, images)),) if images else ()
     text, spare = prompt, 0
     while rewrites:
         text, left = prompt, list[int]()
         for rewrite in rewrites:
-            text = rewrite(text, leaves(spare))
+            text = rewrite(text, leaves(spare), *seen)
             left.append(room(text))
         over = -left.pop()
         fuller = [rest for rest in left if rest >= spare]

@@ -305,9 +305,10 @@ class EditStack:
             finally:
                 self._tracker.logit_places = before
 
-    def render(self, prompt: str, room: Callable[[str], int]) -> str:
+    def render(self, prompt: str, room: Callable[[str], int], images: Sequence[str] = ()) -> str:
         """The prompt as prompt edits rewrite it; ``room`` counts the tokens left behind a text."""
-        return rewritten(prompt, self._plan.prompts if self._active else (), room)
+        rewrites = self._plan.prompts if self._active else ()
+        return rewritten(prompt, rewrites, room, images if rewrites else ())
 
     def _follow_modules(self) -> None:
         """Move hooks to the modules that somebody has put in the place of hooked ones."""

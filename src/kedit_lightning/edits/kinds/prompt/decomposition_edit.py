@@ -110,7 +110,9 @@ class MultiHopController:
         self._written: dict[tuple[str, tuple[str, ...]], str] = {}
         self._busy = False
 
-    def __call__(self, prompt: str, fits: Callable[[str], bool]) -> str:
+    def __call__(
+        self, prompt: str, fits: Callable[[str], bool], images: tuple[str, ...] = ()
+    ) -> str:
         """The prompt behind which the answer follows."""
         if self._busy:  # a question on the way is asked as it is
             return prompt

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import ClassVar, TypedDict
+from typing import Any, ClassVar, TypedDict
 
 from kedit_lightning.chat_turns import put_before, question_in
 from kedit_lightning.edits.edit import Edit, EditableModel, Tensors, Values
@@ -28,6 +28,7 @@ class PromptEntry:
         top_k: Number of facts that are stated where this one is the most similar to a question;
             ``None`` for all.
         retriever: ``lexical``, or a sentence-transformers model, by which the facts are retrieved.
+        images: Hashes of the pictures that the fact is about; see ``image_reference``.
     """
 
     key: str
@@ -37,6 +38,7 @@ class PromptEntry:
     instruction: str = ""
     top_k: int | None = 1
     retriever: str = LEXICAL
+    images: tuple[str, ...] = ()
 
     @property
     def statement(self) -> str:
@@ -66,7 +68,11 @@ class PromptEdit(Edit):
 
     def state(self) -> tuple[Tensors, Values]:
         """The texts; there are no tensors."""
-        return {}, {"entries": [asdict(entry) for entry in self.entries]}
+        entries = [asdict(entry) for entry in self.entries]
+        for values in entries:
+            if not values["images"]:  # earlier releases had none; their edits keep their ids
+                del values["images"]
+        return {}, {"entries": entries}
 
     @classmethod
     def from_state(
@@ -75,14 +81,18 @@ class PromptEdit(Edit):
         """Rebuild from the texts."""
         check_value("the edit", values, _Entries)
         check_names("the edit", tensors, ())
-        entries = [{**e, "demonstrations": tuple(e["demonstrations"])} for e in values["entries"]]
+        entries: list[dict[str, Any]] = [
+            {name: tuple(v) if isinstance(v, list) else v for name, v in entry.items()}
+            for entry in values["entries"]
+        ]
         return cls(base, [PromptEntry(**entry) for entry in entries], origin)
 
 
 def retrieval(contents: Sequence[Sequence[PromptEntry]]) -> PromptFunction:
     """A function that puts the facts most similar to a prompt before it; of equals the latest.
 
-    Nothing is more similar to a prompt than itself, not even its words in another order.
+    Nothing is more similar to a prompt than itself, not even its words in another order. Facts
+    about the very pictures of a prompt, or about none where it has none, go before all others.
 
     Demonstrations are dropped, the least similar first, until the text leaves room for an answer,
     and then other facts; the most similar fact and the question never are.
@@ -91,13 +101,13 @@ def retrieval(contents: Sequence[Sequence[PromptEntry]]) -> PromptFunction:
     keys = [question_in(entry.key) for entry in entries]
     index = text_index(keys, entries[-1].retriever) if len(entries) > 1 else None
 
-    def rewrite(prompt: str, fits: Callable[[str], bool]) -> str:
+    def rewrite(prompt: str, fits: Callable[[str], bool], images: tuple[str, ...] = ()) -> str:
         if not entries:
             return prompt
         scores = index.scores(question_in(prompt)) if index is not None else [0.0]
         # Rounded, since the order of words moves the last digits of a score.
         ranked = zip(entries, scores, strict=True)
-        ranks = [(entry.key == prompt, round(score, 9)) for entry, score in ranked]
+        ranks = [(e.images == images, e.key == prompt, round(score, 9)) for e, score in ranked]
         order = sorted(range(len(entries)), key=lambda i: (ranks[i], i), reverse=True)
         return _longest(entries[order[0]], _beside(entries, order), prompt, fits)
 
@@ -114,13 +124,14 @@ def _beside(entries: Sequence[PromptEntry], order: Sequence[int]) -> tuple[list[
         entries: The facts, oldest first.
         order: Their numbers, the most similar first.
     """
-    best, beside = order[0], dict[str, int]()
+    best, beside = order[0], dict[tuple[str, tuple[str, ...]], int]()
     count = entries[best].top_k
     for at in order[1:]:
         if count is not None and len(beside) + 1 >= count:
             break
-        if entries[at].fact and entries[at].key != entries[best].key:
-            beside.setdefault(entries[at].key, at)
+        fact = entries[at].key, entries[at].images
+        if entries[at].fact and fact != (entries[best].key, entries[best].images):
+            beside.setdefault(fact, at)
     numbers = sorted(beside.values()) if count is None else list(beside.values())[::-1]
     before = [at for at in numbers if count is not None or at < best]
     behind = numbers[len(before) :]

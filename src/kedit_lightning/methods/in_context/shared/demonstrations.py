@@ -15,6 +15,7 @@ import torch
 from kedit_lightning.base_models.rows import join_text
 from kedit_lightning.chat_turns import question_in
 from kedit_lightning.edits import PromptEntry
+from kedit_lightning.image_reference import content_hash, references
 from kedit_lightning.methods.shared.fact_template import filled_template
 from kedit_lightning.requests import EditExample, EditRequest
 
@@ -48,9 +49,11 @@ def statement(request: EditRequest, template: str | None = None) -> PromptEntry:
     >>> statement(EditRequest("The capital of France is", "Lyon")).statement
     'New Fact: The capital of France is Lyon\nPrompt: '
     """
+    context, fact = "Prompt: ", f"New Fact: {stated_fact(request)}\n"
     if template is not None:
-        return PromptEntry(request.prompt, "", fact=filled_template(template, request))
-    return PromptEntry(request.prompt, "Prompt: ", fact=f"New Fact: {stated_fact(request)}\n")
+        context, fact = "", filled_template(template, request)
+    images = tuple(map(content_hash, references(request.image)))
+    return PromptEntry(request.prompt, context, fact=fact, images=images)
 
 
 def answered_question(
