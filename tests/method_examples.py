@@ -49,6 +49,7 @@ METHODS = [
     ("SERAC", {"checkpoint": "none"}),
     ("TPatcher", {"steps": 3}),
     ("UltraEdit", {"lr": 1e-2}),
+    ("UnKE", {"steps": 4, "lr": 1e-2, "texts": 2, "value_steps": 4}),
     ("WISE", {"steps": 8, "contexts": 1, "lr": 2.0}),
 ]
 

@@ -229,6 +229,14 @@ PAPERS: dict[str, tuple[Paper, ...]] = {
             "2505.14679",
         ),
     ),
+    "UnKE": (
+        Paper(
+            "Everything is Editable: Extend Knowledge Editing to Unstructured Data in Large "
+            "Language Models",
+            "Deng et al., ICLR 2025",
+            "2405.15349",
+        ),
+    ),
     "WISE": (
         Paper(
             "WISE: Rethinking the Knowledge Memory for Lifelong Model Editing",

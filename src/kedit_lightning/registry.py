@@ -141,6 +141,7 @@ _OWN: dict[tuple[Kind, str], dict[str, tuple[str, str, str]]] = {
         "RROME": ("locate.rome", "rrome", "ROME with the mean key"),
         "SERAC": ("memory.serac", "serac", "memory with scope and counterfactual model; T5 too"),
         "TPatcher": ("memory.tpatcher", "tpatcher", "one neuron a mistake in the last MLP"),
+        "UnKE": ("locate.block_output", "unke", "a whole block's output, for long answers"),
         "WISE": ("memory.wise", "wise", "side memories with a routing by activations"),
         "UltraEdit": ("locate.ultraedit", "ultraedit", "regression of normalised gradients"),
     },

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from kedit_lightning.methods.in_context.prompt import PROMPT
     from kedit_lightning.methods.locate.alphaedit import AlphaEdit
     from kedit_lightning.methods.locate.anyedit import AnyEdit
+    from kedit_lightning.methods.locate.block_output import UnKE
     from kedit_lightning.methods.locate.kn import KN
     from kedit_lightning.methods.locate.memit import EMMET, MEMIT, PMET
     from kedit_lightning.methods.locate.rome import ROME, RROME
@@ -91,6 +92,7 @@ __all__ = [
     "RLEdit",
     "TPatcher",
     "UltraEdit",
+    "UnKE",
 ]
 
 

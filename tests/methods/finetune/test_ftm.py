@@ -13,9 +13,10 @@ from kedit_lightning import BaseModel, EditRequest
 from kedit_lightning.base_models.taps import capture, visiting
 from kedit_lightning.errors import ModuleNotLocatedError, NonFiniteError, UnsupportedUseError
 from kedit_lightning.methods import FTM
-from kedit_lightning.methods.finetune.shared.fine_tuning import fine_tune, zero_change
+from kedit_lightning.methods.finetune.shared.fine_tuning import fine_tune
 from kedit_lightning.methods.finetune.shared.fine_tuning_method import finetune_defaults
 from kedit_lightning.methods.shared.answer_passes import AnswerPasses
+from kedit_lightning.methods.shared.inner_loop import zero_change
 from kedit_lightning.methods.shared.published_settings import published_tables
 
 

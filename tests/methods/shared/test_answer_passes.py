@@ -8,8 +8,8 @@ from support import FAMILIES, REQUESTS, tiny_base
 
 from kedit_lightning.base_models.taps import capture, change_output, visiting
 from kedit_lightning.methods import FTM, GRACE
-from kedit_lightning.methods.finetune.shared.fine_tuning import zero_change
 from kedit_lightning.methods.shared.answer_passes import AnswerPasses
+from kedit_lightning.methods.shared.inner_loop import zero_change
 from kedit_lightning.methods.shared.losses import answer_nll
 
 

@@ -7,6 +7,7 @@ import pytest
 from kedit_lightning import methods
 from kedit_lightning.methods.finetune.shared.adapter_method import AdapterDefaults
 from kedit_lightning.methods.finetune.shared.fine_tuning_method import FinetuneDefaults
+from kedit_lightning.methods.locate.block_output import BlockSettings
 from kedit_lightning.methods.locate.shared.closed_form_settings import LocateSettings
 from kedit_lightning.methods.locate.ultraedit import UltraEditDefaults
 from kedit_lightning.methods.memory.defer import DEFERDefaults
@@ -20,6 +21,7 @@ from kedit_lightning.methods.shared.published_settings import published_tables
 KINDS = {
     **dict.fromkeys(("ROME", "MEMIT", "AlphaEdit", "AnyEdit", "PMET", "EMMET"), LocateSettings),
     "UltraEdit": UltraEditDefaults,
+    "UnKE": BlockSettings,
     "FTL": FinetuneDefaults,
     "FTM": FinetuneDefaults,
     "DEFER": DEFERDefaults,

@@ -8,10 +8,13 @@ from functools import partial
 from typing import Any, Protocol, Self, TypeAlias, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from kedit_lightning.edits.edit import check_finite
+from kedit_lightning.edits.effects import WeightDelta
+from kedit_lightning.edits.projections import compute_dtype, projection_shape
+from kedit_lightning.edits.weight_storage import device_of
 from kedit_lightning.methods.shared.losses import gradients_of
 
 #: Makes the optimizer of tensors.
@@ -32,6 +35,18 @@ def adam(lr: float, weight_decay: float = 0.0) -> OptimizerFactory:
     """Adam, with an L2 penalty that is added to the gradient."""
     # One pass over the tensors a step, not ten: they may be as large as weights.
     return partial(torch.optim.Adam, lr=lr, weight_decay=weight_decay, fused=True)
+
+
+def zero_change(module: nn.Module, dtype: torch.dtype) -> WeightDelta:
+    """A trainable change, zero at first: dense ``[d_out, d_in]``, and bias ``[d_out]`` if any.
+
+    It is kept in at least float32: in bfloat16 an entry of 0.02 could not move by less than 6e-5.
+    """
+    d_in, d_out = projection_shape(module)
+    device = device_of(module)
+    zeros = partial(torch.zeros, dtype=compute_dtype(dtype), device=device, requires_grad=True)
+    bias = None if getattr(module, "bias", None) is None else zeros(d_out)
+    return WeightDelta(None, zeros(d_out, d_in), bias)
 
 
 def descend(optimizer: Optimizer, tensors: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:

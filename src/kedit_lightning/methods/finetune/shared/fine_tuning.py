@@ -4,33 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 from rich.console import Console
 from rich.progress import track
-from torch import Tensor, nn
+from torch import Tensor
 
-from kedit_lightning.edits.effects import WeightDelta
-from kedit_lightning.edits.projections import compute_dtype, projection_shape
-from kedit_lightning.edits.weight_storage import device_of
 from kedit_lightning.methods.shared.inner_loop import adam, descend
 from kedit_lightning.methods.shared.losses import gradients_of
 
 #: Optimizer steps from which on a progress bar is shown.
 _LONG = 300
-
-
-def zero_change(module: nn.Module, dtype: torch.dtype) -> WeightDelta:
-    """A trainable change, zero at first: dense ``[d_out, d_in]``, and bias ``[d_out]`` if any.
-
-    It is kept in at least float32: in bfloat16 an entry of 0.02 could not move by less than 6e-5.
-    """
-    d_in, d_out = projection_shape(module)
-    device = device_of(module)
-    zeros = partial(torch.zeros, dtype=compute_dtype(dtype), device=device, requires_grad=True)
-    bias = None if getattr(module, "bias", None) is None else zeros(d_out)
-    return WeightDelta(None, zeros(d_out, d_in), bias)
 
 
 def clamped(tensors: Sequence[Tensor], bound: float) -> None:

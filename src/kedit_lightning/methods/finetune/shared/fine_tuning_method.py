@@ -28,11 +28,10 @@ from kedit_lightning.methods.capabilities import Count, NotNegative, NotNegative
 from kedit_lightning.methods.finetune.shared.fine_tuning import (
     clamped,
     fine_tune,
-    zero_change,
 )
 from kedit_lightning.methods.method import Capabilities, EditMethod, MethodSettings
 from kedit_lightning.methods.shared.answer_passes import AnswerPasses, Objective
-from kedit_lightning.methods.shared.inner_loop import InnerLoop, adam
+from kedit_lightning.methods.shared.inner_loop import InnerLoop, adam, zero_change
 from kedit_lightning.methods.shared.joint_edits import JointEdits
 from kedit_lightning.methods.shared.published_settings import published_settings
 from kedit_lightning.methods.shared.row_delta import RowDelta
