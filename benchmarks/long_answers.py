@@ -38,7 +38,12 @@ WORDS, PHRASES, NAMES = 5, 40, 10
 PLACE = "layers=[0,1]:preserve=0.001:clamp=2"
 #: Methods and their settings, by model.
 METHODS = {
-    "phrases": (f"MEMIT:{PLACE}", f"AnyEdit:window=5:{PLACE}"),
+    "phrases": (
+        f"MEMIT:{PLACE}",
+        f"AnyEdit:window=5:{PLACE}",
+        "UnKE:layer=1:lr=0.005:clamp=2",
+        "UnKE:layer=1:lr=0.005:clamp=2:window=5",
+    ),
     "nano": ("MEMIT", "AnyEdit:layers=[3,4]:preserve=1:clamp=4:window=1"),
 }
 
