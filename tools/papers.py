@@ -150,6 +150,13 @@ PAPERS: dict[str, tuple[Paper, ...]] = {
     "LocFTBF": (
         Paper("Fine-tuning Done Right in Model Editing", "Yang et al., 2025", "2509.22072"),
     ),
+    "LyapLock": (
+        Paper(
+            "LyapLock: Bounded Knowledge Preservation in Sequential Large Language Model Editing",
+            "Wang et al., EMNLP 2025",
+            "2505.15702",
+        ),
+    ),
     "MALMEN": (
         Paper(
             "Massive Editing for Large Language Models via Meta Learning",
@@ -180,6 +187,13 @@ PAPERS: dict[str, tuple[Paper, ...]] = {
             "MQuAKE: Assessing Knowledge Editing in Language Models via Multi-Hop Questions",
             "Zhong et al., EMNLP 2023",
             "2305.14795",
+        ),
+    ),
+    "NSE": (
+        Paper(
+            "Neuron-Level Sequential Editing for Large Language Models",
+            "Jiang et al., ACL 2025",
+            "2410.04045",
         ),
     ),
     "PMET": (

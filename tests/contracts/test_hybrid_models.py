@@ -24,7 +24,7 @@ FREE = ("DeCo", "DoLa", "ICE", "IKE", "MeLLo", "PROMPT", "SERAC")
 #: Methods that edit what a mixer writes where no block has an MLP of its own.
 MIXED = (
     *("AdaLoRA", "AlphaEdit", "AnyEdit", "DPOEdit", "EMMET", "FTL", "FTM", "LoRA", "LocFTBF"),
-    *("MEMIT", "ROME", "RROME", "UnKE"),
+    *("LyapLock", "MEMIT", "NSE", "ROME", "RROME", "UnKE"),
 )
 #: What is refused, and a part of the reason.
 REFUSED = {

@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     from kedit_lightning.methods.locate.anyedit import AnyEdit
     from kedit_lightning.methods.locate.block_output import UnKE
     from kedit_lightning.methods.locate.kn import KN
+    from kedit_lightning.methods.locate.lyaplock import LyapLock
     from kedit_lightning.methods.locate.memit import EMMET, MEMIT, PMET
+    from kedit_lightning.methods.locate.nse import NSE
     from kedit_lightning.methods.locate.rome import ROME, RROME
     from kedit_lightning.methods.locate.ultraedit import UltraEdit
     from kedit_lightning.methods.memory.calinet import CaliNet
@@ -68,6 +70,7 @@ __all__ = [
     "MEMOIR",
     "MEND",
     "METHODS",
+    "NSE",
     "PMET",
     "PROMPT",
     "ROME",
@@ -86,6 +89,7 @@ __all__ = [
     "InstructEdit",
     "LoRA",
     "LocFTBF",
+    "LyapLock",
     "MeLLo",
     "MethodSettings",
     "QLoRA",

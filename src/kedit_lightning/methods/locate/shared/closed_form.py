@@ -23,7 +23,7 @@ from kedit_lightning.methods.locate.shared.closed_form_settings import (
     default_weight,
 )
 from kedit_lightning.methods.locate.shared.covariance_factors import CovarianceFactors
-from kedit_lightning.methods.locate.shared.edit_groups import EditGroups, remembered_keys
+from kedit_lightning.methods.locate.shared.edit_groups import EditGroups, add_to, remembered_keys
 from kedit_lightning.methods.locate.shared.statistics_fit import StatisticsFit
 from kedit_lightning.methods.locate.shared.subject_states import (
     Carried,
@@ -256,7 +256,7 @@ class ClosedForm(EditMethod):
                 own = states.part(part)
                 cost = self._cost(prior, self.mean_keys(own.inputs[module]).T, history, weights)
                 delta = self.update(module, own, residuals[part], cost)
-                changes |= self.constraints.changes(self.base, module, delta)
+                add_to(changes, self.constraints.changes(self.base, module, delta))
             del prior  # wide layers have large ones
 
     def layer_values(self, requests: Sequence[EditRequest]) -> LastLayerValues:

@@ -10,10 +10,32 @@ import torch
 from torch import Tensor
 
 from kedit_lightning.base_models import BaseModel
-from kedit_lightning.edits import CompositeEdit, DenseEdit, Edit, EditOrigin, LowRankEdit
+from kedit_lightning.edits import (
+    CompositeEdit,
+    DenseEdit,
+    Edit,
+    EditOrigin,
+    LowRankDelta,
+    LowRankEdit,
+)
 from kedit_lightning.edits.effects import WeightDelta
 from kedit_lightning.methods.locate.shared.subject_states import Carried
 from kedit_lightning.requests import EditRequest
+
+
+def add_to(changes: dict[str, WeightDelta], more: Mapping[str, WeightDelta]) -> None:
+    """Add changes of projections to those of the same or of other projections."""
+    for name, new in more.items():
+        old = changes.get(name)
+        if old is None:
+            changes[name] = new
+            continue
+        factors = [delta.low_rank for delta in (old, new) if delta.low_rank is not None]
+        dense = [delta.dense for delta in (old, new) if delta.dense is not None]
+        changes[name] = WeightDelta(
+            LowRankDelta.sum(factors) if factors else None,
+            sum(dense[1:], dense[0]) if dense else None,
+        )
 
 
 def remembered_keys(

@@ -92,6 +92,28 @@ def with_history(prior: Prior, keys: Tensor) -> Prior:
     return whiten
 
 
+def neuron_prior(prior: Prior, chosen: Tensor) -> Prior:
+    """``G`` where only some inputs may change: ``(G_SS)⁻¹ K_S``, and zero at the others (NSE).
+
+    It is the Schur complement of the others in ``G⁻¹``, which is formed as a whole.
+
+    Args:
+        prior: Gives ``G⁻¹ K``.
+        chosen: Mask of the inputs that may change, ``S``. Shape ``[d_in]``.
+    """
+    inverse = symmetric(prior(torch.eye(len(chosen), dtype=torch.float64, device=chosen.device)))
+    across = inverse[chosen][:, ~chosen]
+    factor = torch.linalg.cholesky(inverse[~chosen][:, ~chosen])
+    within = inverse[chosen][:, chosen] - across @ torch.cholesky_solve(across.T, factor)
+
+    def whiten(keys: Tensor) -> Tensor:
+        whitened = torch.zeros_like(keys)
+        whitened[chosen] = (within @ keys[chosen].to(within)).to(keys)
+        return whitened
+
+    return whiten
+
+
 def relative_weight(prior: Prior, keys: Tensor, share: float) -> float:
     """``w = share · mean(kᵀ G⁻¹ k)`` over keys: the weight of ``G``, whatever its scale.
 

@@ -65,6 +65,8 @@ class LastLayerValues:
     settings: LocateSettings
     mean_keys: Callable[[str], Tensor] | None = None
     anchor: NormAnchor | None = None
+    #: Which requests are still to be written, ``[n]``; the residuals of the others are 0.
+    counting: Tensor | None = None
     _values: dict[int, Tensor] = field(default_factory=dict)
 
     #: Whether a layer takes a share of the residual and leaves the rest to those above.
@@ -86,7 +88,8 @@ class LastLayerValues:
 
     def residuals(self, layer: int, carried: Carried = None) -> Tensor:
         """Values minus present outputs of the bare prompts. Shape ``[n, d_out]``, float64."""
-        return self.values(layer) - self._outputs(self.site(layer), carried)
+        residuals = self.values(layer) - self._outputs(self.site(layer), carried)
+        return residuals if self.counting is None else residuals * self.counting[:, None]
 
     def _find(self, layer: int) -> dict[int, Tensor]:
         """Values of a layer, and of all that share its optimisation."""
