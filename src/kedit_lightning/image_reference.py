@@ -33,6 +33,18 @@ def references(image: Image | None) -> tuple[str, ...]:
     return (image,) if isinstance(image, str) else tuple(image)
 
 
+def as_they_are(images: Sequence[str]) -> tuple[tuple[str, int, int], ...]:
+    """References with the time of change and the size of files, as keys of what is made of them."""
+    found = []
+    for reference in images:
+        time = size = 0
+        with suppress(OSError, ValueError):
+            state = Path(reference).stat()
+            time, size = state.st_mtime_ns, state.st_size
+        found.append((reference, time, size))
+    return tuple(found)
+
+
 def content_hash(reference: str) -> str:
     """Hash of the picture behind a reference; of the reference itself where that is no file."""
     content = reference.encode()

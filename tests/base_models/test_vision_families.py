@@ -156,6 +156,19 @@ def test_text_alone_is_read_as_the_text_model_reads_it():
     assert torch.equal(*deltas)
 
 
+def test_features_follow_changed_files_and_can_be_trained_with(tmp_path):
+    base, path = vision_base("llava"), draw(tmp_path / "a.png", 1)
+    with torch.inference_mode():
+        old = base.rows(PROMPTS[:1], ANSWERS[:1], images=[path])
+    assert not old.pictures[0].features.pooler_output[0].is_inference()
+    draw(tmp_path / "a.png", 2, width=13)
+    new = base.rows(PROMPTS[:1], ANSWERS[:1], images=[path])
+    fresh = base.rows(PROMPTS[:1], ANSWERS[:1], images=[draw(tmp_path / "b.png", 2, width=13)])
+    logits = [base.answer_logits(rows) for rows in (old, new, fresh)]
+    assert torch.equal(logits[1], logits[2])
+    assert not torch.equal(logits[0], logits[1])
+
+
 @torch.no_grad()
 def test_features_follow_changed_weights_and_edits_of_the_tower(pictures):
     base = vision_base("llava")

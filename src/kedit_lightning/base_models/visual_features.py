@@ -18,6 +18,7 @@ from kedit_lightning.base_models.rows import EncodedRow, ImageEncoder, TokenRows
 from kedit_lightning.base_models.rows.padding import RowPictures, pad_types, prompt_types
 from kedit_lightning.edits import EditStack
 from kedit_lightning.errors import UnsupportedUseError
+from kedit_lightning.image_reference import as_they_are
 
 #: Bytes of features that are kept.
 _KEPT = 1 << 28
@@ -56,7 +57,7 @@ class VisualFeatures:
 
     def __init__(self, model: Any, images: ImageEncoder | None, taken: Collection[str]) -> None:
         self._model, self._images, self._taken = model, images, frozenset(taken)
-        self._known: OrderedDict[tuple[str, ...], RowPictures] = OrderedDict()
+        self._known: OrderedDict[object, RowPictures] = OrderedDict()
         self._state: object = None
         #: Whether features are kept; a pass without is slower, and gives the same bits.
         self.cached = True
@@ -109,12 +110,13 @@ class VisualFeatures:
         if state != self._state:
             self._known.clear()
             self._state = state
-        if images in self._known and not edited and self.cached:
-            self._known.move_to_end(images)
-            return self._known[images]
+        key = as_they_are(images)
+        if key in self._known and not edited and self.cached:
+            self._known.move_to_end(key)
+            return self._known[key]
         found = self._computed(images, device, dtype)
         if self._takes_features and not edited and self.cached:
-            self._known[images] = found
+            self._known[key] = found
             self._drop()
         return found
 
@@ -154,7 +156,7 @@ class VisualFeatures:
 
     def _drop(self) -> None:
         """Forget the features that were used longest ago, once there are too many."""
-        sizes = {images: _size(found.features) for images, found in self._known.items()}
+        sizes = {key: _size(found.features) for key, found in self._known.items()}
         while len(self._known) > 1 and sum(sizes.values()) > _KEPT:
             sizes.pop(self._known.popitem(last=False)[0])
 

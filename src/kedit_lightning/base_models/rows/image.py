@@ -13,6 +13,7 @@ from transformers.image_utils import load_image
 
 from kedit_lightning.chat_turns import put_before
 from kedit_lightning.errors import InvalidRequestError
+from kedit_lightning.image_reference import as_they_are
 
 #: Pixels kept beside the visual features made of them; they fill much memory.
 _PIXELS = 16
@@ -47,7 +48,7 @@ class ImageEncoder:
         token = getattr(processor, "image_token", None) or processor.tokenizer.image_token
         self.token = str(token)
         self._open = lru_cache(maxsize=_PIXELS)(_opened)
-        self._pixels: OrderedDict[tuple[str, ...], dict[str, Tensor]] = OrderedDict()
+        self._pixels: OrderedDict[Any, dict[str, Tensor]] = OrderedDict()
         self._prompts: OrderedDict[Any, SeenPrompt] = OrderedDict()
 
     @cached_property
@@ -110,15 +111,16 @@ class ImageEncoder:
         Raises:
             InvalidRequestError: A picture cannot be read, or the processor refuses it.
         """
-        key = text, images, special
+        key = text, as_they_are(images), special
         if key not in self._prompts:
-            self._prompts[key] = self._encoded(*key)
+            self._prompts[key] = self._encoded(text, images, special)
             if len(self._prompts) > _PROMPTS:
                 self._prompts.popitem(last=False)
         return self._prompts[key]
 
     def _encoded(self, text: str, images: tuple[str, ...], special: bool) -> SeenPrompt:
-        pictures = [self._open(image) for image in images]
+        key = as_they_are(images)
+        pictures = [self._open(*one) for one in key]
         try:
             values = self._call(text, pictures, special)
         except Exception as error:  # processors refuse pictures with errors of many kinds
@@ -132,8 +134,8 @@ class ImageEncoder:
             if value.shape == ids.shape and name not in ("input_ids", "attention_mask", "labels")
         }
         pixels = {k: v for k, v in values.items() if k not in by_token and v.shape != ids.shape}
-        self._pixels[images] = pixels
-        self._pixels.move_to_end(images)
+        self._pixels[key] = pixels
+        self._pixels.move_to_end(key)
         if len(self._pixels) > _PIXELS:
             self._pixels.popitem(last=False)
         return SeenPrompt(tuple(ids[0].tolist()), tuple(by_token.items()))
@@ -147,13 +149,14 @@ class ImageEncoder:
 
     def pixels(self, images: tuple[str, ...]) -> Mapping[str, Tensor]:
         """Model inputs of the pictures of a row, such as ``pixel_values``."""
-        if images not in self._pixels:
+        key = as_they_are(images)
+        if key not in self._pixels:
             self._encoded(self.prompt("a", images), images, True)
-        return self._pixels[images]
+        return self._pixels[key]
 
 
-def _opened(image: str) -> Any:
-    """The picture behind a reference."""
+def _opened(image: str, *version: int) -> Any:
+    """The picture behind a reference; ``version`` tells a changed file from what it was."""
     try:
         return load_image(image)
     except Exception as error:  # Pillow, httpx and transformers raise many kinds
