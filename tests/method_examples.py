@@ -19,6 +19,7 @@ METHODS = [
     ("AlphaEdit", LOCATE),
     ("AnyEdit", {"statistics": "identity", "steps": 4, "window": 2, "preserve": 1.0}),
     ("CaliNet", {"slots": 8, "steps": 8, "lr": 0.1, "silence_weight": 0.01, "irrelevant": 2}),
+    ("CrispEdit", {"lr": 1e-2, "steps": 3, "energy": 0.5, "text_tokens": 16}),
     ("DeCo", {"alpha": 20.0}),
     ("DoLa", {}),
     ("DINM", {"lr": 1e-2, "steps": 4, "suffix": ""}),

@@ -55,6 +55,13 @@ PAPERS: dict[str, tuple[Paper, ...]] = {
             "2210.03329",
         ),
     ),
+    "CrispEdit": (
+        Paper(
+            "CrispEdit: Low-Curvature Projections for Scalable Non-Destructive LLM Editing",
+            "Ikram et al., ICML 2026",
+            "2602.15823",
+        ),
+    ),
     "DeCo": (
         Paper(
             "MLLM Can See? Dynamic Correction Decoding for Hallucination Mitigation",

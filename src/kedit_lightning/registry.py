@@ -103,6 +103,7 @@ _OWN: dict[tuple[Kind, str], dict[str, tuple[str, str, str]]] = {
         "AlphaEdit": ("locate.alphaedit", "alphaedit", "MEMIT in the null space of typical keys"),
         "AnyEdit": ("locate.anyedit", "anyedit", "MEMIT for long answers, window by window"),
         "CaliNet": ("memory.calinet", "calinet", "calibration slots beside the last MLP"),
+        "CrispEdit": ("finetune.crispedit", "crispedit", "fine-tuning off what text depends on"),
         "DPOEdit": (
             "finetune.lora",
             "dpoedit",

@@ -23,7 +23,18 @@ KINDS = ("jamba", "nemotron_h", "lfm2_moe", "zamba2")
 FREE = ("DeCo", "DoLa", "ICE", "IKE", "MeLLo", "PROMPT", "SERAC")
 #: Methods that edit what a mixer writes where no block has an MLP of its own.
 MIXED = (
-    *("AdaLoRA", "AlphaEdit", "AnyEdit", "DPOEdit", "EMMET", "FTL", "FTM", "LoRA", "LocFTBF"),
+    *(
+        "AdaLoRA",
+        "AlphaEdit",
+        "AnyEdit",
+        "CrispEdit",
+        "DPOEdit",
+        "EMMET",
+        "FTL",
+        "FTM",
+        "LoRA",
+        "LocFTBF",
+    ),
     *("LyapLock", "MEMIT", "NSE", "ROME", "RROME", "UnKE"),
 )
 #: What is refused, and a part of the reason.

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from kedit_lightning.methods.decoding.deco import DeCo
     from kedit_lightning.methods.decoding.dola import DoLa
     from kedit_lightning.methods.finetune.adalora import AdaLoRA
+    from kedit_lightning.methods.finetune.crispedit import CrispEdit
     from kedit_lightning.methods.finetune.ftl import FTL
     from kedit_lightning.methods.finetune.ftm import FTM
     from kedit_lightning.methods.finetune.locftbf import LocFTBF
@@ -82,6 +83,7 @@ __all__ = [
     "AnyEdit",
     "CaliNet",
     "Capabilities",
+    "CrispEdit",
     "DPOEdit",
     "DeCo",
     "DoLa",

@@ -37,6 +37,7 @@ def fine_tune(
     norm_constraint: float = math.inf,
     stop_loss: float = 0.0,
     after_step: Callable[[int], None] | None = None,
+    project: Callable[[Sequence[Tensor]], Sequence[Tensor]] | None = None,
     buffer: int = 0,
     replay: int = 0,
 ) -> list[float]:
@@ -48,6 +49,7 @@ def fine_tune(
     after each step.  A batch with a loss below ``stop_loss`` is skipped, and training ends after an
     epoch with a mean loss below it.  ``after_step`` is called after each step of
     the optimizer with its number, from 1, while the tensors still have their gradients.
+    ``project`` changes gradients before the optimizer sees them.
 
     Returns:
         Mean loss of each epoch, each batch's taken before its update.
@@ -76,7 +78,9 @@ def fine_tune(
             total += value * len(batch)
             if value < stop_loss:
                 continue
-            gradients = gradients_of(batch_loss, tensors)
+            gradients: Sequence[Tensor] = gradients_of(batch_loss, tensors)
+            if project is not None:
+                gradients = project(gradients)
             descend(optimizer, tensors, gradients)
             with torch.no_grad():
                 clamped(tensors, norm_constraint)

@@ -99,6 +99,10 @@ class FineTuningMethod(EditMethod):
         layers = None if chosen is None else range(len(layout))
         return finetune_defaults(self.base, layers, self.published)
 
+    def projected(self, module: str, gradient: Tensor) -> Tensor:
+        """The gradient of a change, of a weight or a bias, as the optimizer gets it."""
+        return gradient
+
     @property
     def objective(self) -> Objective:
         """Where answer tokens are predicted."""
@@ -162,10 +166,14 @@ class FineTuningMethod(EditMethod):
             mean = own.losses(self.objective).mean()
             return check_finite("loss", ", ".join(self.modules_trained), mean)
 
-        tensors = [t for change in changes.values() for t in (change.dense, change.bias)]
+        parts = [(n, t) for n, c in changes.items() for t in (c.dense, c.bias) if t is not None]
+
+        def project(gradients: Sequence[Tensor]) -> list[Tensor]:
+            return [self.projected(n, g) for (n, _), g in zip(parts, gradients, strict=True)]
+
         with changing(base.model, changes):
             history = fine_tune(
-                [tensor for tensor in tensors if tensor is not None],
+                [tensor for _, tensor in parts],
                 len(requests),
                 loss,
                 self.generator(requests, "order"),
@@ -177,6 +185,7 @@ class FineTuningMethod(EditMethod):
                 stop_loss=settings.stop_loss,
                 buffer=len(earlier),
                 replay=self.replay,
+                project=project,
             )
         pairs = {name: (change.dense, change.bias) for name, change in changes.items()}
         return self._edit(requests, pairs, history)
