@@ -54,8 +54,12 @@ def records(folder: Path) -> dict[tuple[str, str], dict]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(6 * SECONDS)
-@pytest.mark.parametrize("mode", ["single", "sequential"])
-def test_the_command_gives_the_results_of_one_process(mode, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("mode", "ways"),
+    [("single", ("devices", "torchrun_devices")), ("sequential", ("ddp", "torchrun"))],
+    ids=["single", "sequential"],
+)
+def test_the_command_gives_the_results_of_one_process(mode, ways, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     test = ["test", "-c", "methods/rome", *NANO, "-c", f"trainer/{mode.replace('single', 'batch')}"]
     test += ["--trainer.protocol.chunk_size=2", f"--trainer.protocol.mode={mode}", "--output"]
@@ -67,8 +71,8 @@ def test_the_command_gives_the_results_of_one_process(mode, tmp_path, monkeypatc
         "torchrun": [*TORCHRUN, *test, "torchrun"],
         "torchrun_devices": [*TORCHRUN, *test, "torchrun_devices", *TWO],
     }
-    for name, start in starts.items():
-        done = run(start)
+    for name in ways:
+        done = run(starts[name])
         assert records(tmp_path / name) == expected, name
         assert done.stdout.count("rewrite/tf_all") == (1 if mode == "single" else 3), name
         scores = json.loads((tmp_path / name / "results.json").read_text())["scores"]
