@@ -67,6 +67,10 @@ class EditOrderError(KEditError, RuntimeError):
     """An edit cannot be applied or rolled back where the stack stands now."""
 
 
+class LedgerError(KEditError, ValueError):
+    """A ledger is damaged, or was asked for what it does not have."""
+
+
 class FactsNotWrittenError(KEditError, RuntimeError):
     """Facts do not hold under the edits that were to write them."""
 

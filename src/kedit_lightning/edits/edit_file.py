@@ -91,7 +91,8 @@ def read_edit(path: Path) -> tuple[Header, dict[str, Tensor]]:
         # This compares the sizes that the file declares with its length before it allocates any.
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            # Cloned into aligned memory: products round otherwise where a factor begins elsewhere.
+            tensors = {n: file.get_tensor(n).clone() for n in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, RuntimeError, TypeError) as error:
         reason = str(error).partition("\n")[0]
         raise EditFileError(f"{path} is no saved edit: {reason}") from error

@@ -167,4 +167,5 @@ class DenseEdit(Edit):
 
 
 def _detached(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.detach()
+    # As a file gives it back: products with another layout round otherwise.
+    return None if tensor is None else tensor.detach().contiguous()

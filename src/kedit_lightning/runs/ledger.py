@@ -1,0 +1,242 @@
+"""A ledger: an append-only record of the edits on a base model, one folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from kedit_lightning.base_models import BaseModel
+from kedit_lightning.benchmark.costs import fixed_randomness
+from kedit_lightning.contradictions import OnConflict
+from kedit_lightning.edits import Edit
+from kedit_lightning.edits.edit_file import read_edit
+from kedit_lightning.errors import (
+    EditOrderError,
+    InvalidRequestError,
+    LedgerError,
+)
+from kedit_lightning.requests import EditRequest
+from kedit_lightning.runs.ledger_facts import new_facts
+from kedit_lightning.runs.ledger_lines import (
+    ROOT,
+    EditLine,
+    Later,
+    Randomness,
+    RevertLine,
+    SavedEdit,
+    StreamPlace,
+    append_line,
+    checked_file,
+)
+from kedit_lightning.runs.ledger_record import LedgerRecord, apply_edits, check_bare
+from kedit_lightning.runs.recomputation import (
+    computed_again,
+    described_base,
+    given_settings,
+    learned_hash,
+)
+
+L = TypeVar("L", EditLine, RevertLine)
+
+
+class Replayed(NamedTuple):
+    """An edit that was computed again.
+
+    Args:
+        line: The line that added it.
+        edit: The new edit, not applied.
+        equal: Whether it is bit for bit the one of the ledger.
+    """
+
+    line: EditLine
+    edit: Edit
+    equal: bool
+
+
+class Ledger(LedgerRecord):
+    """The edits on a base model, each on top of those before it, and what became of them.
+
+    A line of ``ledger.jsonl`` adds an edit or takes one out; none is ever changed. What stands now
+    follows from the lines alone. A line is named by its number, or by the beginning of its id.
+
+    Args:
+        path: The folder, which the first edit creates.
+
+    Raises:
+        LedgerError: A line is damaged.
+    """
+
+    # ---- verbs that write
+
+    def append(
+        self, method: Any, requests: Sequence[EditRequest], on_conflict: OnConflict = "last"
+    ) -> EditLine:
+        """Compute an edit on top of those that stand, and write it down; it is not applied.
+
+        Facts that stand already are left out, with a warning.
+
+        Args:
+            method: The editing method, with its base model.
+            requests: The facts to write.
+            on_conflict: What is done about facts that contradict each other, or standing ones: the
+                ``last`` ones are written, with a warning, or all are refused.
+
+        Raises:
+            InvalidRequestError: All facts stand already, or some contradict others and shall not.
+        """
+        with self.writing():
+            wanted = new_facts(self.requests, requests, self.path, on_conflict)
+            if not wanted:
+                raise InvalidRequestError(f"{self.path} holds all of these facts already")
+            with self.applied(method.base):
+                texts = [(r.prompt, r.target_new, r.subject) for r in wanted]
+                name = hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
+                random = Randomness(method.settings.seed or 0, name)
+                with fixed_randomness(random.seed, random.name):
+                    edit = method.edit(wanted, on_conflict)
+            return self.write(method, edit, random)
+
+    def revert(
+        self,
+        name: int | str,
+        base: BaseModel,
+        later: Later = "replay",
+        methods: Sequence[Any] = (),
+    ) -> RevertLine:
+        """Take an edit out, as if it had never been written.
+
+        Args:
+            name: Its line.
+            base: The base model, without edits.
+            later: What is done about later edits, which were computed on top of it: ``replay``
+                computes them again from their facts; ``keep`` leaves them as they are.
+            methods: Methods that cannot be built from the ledger, such as those with a checkpoint.
+
+        Raises:
+            EditOrderError: A later edit reads the memories of those below it, and is to be kept.
+            LedgerError: An edit cannot be computed again with what is there.
+        """
+        with self.writing():
+            entry, now = self.entry(name), self.standing
+            after = [self._added(number) for number in now if number > entry.number]
+            redone: dict[str, SavedEdit] = {}
+            if later == "keep":
+                for line in after:
+                    if self._load(now[line.number], base).requires_its_stack:
+                        raise EditOrderError(
+                            f"the edit of line {line.number} by {line.method} reads what those "
+                            "below it remember, so it cannot be kept; let it be computed again"
+                        )
+            elif after:
+                check_bare(base)
+                below = [self._load(now[n], base) for n in now if n < entry.number]
+                with base.edits.restored():
+                    apply_edits(below)
+                    for line in after:
+                        edit = self._computed_again(line, base, methods)
+                        apply_edits([edit])
+                        redone[str(line.number)] = self._save(edit)
+            new = RevertLine(*self._next(), entry.number, later, redone, _written_now())
+            return self._append(new)
+
+    def replay(
+        self, base: BaseModel, drop: Collection[int | str] = (), methods: Sequence[Any] = ()
+    ) -> list[Replayed]:
+        """Compute what stands again from the base model and the facts; writes nothing.
+
+        Args:
+            base: The base model, without edits.
+            drop: Lines to leave out.
+            methods: Methods that cannot be built from the ledger, such as those with a checkpoint.
+
+        Raises:
+            LedgerError: An edit cannot be computed again with what is there.
+        """
+        left_out = {self.entry(name).number for name in drop}
+        found: list[Replayed] = []
+        check_bare(base)
+        with base.edits.restored():
+            for number, saved in self.standing.items():
+                if number not in left_out:
+                    line = self._added(number)
+                    edit = self._computed_again(line, base, methods)
+                    apply_edits([edit])
+                    found.append(Replayed(line, edit, edit.id == saved.id))
+        return found
+
+    def copy(self, replayed: Sequence[Replayed], path: str | Path) -> Ledger:
+        """A new ledger of edits that were computed again.
+
+        Raises:
+            LedgerError: There is one already.
+        """
+        new = Ledger(path)
+        if new.lines:
+            raise LedgerError(f"{new.path} holds a ledger already; name another folder")
+        with new.writing():
+            for line, edit, _ in replayed:
+                number, parent = new._next()
+                fresh = replace(line, number=number, parent=parent, run=None, id="")
+                new._append(replace(fresh, edit=new._save(edit), timing=_written_now()))
+        return new
+
+    # ---- what writing consists of
+
+    def write(
+        self, method: Any, edit: Edit, random: Randomness, run: StreamPlace | None = None
+    ) -> EditLine:
+        """Write an edit down that was computed on top of those that stand.
+
+        Raises:
+            EditOrderError: It was computed on top of others.
+        """
+        ids = tuple(saved.id for saved in self.standing.values())
+        if edit.origin.stack != ids:
+            raise EditOrderError(
+                f"edit {edit.id} was computed apart from those that stand in {self.path}; a ledger "
+                "holds edits that stand on each other (--trainer.protocol.mode sequential)"
+            )
+        saved = self._save(edit)
+        line = EditLine(
+            *self._next(),
+            method=type(method).__name__,
+            given=given_settings(method),
+            learned=learned_hash(method),
+            requests=edit.origin.requests,
+            base_model=described_base(method.base),
+            edit=saved,
+            random=random,
+            run=run,
+            timing=_written_now(),
+        )
+        return self._append(line)
+
+    def _next(self) -> tuple[int, str]:
+        return len(self.lines) + 1, self.lines[-1].id if self.lines else ROOT
+
+    def _append(self, line: L) -> L:
+        found = append_line(self.file, line)
+        self.lines.append(found)
+        return found
+
+    def _save(self, edit: Edit) -> SavedEdit:
+        path = self.edit_path(edit.id)
+        edit.save(path)
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        return SavedEdit(edit.id, hashlib.sha256(path.read_bytes()).hexdigest())
+
+    def _computed_again(self, line: EditLine, base: BaseModel, methods: Sequence[Any]) -> Edit:
+        saved = self.standing.get(line.number, line.edit)
+        header, _ = read_edit(checked_file(self.edit_path(saved.id), saved))
+        return computed_again(line, header["origin"]["settings"], base, methods)
+
+
+def _written_now() -> Mapping[str, Any]:
+    return {"written": datetime.now().astimezone().isoformat(" ", "seconds")}

@@ -1,0 +1,194 @@
+"""The folder of a ledger, as it is read."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from kedit_lightning.base_models import BaseModel
+from kedit_lightning.edits import Edit
+from kedit_lightning.errors import (
+    EditFileError,
+    EditOrderError,
+    LedgerError,
+    article_list,
+)
+from kedit_lightning.requests import EditRequest
+from kedit_lightning.runs.folder_claim import claimed
+from kedit_lightning.runs.ledger_lines import (
+    EditLine,
+    Line,
+    RevertLine,
+    SavedEdit,
+    checked_file,
+    read_ledger,
+    standing,
+)
+
+#: Name of the file by which a folder is known as a ledger.
+FILE = "ledger.jsonl"
+
+
+class LedgerRecord:
+    """The folder of a ledger, as it is read: lines, what stands after them, and edit files.
+
+    Args:
+        path: The folder, which need not be there.
+
+    Raises:
+        LedgerError: A line is damaged.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.lines: list[Line] = read_ledger(self.file)
+        self._loaded: dict[str, Edit] = {}
+        self._held = False
+
+    @property
+    def file(self) -> Path:
+        """The file with the lines."""
+        return self.path / FILE
+
+    def edit_path(self, id: str) -> Path:
+        """The file of an edit."""
+        return self.path / "edits" / f"{id}.safetensors"
+
+    # ---- what stands
+
+    @property
+    def standing(self) -> dict[int, SavedEdit]:
+        """The edits that stand now, by the number of the line that added each, in order."""
+        return standing(self.lines)
+
+    @property
+    def entries(self) -> list[EditLine]:
+        """The lines whose edits stand now, in order."""
+        return [self._added(number) for number in self.standing]
+
+    @property
+    def requests(self) -> list[EditRequest]:
+        """The facts of the edits that stand now, in order."""
+        return [request for line in self.entries for request in line.requests]
+
+    def show(self, name: int | str) -> Line:
+        """The line with a number, or whose id begins like this.
+
+        Raises:
+            LedgerError: There is none, or several.
+        """
+        text = str(name)
+        if text.isdecimal() and 0 < int(text) <= len(self.lines):
+            return self.lines[int(text) - 1]
+        found = [line for line in self.lines if len(text) >= 4 and line.id.startswith(text)]
+        if len(found) != 1:
+            what = f"{len(found)} lines whose ids begin with" if found else "no line"
+            raise LedgerError(
+                f"{self.path} has {what} '{text}'; name a line by its number, 1 to "
+                f"{len(self.lines)}, or by four or more letters of its id (`kedit log {self.path}`)"
+            )
+        return found[0]
+
+    def entry(self, name: int | str) -> EditLine:
+        """The line that added an edit that stands now.
+
+        Raises:
+            LedgerError: The line takes one out, or its edit stands no more.
+        """
+        line = self.show(name)
+        if isinstance(line, RevertLine):
+            raise LedgerError(
+                f"line {line.number} reverts line {line.entry}, and cannot be reverted itself; "
+                "write its facts again with `kedit edit --ledger`"
+            )
+        if line.number not in self.standing:
+            by = next(o.number for o in self.lines if _reverts(o, line.number))
+            raise LedgerError(f"line {line.number} was reverted already, by line {by}")
+        return line
+
+    def edits(self, base: BaseModel, force: bool = False) -> list[Edit]:
+        """The edits that stand now, oldest first, not applied by this.
+
+        Args:
+            base: The base model to edit.
+            force: Load them even if they were made for another base model.
+
+        Raises:
+            EditFileError: A file is absent or damaged.
+            BaseModelMismatchError: They were made for another base model.
+        """
+        return [self._load(saved, base, force) for saved in self.standing.values()]
+
+    @contextmanager
+    def applied(self, base: BaseModel) -> Iterator[list[Edit]]:
+        """Inside, the edits that stand now are applied, and nothing else.
+
+        Raises:
+            EditOrderError: The base model carries other edits.
+        """
+        edits, ids = self.edits(base), tuple(saved.id for saved in self.standing.values())
+        if base.edits.ids == ids:
+            yield list(base.edits)
+            return
+        check_bare(base)
+        with base.edits.restored():
+            apply_edits(edits)
+            yield edits
+
+    def _added(self, number: int) -> EditLine:
+        line = self.lines[number - 1]
+        assert isinstance(line, EditLine)
+        return line
+
+    def _load(self, saved: SavedEdit, base: BaseModel, force: bool = False) -> Edit:
+        held = self._loaded.get(saved.id)
+        if held is None or held.base is not base:
+            path = checked_file(self.edit_path(saved.id), saved)
+            held = self._loaded[saved.id] = Edit.load(path, base, force)
+            if held.id != saved.id:
+                raise EditFileError(f"{path} is not the edit that the ledger names")
+        return held
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Inside, no other process writes to the ledger, and its lines are those on disk.
+
+        Raises:
+            OutputFolderError: Another process writes to it now.
+        """
+        if self._held:
+            yield
+            return
+        with claimed(self.path, create=True):
+            self.lines, self._held = read_ledger(self.file), True
+            try:
+                yield
+            finally:
+                self._held = False
+
+
+def apply_edits(edits: Sequence[Edit]) -> None:
+    """Apply edits, those too that were kept when one below them was taken out."""
+    with warnings.catch_warnings():  # a ledger says itself what was kept
+        warnings.filterwarnings("ignore", message=r"edit \S+ by .* was computed on top of")
+        for edit in edits:
+            edit.apply()
+
+
+def check_bare(base: BaseModel) -> None:
+    """Refuse a base model that carries edits.
+
+    Raises:
+        EditOrderError: It does.
+    """
+    if base.edits.ids:
+        raise EditOrderError(
+            f"'{base.name}' carries edits other than those of the ledger "
+            f"({article_list(list(base.edits.ids), 3)}); roll them back first"
+        )
+
+
+def _reverts(line: Line, number: int) -> bool:
+    return isinstance(line, RevertLine) and line.entry == number

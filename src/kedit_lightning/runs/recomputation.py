@@ -1,0 +1,93 @@
+"""Edits of a ledger, computed again from their facts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from kedit_lightning.base_models import BaseModel
+from kedit_lightning.benchmark.costs import fixed_randomness
+from kedit_lightning.edits import Edit
+from kedit_lightning.edits.edit_file import content_id
+from kedit_lightning.errors import LedgerError
+from kedit_lightning.registry import entries
+from kedit_lightning.runs.ledger_lines import EditLine, LedgerBase
+
+
+def computed_again(
+    line: EditLine, settings: Mapping[str, Any], base: BaseModel, methods: Sequence[Any] = ()
+) -> Edit:
+    """The edit of a line, on top of the stack as it stands.
+
+    Args:
+        line: The line.
+        settings: The settings that its edit was computed with.
+        base: The base model.
+        methods: Methods to compute it with, if they are the one; else it is built from the line.
+
+    Raises:
+        LedgerError: None of them is the method that the edit was computed with.
+    """
+    for method in (*methods, *_built(line, base)):
+        if method.base is not base or type(method).__name__ != line.method:
+            continue
+        method.configure_model()
+        same = json.loads(json.dumps(dict(method.origin([]).settings), default=str)) == settings
+        if same and learned_hash(method) == line.learned:
+            with fixed_randomness(line.random.seed, line.random.name):
+                edit: Edit = method.noted_edit(line.requests)
+            return edit
+    raise LedgerError(
+        f"line {line.number} cannot be computed again: {line.method} cannot be built from the "
+        "ledger with the same settings, or had learned something else before; give the method "
+        "with `methods` in Python, or keep later edits as they are"
+    )
+
+
+def given_settings(method: Any) -> dict[str, Any] | None:
+    """The parameters a method was given, with its seed; ``None`` if they are no plain values.
+
+    Args:
+        method: The editing method.
+    """
+    values = {n: v for n, v in method.hparams.items() if not n.startswith("_")}
+    if {*type(method).unsaved} - {"base_model"} or type(method).__name__ not in entries("method"):
+        return None
+    try:
+        found: dict[str, Any] = json.loads(json.dumps({**values, "seed": method.settings.seed}))
+    except (TypeError, ValueError):
+        return None
+    return found
+
+
+def _built(line: EditLine, base: BaseModel) -> Iterator[Any]:
+    """The method of a line, if it can be built."""
+    entry = entries("method").get(line.method)
+    if entry is not None and line.given is not None:
+        yield entry.load()(base_model=base, **line.given)
+
+
+def learned_hash(method: Any) -> str:
+    """Hash of what a method has learned; empty if it holds no tensors.
+
+    Args:
+        method: The editing method.
+    """
+    module: nn.Module = method
+    tensors = module.state_dict()
+    return content_id("", {}, {}, tensors) if tensors else ""
+
+
+def described_base(base: BaseModel) -> LedgerBase:
+    """What a line says about its base model."""
+    return LedgerBase(
+        base.name,
+        str(base.dtype).removeprefix("torch."),
+        base.revision,
+        base.fingerprint,
+        base.full_fingerprint,
+        base.tokenizer_fingerprint,
+    )
