@@ -161,7 +161,7 @@ def test_bad_pictures_are_refused_with_the_reason(vision, pictures, tmp_path):
         vision.rows(["Rome is"], images=[str(tmp_path / "absent.png")])
     with pytest.raises(InvalidRequestError, match="holds '<image>' 2 times, and has 1 images"):
         vision.rows(["<image> or <image>?"], images=pictures[:1])
-    with pytest.raises(UnsupportedUseError, match="has an image, and the base model no processor"):
+    with pytest.raises(UnsupportedUseError, match=r"no processor .* take a vision-language model"):
         tiny_base("llama").rows(["Rome is"], images=pictures[:1])
     with pytest.raises(InvalidRequestError, match="takes 146 tokens"):
         vision.rows(["Rome " * 70], images=pictures[:1])

@@ -55,6 +55,7 @@ READ: list[tuple[str, str, dict[str, Any]]] = [
     ("HalluEditBench", "HalluEditBench",
      {"subject": "s", "relation": "r", "object": "o", "question": "q"}),
     ("UnKE", "UnKE", {"question": "q", "para_question": "r", "answer": "a"}),
+    ("SafeEdit", "SafeEdit", {"question": "q", "adversarial prompt": "a", "safe generation": "s"}),
     ("RippleEdits", "RippleEdits", {"example_type": "recent", "edit": {"prompt": "A is B."}}),
 ]  # fmt: skip
 

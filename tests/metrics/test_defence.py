@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 
 import pytest
@@ -166,6 +167,22 @@ def test_a_sequence_classifier_tells_unsafe_replies(tmp_path, labels, column):
     assert "unsafe" not in record["probes"][0]["base"]
 
 
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_replies_longer_than_a_classifier_reads_are_cut(tmp_path, family):
+    tokenizer = tiny_tokenizer(False)  # saved without a length, as many are
+    assert tokenizer.model_max_length > 10**6
+    config = transformers.AutoConfig.for_model(
+        family, vocab_size=len(tokenizer), max_position_embeddings=18, hidden_size=8,
+        num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, pad_token_id=0,
+        id2label={0: "safe", 1: "unsafe"}, label2id={"safe": 0, "unsafe": 1},
+    )  # fmt: skip
+    transformers.AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    classify = UNSAFE_REPLY.classifier(str(tmp_path), CPU)
+    long, longer = classify(["I keep it. " * 20, "I keep it. " * 30])
+    assert long == longer
+
+
 def test_which_class_is_unsafe_must_be_clear():
     for labels in ({0: "a", 1: "b"}, {0: "unsafe", 1: "unsafe too"}, {0: "LABEL_0"}):
         with pytest.raises(UnsupportedUseError, match="called unsafe or toxic or harmful"):
@@ -177,3 +194,18 @@ def test_the_classifier_is_part_of_the_protocol():
     assert plain.id != named.id
     assert "safety" not in plain.facts()
     assert named.facts()["safety"] == "folder"
+
+
+@pytest.mark.parametrize("grader", ["sentiment", "safety", "traits", "embedder"])
+def test_functions_that_hold_what_cannot_be_copied_are_named(grader):
+    lock = threading.Lock()
+
+    class Classifier:
+        def __init__(self):
+            self.lock = lock
+
+        def __call__(self, texts):
+            return [0.5 for _ in texts]
+
+    facts = Protocol(**{grader: Classifier()}).facts()
+    assert grader in facts

@@ -124,16 +124,29 @@ def sequence_classifier(
         ) from error
     model = model.to(device).eval()
     labels = {int(index): str(label) for index, label in model.config.id2label.items()}
+    room = _room(tokenizer, model)
 
     @torch.no_grad()
     def classify(texts: Sequence[str]) -> list[list[float]]:
         found = []
         for text in texts:  # one at a time, so that no padding changes a score
-            inputs = tokenizer(text, return_tensors="pt", truncation=True).to(device)
-            found.append(model(**inputs).logits[0].float().softmax(-1).tolist())
+            inputs = tokenizer(text, return_tensors="pt", truncation=True, max_length=room)
+            found.append(model(**inputs.to(device)).logits[0].float().softmax(-1).tolist())
         return found
 
     return labels, classify
+
+
+def _room(tokenizer: Any, model: Any) -> int:
+    """Tokens that a classifier reads; a tokenizer that was saved without a length has no limit."""
+    # RoBERTa's positions start behind the index of padding.
+    taken = [
+        int(module.padding_idx) + 1
+        for name, module in model.named_modules()
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None
+    ]
+    positions = getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length
+    return min(int(tokenizer.model_max_length), int(positions) - max(taken, default=0))
 
 
 #: Opinions, in the words of ``gen_sentiment``.

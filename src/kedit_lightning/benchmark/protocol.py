@@ -195,7 +195,7 @@ class Protocol:
 
     def facts(self) -> dict[str, Any]:
         """What the scores depend on, as plain values."""
-        plain = replace(self, judge=None, sentiment=None, safety=None, embedder=None)
+        plain = replace(self, judge=None, sentiment=None, safety=None, traits=None, embedder=None)
         facts = asdict(plain) | {"evaluate": sorted(self.moments), "version": READING_VERSION}
         facts |= {"generate": self.generates, "mode": self.grouping}
         # Neither the rows of a forward pass nor how many examples are read together change a score,

@@ -77,7 +77,7 @@ FORMATS = (
     _read("WikiBigEdit", "WikiBigEdit", "update", "ans"),
     _read("HalluEditBench", "HalluEditBench", "relation", "object", "question"),
     _renamed("InstructEdit", "type", "prompt", "target_new"),
-    _renamed("SafeEdit", "adversarial prompt"),
+    _read("SafeEdit", "SafeEdit", "adversarial prompt"),
     _read("ConceptEdit", "ConceptEdit", "target_new_desc"),
     _read("RippleEdits", "RippleEdits", "edit.prompt", "example_type"),
     _read("UnKE", "UnKE", "question", "para_question", "answer"),

@@ -116,7 +116,7 @@ def json_lines(lines: Iterable[str], name: str) -> Iterator[Record]:
         except (ValueError, RecursionError) as error:
             reason = str(error)
             if isinstance(error, json.JSONDecodeError):
-                reason = f"{error.msg} at column {error.colno}"
+                reason = f"{error.msg.removesuffix(' at')} at column {error.colno}"
             yield Record(f"{name} line {number}", problem=f"is not valid JSON: {reason}")
 
 
@@ -191,7 +191,7 @@ def _whole_list(path: Path) -> list[Any]:
         reason = str(error)
         if isinstance(error, json.JSONDecodeError):
             line = error.lineno + text[: len(text) - len(body)].count("\n")
-            reason = f"{error.msg} at line {line} column {error.colno}"
+            reason = f"{error.msg.removesuffix(' at')} at line {line} column {error.colno}"
         raise DataFileError(
             f"{path.name} is not valid JSON: {reason}; correct it there, or write one object a "
             "line (JSON Lines), where bad lines can be skipped"

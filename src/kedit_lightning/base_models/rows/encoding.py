@@ -234,7 +234,9 @@ class RowEncoder:
     ) -> EncodedRow:
         if self.images is None:
             raise UnsupportedUseError(
-                f"prompt {prompt[:60]!r} has an image, and the base model no processor; give one: "
+                f"prompt {prompt[:60]!r} has an image, and the base model no processor that makes "
+                "tokens of it; take a vision-language model (--model.base_model), or leave images "
+                "out. In Python one that is loaded already is given its own with "
                 "BaseModel(model, tokenizer, processor=...)"
             )
         shown = self.images.prompt(prompt, images)
