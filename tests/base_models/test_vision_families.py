@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_vision import BUILDERS, draw, vision_base, vision_folder
+from transformers.image_utils import load_image
 
 from kedit_lightning import BaseModel, Edit, EditRequest
 from kedit_lightning.methods import FTM, ROME
@@ -33,7 +34,7 @@ def base(request: Any) -> BaseModel:
 def direct(base: BaseModel, prompt: str, answer: tuple[int, ...], picture: str) -> torch.Tensor:
     """Answer logits of the model's own call on what its processor makes of prompt and picture."""
     images: Any = base.encoder.images
-    values = images._call(f"{images.marker}{prompt}", [images._open(picture)], True)
+    values = images._call(f"{images.marker}{prompt}", [load_image(picture)], True)
     width = values["input_ids"].shape[1]
     taken = base.sight._taken
     inputs: dict[str, Any] = {}

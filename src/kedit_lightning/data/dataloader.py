@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any, Generic, TypeVar
 
 import torch.distributed
@@ -67,6 +68,8 @@ class BatchLoader(Generic[Batch]):
         identity: Values that fix the order (file hash, batch size, seed, ...); a state saved under
             another identity is refused in the middle of an epoch.
         ahead: Number of batches that Lightning has fetched but not yet used.
+        prepared: Function that gives batches again, ready for use; what resuming skips never
+            reaches it.
     """
 
     batch_sampler = None
@@ -78,8 +81,9 @@ class BatchLoader(Generic[Batch]):
         length: int | None,
         identity: Mapping[str, int | str],
         ahead: int = 0,
+        prepared: Callable[[Iterator[Batch]], Iterable[Batch]] = iter,
     ) -> None:
-        self._batches = batches
+        self._batches, self._prepared = batches, prepared
         self._length = length
         self._identity = dict(identity)
         self._ahead = ahead
@@ -106,10 +110,9 @@ class BatchLoader(Generic[Batch]):
         # iterator first and announces the epoch afterwards.
         start, self._start = self._start, 0
         self._given, self._ended = start, False
-        for number, batch in enumerate(self._batches(self._epoch)):
-            if number >= start:
-                self._given += 1
-                yield batch
+        for batch in self._prepared(islice(self._batches(self._epoch), start, None)):
+            self._given += 1
+            yield batch
         self._ended = True
 
     def state_dict(self) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeAlias
@@ -31,6 +31,7 @@ from kedit_lightning.data.dataloader import (
 )
 from kedit_lightning.data.file_formats import advice
 from kedit_lightning.data.locality_set import locality_set, with_locality
+from kedit_lightning.data.picture_workers import with_pictures
 from kedit_lightning.data.record_parsing import Parsed, parsed
 from kedit_lightning.data.record_sources import read_source
 from kedit_lightning.data.records import Fields, Record
@@ -67,6 +68,7 @@ class EditDataModule(LightningDataModule, ABC):
         locality_path: File of NQ-open or PIQA whose questions, or text file whose passages, become
             further locality probes of the records to test.
         locality_probes: How many of them each record gets, in turn.
+        num_workers: Processes that open the pictures of records ahead of their use.
     """
 
     id_field: ClassVar[str | None] = None
@@ -95,6 +97,7 @@ class EditDataModule(LightningDataModule, ABC):
         seed: int | None = None,
         locality_path: str | Path | None = None,
         locality_probes: int = 1,
+        num_workers: int = 0,
     ) -> None:
         super().__init__()
         self.path = path
@@ -105,6 +108,7 @@ class EditDataModule(LightningDataModule, ABC):
         self.seed = seed
         self.locality_path = locality_path
         self.locality_probes = locality_probes
+        self.num_workers = num_workers
         #: Folder of the file that is read; paths in records are relative to it.
         self.folder: Path | None = None
         self._loaded: dict[Split, LoadedSplit] = {}
@@ -196,7 +200,8 @@ class EditDataModule(LightningDataModule, ABC):
             "seed": seed,
             "processes": world_size,
         }
-        return BatchLoader(batches, -(-(len(examples) // world_size) // size), identity)
+        steps = -(-(len(examples) // world_size) // size)
+        return BatchLoader(batches, steps, identity, prepared=self._with_pictures)
 
     def val_dataloader(self) -> BatchLoader[EditBatch] | NoLoaders:
         """Chunks of the protocol, in the order of the file; nothing without a validation file."""
@@ -217,7 +222,11 @@ class EditDataModule(LightningDataModule, ABC):
         batches = [EditBatch(list(chunk)) for chunk in rows]
         identity: dict[str, int | str] = {"data": loaded.sha256, "records": len(loaded.examples)}
         identity["chunk size"] = self.chunk_size
-        return BatchLoader(lambda epoch: batches, len(batches), identity)
+        return BatchLoader(lambda epoch: batches, len(batches), identity, 0, self._with_pictures)
+
+    def _with_pictures(self, batches: Iterator[EditBatch]) -> Iterator[EditBatch]:
+        base = getattr(getattr(self.trainer, "lightning_module", None), "base", None)
+        return with_pictures(list(batches), self.num_workers, base and base.encoder.images)
 
     # Reading -----------------------------------------------------------------------------------
 

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from functools import cached_property, lru_cache
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
+from transformers import BatchFeature
 from transformers.image_utils import load_image
 
 from kedit_lightning.chat_turns import put_before
 from kedit_lightning.errors import InvalidRequestError
 from kedit_lightning.image_reference import as_they_are
 
-#: Pixels kept beside the visual features made of them; they fill much memory.
-_PIXELS = 16
+#: Bytes of pixels that are kept beside the visual features made of them.
+_KEPT = 1 << 28
 #: Prompts whose tokens are kept; a benchmark asks each before and after an edit.
 _PROMPTS = 512
 
@@ -30,6 +34,52 @@ class SeenPrompt(NamedTuple):
 
     ids: tuple[int, ...]
     types: tuple[tuple[str, tuple[int, ...]], ...] = ()
+
+
+class SeenPictures(NamedTuple):
+    """What the image processor makes of the pictures of a row; arrays in place of tensors.
+
+    Arrays travel between processes as they are, where tensors take a file descriptor each.
+    """
+
+    values: dict[str, Any]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arrays."""
+        return sum(v.nbytes for v in self.values.values() if isinstance(v, np.ndarray))
+
+
+class _Recording:
+    """An image processor that remembers what it gave."""
+
+    def __init__(self, own: Any) -> None:
+        self._own = own
+        self.given: list[BatchFeature] = []
+
+    def __call__(self, *args: Any, **options: Any) -> BatchFeature:
+        found: BatchFeature = self._own(*args, **options)
+        self.given.append(BatchFeature({k: copy.copy(v) for k, v in found.items()}))
+        return found
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._own, name)
+
+
+class _Repeating(_Recording):
+    """An image processor that gives what is known already, whatever pictures it gets."""
+
+    def __init__(self, own: Any, seen: SeenPictures) -> None:
+        super().__init__(own)
+        self._seen = seen
+
+    def __call__(self, *args: Any, **options: Any) -> BatchFeature:
+        return BatchFeature(
+            {
+                name: torch.from_numpy(v) if isinstance(v, np.ndarray) else copy.copy(v)
+                for name, v in self._seen.values.items()
+            }
+        )
 
 
 class ImageEncoder:
@@ -47,8 +97,9 @@ class ImageEncoder:
         self.processor = processor
         token = getattr(processor, "image_token", None) or processor.tokenizer.image_token
         self.token = str(token)
-        self._open = lru_cache(maxsize=_PIXELS)(_opened)
-        self._pixels: OrderedDict[Any, dict[str, Tensor]] = OrderedDict()
+        #: Bytes of pixels that are kept.
+        self.kept_bytes = _KEPT
+        self._seen: OrderedDict[Any, SeenPictures] = OrderedDict()
         self._prompts: OrderedDict[Any, SeenPrompt] = OrderedDict()
 
     @cached_property
@@ -78,9 +129,15 @@ class ImageEncoder:
         ids = self._call(f"a{self.token}", [_blank()], True)["input_ids"][0].tolist()
         return bool(ids[0] == ids[-1] == token)
 
-    def _call(self, text: str, pictures: Sequence[Any], special: bool) -> Any:
+    def _call(
+        self, text: str, pictures: Sequence[Any], special: bool, image_processor: Any = None
+    ) -> Any:
         options = {} if special else {"add_special_tokens": False}
-        return self.processor(
+        processor = self.processor
+        if image_processor is not None:
+            processor = copy.copy(processor)
+            processor.image_processor = image_processor
+        return processor(
             images=list(pictures), text=[text], return_tensors="pt", padding=False, **options
         )
 
@@ -119,26 +176,46 @@ class ImageEncoder:
         return self._prompts[key]
 
     def _encoded(self, text: str, images: tuple[str, ...], special: bool) -> SeenPrompt:
-        key = as_they_are(images)
-        pictures = [self._open(*one) for one in key]
-        try:
-            values = self._call(text, pictures, special)
-        except Exception as error:  # processors refuse pictures with errors of many kinds
-            raise InvalidRequestError(
-                f"the processor refuses prompt {text[:60]!r} with {len(images)} images: {error}"
-            ) from error
+        values = self._values(text, images, special)
         ids = values["input_ids"]
         by_token = {
             name: tuple(value[0].tolist())
             for name, value in values.items()
             if value.shape == ids.shape and name not in ("input_ids", "attention_mask", "labels")
         }
-        pixels = {k: v for k, v in values.items() if k not in by_token and v.shape != ids.shape}
-        self._pixels[key] = pixels
-        self._pixels.move_to_end(key)
-        if len(self._pixels) > _PIXELS:
-            self._pixels.popitem(last=False)
         return SeenPrompt(tuple(ids[0].tolist()), tuple(by_token.items()))
+
+    def _values(self, text: str, images: tuple[str, ...], special: bool) -> Any:
+        """What the processor makes of a prompt, and of its pictures where they are not known."""
+        key = as_they_are(images)
+        if key not in self._seen:
+            self.take(images, self.seen(images))
+        self._seen.move_to_end(key)
+        known = _Repeating(self.processor.image_processor, self._seen[key])
+        with _refusals(text, images):
+            return self._call(text, [_blank()] * len(images), special, known)
+
+    def seen(self, images: tuple[str, ...]) -> SeenPictures:
+        """What the image processor makes of the pictures of a row.
+
+        Raises:
+            InvalidRequestError: A picture cannot be read, or the processor refuses it.
+        """
+        pictures, text = [_opened(image) for image in images], self.prompt("a", images)
+        recording = _Recording(self.processor.image_processor)
+        with _refusals(text, images):
+            self._call(text, pictures, True, recording)
+            (found,) = recording.given
+        return SeenPictures(
+            {k: v.numpy() if isinstance(v, Tensor) else v for k, v in found.items()}
+        )
+
+    def take(self, images: tuple[str, ...], seen: SeenPictures) -> None:
+        """Keep what was made of pictures, here or in another process."""
+        self._seen[as_they_are(images)] = seen
+        size = sum(one.nbytes for one in self._seen.values())
+        while size > self.kept_bytes and len(self._seen) > 1:
+            size -= self._seen.popitem(last=False)[1].nbytes
 
     def count(self, images: Sequence[str]) -> int:
         """Number of tokens that pictures add to a row."""
@@ -149,14 +226,24 @@ class ImageEncoder:
 
     def pixels(self, images: tuple[str, ...]) -> Mapping[str, Tensor]:
         """Model inputs of the pictures of a row, such as ``pixel_values``."""
-        key = as_they_are(images)
-        if key not in self._pixels:
-            self._encoded(self.prompt("a", images), images, True)
-        return self._pixels[key]
+        values = self._values(self.prompt("a", images), images, True)
+        shape = values["input_ids"].shape
+        return {name: value for name, value in values.items() if value.shape != shape}
 
 
-def _opened(image: str, *version: int) -> Any:
-    """The picture behind a reference; ``version`` tells a changed file from what it was."""
+@contextmanager
+def _refusals(text: str, images: Sequence[str]) -> Iterator[None]:
+    """Errors of a processor, told as one."""
+    try:
+        yield
+    except Exception as error:  # processors refuse pictures with errors of many kinds
+        raise InvalidRequestError(
+            f"the processor refuses prompt {text[:60]!r} with {len(images)} images: {error}"
+        ) from error
+
+
+def _opened(image: str) -> Any:
+    """The picture behind a reference."""
     try:
         return load_image(image)
     except Exception as error:  # Pillow, httpx and transformers raise many kinds

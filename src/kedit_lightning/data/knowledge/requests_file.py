@@ -41,6 +41,7 @@ class Requests(EditDataModule):
         target_old: The answer that the single fact had before.
         task: Name of the kind of fact that the single fact is.
         image: Path or URL of the picture that the single fact is about.
+        num_workers: Processes that open the pictures of records ahead of their use.
     """
 
     id_field = "id"
@@ -66,10 +67,11 @@ class Requests(EditDataModule):
         target_old: str | None = None,
         task: str | None = None,
         image: str | None = None,
+        num_workers: int = 0,
     ) -> None:
         super().__init__(
             *(path, limit, on_bad_record, train_path, val_path, seed),
-            *(locality_path, locality_probes),
+            *(locality_path, locality_probes, num_workers),
         )
         self.prompt = prompt
         self.subject = subject
