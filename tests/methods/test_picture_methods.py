@@ -10,6 +10,7 @@ import pytest
 import torch
 from fit_support import fit
 from hypernetwork_support import SMALL
+from PIL import Image
 from places import ROOT
 from tiny_vision import draw, vision_base
 
@@ -19,14 +20,18 @@ from kedit_lightning.data import EIC, EVQA
 from kedit_lightning.errors import UnsupportedUseError
 from kedit_lightning.methods import (
     DEFER,
+    FTL,
     FTM,
     GRACE,
     IKE,
+    KE,
+    MALMEN,
     MELO,
     MEMOIR,
     MEND,
     SERAC,
     WISE,
+    AlphaEdit,
     LoRA,
 )
 from kedit_lightning.methods.hypernetwork.shared.outer_loss import outer_losses
@@ -130,6 +135,62 @@ def test_an_edit_about_a_picture_acts_rolls_back_and_loads(
     with Edit.load(tmp_path / "edit.safetensors", base):
         assert torch.equal(_logits(base, pictures[0], None), after)
     assert torch.equal(_logits(base, pictures[0], None), before)
+
+
+SHARED: list[tuple[type[Any], dict[str, Any]]] = [
+    (FTL, {"lr": 5e-2, "steps": 20}),
+    (AlphaEdit, {"layers": [1], "statistics": "identity", "contexts": 2, "clamp": 50.0}),
+    (KE, {"checkpoint": "none", "max_scale": 1.0}),
+    (MALMEN, {"checkpoint": "none", "edit_lr": 1e-2}),
+]
+
+
+@pytest.mark.parametrize(("method", "settings"), SHARED, ids=[m.__name__ for m, _ in SHARED])
+def test_what_is_computed_from_a_picture_follows_it_and_rolls_back(
+    base, pictures, method, settings
+):
+    before = _logits(base, pictures[0], None)
+    subject = "this" if method is AlphaEdit else None
+    editor = method(base, **settings)
+    edits = [
+        editor.edit([EditRequest(QUESTION, " tower", subject=subject, image=image)])
+        for image in pictures
+    ]
+    # Another picture is another edit: the computation has seen it.
+    first, second = (next(iter(edit.deltas().values())) for edit in edits)
+    assert not torch.allclose(first, second, rtol=1e-3, atol=1e-12)
+    lifted = []
+    for edit in edits:
+        with edit:
+            lifted.append(_logits(base, pictures[0], None) - before)
+        assert torch.equal(_logits(base, pictures[0], None), before)
+    assert all(lift.abs().max() > 1e-4 for lift in lifted)
+    if method in (FTL, AlphaEdit):  # the hypernetworks are untrained
+        rows = base.rows([QUESTION], [" tower"], images=pictures[:1])
+        known = base.answer_log_probs(rows).sum()
+        with edits[0]:
+            assert base.answer_log_probs(rows).sum() > known + 0.1
+
+
+def test_an_edit_about_a_picture_answers_less_about_a_blank_one(base, pictures, tmp_path):
+    """The control that shows whether an edit hangs on the picture, or on the question alone."""
+    with Image.open(pictures[0]) as picture:
+        blank = Image.new("RGB", picture.size, (128, 128, 128))
+    blank.save(tmp_path / "blank.png")
+    asked = (pictures[0], str(tmp_path / "blank.png"))
+    rows = base.rows([QUESTION] * 2, [" tower"] * 2, images=asked)
+    assert [len(row.images) for row in (base.encode(QUESTION, image=i) for i in asked)] == [1, 1]
+    with torch.no_grad():
+        known = base.answer_log_probs(rows).sum(-1)
+        fact = EditRequest(QUESTION, " tower", image=pictures[0])
+        with FTM(base, lr=5e-3, steps=20).edit([fact]):
+            lift = base.answer_log_probs(rows).sum(-1) - known
+        assert lift[0] > 1
+        assert lift[1] < lift[0] - 0.05
+        with GRACE(base, layer=1, radius=1e-3, steps=30).edit([fact]):
+            lift = base.answer_log_probs(rows).sum(-1) - known
+        assert lift[0] > 1
+        assert lift[1] == 0  # no part of it is about the question alone
 
 
 def test_ike_states_the_fact_of_the_picture_that_is_asked_about(base, pictures, tmp_path):
