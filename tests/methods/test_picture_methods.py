@@ -33,8 +33,10 @@ from kedit_lightning.methods import (
     WISE,
     AlphaEdit,
     LoRA,
+    TPatcher,
 )
 from kedit_lightning.methods.hypernetwork.shared.outer_loss import outer_losses
+from kedit_lightning.methods.memory.serac.scope_gradient import scope_gradient
 from kedit_lightning.methods.training.episodes import make_episodes
 from kedit_lightning.metrics.functional import rank_agreement
 
@@ -242,9 +244,48 @@ def test_mend_learns_from_pictures(base, tmp_path):
     assert torch.equal(_logits(base, str(request.image)), plain)
 
 
+def test_serac_tells_pictures_apart_and_learns_from_them(base, pictures, tmp_path):
+    asked = (pictures[0], pictures[1], None)
+    before = _logits(base, *asked)
+    fact = EditRequest(QUESTION, " tower", image=pictures[0])
+    # Untrained, so that only the question itself is in scope.
+    edit = SERAC(base, checkpoint="none", threshold=0.999).edit([fact])
+    edit.save(tmp_path / "edit.safetensors")
+    with edit:
+        after = _logits(base, *asked)
+    assert not torch.allclose(after[0], before[0], atol=1e-3)
+    assert torch.equal(after[1:], before[1:])
+    with Edit.load(tmp_path / "edit.safetensors", base):
+        assert torch.equal(_logits(base, *asked), after)
+    assert torch.equal(_logits(base, *asked), before)
+    data = EVQA(SAMPLES / "vqa_eval.json", train_path=SAMPLES / "vqa_eval.json")
+    method = SERAC(base, checkpoint="none", batch_size=2, lr=1e-3)
+    method.configure_model()
+    examples = data.examples()
+    blind = [
+        replace(
+            e,
+            requests=tuple(replace(r, image=None) for r in e.requests),
+            probes=tuple(replace(p, image=None) for p in e.probes),
+        )
+        for e in examples
+    ]
+    seen, unseen = (
+        scope_gradient(base, method.network.scope, some, (0.1, 1.0)).scalars["loss_scope"]
+        for some in (examples, blind)
+    )
+    assert abs(float(seen - unseen)) > 1e-3
+    known = {name: value.clone() for name, value in method.network.state_dict().items()}
+    fit(method, tmp_path, source=data)
+    assert any(not torch.equal(known[n], v) for n, v in method.network.state_dict().items())
+
+
 def test_what_reads_no_pictures_says_so(base, pictures):
-    with pytest.raises(UnsupportedUseError, match="SERAC reads text only, and field 'image'"):
-        SERAC(base).edit([EditRequest(QUESTION, " tower", image=pictures[0])])
+    fact = EditRequest(QUESTION, " tower", image=pictures[0])
+    with pytest.raises(UnsupportedUseError, match="TPatcher reads text only, and field 'image'"):
+        TPatcher(base).edit([fact])
+    with pytest.raises(UnsupportedUseError, match="model 'nano' of SERAC reads text only"):
+        SERAC(base, checkpoint="none", counterfactual="nano").edit([fact])
 
 
 def test_ranks_agree_as_a_loop_over_positions_counts_them():

@@ -181,8 +181,8 @@ def test_a_step_learns_from_the_base_model_without_the_edits_on_its_stack():
 def spoil(monkeypatch, is_bad):
     """Let the base model read NaN from prompts, of those read together, that are bad."""
 
-    def read(base, prompts, module):
-        hidden, mask = prompt_hidden_states(base, prompts, module)
+    def read(base, prompts, module, images):
+        hidden, mask = prompt_hidden_states(base, prompts, module, images)
         bad = torch.tensor([is_bad(prompt, prompts) for prompt in prompts])
         return hidden.masked_fill(bad[:, None, None], torch.nan), mask
 

@@ -166,7 +166,9 @@ class ScopeNetworks(nn.Module):
                 under causal attention. Shape ``[batch, tokens]``.
             embedding: Token embeddings of the base model. Shape ``[vocab, token_width]``.
         """
-        x = embedding[ids].to(self.dtype) * self.plan.embedding_scale
+        # Tokens that stand for pictures may have no embedding; any one will do.
+        known = ids.clamp(max=len(embedding) - 1)
+        x = embedding[known].to(self.dtype) * self.plan.embedding_scale
         states: Tensor = self.decoder(inputs_embeds=x, use_cache=False).last_hidden_state
         return states
 

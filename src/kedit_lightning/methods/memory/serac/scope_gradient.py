@@ -10,7 +10,13 @@ from torch import Tensor
 
 from kedit_lightning.base_models import BaseModel
 from kedit_lightning.edits.kinds.scope.scope_networks import ScopeNetworks
-from kedit_lightning.methods.memory.serac.scope_losses import LossSums, loss_sums, loss_weights
+from kedit_lightning.methods.memory.serac.scope_losses import (
+    LossSums,
+    Question,
+    loss_sums,
+    loss_weights,
+    question_of,
+)
 from kedit_lightning.methods.shared.losses import all_finite
 from kedit_lightning.methods.training.distributed import gather_over_ranks, sum_over_ranks
 from kedit_lightning.requests import EditExample
@@ -69,8 +75,8 @@ def _gradient(
     weights: tuple[float, float],
     skipped: int = 0,
 ) -> ScopeGradient:
-    prompts = gather_over_ranks([example.requests[0].prompt for example in examples])
-    sums = _loss_sums(base, networks, examples, prompts)
+    facts = gather_over_ranks([question_of(example) for example in examples])
+    sums = _loss_sums(base, networks, examples, facts)
     examined = torch.tensor([len(examples), skipped], device=sums.counts.device)
     sum_over_ranks((sums.counts, examined))
     scales = loss_weights(sums.counts, *weights).to(sums.losses)
@@ -91,13 +97,13 @@ def _loss_sums(
     base: BaseModel,
     networks: ScopeNetworks,
     examples: Sequence[EditExample],
-    prompts: Sequence[str],
+    facts: Sequence[Question],
 ) -> LossSums:
     if not examples:
         zeros = next(networks.parameters()).new_zeros(4)
         return LossSums(zeros, zeros.clone(), zeros.long())
     with torch.enable_grad():
-        return loss_sums(base, networks, examples, prompts)
+        return loss_sums(base, networks, examples, facts)
 
 
 def _parameter_gradients(networks: ScopeNetworks, scales: Tensor, sums: LossSums) -> list[Tensor]:
@@ -112,6 +118,6 @@ def _parameter_gradients(networks: ScopeNetworks, scales: Tensor, sums: LossSums
 def _is_finite_alone(
     base: BaseModel, networks: ScopeNetworks, example: EditExample, weights: tuple[float, float]
 ) -> bool:
-    sums = _loss_sums(base, networks, [example], [example.requests[0].prompt])
+    sums = _loss_sums(base, networks, [example], [question_of(example)])
     scales = loss_weights(sums.counts, *weights).to(sums.losses)
     return all_finite((sums.losses, *_parameter_gradients(networks, scales, sums)))

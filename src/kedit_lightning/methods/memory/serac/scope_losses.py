@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from kedit_lightning.base_models.taps import capture, stop_after
 from kedit_lightning.chat_turns import question_in
 from kedit_lightning.edits.kinds.scope.counterfactual import LanguageModel
 from kedit_lightning.edits.kinds.scope.scope_networks import ScopeNetworks
+from kedit_lightning.image_reference import Image
 from kedit_lightning.methods.training.episodes import probes_of
 from kedit_lightning.requests import EditExample, EditRequest
 
@@ -24,6 +25,8 @@ _LEAST = 1e-4
 #: Squared distance of a similarity of 0.5.
 _EDGE = 0.6931471805599453
 _NO_LABEL = -100
+#: A prompt and its picture.
+Question: TypeAlias = tuple[str, Image | None]
 
 
 def counterfactual_encoder(base: BaseModel, networks: ScopeNetworks) -> RowEncoder:
@@ -50,13 +53,21 @@ def statement_ids(encoder: RowEncoder, request: EditRequest) -> tuple[int, ...]:
 
 @torch.no_grad()
 def prompt_hidden_states(
-    base: BaseModel, prompts: Sequence[str], module: str
+    base: BaseModel, prompts: Sequence[str], module: str, images: Sequence[Image | None] = ()
 ) -> tuple[Tensor, Tensor]:
-    """Hidden states ``[batch, tokens, hidden]`` that a block returns, and their attention mask."""
-    rows = base.rows(prompts)
+    """Hidden states ``[batch, tokens, hidden]`` that a block returns, and their attention mask.
+
+    Tokens that stand for pictures are among them.
+    """
+    rows = base.rows(prompts, images=images or None)
     with capture(base.model, [module]) as captured, stop_after(base.model, module):
         base.forward(rows)
     return captured.outputs[module], rows.attention_mask
+
+
+def question_of(example: EditExample) -> Question:
+    """What the edit of an example answers."""
+    return example.requests[0].prompt, example.requests[0].image
 
 
 @dataclass(frozen=True)
@@ -114,7 +125,7 @@ def loss_sums(
     base: BaseModel,
     networks: ScopeNetworks,
     examples: Sequence[EditExample],
-    facts: Sequence[str],
+    facts: Sequence[Question],
 ) -> LossSums:
     """Losses of examples. Rephrases are in the scope of their own edit, and of no other.
 
@@ -122,8 +133,8 @@ def loss_sums(
         base: The base model; no edit should be in force.
         networks: The networks.
         examples: The examples, at least one.
-        facts: Prompts of all edits of the batch, on whatever rank. Two examples may write the same
-            prompt: their rephrases are in the scope of both.
+        facts: Questions of all edits of the batch, on whatever rank. Two examples may write the
+            same question: their rephrases are in the scope of both.
     """
     inside, near, far = _distances(base, networks, examples, facts)
     answers = _answer_losses(base, networks, examples)
@@ -134,22 +145,23 @@ def _distances(
     base: BaseModel,
     networks: ScopeNetworks,
     examples: Sequence[EditExample],
-    facts: Sequence[str],
+    facts: Sequence[Question],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Squared distances of the three kinds of pairs of :class:`LossSums`. ``[n]`` each."""
-    edits = [example.requests[0].prompt for example in examples]
+    edits = [question_of(example) for example in examples]
     inside, near = ([probes_of([e], kind) for e in examples] for kind in ("rephrase", "locality"))
-    questions = [probe.prompt for probes in (*inside, *near) for probe in probes]
+    questions = [(probe.prompt, probe.image) for probes in (*inside, *near) for probe in probes]
     prompts = list(dict.fromkeys([*facts, *edits]))
-    hidden, mask = prompt_hidden_states(base, [*prompts, *questions], networks.plan.module)
+    texts, images = zip(*prompts, *questions, strict=True)
+    hidden, mask = prompt_hidden_states(base, texts, networks.plan.module, images)
     embeddings = networks.embed(hidden, mask)
     keys = embeddings[: len(prompts)]
     distances = networks.distances(embeddings[len(prompts) :], keys)
 
     column = {prompt: number for number, prompt in enumerate(prompts)}
 
-    def columns(texts: Sequence[str]) -> Tensor:
-        return torch.tensor([column[t] for t in texts], dtype=torch.long, device=keys.device)
+    def columns(asked: Sequence[Question]) -> Tensor:
+        return torch.tensor([column[one] for one in asked], dtype=torch.long, device=keys.device)
 
     count, pairs = sum(map(len, inside)), zip(edits * 2, (*inside, *near), strict=True)
     own = columns([edit for edit, probes in pairs for _ in probes])
@@ -169,13 +181,16 @@ def counterfactual_rows(
     """
     rows, answers, encoder = [], [], counterfactual_encoder(base, networks)
     end, own_tokens = end_ids(encoder.tokenizer), networks.plan.own_tokens
-    # With the base model's tokenizer, questions are encoded as for the base model.
-    encode = encoder.encode if own_tokens else base.encode
     suffix = base.encoder.suffix if base.is_encoder_decoder and not own_tokens else ()
     for example in examples:
         statement = statement_ids(encoder, example.requests[0])
         for probe in (*probes_of([example], "rewrite"), *probes_of([example], "rephrase")):
-            question = encode(probe.prompt, probe.answers[0])
+            # With the base model's tokenizer, questions are encoded as for the base model.
+            question = (
+                encoder.encode(probe.prompt, probe.answers[0])
+                if own_tokens
+                else base.encode(probe.prompt, probe.answers[0], image=probe.image)
+            )
             rows.append((*statement, *question.prompt, *suffix, *question.answer, *end))
             answers.append(len(question.answer) + len(end))
     return rows, answers

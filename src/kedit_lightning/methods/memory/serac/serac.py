@@ -26,6 +26,7 @@ from kedit_lightning.methods.memory.serac.scope_losses import (
     statement_ids,
 )
 from kedit_lightning.methods.method import Capabilities, MethodSettings, Need
+from kedit_lightning.methods.shared.data_setup import refuse_images
 from kedit_lightning.methods.shared.row_lengths import (
     RowText,
     Window,
@@ -81,6 +82,8 @@ class SERAC(TrainedMethod):
     as text, which is then encoded in the base model's tokens: scores of answers are valid, and
     likelihoods are those of a choice. All its weights are trained, and stored in each edit's file.
     Answers are trained with the end-of-sequence token behind them, where the tokenizer has one.
+    On a vision-language model the hidden states are those of tokens of the picture, too, so that
+    scope follows text and picture. The counterfactual model does not see it: it is told the fact.
     The two losses are independent, as in the paper's supervised form. The switch between the
     models is hard; the paper's soft mixture is not needed where scope is labelled.
 
@@ -101,7 +104,7 @@ class SERAC(TrainedMethod):
     """
 
     needs_to_fit: ClassVar[frozenset[Need]] = frozenset({"rephrases"})
-    can: ClassVar[Capabilities] = Capabilities(encoder_decoder=True)
+    can: ClassVar[Capabilities] = Capabilities(encoder_decoder=True, images=True)
     learns: ClassVar[str] = "a scope classifier and a counterfactual model"
 
     settings_type: ClassVar[type[MethodSettings]] = SERACSettings
@@ -234,6 +237,7 @@ class SERAC(TrainedMethod):
     def compute_edit(self, requests: Sequence[EditRequest]) -> ScopeEdit:
         """Entries of the edit memory, one for each request. Nothing is trained."""
         origin = self.prepare_edit(requests)
+        self._check_pictures(requests)
         networks = self._frozen_networks()
         encoder, threshold = counterfactual_encoder(self.base, networks), self.settings.threshold
         entries = [
@@ -245,8 +249,17 @@ class SERAC(TrainedMethod):
     @torch.no_grad()
     def _key(self, networks: ScopeNetworks, request: EditRequest) -> Tensor:
         # One by one, so that the key of a request does not depend on the others.
-        hidden, mask = prompt_hidden_states(self.base, [request.prompt], networks.plan.module)
+        hidden, mask = prompt_hidden_states(
+            self.base, [request.prompt], networks.plan.module, [request.image]
+        )
         return networks.embed(hidden, mask)[0]
+
+    def _check_pictures(self, requests: Sequence[EditRequest]) -> None:
+        """Refuse facts about pictures for a counterfactual model that is a language model."""
+        plan = self.network.scope.plan
+        refuse_images(
+            f"counterfactual model '{plan.counterfactual}' of SERAC", requests, plan.made_of is None
+        )
 
     def _frozen_networks(self) -> ScopeNetworks:
         """A copy of the networks that later training does not change; shared while it is equal."""
@@ -301,6 +314,7 @@ class SERAC(TrainedMethod):
         """Loss and gradient of a batch, over the examples of all ranks."""
         weights = self.settings.c_edit, self.settings.c_loc
         examples = self.examples_of(batch)
+        self._check_pictures([example.requests[0] for example in examples])
         with self.base.edits.suspended():  # the scope is learned on the base model's hidden states
             gradient = scope_gradient(self.base, self.network.scope, examples, weights)
         yield gradient
