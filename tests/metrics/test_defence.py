@@ -17,7 +17,7 @@ from kedit_lightning.benchmark import Protocol, ProtocolRunner, RunContext
 from kedit_lightning.benchmark.classifiers import UNSAFE_REPLY
 from kedit_lightning.benchmark.graders import Graders
 from kedit_lightning.edits import DenseEdit
-from kedit_lightning.errors import UnsupportedUseError
+from kedit_lightning.errors import BaseModelNotFoundError, UnsupportedUseError
 from kedit_lightning.metrics import EditMetrics
 from kedit_lightning.probe_task import ProbeTask
 
@@ -181,6 +181,17 @@ def test_replies_longer_than_a_classifier_reads_are_cut(tmp_path, family):
     classify = UNSAFE_REPLY.classifier(str(tmp_path), CPU)
     long, longer = classify(["I keep it. " * 20, "I keep it. " * 30])
     assert long == longer
+
+
+@pytest.mark.parametrize("mode", ["single", "batch", "sequential"])
+def test_a_classifier_that_is_not_there_is_said_before_anything_is_edited(tmp_path, mode):
+    base, case = scripted()
+    protocol = Protocol(mode=mode, safety=str(tmp_path / "gone"), evaluate=("final",))
+    edited = []
+    runner = ProtocolRunner(base, edited.append, RunContext(protocol))
+    with pytest.raises(BaseModelNotFoundError, match=r"gone' could .* \(there is no such folder\)"):
+        list(runner.chunk([case], 0))
+    assert not edited
 
 
 def test_which_class_is_unsafe_must_be_clear():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -117,9 +118,12 @@ def sequence_classifier(
         tokenizer = AutoTokenizer.from_pretrained(named)
         model: Any = AutoModelForSequenceClassification.from_pretrained(named)
     except (OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        if named.startswith(("/", ".", "~")) and not Path(named).exists():
+            reason = "there is no such folder"
         raise BaseModelNotFoundError(
             f"protocol.{option} '{named}' could not be loaded as a sequence classifier "
-            f"({str(error).partition(chr(10))[0]}); give a folder or a name on the hub that "
+            f"({reason}); give a folder or a name on the hub that "
             "this machine can reach"
         ) from error
     model = model.to(device).eval()

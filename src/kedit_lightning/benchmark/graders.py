@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, cached_property
 from itertools import product
 from typing import Any, NamedTuple, TypeAlias, cast
@@ -39,6 +39,7 @@ from kedit_lightning.metrics import (
 from kedit_lightning.metrics.functional import nearest_cosine
 from kedit_lightning.metrics.measurement import COSINE, JUDGED, PASSAGE, RATING, TEXT
 from kedit_lightning.probe_task import scored_by
+from kedit_lightning.requests import EditExample
 
 #: Tasks whose passages are compared by their embeddings.
 _COMPARED = (*PassageCosine.tasks, *ConsistencyCosine.tasks)
@@ -83,6 +84,25 @@ class Graders:
         self.protocol, self.device = protocol, device
         self._warned: set[str] = set()
         self._failures = 0
+
+    def load(self, examples: Iterable[EditExample]) -> None:
+        """Load what the protocol names and examples need, before edits cost time.
+
+        Raises:
+            BaseModelNotFoundError: One of them is not there.
+            UnsupportedUseError: A classifier lacks the class that is asked for.
+        """
+        if not self.protocol.generates:
+            return
+        tasks = [probe.task for example in examples for probe in example.probes]
+        known = {task.name for task in tasks if task is not None}
+        for wanted in TEXT_CLASSES:
+            if wanted.task in known and getattr(self.protocol, wanted.option) is not None:
+                self._classifier(wanted)
+        if self.protocol.embedder is not None and known.intersection(_COMPARED):
+            _ = self._encoder
+        if self.protocol.judge is not None:
+            _ = self._verdicts
 
     def complete(self, record: ExampleRecord) -> ExampleRecord:
         """The record with what is measured of its texts."""
