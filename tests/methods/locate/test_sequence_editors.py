@@ -171,3 +171,15 @@ def test_only_chosen_neurons_change_and_more_rounds_miss_less():
         with method.edit(REQUESTS):
             left.append(values.residuals(1).norm(dim=1))
     assert (left[1] < 0.9 * left[0]).all()
+
+
+def test_a_fact_that_is_written_has_no_more_rounds_beside_one_that_is_not():
+    base = tiny_base("llama")
+    method = NSE(base, **QUICK, rounds=3, tolerance=0.6)
+    alone = [method.edit([request]) for request in REQUESTS[1:3]]
+    assert alone[0].nbytes < alone[1].nbytes  # the second takes more rounds
+    together = [*method.edit_each([REQUESTS[1:2], REQUESTS[2:3]])]
+    assert [edit.nbytes for edit in together] == [edit.nbytes for edit in alone]
+    close(together[0], alone[0])
+    relative = NSE(base, **{**QUICK, "preserve": None}, rounds=3).edit(REQUESTS[1:2])
+    assert len(relative.origin.notes["preserve"]) == len(QUICK["layers"])

@@ -251,10 +251,13 @@ class ClosedForm(EditMethod):
             share = (len(self.layers) - number) ** -self.spread if values.spreads else 1.0
             inside, path = values.site(layer).inside, self.base.layout.write_path
             residuals = residuals * share / (1.0 if inside else path(layer).gain)
-            prior, history = self.prior(layer), self._history(module)
+            prior, history, counting = self.prior(layer), self._history(module), values.counting
             for changes, part, weights in batch.changing():
+                if counting is not None and not bool(counting[part].any()):
+                    continue  # all of it is written, whatever the others need
                 own = states.part(part)
-                cost = self._cost(prior, self.mean_keys(own.inputs[module]).T, history, weights)
+                noted = weights if counting is None else []
+                cost = self._cost(prior, self.mean_keys(own.inputs[module]).T, history, noted)
                 delta = self.update(module, own, residuals[part], cost)
                 add_to(changes, self.constraints.changes(self.base, module, delta))
             del prior  # wide layers have large ones
