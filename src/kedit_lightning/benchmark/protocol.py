@@ -50,41 +50,34 @@ class Protocol:
         evaluate: When sequential edits are scored: ``immediate`` (right after their own chunk),
             ``final`` (after the last one), or both as ``immediate,final``.
         every: In ``sequential``, score all examples edited so far whenever this many more are.
-            ``log`` does so after 1, 2, 5, 10, 20, 50, ... of them, which asks each example no more
-            than about twice on average however long the stream is.
+            ``log`` does so after 1, 2, 5, 10, 20, 50, ... of them.
         orders: In ``sequential``, how many orders of the examples ``kedit test`` goes through, each
-            a stream of its own: that of the file, and permutations that follow from the seed of
-            the run. The results tell how far scores spread over them.
+            a stream of its own: that of the file, and permutations drawn from the run's seed.
         order: The first of these orders; 0 is that of the file.
         scoring: What is measured: our definitions, or those of EasyEdit for comparison.
         score_batch_size: Rows of a forward pass while scoring; it never changes a score.
         generate: Let the model answer freely, beside reading its probabilities.
         max_new_tokens: Longest free answer.
         sample_tokens: Length of a sampled continuation of each request's own prompt, for its n-gram
-            entropy (100 in ROME's paper); none when 0. Its draws are the same in every run.
+            entropy (100 in ROME's paper); none when 0.
         answers: When a free answer is the wanted one: ``words`` lets marks count where they tell
-            numbers or names apart (3.5 is not 35, C# is not C++), ``squad`` drops all punctuation
-            as SQuAD's script does.
+            numbers or names apart (C# is not C++), ``squad`` drops all as SQuAD's script does.
         on_conflict: What is done where requests that hold together give one fact different answers:
-            ``last`` writes the last one alone, but each in its turn in the chunks of a sequence of
-            ``kedit test``, which is a stream of corrections; ``refuse`` ends the run before
-            anything is computed. In ``single`` each has an edit of its own, and none contradicts.
-        generation: Free answers are ``greedy``: penalties, beams, bans and forced tokens that the
-            base model's generation config brings are set aside, and named in the results. With
-            ``model`` they act, all but sampling (``do_sample``, ``temperature``, ``top_p``, ...):
-            a score of sampled answers would not repeat.
-        judge: A model that judges free answers, as ``gen_judge``, ``consistency_judge`` and
-            ``pae``; it stands in for no other score.
-        sentiment: Sequence classifier of opinions (name or folder; in Python also a function from
-            texts to probabilities of positive sentiment), for ``gen_sentiment``.
-        safety: Sequence classifier of replies (name or folder; in Python also a function from texts
-            to probabilities that they are unsafe), for ``ds`` and ``dg``; of two classes without
-            names the second is unsafe.
-        traits: Sequence classifier of the traits that opinions show, neuroticism, agreeableness and
-            extraversion (name or folder; in Python also a function from texts to three
-            probabilities each, in this order), for ``trait_acc`` and ``tpei``.
-        embedder: Model of sentence-transformers (name or folder; in Python also a function from
-            texts to vectors) that compares passages, for ``gen_cosine``.
+            ``last`` writes the last one alone, but each in its turn in a sequence of
+            ``kedit test``; ``refuse`` ends the run before anything is computed.
+        generation: ``greedy`` sets aside penalties, beams, bans and forced tokens of the base
+            model's generation config, and names them in the results; with ``model`` they act, all
+            but sampling.
+        judge: A model that judges free answers (``gen_judge``, ``consistency_judge``, ``pae``).
+        sentiment: Sequence classifier of opinions (name, folder, or function of texts that gives
+            probabilities of positive sentiment), for ``gen_sentiment``.
+        safety: Sequence classifier of replies (name, folder, or function of texts that gives
+            probabilities of unsafe), for ``ds`` and ``dg``; a second class without name is unsafe.
+        traits: Sequence classifier of opinions (name, folder, or function of texts that gives
+            probabilities of neuroticism, agreeableness, extraversion), for ``trait_acc`` and
+            ``tpei``.
+        embedder: Model of sentence-transformers (name, folder, or function of texts that gives
+            vectors) that compares passages, for ``gen_cosine``.
     """
 
     mode: Mode | None = None
