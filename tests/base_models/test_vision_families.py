@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_vision import BUILDERS, draw, vision_base, vision_folder
+import transformers
+from tiny_vision import BUILDERS, TEXT_CONFIG, draw, tokenizer, vision_base, vision_folder
 from transformers.image_utils import load_image
 
 from kedit_lightning import BaseModel, Edit, EditRequest
+from kedit_lightning.errors import UnsupportedUseError
 from kedit_lightning.methods import FTM, ROME
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -190,3 +192,35 @@ def test_a_saved_vision_language_model_loads_with_its_processor(tmp_path: Path, 
     rows = [b.rows(PROMPTS[:1], ANSWERS[:1], images=pictures[:1]) for b in (base, loaded)]
     with torch.no_grad():
         assert torch.equal(base.answer_logits(rows[0]), loaded.answer_logits(rows[1]))
+
+
+def test_pictures_that_are_read_by_cross_attention_are_refused(pictures):
+    tokens = tokenizer(image_token="<|image|>", python_token="<|python_tag|>")
+    images = transformers.MllamaImageProcessorPil(size={"height": 8, "width": 8}, max_image_tiles=4)
+    processor = transformers.MllamaProcessor(images, tokens)
+    text = {**TEXT_CONFIG, "vocab_size": len(tokens), "cross_attention_layers": [1]}
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_global_layers": 1,
+        "attention_heads": 2,
+        "vision_output_dim": 32,
+        "image_size": 8,
+        "patch_size": 4,
+        "max_num_tiles": 4,
+        "intermediate_layers_indices": [0],
+    }
+    config = transformers.MllamaConfig(
+        vision_config=vision, text_config=text, image_token_index=processor.image_token_id
+    )
+    model = transformers.MllamaForConditionalGeneration(config)
+    base = BaseModel(model, tokens, name="mllama", processor=processor)
+    for seen in (pictures[:1], [(pictures[0], pictures[1])]):
+        with pytest.raises(UnsupportedUseError, match="'mllama' reads pictures by cross-attention"):
+            base.rows(PROMPTS[:1], ANSWERS[:1], images=seen)
+    fact = EditRequest(PROMPTS[0], " Rome", image=pictures[0])
+    with pytest.raises(UnsupportedUseError, match="'mllama' reads pictures by cross-attention"):
+        FTM(base, steps=1).edit([fact])
+    with torch.no_grad():  # text alone works
+        assert base.answer_logits(base.rows(PROMPTS[:1], ANSWERS[:1])).isfinite().all()
