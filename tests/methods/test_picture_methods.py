@@ -32,10 +32,12 @@ from kedit_lightning.methods import (
     SERAC,
     WISE,
     AlphaEdit,
+    AnyEdit,
     LoRA,
     TPatcher,
 )
 from kedit_lightning.methods.hypernetwork.shared.outer_loss import outer_losses
+from kedit_lightning.methods.locate.shared.answer_windows import AnswerWindows
 from kedit_lightning.methods.memory.serac.scope_gradient import scope_gradient
 from kedit_lightning.methods.training.episodes import make_episodes
 from kedit_lightning.metrics.functional import rank_agreement
@@ -120,6 +122,7 @@ METHODS: list[tuple[type[Any], dict[str, Any]]] = [
     (DEFER, {"steps": 30}),
     (MELO, {"steps": 30}),
     (IKE, {"demonstrations": 0}),
+    (AnyEdit, {"statistics": "identity", "preserve": 1e-3, "steps": 20, "layers": [1]}),
 ]
 
 
@@ -302,3 +305,10 @@ def test_ranks_agree_as_a_loop_over_positions_counts_them():
         expected = sum((old == new).double().mean().item() for old, new in pairs) / len(pairs)
         assert rank_agreement(base, edited, mask, 10)[row].item() == pytest.approx(expected)
         assert 0 < expected < 1
+
+
+def test_windows_of_an_answer_follow_the_picture(base, pictures):
+    requests = [EditRequest(QUESTION, " tower", image=image) for image in (pictures[0], None)]
+    seen, blind = (AnswerWindows.of(base, request, 2, False) for request in requests)
+    assert seen.row.images == (pictures[0],)
+    assert seen.places[0] > blind.places[0]

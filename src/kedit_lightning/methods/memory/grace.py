@@ -183,8 +183,8 @@ class GRACE(EditMethod):
     def _place(self, request: EditRequest) -> _Place:
         """Where the codebook of the stack takes a new entry, with a value to be trained."""
         key, output = self._key_and_output(request)
-        label = self.base.encode(request.prompt, request.target_new).answer
-        entry = CodebookEntry(key, output, label, self.settings.radius)
+        row = self.base.encode(request.prompt, request.target_new, image=request.image)
+        entry = CodebookEntry(key, output, row.answer, self.settings.radius)
         codebook = stacked_codebook(self.base, self._family, key.device)
         grown, rule, index = write_entry(codebook, entry, state_rounding(self.base.dtype))
         notes = {

@@ -54,9 +54,10 @@ class AnswerWindows:
                 f"eos_in_target needs an end-of-text token, and the tokenizer of '{base.name}' has "
                 "none; set eos_in_target to false"
             )
-        row = base.encode(request.prompt, f"{answer}{eos}" if ended else answer)
+        seen, ending = request.image, f"{answer}{eos}" if ended else answer
+        row = base.encode(request.prompt, ending, image=seen)
         if ended and len(row.prompt) + len(row.answer) > base.max_tokens:
-            row = base.encode(request.prompt, answer)  # it fits without its end alone
+            row = base.encode(request.prompt, answer, image=seen)  # fits without its end alone
         return cls(request, row, size or len(row.answer))
 
     def __len__(self) -> int:
