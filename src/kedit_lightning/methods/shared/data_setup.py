@@ -51,7 +51,7 @@ def refuse_images(name: str, items: Sequence[EditRequest | Probe], images: bool)
     if seen and not images:
         raise UnsupportedUseError(
             f"{name} reads text only, and field 'image' is set in {article_list(seen)}; leave the "
-            "field out, or take these records out of the data"
+            "field out, or choose a method that reads pictures, such as FTM"
         )
 
 
