@@ -79,6 +79,8 @@ def test_cached_features_are_those_of_a_new_pass_bit_for_bit(base, pictures):
     rows = base.rows(PROMPTS[:1], ANSWERS[:1], images=[(pictures[0], pictures[1])])
     again = base.rows(PROMPTS[:1], ANSWERS[:1], images=[(pictures[0], pictures[1])])
     assert again.pictures[0] is rows.pictures[0]  # computed once
+    assert base.encoder.images is not None
+    assert base.encoder.images.seen((pictures[0],)).values  # and so is the processor's work
     base.sight.cached = False
     try:
         online = base.rows(PROMPTS[:1], ANSWERS[:1], images=[(pictures[0], pictures[1])])

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from places import ROOT
 from tiny_vision import draw, vision_base
+from transformers import BatchFeature, LlavaProcessor
+from transformers.image_utils import load_image
 
 from kedit_lightning import EditRequest, EditTrainer
 from kedit_lightning.base_models.rows import ImageEncoder
@@ -95,6 +98,40 @@ def test_pixels_are_kept_up_to_a_size(tmp_path, encoder):
     again.kept_bytes = encoder.kept_bytes
     list(with_pictures([_batch(*(row[0] for row in rows))], 1, again))
     assert len(again._seen) == 1
+
+
+class Direct(LlavaProcessor):
+    """A processor that does not call its image processor as others do."""
+
+    def __call__(self, images: Any = None, text: Any = None, **options: Any) -> Any:
+        pixels = self.image_processor.preprocess(images, return_tensors="pt")
+        return BatchFeature({**self.tokenizer(text, return_tensors="pt"), **pixels})
+
+
+class Sized(LlavaProcessor):
+    """A processor that counts tokens by the pictures themselves."""
+
+    def __call__(self, images: Any = None, text: Any = None, **options: Any) -> Any:
+        width = np.asarray(images[0]).shape[1]
+        return super().__call__(images=images, text=[text[0] + " a" * width], **options)
+
+
+@pytest.mark.parametrize("kind", [Direct, Sized])
+def test_processors_that_work_otherwise_are_called_anew(tmp_path, encoder, kind):
+    own = encoder.processor
+    processor = kind(
+        own.image_processor,
+        own.tokenizer,
+        patch_size=4,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
+    path = draw(tmp_path / "a.png", 1)
+    other = ImageEncoder(processor)
+    assert list(with_pictures([_batch(path)], 1, other)) == [_batch(path)]
+    expected = processor(images=[load_image(path)], text=["<image> It"], return_tensors="pt")
+    assert other.encode("<image> It", (path,), True).ids == tuple(expected["input_ids"][0].tolist())
+    assert torch.equal(other.pixels((path,))["pixel_values"], expected["pixel_values"])
 
 
 def test_what_resuming_skips_is_not_prepared():

@@ -191,12 +191,21 @@ class ImageEncoder:
         if key not in self._seen:
             self.take(images, self.seen(images))
         self._seen.move_to_end(key)
-        known = _Repeating(self.processor.image_processor, self._seen[key])
+        known = self._seen[key]
         with _refusals(text, images):
-            return self._call(text, [_blank()] * len(images), special, known)
+            if known.values:
+                return self._repeated(text, len(images), special, known)
+            return self._call(text, [_opened(image) for image in images], special)
+
+    def _repeated(self, text: str, count: int, special: bool, known: SeenPictures) -> Any:
+        repeating = _Repeating(self.processor.image_processor, known)
+        return self._call(text, [_blank()] * count, special, repeating)
 
     def seen(self, images: tuple[str, ...]) -> SeenPictures:
         """What the image processor makes of the pictures of a row.
+
+        It is empty for a processor that reads pictures in another way than by one call of its image
+        processor; such a one is called anew for each prompt.
 
         Raises:
             InvalidRequestError: A picture cannot be read, or the processor refuses it.
@@ -204,11 +213,15 @@ class ImageEncoder:
         pictures, text = [_opened(image) for image in images], self.prompt("a", images)
         recording = _Recording(self.processor.image_processor)
         with _refusals(text, images):
-            self._call(text, pictures, True, recording)
-            (found,) = recording.given
-        return SeenPictures(
-            {k: v.numpy() if isinstance(v, Tensor) else v for k, v in found.items()}
+            whole = self._call(text, pictures, True, recording)
+        if len(recording.given) != 1:
+            return SeenPictures({})
+        found = SeenPictures(
+            {k: v.numpy() if isinstance(v, Tensor) else v for k, v in recording.given[0].items()}
         )
+        again = self._repeated(text, len(images), True, found)
+        same = torch.equal(again["input_ids"], whole["input_ids"])
+        return found if same else SeenPictures({})
 
     def take(self, images: tuple[str, ...], seen: SeenPictures) -> None:
         """Keep what was made of pictures, here or in another process."""
