@@ -31,11 +31,13 @@ from kedit_lightning.runs.fit_folder import FitFolder
 from kedit_lightning.runs.fit_length import at_most
 from kedit_lightning.runs.held_facts import HeldFacts
 from kedit_lightning.runs.interruption import interruptible
+from kedit_lightning.runs.ledger_stream import ledger_stream
+from kedit_lightning.runs.model_export import saved_edits
 from kedit_lightning.runs.output_folder import OutputFolder, opened
 from kedit_lightning.runs.processes import check_processes, processes_here
 from kedit_lightning.runs.prompts import check_prompts, prompt_loader, read_prompts
-from kedit_lightning.runs.results import predictions_table, summary_table
-from kedit_lightning.runs.saved_stack import apply_saved, edits_to_answer_under, load_stack
+from kedit_lightning.runs.results import predictions_table, summary_table, tell
+from kedit_lightning.runs.saved_stack import apply_saved, edits_to_answer_under
 from kedit_lightning.runs.stream_orders import orders_of, tell_spread
 
 
@@ -139,7 +141,7 @@ class EditTrainer(Trainer):
                 model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only
             )
         if self.is_global_zero and model.state_dict() and (note := self.fit_folder.note()):
-            Console().print(note, highlight=False, markup=False, soft_wrap=True)
+            tell(note)
 
     def validate(
         self,
@@ -216,11 +218,12 @@ class EditTrainer(Trainer):
         resume: str | Path | None = None,
         export: Literal["model", "adapter"] | None = None,
         strict: bool = False,
+        ledger: str | Path | None = None,
     ) -> list[Edit]:
         """Write requests so that they hold together, show what they do, and save the edits.
 
-        A method writes them in one batch if it can, or else in sequence; in protocol mode
-        ``single`` each on its own.  All are scored on the final stack, as ``predict`` answers.
+        In one batch if the method can, or else in sequence; in mode ``single`` each on its own.
+        All are scored on the final stack, as ``predict`` answers.
 
         Args:
             model: The editing method.
@@ -231,29 +234,25 @@ class EditTrainer(Trainer):
             export: Also write the edited model: ``model`` for all its weights in Hugging Face
                 format, ``adapter`` for a LoRA adapter in the format of peft.
             strict: Facts that do not hold are an error (exit code 3) once the edits are saved.
+            ledger: Ledger that the edits are added to, on top of those that stand in it.
 
         Returns:
             The edits, rolled back, in the order they were computed.
         """
         _, datamodule = data_source("edit", None, datamodule)
-        if export is not None:
-            can = as_edit_method(model).can
-            runs.check_export(export, can.weights, can.adapter, output or resume)
+        runs.check_export(export, as_edit_method(model).can, output or resume)
         self._edits, self._records = [], []
-        with self._running("edit", model, datamodule, ckpt_path, output, resume) as method:
+        with (
+            self._running("edit", model, datamodule, ckpt_path, output, resume) as method,
+            ledger_stream(ledger, method, datamodule, (output, resume, export, ckpt_path)),
+        ):
             folder = self.output_folder
             super().test(model, None, ckpt_path, False, datamodule)
         if not self.is_global_zero:
             return self._edits
-        edits, records = self._edits, folder.records() if folder else self._records
-        facts = HeldFacts.of(records, datamodule)
-        say = partial(Console().print, highlight=False, markup=False, soft_wrap=True)
-        if folder is not None:
-            edits = load_stack(folder.path, method.base)
-            say(f"{len(edits)} edit{'s' * (len(edits) != 1)} saved in {folder.path}")
-            if export is not None:
-                say(f"exported to {runs.export_edits(method.base, edits, folder.path, export)}")
-        say(facts.concluded(ways_out(method.settings), strict))
+        facts = HeldFacts.of(folder.records() if folder else self._records, datamodule)
+        edits = saved_edits(folder.path, method.base, export) if folder else self._edits
+        tell(facts.concluded(ways_out(method.settings), strict))
         return edits
 
     def predict(

@@ -81,6 +81,7 @@ class RunContext:
         seed: Seed of the run: what ``seed_everything`` was last called with, or else 0.
         data: Where examples come from.
         output: The output folder, if the run has one.
+        ledger: The edits of a ledger that the run adds to, if there is one.
         editing: Whether this is ``kedit edit``.
         left_out: Requests that ``kedit edit`` does not write, since they are to hold together and a
             later one overwrites them: the id of their example, and their place in it.
@@ -95,6 +96,7 @@ class RunContext:
     seed: int = field(default_factory=run_seed)
     data: LightningDataModule | None = None
     output: SavedRun | None = None
+    ledger: SavedRun | None = None
     editing: bool = False
     left_out: Collection[tuple[str, int]] = frozenset()
     on_edit: Callable[[str, Edit], None] = ignore
@@ -116,7 +118,7 @@ class RunContext:
     @property
     def saved(self) -> SavedRun | None:
         """Records and edits of the interrupted run that this one continues."""
-        return self.output if self.output is not None and self.output.resumed else None
+        return self.output if self.output is not None and self.output.resumed else self.ledger
 
     def source(self, split: Split) -> dict[str, Any]:
         """Path, hash and number of records of a split; empty where the data does not say."""

@@ -39,6 +39,11 @@ also:
             put finished runs side by side, with intervals, and say which cannot be told apart
   reproduce RUN [--output DIR] [--tolerance 1e-5]
             repeat a finished run with its own config, and compare it number by number
+  log | check LEDGER, show | revert LEDGER ID, replay LEDGER [--drop ID], blame LEDGER PROMPT,
+  diff LEDGER A B, export LEDGER FOLDER
+            the edits that `kedit edit --ledger LEDGER` has written: list them, ask their facts
+            again, take one out, compute them again, find those that touch an answer, compare
+            states, and write the edited model
   metrics   say what the names of scores mean, such as tf_all
   tasks     list the tasks: data, metrics and settings of methods that belong together
   completion bash|zsh|fish
@@ -68,9 +73,17 @@ examples:
 
 #: Commands that print a text and run nothing: their modules, and the functions in them.
 REPORTS = {
+    "blame": ("ledger_commands", "blame_edits"),
+    "check": ("ledger_commands", "check_ledger"),
     "compare": ("run_comparison", "run_comparison"),
     "data": ("data_report", "data_report"),
+    "diff": ("ledger_commands", "diff_states"),
+    "export": ("ledger_commands", "export_ledger"),
+    "log": ("ledger_commands", "log_lines"),
+    "replay": ("ledger_commands", "replay_lines"),
     "reproduce": ("run_reproduction", "run_reproduction"),
+    "revert": ("ledger_commands", "revert_line"),
+    "show": ("ledger_commands", "show_line"),
 }
 
 #: Commands that print what is known, in the same form.

@@ -22,6 +22,14 @@ from kedit_lightning.errors import (
     LedgerError,
 )
 from kedit_lightning.requests import EditRequest
+from kedit_lightning.runs.ledger_answers import (
+    Blame,
+    CheckedFact,
+    LedgerDiff,
+    blame_answer,
+    check_facts,
+    compare_states,
+)
 from kedit_lightning.runs.ledger_facts import new_facts
 from kedit_lightning.runs.ledger_lines import (
     ROOT,
@@ -128,14 +136,14 @@ class Ledger(LedgerRecord):
             redone: dict[str, SavedEdit] = {}
             if later == "keep":
                 for line in after:
-                    if self._load(now[line.number], base).requires_its_stack:
+                    if self.load(now[line.number], base).requires_its_stack:
                         raise EditOrderError(
                             f"the edit of line {line.number} by {line.method} reads what those "
                             "below it remember, so it cannot be kept; let it be computed again"
                         )
             elif after:
                 check_bare(base)
-                below = [self._load(now[n], base) for n in now if n < entry.number]
+                below = [self.load(now[n], base) for n in now if n < entry.number]
                 with base.edits.restored():
                     apply_edits(below)
                     for line in after:
@@ -185,6 +193,20 @@ class Ledger(LedgerRecord):
                 fresh = replace(line, number=number, parent=parent, run=None, id="")
                 new._append(replace(fresh, edit=new._save(edit), timing=_written_now()))
         return new
+
+    # ---- verbs that ask
+
+    def check(self, base: BaseModel) -> list[CheckedFact]:
+        """Ask all facts that stand again: which hold, and what became of the others."""
+        return check_facts(self, base)
+
+    def blame(self, base: BaseModel, prompt: str, max_new_tokens: int = 20) -> Blame:
+        """Which edits touch the answer to a prompt: each is left out alone."""
+        return blame_answer(self, base, prompt, max_new_tokens)
+
+    def diff(self, first: int | str, second: int | str) -> LedgerDiff:
+        """What differs between the states after two lines; 0 is the state before all."""
+        return compare_states(self, first, second)
 
     # ---- what writing consists of
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -91,6 +91,10 @@ class LedgerRecord:
             )
         return found[0]
 
+    def after(self, name: int | str) -> dict[int, SavedEdit]:
+        """The edits that stood after a line; after 0, none."""
+        return standing(self.lines[: self.show(name).number]) if str(name) != "0" else {}
+
     def entry(self, name: int | str) -> EditLine:
         """The line that added an edit that stands now.
 
@@ -119,17 +123,24 @@ class LedgerRecord:
             EditFileError: A file is absent or damaged.
             BaseModelMismatchError: They were made for another base model.
         """
-        return [self._load(saved, base, force) for saved in self.standing.values()]
+        return [self.load(saved, base, force) for saved in self.standing.values()]
 
     @contextmanager
-    def applied(self, base: BaseModel) -> Iterator[list[Edit]]:
+    def applied(
+        self, base: BaseModel, state: Mapping[int, SavedEdit] | None = None
+    ) -> Iterator[list[Edit]]:
         """Inside, the edits that stand now are applied, and nothing else.
+
+        Args:
+            base: The base model, without edits or with these.
+            state: The edits of another state, such as that after an earlier line.
 
         Raises:
             EditOrderError: The base model carries other edits.
         """
-        edits, ids = self.edits(base), tuple(saved.id for saved in self.standing.values())
-        if base.edits.ids == ids:
+        saved = (self.standing if state is None else state).values()
+        edits = [self.load(one, base) for one in saved]
+        if base.edits.ids == tuple(one.id for one in saved):
             yield list(base.edits)
             return
         check_bare(base)
@@ -142,7 +153,8 @@ class LedgerRecord:
         assert isinstance(line, EditLine)
         return line
 
-    def _load(self, saved: SavedEdit, base: BaseModel, force: bool = False) -> Edit:
+    def load(self, saved: SavedEdit, base: BaseModel, force: bool = False) -> Edit:
+        """An edit of the ledger, not applied."""
         held = self._loaded.get(saved.id)
         if held is None or held.base is not base:
             path = checked_file(self.edit_path(saved.id), saved)

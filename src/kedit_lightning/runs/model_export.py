@@ -5,30 +5,56 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 import kedit_lightning.edits
 from kedit_lightning.base_models import BaseModel
 from kedit_lightning.edits import Edit, materialise
 from kedit_lightning.edits.adapter_state import refuse_adapted
 from kedit_lightning.errors import UnsupportedUseError
+from kedit_lightning.runs.results import tell
+from kedit_lightning.runs.saved_stack import load_stack
 
 Export: TypeAlias = Literal["model", "adapter"]
 
 
-def check_export(export: Export, weights: bool, adapter: bool, output: str | Path | None) -> None:
-    """Refuse an export of edits that can be exported as ``weights`` or ``adapter``, or neither.
+class Exports(Protocol):
+    """What the edits of a method can be exported as."""
+
+    @property
+    def weights(self) -> bool:
+        """As a full model."""
+
+    @property
+    def adapter(self) -> bool:
+        """As a LoRA adapter."""
+
+
+def check_export(export: Export | None, can: Exports, output: str | Path | None) -> None:
+    """Refuse an export that is impossible.
 
     Raises:
         UnsupportedUseError: There is no folder, or the method's edits cannot be exported like this.
     """
+    if export is None:
+        return
     if output is None:
         raise UnsupportedUseError(f"--export {export} needs a folder to write to; add --output DIR")
-    if not (weights if export == "model" else adapter):
-        way_out = "use --export model" if weights else "leave out --export and keep the saved edits"
+    if not (can.weights if export == "model" else can.adapter):
+        keep = "leave out --export and keep the saved edits"
+        way_out = "use --export model" if can.weights else keep
         raise UnsupportedUseError(
             f"edits of this method change no weights that --export {export} could write; {way_out}"
         )
+
+
+def saved_edits(folder: Path, base: BaseModel, export: Export | None) -> list[Edit]:
+    """The edits that a run has saved, exported on request; says so."""
+    edits = load_stack(folder, base)
+    tell(f"{len(edits)} edit{'s' * (len(edits) != 1)} saved in {folder}")
+    if export is not None:
+        tell(f"exported to {export_edits(base, edits, folder, export)}")
+    return edits
 
 
 def export_edits(base: BaseModel, edits: Sequence[Edit], folder: Path, export: Export) -> Path:

@@ -71,13 +71,13 @@ def _built(line: EditLine, base: BaseModel) -> Iterator[Any]:
 
 
 def learned_hash(method: Any) -> str:
-    """Hash of what a method has learned; empty if it holds no tensors.
+    """Hash of what a method has learned; empty if that is nothing.
 
     Args:
         method: The editing method.
     """
     module: nn.Module = method
-    tensors = module.state_dict()
+    tensors = {name: tensor for name, tensor in module.state_dict().items() if tensor.numel()}
     return content_id("", {}, {}, tensors) if tensors else ""
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from rich.console import Console
 from rich.table import Table
 
 from kedit_lightning.base_models import BaseModel
@@ -229,3 +230,8 @@ def predictions_table(answers: Iterable[Mapping[str, str]], edits: int) -> Table
         texts = [answer["prompt"], *(answer_text(answer[name]) for name in ("base", "edited"))]
         table.add_row(*texts, style=None if answer["base"] == answer["edited"] else "bold")
     return table
+
+
+def tell(sentence: str) -> None:
+    """Print a sentence as it is."""
+    Console().print(sentence, highlight=False, markup=False, soft_wrap=True)

@@ -13,6 +13,7 @@ from kedit_lightning.base_models import BaseModel
 from kedit_lightning.edits import Edit
 from kedit_lightning.edits.state_schema import check_value
 from kedit_lightning.errors import EditFileError, EditOrderError
+from kedit_lightning.runs.ledger_record import FILE, LedgerRecord
 
 
 class StackEntry(TypedDict):
@@ -25,7 +26,7 @@ class StackEntry(TypedDict):
 
 
 def load_stack(path: str | Path, base: BaseModel, force: bool = False) -> list[Edit]:
-    """The saved edits of an output folder in their order, or the edit of a single file.
+    """The saved edits of an output folder or a ledger in their order, or that of a single file.
 
     Args:
         path: The folder or file.
@@ -41,6 +42,8 @@ def load_stack(path: str | Path, base: BaseModel, force: bool = False) -> list[E
         return [Edit.load(path, base, force)]
     if not path.exists():
         raise EditFileError(f"there is nothing at {path}; correct the path of the edits (--edits)")
+    if (path / FILE).is_file():
+        return LedgerRecord(path).edits(base, force)
     order = path / "stack.json"
     if not order.is_file():
         hint = (

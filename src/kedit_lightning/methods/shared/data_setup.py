@@ -86,7 +86,8 @@ def set_up_data(method: DataUser, data: EditDataModule, stage: str) -> None:
     if not fits:
         _refuse_conflicts(protocol, examples)
     if method.run.editing and protocol.grouping != "single":
-        method.run = replace(method.run, left_out=overwritten(examples))
+        left_out = overwritten(examples) | frozenset(method.run.left_out)
+        method.run = replace(method.run, left_out=left_out)
     if fits and "validation" in data.source:
         data.leave_out("validation", method.too_long(data.examples("validation")))
 
