@@ -22,6 +22,7 @@ KINDS = {
     **dict.fromkeys(("ROME", "MEMIT", "AlphaEdit", "AnyEdit", "PMET", "EMMET"), LocateSettings),
     "UltraEdit": UltraEditDefaults,
     "UnKE": BlockSettings,
+    "CrispEdit": FinetuneDefaults,
     "FTL": FinetuneDefaults,
     "FTM": FinetuneDefaults,
     "DEFER": DEFERDefaults,

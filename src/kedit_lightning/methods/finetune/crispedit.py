@@ -23,6 +23,7 @@ from kedit_lightning.methods.finetune.shared.fine_tuning_method import (
     FineTuningSettings,
 )
 from kedit_lightning.methods.method import MethodSettings
+from kedit_lightning.methods.shared.published_settings import published_settings
 from kedit_lightning.statistics import few_sample_texts
 
 #: First and last block as shares of the depth (blocks 19 to 23 of 32).
@@ -97,7 +98,8 @@ class CrispEdit(FineTuningMethod):
             paper reads 100 to 1000 articles.
         text_tokens: Tokens of a paragraph that are read at most.
         lr: Learning rate of Adam.
-        steps: Maximum number of epochs over the requests; 25 when absent.
+        steps: Maximum number of epochs over the requests; 25 when absent, 60 for the
+            packaged model.
         batch_size: Requests of an optimizer step.
         norm_constraint: Largest change of any entry of the weights; none when absent.
         weight_decay: L2 penalty on the change.
@@ -132,6 +134,9 @@ class CrispEdit(FineTuningMethod):
 
     def usual(self) -> FinetuneDefaults:
         """Settings for the base model where none are given."""
+        published = published_settings(self.base, "CrispEdit", FinetuneDefaults)
+        if published is not None:
+            return published
         layout, dense = self.base.layout, self.settings.modules is None
         known = layout.mlp_layers if dense else range(len(layout))
         depth = len(layout)
