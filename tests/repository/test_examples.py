@@ -24,6 +24,7 @@ LIMITS = {
     "closed_form_prior.py": 30,
     "dataset.py": 40,
     "decoding_edit.py": 70,
+    "edit_reader.py": 60,
     "lora_method.py": 60,
     "metric_plugin.py": 40,
     "subject_keys.py": 15,
