@@ -72,6 +72,10 @@ def lay_out(parser: LightningArgumentParser, everything: bool) -> None:
         settings.setdefault(key, []).append(group)
     parser._action_groups = groups[:2] + [g for key in _TITLES for g in settings.get(key, ())]
     parser.usage = str(parser.prog).replace(" [options]", "") + " [options]"
+    details = [*settings.get("trainer", ()), *settings.get("trainer.protocol", ())]
+    for action in (action for group in details for action in group._group_actions):
+        if not everything and action.dest.endswith(".help"):
+            action.help = SUPPRESS
     shown = {*inspect.signature(EditTrainer).parameters, *_NEEDED}
     for group in settings.get("trainer", ()):
         for action in group._group_actions:

@@ -225,7 +225,8 @@ class EditDataModule(LightningDataModule, ABC):
         return BatchLoader(lambda epoch: batches, len(batches), identity, 0, self._with_pictures)
 
     def _with_pictures(self, batches: Iterator[EditBatch]) -> Iterator[EditBatch]:
-        base = getattr(getattr(self.trainer, "lightning_module", None), "base", None)
+        method = None if self.trainer is None else self.trainer.lightning_module
+        base = getattr(method, "base", None)
         return with_pictures(list(batches), self.num_workers, base and base.encoder.images)
 
     # Reading -----------------------------------------------------------------------------------

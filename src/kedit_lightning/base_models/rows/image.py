@@ -260,7 +260,7 @@ def _opened(image: str) -> Any:
     try:
         return load_image(image)
     except Exception as error:  # Pillow, httpx and transformers raise many kinds
-        shown = image if len(image) <= 80 else f"{image[:80]}…"
+        shown = f"{image[:80]}…" if image.startswith("data:") else image
         raise InvalidRequestError(
             f"image {shown!r} cannot be read ({error}); give the path or URL of a picture"
         ) from error
