@@ -121,12 +121,12 @@ its weights in the first pass, and they are plain from then on. Projections are 
 VISION = """
 ## Pictures
 
-`BaseModel(model, tokenizer, processor=processor)`, and `BaseModel.load` of a folder or name with a
-processor, read pictures: a path, a URL, bytes or a Pillow image, one or several, beside text-only
-rows. The processor makes the tokens, the model's own `get_image_features` the visual features,
-which are computed once for each picture. Edits act on the language tower; text-only rows are those
-of the text model. `tests/base_models/test_vision_families.py` compares tiny random models with
-direct calls, and edits them:
+`BaseModel(model, tokenizer, processor=processor)`, and `BaseModel.load` of a folder or name with
+a processor, read pictures: a path, a URL, bytes or a Pillow image, one or several, beside
+text-only rows. The processor makes the tokens, the model's own `get_image_features` the visual
+features, which are computed once for each picture. Edits act on the language tower; text-only
+rows are those of the text model. `tests/base_models/test_vision_families.py` compares tiny random
+models with direct calls, and edits them:
 
 | model type | rows with pictures | FT-M | remarks |
 |---|---|---|---|
@@ -141,13 +141,22 @@ direct calls, and edits them:
 | idefics3 | as direct calls | takes | |
 | blip-2 | refused | | it must be given pixels, and text-only rows have none |
 | mllama | refused | | it reads pictures by cross-attention; text alone works |
+| MiniGPT-4 | not loaded | | its checkpoints hold one projection; transformers has no class for it |
+
+With `--data.num_workers 2`, two processes open the pictures of the next records and run the image
+part of the processor on them; the text part stays with the model, as applied edits may rewrite
+prompts. With a CLIP processor at 336 pixels on two shared cores, a record of two questions about
+a photograph of 640 × 480 kept the main process 49 ms without workers and 17 ms with two; of 4000
+× 3000, 679 and 329 ms.
 
 Processors that read videos too (llava_onevision, qwen2_vl, qwen2_5_vl, qwen3_vl, internvl) need
 torchvision: `pip install 'kedit-lightning[vision]'`. The text editors that read pictures are FTM,
 FTL, LocFTBF, LoRA and its relatives, the closed-form methods and UltraEdit, the hypernetworks,
-GRACE, WISE, MEMOIR, DEFER, MELO, and IKE, ICE and PROMPT, which state a fact in words: facts about
-the very picture that is asked about first, then those in the most similar words. The others refuse
-requests with a picture in a sentence: the scope of SERAC and its counterfactual model read text.
+GRACE, WISE, MEMOIR, DEFER, MELO, SERAC, and IKE, ICE and PROMPT, which state a fact in words:
+facts about the very picture that is asked about first, then those in the most similar words. The
+others refuse requests with a picture in a sentence. SERAC's scope reads the base model's hidden
+states at tokens of picture and text; its counterfactual model is told the fact and does not see,
+and a language model in its place (`counterfactual`) is refused for requests with a picture.
 """
 
 
