@@ -220,6 +220,12 @@ def test_resume_needs_no_other_option(
         with_saved_config(["test", "--resume", "nowhere"])
 
 
+def test_options_of_the_data_need_a_dataset(capsys: pytest.CaptureFixture[str]) -> None:
+    fact = ["--data.prompt=Rome is in", "--data.target_new=Peru"]
+    said = complaint(["edit", "-c", "methods/ftm", *fact], capsys)
+    assert "options of the data need a dataset: put --data Requests before them" in said
+
+
 # ---- configs
 
 

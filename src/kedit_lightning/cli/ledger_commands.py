@@ -26,7 +26,8 @@ def log_lines(arguments: Sequence[str]) -> str:
     ledger, _ = _read(arguments, "kedit log DIR", [])
     text = "".join(f"{_headline(ledger, line)}\n" for line in ledger.lines)
     facts = len(ledger.requests)
-    return f"{text}{_count(len(ledger.standing), 'edit')} of {_count(facts, 'fact')} stand\n"
+    edits = len(ledger.standing)
+    return f"{text}{_count(edits, 'edit')} of {_count(facts, 'fact')} {_verb(edits, 'stand')}\n"
 
 
 def show_line(arguments: Sequence[str]) -> str:
@@ -50,7 +51,8 @@ def revert_line(arguments: Sequence[str]) -> str:
         text += f"; computed again without it: {_named(list(map(int, line.edits)))}"
     elif given.keep_later:
         text += "; later edits were kept as they are"
-    return f"{text}\n{_count(len(ledger.standing), 'edit')} stand\n"
+    edits = len(ledger.standing)
+    return f"{text}\n{_count(edits, 'edit')} {_verb(edits, 'stand')}\n"
 
 
 def replay_lines(arguments: Sequence[str]) -> str:
@@ -81,7 +83,8 @@ def blame_edits(arguments: Sequence[str]) -> str:
         text += "the same\n" if touch.without == found.answer else f"{touch.without.strip()!r}\n"
         text += f"    {_facts(ledger.entry(touch.number).requests)}\n"
     others = len(found.touches) - len(shown)
-    return text + (f"{_count(others, 'other edit')} change it by less than {_TOUCH}\n")
+    change = _verb(others, "change")
+    return f"{text}{_count(others, 'other edit')} {change} it by less than {_TOUCH}\n"
 
 
 def diff_states(arguments: Sequence[str]) -> str:
@@ -109,7 +112,7 @@ def check_ledger(arguments: Sequence[str]) -> str:
             text += f"line {one.number}: {_facts([one.request])}: {became}\n"
     wanted = [one for one in found if one.state != "overwritten"]
     holding = sum(one.holds for one in wanted)
-    return f"{text}{holding} of {_count(len(wanted), 'fact')} hold\n"
+    return f"{text}{holding} of {_count(len(wanted), 'fact')} {_verb(holding, 'hold')}\n"
 
 
 def export_ledger(arguments: Sequence[str]) -> str:
@@ -177,6 +180,15 @@ def _named(numbers: list[int]) -> str:
 
 def _count(number: int, what: str) -> str:
     return f"{number} {what}{'s' * (number != 1)}"
+
+
+def _verb(number: int, word: str) -> str:
+    """A verb of the present, as it goes with a number of things.
+
+    >>> _verb(1, "stand"), _verb(2, "stand")
+    ('stands', 'stand')
+    """
+    return f"{word}{'s' * (number == 1)}"
 
 
 def _plain(value: object) -> object:

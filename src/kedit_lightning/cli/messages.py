@@ -63,6 +63,11 @@ def explain(message: str, options: Sequence[str] = ()) -> str:
     text = re.sub(r"<class '(?:[\w.]+\.)?(\w+)'>", r"\1", " ".join(message.split()))
     text = text.replace("NoneType", "null").replace("typing.", "")
     if match := re.search(r"Importing '(\S+)' is not allowed", text):
+        if match[1].endswith(f".{LightningDataModule.__name__}"):  # what options of no dataset mean
+            return (
+                "options of the data need a dataset: put --data Requests before them for facts of "
+                "your own, or -c data/NAME"
+            )
         return (
             f"configs may not name '{match[1]}': they name what lies below {', '.join(ALLOWED)}; "
             f"the environment variable {ALLOW_MORE} adds modules, separated by commas"
