@@ -21,6 +21,12 @@ from kedit_lightning.edits.row_context import RowContext
 from kedit_lightning.edits.weight_storage import device_of
 
 
+def _present_sum(parts: Iterable[Tensor | None]) -> Tensor | None:
+    """Sum of those that are there, if any is."""
+    present = [part for part in parts if part is not None]
+    return reduce(torch.add, present) if present else None
+
+
 @dataclass(frozen=True)
 class WeightDelta:
     """Change of a projection: low-rank, dense ``[d_out, d_in]`` and bias ``[d_out]``."""
@@ -43,12 +49,34 @@ class WeightDelta:
             parts.append(self.bias.to(x.dtype).expand(*x.shape[:-1], -1))
         return reduce(torch.add, parts)
 
+    def plus(self, other: WeightDelta) -> WeightDelta:
+        """Both changes together."""
+        factors = [delta.low_rank for delta in (self, other) if delta.low_rank is not None]
+        return WeightDelta(
+            LowRankDelta.sum(factors) if factors else None,
+            _present_sum([self.dense, other.dense]),
+            _present_sum([self.bias, other.bias]),
+        )
+
+    def matrix(self, like: Tensor | None = None) -> Tensor | None:
+        """The change of the matrix, dense; ``None`` without one. Shape ``[d_out, d_in]``.
+
+        Args:
+            like: A tensor in whose dtype, and on whose device, it is computed; by default its own.
+        """
+        dense, low_rank = self.dense, self.low_rank
+        if like is not None:
+            dense = None if dense is None else dense.to(like)
+            if low_rank is not None:
+                low_rank = LowRankDelta(low_rank.a.to(like), low_rank.b.to(like))
+        return _present_sum([None if low_rank is None else low_rank.dense, dense])
+
     def of_parameters(self, module: nn.Module) -> dict[str, Tensor]:
         """Change of the parameters that hold the module, dense and in their own orientation.
 
         Their names begin where the module's own, or that of the holder of experts, ends.
         """
-        dense = self.dense if self.low_rank is None else self.low_rank.dense
+        dense = self.matrix()
         if isinstance(module, ExpertProjection):
             return module.of_parameters(dense, self.bias)
         weight = None if dense is None else oriented(dense, module)

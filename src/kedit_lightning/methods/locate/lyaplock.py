@@ -180,9 +180,6 @@ def added(effects: Sequence[Effect], module: str, like: Tensor) -> Tensor:
     total = torch.zeros_like(like)
     for effect in effects:
         if isinstance(effect, AddToOutput) and effect.module == module:
-            low_rank, dense = effect.delta.low_rank, effect.delta.dense
-            if low_rank is not None:
-                total += low_rank.b.to(like) @ low_rank.a.to(like)
-            if dense is not None:
-                total += dense.to(like)
+            change = effect.delta.matrix(like)
+            total = total if change is None else total + change
     return total

@@ -15,7 +15,6 @@ from kedit_lightning.edits import (
     DenseEdit,
     Edit,
     EditOrigin,
-    LowRankDelta,
     LowRankEdit,
 )
 from kedit_lightning.edits.effects import WeightDelta
@@ -26,16 +25,7 @@ from kedit_lightning.requests import EditRequest
 def add_to(changes: dict[str, WeightDelta], more: Mapping[str, WeightDelta]) -> None:
     """Add changes of projections to those of the same or of other projections."""
     for name, new in more.items():
-        old = changes.get(name)
-        if old is None:
-            changes[name] = new
-            continue
-        factors = [delta.low_rank for delta in (old, new) if delta.low_rank is not None]
-        dense = [delta.dense for delta in (old, new) if delta.dense is not None]
-        changes[name] = WeightDelta(
-            LowRankDelta.sum(factors) if factors else None,
-            sum(dense[1:], dense[0]) if dense else None,
-        )
+        changes[name] = changes[name].plus(new) if name in changes else new
 
 
 def remembered_keys(
@@ -113,4 +103,5 @@ class EditGroups:
         if not dense:
             return low_rank
         whole = DenseEdit(self.base, dense, origin)
-        return CompositeEdit(self.base, [low_rank, whole], origin) if memory else whole
+        parts = [low_rank, whole]
+        return CompositeEdit(self.base, parts, origin) if memory or factors else whole

@@ -130,11 +130,6 @@ def weight_of(base: BaseModel, module: str, edited: bool) -> Tensor:
     except UnsupportedUseError as error:
         raise UnsupportedUseError(f"module '{module}': {error}") from error
     for effect in base.edits.effects(AddToOutput) if edited else ():
-        if effect.module != module:
-            continue
-        if effect.delta.low_rank is not None:
-            a, b = effect.delta.low_rank
-            total = total + b.to(total) @ a.to(total)
-        if effect.delta.dense is not None:
-            total = total + effect.delta.dense.to(total)
+        change = effect.delta.matrix(total) if effect.module == module else None
+        total = total if change is None else total + change
     return total
