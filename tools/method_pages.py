@@ -143,7 +143,8 @@ def overview() -> str:
     return f"""# Methods
 
 Each name is a class in `kedit_lightning.methods` and a packaged config, `-c methods/NAME`. Figures
-of all methods on one benchmark stand in the README.
+of all methods on one benchmark stand in [results](../results.md), and what each can do
+in [capabilities](../capabilities.md).
 
 | method | what it is | paper |
 |---|---|---|

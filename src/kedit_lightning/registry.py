@@ -27,7 +27,7 @@ class Entry:
         kind: What it is.
         name: Class name, as papers and configs have it.
         module: Module that defines the class.
-        summary: What it is, in a few words; the cell of the README's table.
+        summary: What it is, in a few words; the cell of the table in the documentation.
         config: Name of its packaged config, such as ``methods/rome``; empty without one.
     """
 

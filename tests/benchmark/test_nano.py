@@ -112,7 +112,7 @@ def test_rome_writes_it(nano, record_property):
 @pytest.mark.timeout(2400)
 @pytest.mark.parametrize("name", [name for name in MEASURED if name != "ROME"])
 def test_every_method_writes_it(nano, name):
-    """What the README's figures of 100 facts say, on fewer of them."""
+    """What the figures of 100 facts in the documentation say, on fewer of them."""
     requests = [example.requests[0] for example in NanoFacts(limit=20, seed=0).examples("test")]
     before = completed(nano, [r.prompt for r in requests], [r.target_new for r in requests])
     assert before <= 0.05

@@ -1,10 +1,11 @@
-"""Every command of the README is run, in order, as it stands there."""
+"""Every command of the README and of the page of methods is run, in order, as it stands there."""
 
 from __future__ import annotations
 
 import re
 import shlex
 import subprocess
+from pathlib import Path
 
 import pytest
 from places import ROOT
@@ -12,10 +13,12 @@ from places import ROOT
 from kedit_lightning.cli.main import main
 
 README = ROOT / "README.md"
+CAPABILITIES = ROOT / "docs" / "capabilities.md"
+PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+def blocks(language: str, page: Path = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
 
 
 def run(arguments: list[str]) -> object:
@@ -25,6 +28,17 @@ def run(arguments: list[str]) -> object:
     except SystemExit as stop:
         return stop.code
     return 0
+
+
+def test_the_readme_is_short():
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 150
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_to_files_resolve(page):
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8"))
+    written = {"metrics.md", *(name for name in links if name.startswith(("api/", "methods/")))}
+    assert {link for link in links if not (page.parent / link).exists()} <= written
 
 
 def test_the_two_commands_are_targets_of_the_makefile():
@@ -55,7 +69,7 @@ def test_shell_lines_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus" / "text.txt").write_text("Paris is the capital of France.\n" * 50)
-    for line in "".join(blocks("sh")[1:]).splitlines():
+    for line in "".join(blocks("sh")[1:] + blocks("sh", CAPABILITIES)).splitlines():
         if not line.startswith("kedit "):
             subprocess.run(line, shell=True, check=True)
             continue

@@ -1,18 +1,18 @@
-"""Write the README's tables of methods, datasets and tasks from the registry.
+"""Write the documentation's tables of methods, datasets and tasks from the registry.
 
-Run ``python tools/readme_tables.py`` after a change of an entry or of what a method can do.
+Run ``python tools/registry_tables.py`` after a change of an entry or of what a method can do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from kedit_lightning.methods import EditMethod
 from kedit_lightning.registry import Entry, entries
 from kedit_lightning.task_registry import tasks
 
-README = Path(__file__).parents[1] / "README.md"
+DOCS = Path(__file__).parents[1] / "docs"
 #: The families of methods in the order of the table, which are packages of ``methods``.
 FAMILIES = ("finetune", "locate", "hypernetwork", "memory", "in_context", "decoding", "safety")
 METHODS = (
@@ -88,16 +88,24 @@ def tasks_table() -> Iterator[str]:
         )
 
 
-def with_tables(text: str) -> str:
-    """A README in which all tables are those of the registry."""
-    lines = text.splitlines()
-    tables = ((METHODS, methods_table()), (DATASETS, datasets_table()), (TASKS, tasks_table()))
-    for header, table in tables:
-        start = lines.index(header)
-        end = next(at for at in range(start, len(lines)) if not lines[at].startswith("|"))
-        lines[start:end] = table
+#: The pages with a table: its header, and what gives its lines.
+TABLES: dict[str, tuple[str, Callable[[], Iterator[str]]]] = {
+    "capabilities.md": (METHODS, methods_table),
+    "datasets.md": (DATASETS, datasets_table),
+    "tasks.md": (TASKS, tasks_table),
+}
+
+
+def with_table(name: str) -> str:
+    """A page of the documentation in which the table is that of the registry."""
+    header, table = TABLES[name]
+    lines = (DOCS / name).read_text(encoding="utf-8").splitlines()
+    start = lines.index(header)
+    end = next(at for at in range(start, len(lines)) if not lines[at].startswith("|"))
+    lines[start:end] = table()
     return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
-    README.write_text(with_tables(README.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in TABLES:
+        (DOCS / page).write_text(with_table(page), encoding="utf-8")
