@@ -42,7 +42,7 @@ def contradictions(requests: Sequence[EditRequest]) -> list[Contradiction]:
     answers = [comparable(request.target_new) for request in requests]
     found: dict[int, int] = {}
     for index, request in enumerate(requests):
-        for fact in _facts(request):
+        for fact in fact_keys(request):
             same = holders[fact]
             for earlier in same:
                 if answers[earlier] != answers[index]:
@@ -117,8 +117,12 @@ def _named(earlier: EditRequest, later: EditRequest) -> str:
     )
 
 
-def _facts(request: EditRequest) -> Iterator[Hashable]:
-    """Keys that requests of one fact share, at least one of them."""
+def fact_keys(request: EditRequest) -> Iterator[Hashable]:
+    """Keys that requests of one fact share, at least one of them.
+
+    Args:
+        request: The request.
+    """
     image = request.image
     yield comparable(request.prompt), image
     if request.subject is not None:

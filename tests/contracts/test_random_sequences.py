@@ -154,7 +154,7 @@ class Walk:
         fresh, files = self.fresh(), {path.stem: path for path in self.paths}
         for name in self.base.edits.ids:
             edit = Edit.load(files[name], fresh)
-            if not edit.requires_its_stack or fresh.edits.ids == edit.origin.stack:
+            if not edit.requires_its_stack or fresh.edits.mark == edit.origin.stack:
                 edit.apply()
         self.check(fresh)
         fresh.edits.clear()

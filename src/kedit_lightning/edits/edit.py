@@ -21,6 +21,7 @@ from kedit_lightning.edits.expert_projection import ExpertProjection
 from kedit_lightning.edits.materialisation import materialise
 from kedit_lightning.edits.origin import EditOrigin, IdentifiedModel, check_same_base
 from kedit_lightning.edits.projections import find_module
+from kedit_lightning.edits.stack_chain import StackMark
 from kedit_lightning.errors import (
     BaseModelMismatchError,
     EditFileError,
@@ -41,6 +42,10 @@ class AppliedEdits(Protocol):
     @property
     def ids(self) -> tuple[str, ...]:
         """Their ids."""
+
+    @property
+    def mark(self) -> StackMark:
+        """What an edit that is computed now says of those below it."""
 
     def __iter__(self) -> Iterator[Edit]: ...
 

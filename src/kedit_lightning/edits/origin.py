@@ -22,7 +22,8 @@ class EditOrigin:
     Args:
         method: Class name of the editing method.
         settings: The method's settings as plain values.
-        stack: Ids of the edits it was computed on top of, in order.
+        stack: Mark of the edits it was computed on top of (``stack_chain``); all their ids, in
+            files of earlier releases.
         notes: Further facts, such as which statistics were used; ``target_probabilities`` has one
             number a request.
         full_fingerprint: Hash of all weights of the base model; earlier releases had none.

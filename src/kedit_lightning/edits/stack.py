@@ -23,7 +23,9 @@ from kedit_lightning.edits.projections import places_of
 from kedit_lightning.edits.prompt_rewriting import rewritten
 from kedit_lightning.edits.row_context import ContextTracker, RowContext
 from kedit_lightning.edits.saved_weights import EditedSave
-from kedit_lightning.errors import EditOrderError, UnsupportedUseError, article_list
+from kedit_lightning.edits.stack_chain import StackChain, StackMark
+from kedit_lightning.edits.stack_order import check_order
+from kedit_lightning.errors import UnsupportedUseError, article_list
 
 #: The stack of each model, as long as a base model or a hook holds it.
 _STACKS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[EditStack]] = weakref.WeakKeyDictionary()
@@ -47,6 +49,7 @@ class EditStack:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._edits: list[Edit] = []
+        self._chain = StackChain()
         self._carried: list[Edit | None] = []
         self._handles: list[RemovableHandle] = []
         self._hooked: list[nn.Module] = []
@@ -118,6 +121,7 @@ class EditStack:
     def __copy__(self) -> EditStack:
         twin = object.__new__(type(self))
         twin.__dict__.update(self.__dict__)
+        twin._chain = StackChain()
         return twin
 
     def __reduce__(self) -> Any:
@@ -141,6 +145,11 @@ class EditStack:
     def ids(self) -> tuple[str, ...]:
         """Ids of the applied edits, oldest first."""
         return tuple(edit.id for edit in self._edits)
+
+    @property
+    def mark(self) -> StackMark:
+        """What an edit that is computed now says of those below it, in a size that never grows."""
+        return self._chain.follow(self._edits)
 
     @property
     def described(self) -> str:
@@ -178,24 +187,8 @@ class EditStack:
         Raises:
             EditOrderError: The edit depends on the stack it was computed on, which is another.
         """
-        self._check_origin(edit)
+        check_order(edit, self.mark)
         self._change([*self._edits, edit])
-
-    def _check_origin(self, edit: Edit) -> None:
-        made_on = edit.origin.stack
-        if edit.origin.method and made_on != self.ids:
-            there, here = (", ".join(ids) or "no edits" for ids in (made_on, self.ids))
-            if edit.requires_its_stack:
-                raise EditOrderError(
-                    f"edit {edit.id} by {edit.origin.method} depends on the edits it was computed "
-                    f"on ({there}), but the stack holds {here}; apply those first, in that order, "
-                    "or compute the edit again"
-                )
-            warnings.warn(
-                f"edit {edit.id} by {edit.origin.method} was computed on top of {there}, and is "
-                f"applied on top of {here}; its scores may differ from those reported for it",
-                stacklevel=4,
-            )
 
     def remove(self, edit: Edit) -> None:
         """Roll one edit back, wherever it stands."""
@@ -255,7 +248,7 @@ class EditStack:
             EditOrderError: An edit depends on the stack it was computed on, which is another.
         """
         for edit in filter(None, dict.fromkeys(edits)):
-            self._check_origin(edit)
+            check_order(edit, self.mark)
             for part in edit.parts():
                 if not part.rows_apart:
                     raise UnsupportedUseError(

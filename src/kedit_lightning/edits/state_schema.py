@@ -6,6 +6,7 @@ import math
 import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
+from functools import cache
 from types import UnionType
 from typing import (
     Any,
@@ -70,7 +71,7 @@ def check_value(what: str, value: object, schema: Any) -> None:
     origin, parts = get_origin(schema) or schema, get_args(schema)
     container = _CONTAINERS.get(origin, origin)
     if is_dataclass(schema) or is_typeddict(schema):
-        hints = get_type_hints(schema)
+        hints = dict(_hints(schema))
         given = fields(schema) if is_dataclass(schema) else ()
         if is_dataclass(schema):  # less its class variables
             hints = {field.name: hints[field.name] for field in given}
@@ -97,6 +98,11 @@ def check_value(what: str, value: object, schema: Any) -> None:
     if isinstance(value, list) and parts:
         for index, item in enumerate(value):
             check_value(f"item {index} of {what}", item, parts[0])
+
+
+@cache
+def _hints(schema: Any) -> dict[str, Any]:
+    return get_type_hints(schema)
 
 
 def _fits(value: object, schema: Any) -> bool:

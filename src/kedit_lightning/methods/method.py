@@ -199,7 +199,7 @@ class EditMethod(pl.LightningModule):
             base_model=self.base.name,
             fingerprint=self.base.fingerprint,
             tokenizer_fingerprint=self.base.tokenizer_fingerprint,
-            stack=self.base.edits.ids,
+            stack=self.base.edits.mark,
             notes=plain(notes),
             full_fingerprint=self.base.full_fingerprint,
         )

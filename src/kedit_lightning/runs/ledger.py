@@ -16,6 +16,7 @@ from kedit_lightning.benchmark.costs import fixed_randomness
 from kedit_lightning.contradictions import OnConflict
 from kedit_lightning.edits import Edit
 from kedit_lightning.edits.edit_file import read_edit
+from kedit_lightning.edits.stack_chain import stack_mark
 from kedit_lightning.errors import (
     EditOrderError,
     InvalidRequestError,
@@ -39,7 +40,6 @@ from kedit_lightning.runs.ledger_lines import (
     RevertLine,
     SavedEdit,
     StreamPlace,
-    append_line,
     checked_file,
 )
 from kedit_lightning.runs.ledger_record import LedgerRecord, apply_edits, check_bare
@@ -99,7 +99,7 @@ class Ledger(LedgerRecord):
             InvalidRequestError: All facts stand already, or some contradict others and shall not.
         """
         with self.writing():
-            wanted = new_facts(self.requests, requests, self.path, on_conflict)
+            wanted = new_facts(self.state.facts, requests, self.path, on_conflict)
             if not wanted:
                 raise InvalidRequestError(f"{self.path} holds all of these facts already")
             with self.applied(method.base):
@@ -218,8 +218,7 @@ class Ledger(LedgerRecord):
         Raises:
             EditOrderError: It was computed on top of others.
         """
-        ids = tuple(saved.id for saved in self.standing.values())
-        if edit.origin.stack != ids:
+        if stack_mark(edit.origin.stack) != self.state.mark:
             raise EditOrderError(
                 f"edit {edit.id} was computed apart from those that stand in {self.path}; a ledger "
                 "holds edits that stand on each other (--trainer.protocol.mode sequential)"
@@ -243,9 +242,7 @@ class Ledger(LedgerRecord):
         return len(self.lines) + 1, self.lines[-1].id if self.lines else ROOT
 
     def _append(self, line: L) -> L:
-        found = append_line(self.file, line)
-        self.lines.append(found)
-        return found
+        return self._read.append(self.file, line)
 
     def _save(self, edit: Edit) -> SavedEdit:
         path = self.edit_path(edit.id)

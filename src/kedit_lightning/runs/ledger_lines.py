@@ -171,15 +171,83 @@ def line_id(values: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def read_ledger(path: Path) -> list[Line]:
-    """The whole lines of a ledger; what a crash has left behind the last one is no line.
+@dataclass
+class ReadLines:
+    """The whole lines of a ledger, as far as they were read.
+
+    Args:
+        lines: The lines.
+        end: Bytes that they take.
+        last: The last of them as the file has it, with its end.
+    """
+
+    lines: list[Line] = field(default_factory=list)
+    end: int = 0
+    last: bytes = b""
+
+    def follow(self, path: Path) -> list[Line]:
+        """Read what was added since; all again where the last line is another.
+
+        What a crash has left behind the last line is no line.
+
+        Raises:
+            LedgerError: A line is damaged, or does not follow the one before it.
+        """
+        try:
+            with path.open("rb") as file:
+                file.seek(self.end - len(self.last))
+                content = file.read()
+                if not content.startswith(self.last):
+                    file.seek(0)
+                    content, self.last = file.read(), b""
+        except FileNotFoundError:
+            content, self.last = b"", b""
+        if not self.last:
+            self.lines, self.end = [], 0
+        new = content[len(self.last) : content.rfind(b"\n") + 1]
+        if new:
+            self.lines += parsed(path, new, self.lines)
+            self.end += len(new)
+            self.last = new[new.rfind(b"\n", 0, -1) + 1 :]
+        return self.lines
+
+    def append(self, path: Path, line: L) -> L:
+        """Write a line behind the last one; it is on disk when this returns.
+
+        Returns:
+            The line with its id.
+
+        Raises:
+            OutputFolderError: It cannot be written.
+        """
+        values = line.to_json()
+        values["id"] = line_id(json.loads(json.dumps(values)))
+        text = (json.dumps(values, ensure_ascii=False) + "\n").encode()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("r+b" if path.is_file() else "wb", buffering=0) as file:
+                file.truncate(self.end)
+                file.seek(self.end)
+                rest = text
+                while rest:  # a disk that is nearly full takes a part
+                    rest = rest[file.write(rest) or 0 :]
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise OutputFolderError.of(path, error) from error
+        whole = replace(line, id=values["id"])
+        self.lines.append(whole)
+        self.end, self.last = self.end + len(text), text
+        return whole
+
+
+def parsed(path: Path, content: bytes, before: Sequence[Line]) -> list[Line]:
+    """The lines in some bytes of a ledger, which follow others.
 
     Raises:
         LedgerError: A line is damaged, or does not follow the one before it.
     """
-    content = path.read_bytes() if path.is_file() else b""
-    lines: list[Line] = []
-    for number, text in enumerate(content.split(b"\n")[:-1], start=1):
+    lines, known = list(before), len(before)
+    for number, text in enumerate(content.split(b"\n")[:-1], start=known + 1):
         parent = lines[-1].id if lines else ROOT
         try:
             values = json.loads(text.decode("utf-8"))
@@ -193,7 +261,7 @@ def read_ledger(path: Path) -> list[Line]:
                 "hash says, or it does not follow the line before it; put back a copy of the file"
             )
         lines.append(line)
-    return lines
+    return lines[known:]
 
 
 def _refers(line: Line, before: Sequence[Line]) -> bool:
@@ -202,43 +270,21 @@ def _refers(line: Line, before: Sequence[Line]) -> bool:
     return all(0 < n <= len(before) and isinstance(before[n - 1], EditLine) for n in named)
 
 
-def append_line(path: Path, line: L) -> L:
-    """Write a line behind the last whole one; it is on disk when this returns.
-
-    Returns:
-        The line with its id.
-
-    Raises:
-        OutputFolderError: It cannot be written.
-    """
-    values = line.to_json()
-    values["id"] = line_id(json.loads(json.dumps(values)))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        content = path.read_bytes() if path.is_file() else b""
-        whole = content.rfind(b"\n") + 1
-        with path.open("r+b" if path.is_file() else "wb", buffering=0) as file:
-            file.truncate(whole)
-            file.seek(whole)
-            rest = (json.dumps(values, ensure_ascii=False) + "\n").encode()
-            while rest:  # a disk that is nearly full takes a part
-                rest = rest[file.write(rest) or 0 :]
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise OutputFolderError.of(path, error) from error
-    return replace(line, id=values["id"])
-
-
 def standing(lines: Sequence[Line]) -> dict[int, SavedEdit]:
     """The edits that stand after some lines, by the number of the line that added each."""
     found: dict[int, SavedEdit] = {}
     for line in lines:
-        if isinstance(line, EditLine):
-            found[line.number] = line.edit
-        else:
-            del found[line.entry]
-            found |= {int(number): edit for number, edit in line.edits.items()}
+        advance(found, line)
     return found
+
+
+def advance(found: dict[int, SavedEdit], line: Line) -> None:
+    """Change the edits that stand as a line says."""
+    if isinstance(line, EditLine):
+        found[line.number] = line.edit
+    else:
+        del found[line.entry]
+        found |= {int(number): edit for number, edit in line.edits.items()}
 
 
 def checked_file(path: Path, saved: SavedEdit) -> Path:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from kedit_lightning.base_models import BaseModel
 from kedit_lightning.edits import Edit
+from kedit_lightning.edits.stack_chain import stack_mark
 from kedit_lightning.errors import (
     EditFileError,
     EditOrderError,
@@ -20,12 +21,13 @@ from kedit_lightning.runs.folder_claim import claimed
 from kedit_lightning.runs.ledger_lines import (
     EditLine,
     Line,
+    ReadLines,
     RevertLine,
     SavedEdit,
     checked_file,
-    read_ledger,
     standing,
 )
+from kedit_lightning.runs.ledger_state import LedgerState
 
 #: Name of the file by which a folder is known as a ledger.
 FILE = "ledger.jsonl"
@@ -43,7 +45,8 @@ class LedgerRecord:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.lines: list[Line] = read_ledger(self.file)
+        self._read, self._state = ReadLines(), LedgerState()
+        self.lines: list[Line] = self._read.follow(self.file)
         self._loaded: dict[str, Edit] = {}
         self._held = False
 
@@ -61,7 +64,12 @@ class LedgerRecord:
     @property
     def standing(self) -> dict[int, SavedEdit]:
         """The edits that stand now, by the number of the line that added each, in order."""
-        return standing(self.lines)
+        return dict(self.state.standing)
+
+    @property
+    def state(self) -> LedgerState:
+        """What follows from the lines."""
+        return self._state.follow(self.lines)
 
     @property
     def entries(self) -> list[EditLine]:
@@ -107,7 +115,7 @@ class LedgerRecord:
                 f"line {line.number} reverts line {line.entry}, and cannot be reverted itself; "
                 "write its facts again with `kedit edit --ledger`"
             )
-        if line.number not in self.standing:
+        if line.number not in self.state.standing:
             by = next(o.number for o in self.lines if _reverts(o, line.number))
             raise LedgerError(f"line {line.number} was reverted already, by line {by}")
         return line
@@ -138,12 +146,13 @@ class LedgerRecord:
         Raises:
             EditOrderError: The base model carries other edits.
         """
-        saved = (self.standing if state is None else state).values()
-        edits = [self.load(one, base) for one in saved]
-        if base.edits.ids == tuple(one.id for one in saved):
+        wanted = self.state.standing if state is None else state
+        mark = self.state.mark if state is None else stack_mark([x.id for x in wanted.values()])
+        if base.edits.mark == mark:
             yield list(base.edits)
             return
         check_bare(base)
+        edits = [self.load(one, base) for one in wanted.values()]
         with base.edits.restored():
             apply_edits(edits)
             yield edits
@@ -174,7 +183,7 @@ class LedgerRecord:
             yield
             return
         with claimed(self.path, create=True):
-            self.lines, self._held = read_ledger(self.file), True
+            self.lines, self._held = self._read.follow(self.file), True
             try:
                 yield
             finally:

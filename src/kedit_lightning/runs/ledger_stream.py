@@ -19,7 +19,7 @@ from kedit_lightning.errors import InvalidRequestError, LedgerError, Unsupported
 from kedit_lightning.metrics import ExampleRecord
 from kedit_lightning.requests import EditRequest
 from kedit_lightning.runs.ledger import Ledger
-from kedit_lightning.runs.ledger_facts import new_facts
+from kedit_lightning.runs.ledger_facts import FactIndex, new_facts
 from kedit_lightning.runs.ledger_lines import EditLine, Randomness, SavedEdit, StreamPlace, standing
 from kedit_lightning.runs.recomputation import given_settings
 from kedit_lightning.runs.results import tell
@@ -57,7 +57,7 @@ class LedgerStream:
         stand = [r for line in ledger.entries if line.number in before for r in line.requests]
         wanted = remaining(examples, method.run.left_out)
         conflict = protocol.on_conflict
-        new = set(map(id, new_facts(stand, wanted, ledger.path, conflict) if stand else wanted))
+        new = set(map(id, new_facts(FactIndex(stand), wanted, ledger.path, conflict)))
         if not new:
             raise InvalidRequestError(f"{ledger.path} holds all of these facts already")
         #: Facts that stand already: the id of their example, and their place in it.

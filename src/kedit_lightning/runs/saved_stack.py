@@ -11,6 +11,7 @@ from typing import Any, TypedDict
 
 from kedit_lightning.base_models import BaseModel
 from kedit_lightning.edits import Edit
+from kedit_lightning.edits.stack_chain import stack_mark
 from kedit_lightning.edits.state_schema import check_value
 from kedit_lightning.errors import EditFileError, EditOrderError
 from kedit_lightning.runs.ledger_record import FILE, LedgerRecord
@@ -106,7 +107,7 @@ def apply_saved(edits: Iterable[Edit]) -> None:
     """
     apart = 0
     for edit in edits:
-        apart += bool(edit.origin.method) and edit.origin.stack != edit.base.edits.ids
+        apart += bool(edit.origin.method) and stack_mark(edit.origin.stack) != edit.base.edits.mark
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=r"edit \S+ by .* was computed on top of")
             try:

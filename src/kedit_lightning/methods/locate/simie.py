@@ -11,6 +11,7 @@ from torch import Tensor
 from kedit_lightning.base_models import BaseModel
 from kedit_lightning.edits import LowRankDelta, LowRankEdit, memories
 from kedit_lightning.edits.origin import TARGET_PROBABILITIES
+from kedit_lightning.edits.stack_chain import stack_mark
 from kedit_lightning.errors import EditOrderError, UnsupportedUseError
 from kedit_lightning.methods.locate.shared import least_squares
 from kedit_lightning.methods.locate.shared.subject_states import subject_states
@@ -78,7 +79,7 @@ def simie(
             "it already, so SimIE would do the same a second time; apply it as it is"
         )
     if history is None:
-        if edit.origin.method and edit.origin.stack != edit.base.edits.ids:
+        if edit.origin.method and stack_mark(edit.origin.stack) != edit.base.edits.mark:
             raise EditOrderError(
                 f"edit {edit.id} by {edit.origin.method} was computed on another stack than the "
                 "one whose keys SimIE would read; compute it again, or give the history"
