@@ -58,7 +58,7 @@ def test_the_origin_survives(tmp_path):
         method="ROME",
         settings={"layer": 1, "lr": 0.5, "names": ["a"], "10": 1, "9": 2},
         requests=requests,
-        stack=("abc", "def"),
+        stack=("abc", "def"),  # as earlier releases wrote it
         notes={"statistics": "few samples"},
     )
     origin = Edit.load(edit.save(tmp_path / "edit"), base).origin

@@ -137,11 +137,11 @@ class HookPlan:
     def of(
         cls,
         model: nn.Module,
-        edits: Sequence[Edit],
+        effects: Sequence[Effect],
         carried: Sequence[Edit | None],
         silent: Collection[Hashable] = (),
     ) -> HookPlan:
-        """The plan of edits on all rows, and of those that a row each carries.
+        """The plan of effects on all rows, and of the edits that a row each carries.
 
         Row functions of the ``silent`` families are left out.
         """
@@ -149,7 +149,7 @@ class HookPlan:
         for row, edit in enumerate(carried):
             if edit is not None:
                 rows_of.setdefault(edit, []).append(row)
-        shared = _heard(effects_of(edits), silent)
+        shared = _heard(effects, silent)
         apart = [(rows, _heard(edit.effects(), silent)) for edit, rows in rows_of.items()]
         every = [*shared, *(effect for _, effects in apart for effect in effects)]
         states = _states_hooks(every, apart, len(carried))

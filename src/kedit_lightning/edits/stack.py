@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from kedit_lightning.edits.compilation import forget_compiled_code
 from kedit_lightning.edits.edit import Edit, EditableModel
 from kedit_lightning.edits.effects import E, RouteRows, of_type
+from kedit_lightning.edits.folded_prefix import FoldedPrefix
 from kedit_lightning.edits.forward_hooks import StackHook, stack_hooks
 from kedit_lightning.edits.generation_bounds import BoundedGenerate
 from kedit_lightning.edits.hook_plan import HookPlan, effects_of
@@ -49,7 +50,7 @@ class EditStack:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._edits: list[Edit] = []
-        self._chain = StackChain()
+        self._chain, self._prefix = StackChain(), FoldedPrefix(model)
         self._carried: list[Edit | None] = []
         self._handles: list[RemovableHandle] = []
         self._hooked: list[nn.Module] = []
@@ -114,6 +115,7 @@ class EditStack:
             return self
         twin = memo[id(self)] = copy.copy(self)
         twin._model, twin._active, twin.lock = model, True, threading.RLock()
+        twin._prefix = FoldedPrefix(model)
         twin._tracker = copy.deepcopy(self._tracker, memo)
         twin._handles = copy.deepcopy(self._handles, memo)
         return twin
@@ -121,7 +123,7 @@ class EditStack:
     def __copy__(self) -> EditStack:
         twin = object.__new__(type(self))
         twin.__dict__.update(self.__dict__)
-        twin._chain = StackChain()
+        twin._chain, twin._prefix = StackChain(), FoldedPrefix(twin._model)
         return twin
 
     def __reduce__(self) -> Any:
@@ -321,7 +323,7 @@ class EditStack:
     def _change(self, edits: list[Edit], carried: list[Edit | None] | None = None) -> None:
         """Make ``edits`` the stack; on failure the old stack stays in force."""
         carried = self._carried if carried is None else carried
-        plan = HookPlan.of(self._model, edits, carried, self._silent)
+        plan = HookPlan.of(self._model, self._prefix.effects(edits), carried, self._silent)
         with self.lock:
             for handle in self._handles:
                 handle.remove()
