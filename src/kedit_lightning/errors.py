@@ -77,6 +77,10 @@ class FactsNotWrittenError(KEditError, RuntimeError):
     exit_code = 3
 
 
+class SweepError(KEditError, ValueError):
+    """A sweep cannot be begun, continued, or evaluated."""
+
+
 class NotReproducedError(KEditError, RuntimeError):
     """A run that was repeated gave other numbers."""
 

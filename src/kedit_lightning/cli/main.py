@@ -44,6 +44,9 @@ also:
             the edits that `kedit edit --ledger LEDGER` has written: list them, ask their facts
             again, take one out, compute them again, find those that touch an answer, compare
             states, and write the edited model
+  sweep FILE [-c CONFIG] [--trials N] [options of test]
+            try settings of a method on validation data, by workers that share a storage, and keep
+            the best; `kedit sweep --help` shows what stands in FILE
   metrics   say what the names of scores mean, such as tf_all
   tasks     list the tasks: data, metrics and settings of methods that belong together
   completion bash|zsh|fish
@@ -84,6 +87,7 @@ REPORTS = {
     "reproduce": ("run_reproduction", "run_reproduction"),
     "revert": ("ledger_commands", "revert_line"),
     "show": ("ledger_commands", "show_line"),
+    "sweep": ("sweep_command", "run_sweep"),
 }
 
 #: Commands that print what is known, in the same form.
