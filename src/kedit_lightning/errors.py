@@ -81,6 +81,21 @@ class SweepError(KEditError, ValueError):
     """A sweep cannot be begun, continued, or evaluated."""
 
 
+class StreamStopped(KEditError, RuntimeError):  # noqa: N818 - it ends a run, and not as an error
+    """A stream of edits ends with what was written so far.
+
+    Args:
+        reason: Why, in a sentence.
+        keeps: Whether the edit that was being checked is kept.
+    """
+
+    exit_code = 3
+
+    def __init__(self, reason: str, keeps: bool = False) -> None:
+        super().__init__(reason)
+        self.keeps = keeps
+
+
 class NotReproducedError(KEditError, RuntimeError):
     """A run that was repeated gave other numbers."""
 

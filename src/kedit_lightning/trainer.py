@@ -47,8 +47,7 @@ class EditTrainer(Trainer):
     Args:
         protocol: How edits are applied and scored.
         callbacks: Callbacks beside the usual ones; one of the same class replaces a usual one.
-        usual_callbacks: Place and guard the base model, save edits, write results, show tables,
-            draw how a fit went.
+        usual_callbacks: Guard the base model, save edits and results, show tables, draw a fit.
         logger: Where scores and losses are logged; nowhere unless given.
         default_root_dir: Folder for checkpoints of ``fit`` and for logs; ``outputs`` if not given.
         inference_mode: Off, because edits are computed with gradients.
@@ -97,13 +96,11 @@ class EditTrainer(Trainer):
         self._edits, self._records = list[Edit](), list[ExampleRecord]()
 
     def _take_edit(self, name: str, edit: Edit) -> None:
-        if self._keeps_edits:
-            self._edits.append(edit)
+        self._edits += [edit] if self._keeps_edits else []
         announce(self, "on_edit", name, edit)
 
     def _take_record(self, record: ExampleRecord, edit: Edit | None) -> None:
-        if self._keeps_edits:
-            self._records.append(record)
+        self._records += [record] if self._keeps_edits else []
         announce(self, "on_example_result", record, edit)
 
     def fit(
@@ -125,8 +122,7 @@ class EditTrainer(Trainer):
             datamodule: Where batches come from.
             ckpt_path: Checkpoint of an interrupted fit to continue.
             weights_only: Passed to ``torch.load``.
-            output: Folder for checkpoints and the picture of the fit; ``default_root_dir`` if not
-                given.
+            output: Folder for checkpoints and the picture; ``default_root_dir`` if not given.
         """
         method = as_edit_method(model)
         method.check_learns()
@@ -216,14 +212,15 @@ class EditTrainer(Trainer):
         ckpt_path: str | Path | None = None,
         output: str | Path | None = None,
         resume: str | Path | None = None,
-        export: Literal["model", "adapter"] | None = None,
+        export: Literal["model", "adapter", "gguf-lora"] | None = None,
+        export_rank: int | None = None,
         strict: bool = False,
         ledger: str | Path | None = None,
     ) -> list[Edit]:
         """Write requests so that they hold together, show what they do, and save the edits.
 
-        In one batch if the method can, or else in sequence; in mode ``single`` each on its own.
-        All are scored on the final stack, as ``predict`` answers.
+        In one batch if the method can, else in sequence; in mode ``single`` each on its own. All
+        are scored on the final stack, as ``predict`` answers.
 
         Args:
             model: The editing method.
@@ -231,16 +228,17 @@ class EditTrainer(Trainer):
             ckpt_path: Checkpoint of a fitted method.
             output: Folder for edits and results; nothing is written without it.
             resume: Output folder of an interrupted run to continue, with the same settings.
-            export: Also write the edited model: ``model`` for all its weights in Hugging Face
-                format, ``adapter`` for a LoRA adapter in the format of peft.
+            export: Also write the edited model: ``model`` as a Hugging Face folder, or a LoRA
+                adapter: ``adapter`` in peft's format, ``gguf-lora`` for llama.cpp and Ollama.
+            export_rank: Cut the adapter off at this rank, and say what is lost.
             strict: Facts that do not hold are an error (exit code 3) once the edits are saved.
             ledger: Ledger that the edits are added to, on top of those that stand in it.
 
         Returns:
-            The edits, rolled back, in the order they were computed.
+            The edits, rolled back, in their order.
         """
-        _, datamodule = data_source("edit", None, datamodule)
-        runs.check_export(export, as_edit_method(model).can, output or resume)
+        datamodule = data_source("edit", None, datamodule)[1]
+        runs.check_export(export, as_edit_method(model).can, output or resume, export_rank)
         self._edits, self._records = [], []
         with (
             self._running("edit", model, datamodule, ckpt_path, output, resume) as method,
@@ -251,9 +249,10 @@ class EditTrainer(Trainer):
         if not self.is_global_zero:
             return self._edits
         facts = HeldFacts.of(folder.records() if folder else self._records, datamodule)
-        edits = saved_edits(folder.path, method.base, export) if folder else self._edits
+        if folder is not None:
+            self._edits = saved_edits(folder.path, method.base, export, export_rank)
         tell(facts.concluded(ways_out(method.settings), strict))
-        return edits
+        return self._edits
 
     def predict(
         self,
@@ -269,7 +268,7 @@ class EditTrainer(Trainer):
         verbose: bool = True,
         force: bool = False,
     ) -> list[Any]:
-        """Answer prompts with and without saved edits, or the edit of a method that needs no facts.
+        """Answer prompts with and without saved edits, or the edit of a method without facts.
 
         Args:
             model: The editing method, for its base model.
@@ -332,6 +331,7 @@ class EditTrainer(Trainer):
                 data=data,
                 output=folder,
                 editing=editing,
+                on_computed=partial(announce, self, "on_computed_edit"),
                 on_edit=self._take_edit,
                 on_record=self._take_record,
                 on_checkpoint=partial(announce, self, "on_stream_checkpoint"),

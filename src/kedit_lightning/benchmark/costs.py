@@ -7,14 +7,21 @@ import random
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from kedit_lightning.base_models import BaseModel
+from kedit_lightning.edits import Edit
+from kedit_lightning.edits.origin import TARGET_PROBABILITIES
+from kedit_lightning.requests import EditExample
+
+#: An edit, and the seconds it took to compute; ``None`` for one that an interrupted run has saved.
+TimedEdit: TypeAlias = tuple[Edit, float | None]
 
 
 class Clock:
@@ -59,3 +66,41 @@ def fixed_randomness(seed: int, purpose: str) -> Iterator[None]:
         np.random.seed(int.from_bytes(digest[:4], "big"))
         torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
         yield
+
+
+def edit_costs(
+    base: BaseModel,
+    name: str,
+    timed: TimedEdit,
+    seconds: float,
+    examples: Sequence[EditExample],
+) -> list[dict[str, Any]]:
+    """Costs of an edit, shared out evenly among the examples it was computed for.
+
+    ``target_probability`` is the mean over those of the example's requests that are written.
+    ``eval_seconds`` is the example's share of the forward passes that scored it.
+    ``peak_bytes`` is the peak since the first edit of the chunk was begun.
+    """
+    (edit, edit_seconds), count = timed, len(examples)
+    noted = dict(
+        zip(edit.origin.requests, edit.origin.notes.get(TARGET_PROBABILITIES, ()), strict=False)
+    )
+    id, size, peak = edit.id, edit.nbytes / count, peak_bytes(base)
+    costs: list[dict[str, Any]] = []
+    for example in examples:
+        own = [noted[request] for request in example.requests if request in noted]
+        probability = {"target_probability": sum(own) / len(own)} if own else {}
+        timing = {
+            "edit_seconds": None if edit_seconds is None else edit_seconds / count,
+            "eval_seconds": seconds,
+        }
+        costs.append(
+            {
+                "edit_name": name,
+                "edit_id": id,
+                "edit": {"bytes": size, **probability},
+                "timing": timing,
+                "memory": {"peak_bytes": peak},
+            }
+        )
+    return costs

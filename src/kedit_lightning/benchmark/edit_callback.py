@@ -14,7 +14,7 @@ from kedit_lightning.metrics import ExampleRecord
 
 
 class EditCallback(Callback):
-    """A Lightning callback with three more hooks, which ``EditTrainer`` calls during a run.
+    """A Lightning callback with four more hooks, which ``EditTrainer`` calls during a run.
 
     Lightning's own trainer calls none of them.
 
@@ -38,6 +38,15 @@ class EditCallback(Callback):
                     f"{nearest} meant? A method that is no hook needs a name without 'on_'"
                 )
 
+    def on_computed_edit(
+        self, trainer: Trainer, method: LightningModule, name: str, edit: Edit
+    ) -> None:
+        """Called with an edit just computed, before it is saved, applied or told to any callback.
+
+        A callback may raise :class:`~kedit_lightning.errors.StreamStopped` here, which ends a
+        sequential run with or without this edit.
+        """
+
     def on_edit(self, trainer: Trainer, method: LightningModule, name: str, edit: Edit) -> None:
         """Called with an edit just computed and its name in the run, before it is applied."""
 
@@ -58,7 +67,7 @@ class EditCallback(Callback):
 
 
 #: The hooks that Lightning's ``Callback`` lacks.
-EDIT_HOOKS = ("on_edit", "on_example_result", "on_stream_checkpoint")
+EDIT_HOOKS = ("on_computed_edit", "on_edit", "on_example_result", "on_stream_checkpoint")
 
 
 def announce(trainer: Trainer, hook: str, *told: Any) -> None:

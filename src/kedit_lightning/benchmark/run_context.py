@@ -85,6 +85,8 @@ class RunContext:
         editing: Whether this is ``kedit edit``.
         left_out: Requests that ``kedit edit`` does not write, since they are to hold together and a
             later one overwrites them: the id of their example, and their place in it.
+        on_computed: Takes the name of each edit and the edit before anything is done with it; may
+            end a stream of edits (:class:`StreamStopped`).
         on_edit: Takes the name of each edit and the edit, as soon as it has been computed.
         on_record: Takes each new record and the edit it was scored under, which is ``None`` at
             later stages of a sequential run.
@@ -99,6 +101,7 @@ class RunContext:
     ledger: SavedRun | None = None
     editing: bool = False
     left_out: Collection[tuple[str, int]] = frozenset()
+    on_computed: Callable[[str, Edit], None] = ignore
     on_edit: Callable[[str, Edit], None] = ignore
     on_record: Callable[[ExampleRecord, Edit | None], None] = ignore
     on_checkpoint: Callable[[int], None] = ignore

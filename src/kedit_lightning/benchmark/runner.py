@@ -10,7 +10,13 @@ from itertools import compress
 from typing import Any, TypeAlias, cast
 
 from kedit_lightning.base_models import BaseModel
-from kedit_lightning.benchmark.costs import Clock, fixed_randomness, peak_bytes, reset_peak
+from kedit_lightning.benchmark.costs import (
+    Clock,
+    TimedEdit,
+    edit_costs,
+    fixed_randomness,
+    reset_peak,
+)
 from kedit_lightning.benchmark.example_records import file_name, probes_of, records_of
 from kedit_lightning.benchmark.graders import Graders
 from kedit_lightning.benchmark.reader import Reader
@@ -18,15 +24,12 @@ from kedit_lightning.benchmark.run_context import RunContext, new_metrics
 from kedit_lightning.contradictions import remaining
 from kedit_lightning.data.datamodule import Split
 from kedit_lightning.edits import Edit
-from kedit_lightning.edits.origin import TARGET_PROBABILITIES
-from kedit_lightning.errors import EditOrderError, KEditError
+from kedit_lightning.errors import EditOrderError, KEditError, StreamStopped
 from kedit_lightning.metrics import ExampleRecord
 from kedit_lightning.requests import EditExample, EditRequest
 
 EditFunction: TypeAlias = Callable[[Sequence[EditRequest]], Edit]
 EditEachFunction: TypeAlias = Callable[[Sequence[Sequence[EditRequest]]], Iterable[Edit]]
-#: An edit, and the seconds it took to compute; ``None`` for one that an interrupted run has saved.
-TimedEdit: TypeAlias = tuple[Edit, float | None]
 
 #: Bytes of edits that rows carry at once.  A dense edit of one matrix of a model of 7 billion
 #: weights takes 180 MB in float32: eleven of them are held, and low-rank edits are never cut.
@@ -76,6 +79,8 @@ class ProtocolRunner:
         self._edited: list[tuple[Sequence[EditExample], list[dict[str, Any]]]] = []
         #: Edits of `single` mode that are also scored together, by name.
         self._kept: dict[str, Edit] = {}
+        #: Why a stream of edits has ended before its data has.
+        self.stopped: StreamStopped | None = None
 
     # ---- what a loop calls
 
@@ -87,11 +92,13 @@ class ProtocolRunner:
         if self.protocol.grouping == "batch":
             return self._together(examples, index * self._world_size + self._rank)
         # Every process is given the whole stream; the first one edits and scores it.
-        return iter(()) if self._rank else self._together(examples, index)
+        return iter(()) if self._rank or self.stopped else self._stream(examples, index)
 
     def finish(self) -> Iterator[ExampleRecord]:
         """Score what is scored at the end of a run, and roll everything back."""
         try:
+            if self.stopped and not self._edited:
+                raise self.stopped
             if self.protocol.grouping == "sequential" and self._edited:
                 self._run.on_checkpoint(sum(len(chunk) for chunk, _ in self._edited))
             if "final" in self.protocol.moments and self._stand_together():
@@ -136,7 +143,7 @@ class ProtocolRunner:
                 records = records_of(scored, "immediate", base[span], before[span], after)
                 for record, (example, timed) in zip(records, group, strict=True):
                     name = file_name(example.id)
-                    (costs,) = self._costs(name, timed, own_seconds, [example])
+                    (costs,) = edit_costs(self.base, name, timed, own_seconds, [example])
                     if self._stacks_single:
                         self._kept[name] = timed[0]
                     yield next(earlier) or self._new(record, timed[0], costs)
@@ -167,6 +174,13 @@ class ProtocolRunner:
             return False
         return True
 
+    def _stream(self, examples: Sequence[EditExample], index: int) -> Iterator[ExampleRecord]:
+        """One chunk of a sequential run, which may end here, without the edit of this chunk."""
+        try:
+            yield from self._together(examples, index)
+        except StreamStopped as reason:
+            self.stopped = reason
+
     def _together(self, examples: Sequence[EditExample], index: int) -> Iterator[ExampleRecord]:
         """One edit for the whole chunk; in a sequential run it stays on the stack."""
         stays = self.protocol.grouping == "sequential"
@@ -181,7 +195,7 @@ class ProtocolRunner:
                     reset_peak(self.base)
                     edit = self._edit(name, requests)
                     edit[0].apply()
-                    costs = self._costs(name, edit, 0.0, examples)
+                    costs = edit_costs(self.base, name, edit, 0.0, examples)
             elif all(saved):
                 if stays:
                     self._edit(name, requests)[0].apply()
@@ -197,7 +211,7 @@ class ProtocolRunner:
                 clock.lap()
                 after = self.reader.readings(probes, base)
                 seconds = (seconds + clock.lap()) / len(examples)
-                own_costs = self._costs(name, edit, seconds, examples)
+                own_costs = edit_costs(self.base, name, edit, seconds, examples)
                 records = records_of(examples, "immediate", base, before, after)
                 for record, earlier, own in zip(records, saved, own_costs, strict=True):
                     yield earlier or self._new(record, edit[0], own)
@@ -245,6 +259,12 @@ class ProtocolRunner:
         with fixed_randomness(self._run.seed, name):
             edit = compute()
         seconds = shared + clock.lap()
+        try:
+            self._run.on_computed(name, edit)
+        except StreamStopped as reason:
+            if not reason.keeps or self.protocol.grouping != "sequential":
+                raise
+            self.stopped = reason
         self._run.on_edit(name, edit)
         return edit, seconds
 
@@ -315,36 +335,3 @@ class ProtocolRunner:
         record = self._graders.complete(cast(ExampleRecord, {**record, **costs}))
         self._run.on_record(record, edit)
         return record
-
-    def _costs(
-        self, name: str, timed: TimedEdit, seconds: float, examples: Sequence[EditExample]
-    ) -> list[dict[str, Any]]:
-        """Costs of an edit, shared out evenly among the examples it was computed for.
-
-        ``target_probability`` is the mean over those of the example's requests that are written.
-        ``eval_seconds`` is the example's share of the forward passes that scored it.
-        ``peak_bytes`` is the peak since the first edit of the chunk was begun.
-        """
-        (edit, edit_seconds), count = timed, len(examples)
-        noted = dict(
-            zip(edit.origin.requests, edit.origin.notes.get(TARGET_PROBABILITIES, ()), strict=False)
-        )
-        id, size, peak = edit.id, edit.nbytes / count, peak_bytes(self.base)
-        costs: list[dict[str, Any]] = []
-        for example in examples:
-            own = [noted[request] for request in example.requests if request in noted]
-            probability = {"target_probability": sum(own) / len(own)} if own else {}
-            timing = {
-                "edit_seconds": None if edit_seconds is None else edit_seconds / count,
-                "eval_seconds": seconds,
-            }
-            costs.append(
-                {
-                    "edit_name": name,
-                    "edit_id": id,
-                    "edit": {"bytes": size, **probability},
-                    "timing": timing,
-                    "memory": {"peak_bytes": peak},
-                }
-            )
-        return costs

@@ -10,11 +10,12 @@ from pathlib import Path
 import yaml
 
 from kedit_lightning.base_models import BaseModel
-from kedit_lightning.cli.messages import UsageParser
+from kedit_lightning.cli.messages import UsageError, UsageParser
 from kedit_lightning.errors import LedgerError, article_list
 from kedit_lightning.requests import EditRequest
 from kedit_lightning.runs import Ledger, export_edits
 from kedit_lightning.runs.ledger_lines import EditLine, Line
+from kedit_lightning.runs.model_export import Export
 
 #: Changes of the log-probability of an answer below this are rounding to a reader.
 _TOUCH = 0.01
@@ -117,13 +118,18 @@ def check_ledger(arguments: Sequence[str]) -> str:
 
 def export_ledger(arguments: Sequence[str]) -> str:
     """Text of ``kedit export DIR FOLDER``: writes the edited model for other tools."""
-    usage = f"kedit export DIR FOLDER [--adapter]{_BASE}"
-    ledger, given = _read(arguments, usage, ["folder"], adapter=False)
-    base, kind = _base(ledger, given), "adapter" if given.adapter else "model"
+    usage = f"kedit export DIR FOLDER [--adapter | --gguf_lora] [--rank N]{_BASE}"
+    ledger, given = _read(arguments, usage, ["folder"], adapter=False, gguf_lora=False, rank=0)
+    export: Export = "gguf-lora" if given.gguf_lora else "adapter" if given.adapter else "model"
+    if (given.adapter and given.gguf_lora) or (given.rank and export == "model"):
+        raise UsageError(
+            "an export is one of the model, of --adapter and of --gguf_lora; --rank is for the two "
+            "adapters"
+        )
+    base, folder = _base(ledger, given), Path(given.folder).expanduser()
     with ledger.applied(base) as edits:
-        folder = Path(given.folder).expanduser()
-        path = export_edits(base, edits, folder, "adapter" if given.adapter else "model")
-    return f"{_count(len(edits), 'edit')} exported as {kind} to {path}\n"
+        path = export_edits(base, edits, folder, export, given.rank or None)
+    return f"{_count(len(edits), 'edit')} exported as {export} to {path}\n"
 
 
 def _read(

@@ -17,11 +17,13 @@ from kedit_lightning.edits.kinds.weights import AdapterEdit, DenseEdit, LowRankE
 from kedit_lightning.edits.low_rank import LowRankDelta
 from kedit_lightning.edits.materialisation import materialise
 from kedit_lightning.edits.origin import EditOrigin
+from kedit_lightning.edits.rank_truncation import truncate
 from kedit_lightning.edits.stack import EditStack
 from kedit_lightning.registry import lazy_exports
 
 if TYPE_CHECKING:
     from kedit_lightning.edits.export import load_adapter, save_adapter
+    from kedit_lightning.edits.gguf_adapter import save_gguf_adapter
     from kedit_lightning.edits.kinds.scope.scope_edit import ScopeEdit, ScopeEntry
     from kedit_lightning.edits.kinds.side.side_edit import SideEdit, SidePlan
 
@@ -56,6 +58,8 @@ __all__ = [
     "memories",
     "plain_model",
     "save_adapter",
+    "save_gguf_adapter",
+    "truncate",
 ]
 
 # These import transformers and peft, which take seconds.
@@ -64,5 +68,6 @@ _SCOPE = "kedit_lightning.edits.kinds.scope.scope_edit"
 _SIDE = "kedit_lightning.edits.kinds.side.side_edit"
 LATE_KINDS.update(scope=_SCOPE, side=_SIDE)
 _LATE = {"load_adapter": _EXPORT, "save_adapter": _EXPORT}
+_LATE["save_gguf_adapter"] = "kedit_lightning.edits.gguf_adapter"
 _LATE |= {"ScopeEdit": _SCOPE, "ScopeEntry": _SCOPE, "SideEdit": _SIDE, "SidePlan": _SIDE}
 __getattr__ = lazy_exports(None, _LATE)

@@ -1,4 +1,4 @@
-"""Low-rank edits as LoRA adapters in peft's format."""
+"""Edits of weights as LoRA adapters in peft's format."""
 
 from __future__ import annotations
 
@@ -14,15 +14,14 @@ from peft import AdaLoraConfig, LoraConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.nn.functional import pad
 
 from kedit_lightning.edits.edit import Edit, EditableModel
-from kedit_lightning.edits.effects import AddToOutput, KeepMemory
 from kedit_lightning.edits.fused_factors import fused_changes
 from kedit_lightning.edits.kinds.weights import AdapterEdit
 from kedit_lightning.edits.low_rank import LowRankDelta
 from kedit_lightning.edits.origin import EditOrigin
 from kedit_lightning.edits.projections import find_module, is_transposed
+from kedit_lightning.edits.rank_truncation import joined_factors, of_rank, truncate
 from kedit_lightning.errors import EditFileError, UnsupportedUseError, article_list
 
 __all__ = ["load_adapter", "save_adapter"]
@@ -46,24 +45,10 @@ _FACTORS = {
 _PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
 
 
-def _low_rank_changes(edits: Iterable[Edit]) -> dict[str, list[LowRankDelta]]:
-    """Low-rank changes of edits, by module name."""
-    changes: dict[str, list[LowRankDelta]] = {}
-    for part in (part for edit in edits for part in edit.parts()):
-        for effect in part.effects():
-            if isinstance(effect, AddToOutput) and effect.delta.only_low_rank is not None:
-                changes.setdefault(effect.module, []).append(effect.delta.only_low_rank)
-            elif not isinstance(effect, KeepMemory):
-                raise UnsupportedUseError(
-                    f"only low-rank edits can be exported as a LoRA adapter, and edit {part.id} by "
-                    f"{part.origin.method or 'hand'} is of kind '{part.kind}'; export the full "
-                    "model instead"
-                )
-    return changes
-
-
-def save_adapter(base: EditableModel, edits: Iterable[Edit], folder: str | Path) -> Path:
-    """Write low-rank edits as one LoRA adapter in peft's format.
+def save_adapter(
+    base: EditableModel, edits: Iterable[Edit], folder: str | Path, rank: int | None = None
+) -> Path:
+    """Write edits as one LoRA adapter in peft's format.
 
     All modules get the rank of the largest change, filled up with zeros, and ``lora_alpha`` is that
     rank: engines that read one alpha for the whole file and no patterns, as llama.cpp does, then
@@ -71,37 +56,44 @@ def save_adapter(base: EditableModel, edits: Iterable[Edit], folder: str | Path)
     ``set_adapter``; ``"linear"`` mixes the factors of different adapters.  Changes of single
     experts become one of the parameter that holds them (``target_parameters``), for peft alone.
 
+    Args:
+        base: The base model.
+        edits: The edits; they need not be applied.
+        folder: Where the adapter is written.
+        rank: The largest rank, at which changes are cut off and dense ones are written as
+            products (:func:`truncate` says what is lost); by default low-rank edits alone, whole.
+
     Raises:
         UnsupportedUseError: An edit is not low-rank.
     """
-    totals = {name: LowRankDelta.sum(deltas) for name, deltas in _low_rank_changes(edits).items()}
+    totals = joined_factors(edits if rank is None else [truncate(base, edits, rank).edit])
     fused = fused_changes(base.model, totals)
     experts = {change.projection.name_of(e) for change in fused.values() for e in change.deltas}
     totals = {name: total for name, total in totals.items() if name not in experts}
     ranks = [total.rank for total in totals.values()]
-    rank = max([*ranks, *(change.rank for change in fused.values())])
+    common = max([*ranks, *(change.rank for change in fused.values())])
     tensors: dict[str, Tensor] = {}
     for name, change in fused.items():
-        a, b = change.factors(rank)
+        a, b = change.factors(common)
         stem = f"base_model.model.{name.rpartition('.')[0]}"
         tensors |= {f"{stem}.lora_A.weight": a, f"{stem}.lora_B.weight": b}
     for name, total in totals.items():
-        missing = rank - total.rank
-        tensors[f"base_model.model.{name}.lora_A.weight"] = pad(total.a.cpu(), (0, 0, 0, missing))
-        tensors[f"base_model.model.{name}.lora_B.weight"] = pad(total.b.cpu(), (0, missing))
+        a, b = of_rank(total, common)
+        stem = f"base_model.model.{name}"
+        tensors |= {f"{stem}.lora_A.weight": a, f"{stem}.lora_B.weight": b}
     transposed = [name for name in totals if is_transposed(find_module(base.model, name))]
     if transposed:
         warnings.warn(
             f"'{base.name}' keeps the weights of {article_list(transposed, 2)} transposed "
             "(Conv1D). peft reads this adapter as it is; llama.cpp's converter transposes such "
             "factors, so it refuses them or, where a projection is square, adds something else: "
-            "export the full model for it",
+            "write its adapter with --export gguf-lora, or export the full model for it",
             stacklevel=2,
         )
     checkpoint: Any = base.model.config
     config = LoraConfig(
-        r=rank,
-        lora_alpha=rank,  # so the adapter is added unscaled
+        r=common,
+        lora_alpha=common,  # so the adapter is added unscaled
         target_modules=list(totals),
         target_parameters=list(fused) or None,
         fan_in_fan_out=bool(transposed),
