@@ -37,6 +37,9 @@ also:
             say what a file of facts holds: records, probes, duplicates, conflicts, lengths
   compare RUN RUN ... [--output DIR] [--groups]
             put finished runs side by side, with intervals, and say which cannot be told apart
+  convert FILE [--output FILE]
+            write the config, or the file of facts, that one of EasyEdit becomes here, and say what
+            became of each key
   reproduce RUN [--output DIR] [--tolerance 1e-5]
             repeat a finished run with its own config, and compare it number by number
   log | check LEDGER, show | revert LEDGER ID, replay LEDGER [--drop ID], blame LEDGER PROMPT,
@@ -79,6 +82,7 @@ REPORTS = {
     "blame": ("ledger_commands", "blame_edits"),
     "check": ("ledger_commands", "check_ledger"),
     "compare": ("run_comparison", "run_comparison"),
+    "convert": ("run_conversion", "run_conversion"),
     "data": ("data_report", "data_report"),
     "diff": ("ledger_commands", "diff_states"),
     "export": ("ledger_commands", "export_ledger"),
