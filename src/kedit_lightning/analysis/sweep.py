@@ -64,7 +64,8 @@ def measure(method: EditMethod, run: RunContext, split: Split) -> dict[str, Any]
         intervals as ``scores``; or the ``error`` of a method that computed non-finite values.
     """
     assert isinstance(run.data, EditDataModule)
-    parts = chunks(run.data.examples(split), run.protocol.chunk_size)
+    examples = run.data.examples(split)
+    parts = chunks(examples, run.protocol.read_together(len(examples)))
     # Without output and sinks: edits of the sweep are no edits of the run.
     inner = RunContext(run.protocol, run.seed, run.data)
     runner = ProtocolRunner(method.base, method.noted_edit, inner, split, method.edit_each)

@@ -139,19 +139,20 @@ class BaseModel:
 
     @property
     def fingerprint(self) -> str:
-        """Short hash of configuration and a sample of the weights, as they are now.
-
-        Raises:
-            UnsupportedUseError: The model carries edits that are not on the stack.
-        """
+        """Short hash of configuration and a sample of the weights, as they are now."""
         self.edits.check_alone()
         return self._identity.fingerprint
 
     @property
     def full_fingerprint(self) -> str:
         """Short hash of configuration and all weights; see :mod:`~.fingerprint` for its cost."""
+        return self.fingerprints[1]
+
+    @property
+    def fingerprints(self) -> tuple[str, str]:
+        """Both of these; refused while the model carries edits that are not on the stack."""
         self.edits.check_alone()
-        return self._identity.full_fingerprint
+        return self._identity.fingerprints
 
     @property
     def weights_fingerprint(self) -> str:
@@ -330,8 +331,8 @@ class BaseModel:
         _refuse_one_text(prompts)
         pictures = images or [None] * len(prompts)
         encoded = [self.encode(p, image=i) for p, i in zip(prompts, pictures, strict=True)]
-        settings = neutral_options(generation_config(self.model), generation)
-        settings |= {"max_new_tokens": max_new_tokens, **options}
+        neutral = neutral_options(generation_config(self.model), generation)
+        settings = {**neutral, "max_new_tokens": max_new_tokens, **options}
         return continuations(self, encoded, batch_size, stop_at_sentence, settings)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BaseModel:

@@ -80,9 +80,7 @@ class Continuation:
         if self._cache is None:
             return {}
         # A pass appends to its cache, and the next one must find the heads alone.
-        cache = copy.copy(self._cache)
-        cache.layers = [copy.copy(layer) for layer in cache.layers]
-        return {"past_key_values": cache, "use_cache": True}
+        return {"past_key_values": copied(self._cache), "use_cache": True}
 
     def logits_of(self, places: tuple[Tensor, Tensor]) -> Tensor:
         """Logits ``[n, vocab]`` at rows and columns ``[n]``, with the hooks now on the model."""
@@ -101,12 +99,21 @@ class Continuation:
         return part
 
 
+def copied(cache: Any) -> Any:
+    """A copy of a cache that may grow and be cut; both share their tensors until then."""
+    twin = copy.copy(cache)
+    # What follows rows of another cache does not follow these.
+    vars(twin).pop("reorder_cache", None)
+    twin.layers = [copy.copy(layer) for layer in cache.layers]
+    return twin
+
+
 def can_resume(base: BaseModel) -> bool:
     """Whether passes of a base model can resume in the middle; its architecture is tested once.
 
     Memory edits decide at the end of a prompt that one call reads, so none may be applied.
     """
-    if base.is_encoder_decoder or base.edits.reads_rows:
+    if base.is_encoder_decoder or base.edits.reads_prompts:
         return False
     if base.resumes is None:
         with base.edits.suspended():

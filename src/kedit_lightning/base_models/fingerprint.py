@@ -38,23 +38,29 @@ def _configuration(model: nn.Module) -> bytes:
     return json.dumps(settings, sort_keys=True, default=str).encode()
 
 
-def _tensors(model: nn.Module) -> Iterator[tuple[bytes, Tensor]]:
+def _tensors(
+    model: nn.Module, state: dict[str, Tensor] | None = None
+) -> Iterator[tuple[bytes, Tensor]]:
     """Names with shapes and dtypes, and the whole tensors, one at a time."""
-    for name, tensor in stored_tensors(model, tensors_in_force(model)):
+    for name, tensor in stored_tensors(model, state or tensors_in_force(model)):
         label = f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode()
         # Sharded over processes; fetched one at a time.
         yield label, tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 @torch.no_grad()
-def model_fingerprint(model: nn.Module) -> str:
+def model_fingerprint(model: nn.Module, state: dict[str, Tensor] | None = None) -> str:
     """Hash of configuration, tensor names, shapes, dtypes and a strided sample of the values.
 
     A model that is sharded over processes has the hash of the whole model; all processes must call
     this together.
+
+    Args:
+        model: The model.
+        state: Its tensors in force, where they are known.
     """
     parts = [_configuration(model)]
-    for name, tensor in _tensors(model):
+    for name, tensor in _tensors(model, state):
         flat = tensor.detach().reshape(-1)
         sample = flat[:: max(1, flat.numel() // _SAMPLE)][:_SAMPLE].cpu().contiguous()
         parts += [name, sample.view(torch.uint8).numpy().tobytes()]
@@ -125,24 +131,34 @@ class ModelIdentity:
     @property
     def fingerprint(self) -> str:
         """Hash of configuration and a sample of the weights."""
+        return self._sampled()[0]
+
+    def _sampled(self) -> tuple[str, dict[str, Tensor]]:
+        """The fingerprint, and the state it is of."""
         settle_weights(self._model)
         state = tensors_in_force(self._model)
         if not any(map(_is_far, state.values())):
-            return model_fingerprint(self._model)
+            return model_fingerprint(self._model, state), state
         # Reading a sharded model takes all processes, and this one may ask by itself; reading an
         # offloaded one takes as long as moving all of it.
         counts = _counts(state)
         if self._known is None or self._known[0] != counts:
-            self._known = counts, model_fingerprint(self._model)
-        return self._known[1]
+            self._known = counts, model_fingerprint(self._model, state)
+        return self._known[1], state
+
+    @property
+    def fingerprints(self) -> tuple[str, str]:
+        """The fingerprint, and the hash of configuration and all weights."""
+        sampled, state = self._sampled()
+        known = sampled, _counts(state)
+        if self._full is None or self._full[0] != known:
+            self._full = known, full_fingerprint(self._model)
+        return sampled, self._full[1]
 
     @property
     def full_fingerprint(self) -> str:
         """Hash of configuration and all weights."""
-        known = (self.fingerprint, _counts(tensors_in_force(self._model)))
-        if self._full is None or self._full[0] != known:
-            self._full = known, full_fingerprint(self._model)
-        return self._full[1]
+        return self.fingerprints[1]
 
     @property
     def weights_fingerprint(self) -> str:

@@ -6,18 +6,17 @@ key-value cache is filled once, and each question is read on top of it.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import takewhile
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kedit_lightning.base_models.base_model import BaseModel
-from kedit_lightning.base_models.continuation import SAME, can_resume
+from kedit_lightning.base_models.continuation import SAME, can_resume, copied
 from kedit_lightning.base_models.rows import EncodedRow, TokenRows, pad_rows, pad_tails
 from kedit_lightning.base_models.rows.position import positions
 from kedit_lightning.edits.effects import RewritePrompt
@@ -121,9 +120,7 @@ class PrefixStates:
 
         It does where a window of attention slides, which counts padding too.
         """
-        config = self._base.model.config.get_text_config(decoder=True)
-        kinds = set(getattr(config, "layer_types", None) or ("full_attention",))
-        if kinds != {"full_attention"} or getattr(config, "sliding_window", None):
+        if not attends_to_all(self._base):
             return False
         with self._base.edits.suspended():
             return self._tried()
@@ -152,6 +149,13 @@ class PrefixStates:
             return _holds_keys(self._filled((0, 1)))
 
 
+def attends_to_all(base: BaseModel) -> bool:
+    """Whether all blocks attend to all tokens: a window that slides counts padding too."""
+    config = base.model.config.get_text_config(decoder=True)
+    kinds = set(getattr(config, "layer_types", None) or ("full_attention",))
+    return kinds == {"full_attention"} and not getattr(config, "sliding_window", None)
+
+
 def _holds_keys(cache: Any) -> bool:
     held = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
     other = [
@@ -165,10 +169,7 @@ def _holds_keys(cache: Any) -> bool:
 
 def expanded(cache: Any, rows: int) -> Any:
     """A copy of a cache of one row for several; they share its memory until they go on."""
-    twin = copy.copy(cache)
-    # What follows a row of another cache does not follow this one.
-    vars(twin).pop("reorder_cache", None)
-    twin.layers = [copy.copy(layer) for layer in cast(Any, cache).layers]
+    twin = copied(cache)
     for layer in twin.layers:
         layer.keys = layer.keys.expand(rows, -1, -1, -1)
         layer.values = layer.values.expand(rows, -1, -1, -1)

@@ -32,6 +32,21 @@ def carrying(base: BaseModel, edits: Sequence[Carried]) -> AbstractContextManage
     return base.edits.carried(edits) if any(edits) else nullcontext()
 
 
+def question_of(asked: Asked) -> Question:
+    """The edit, the prompt and the picture of a probe."""
+    edit, probe = asked
+    return edit, probe.prompt, probe.image
+
+
+def questions(base: BaseModel, asked: Iterable[Asked]) -> list[Question]:
+    """Edits and questions, each once, sorted by length."""
+
+    def order(one: Question) -> tuple[int, str]:
+        return base.encoder.count_prompt(one[1], references(one[2])), one[1]
+
+    return sorted(dict.fromkeys(map(question_of, asked)), key=order)
+
+
 class Wanted(NamedTuple):
     """Free generations that are made alike.
 
@@ -45,12 +60,7 @@ class Wanted(NamedTuple):
 
     def batches(self, base: BaseModel, size: int) -> Iterator[Sequence[Question]]:
         """Edits and questions, each once, sorted by length and cut into batches."""
-        unique = dict.fromkeys((edit, probe.prompt, probe.image) for edit, probe in self.asked)
-
-        def order(one: Question) -> tuple[int, str]:
-            return base.encoder.count_prompt(one[1], references(one[2])), one[1]
-
-        yield from chunks(sorted(unique, key=order), size)
+        yield from chunks(questions(base, self.asked), size)
 
 
 class FreeTexts:

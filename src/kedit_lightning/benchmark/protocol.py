@@ -22,6 +22,8 @@ Grid: TypeAlias = Literal["log"]
 
 #: Part of every protocol id; raised when the same settings would give other numbers.
 READING_VERSION = 2
+#: Most examples that are read together in ``single`` mode unless the user says how many.
+EXAMPLES_AT_A_TIME = 32
 #: Fields that name what measures finished texts.
 _GRADERS = ("judge", "sentiment", "safety", "traits", "embedder")
 
@@ -45,8 +47,9 @@ class Protocol:
             edits in force.  Not given, it is ``single``; ``kedit edit`` then writes all facts so
             that they hold together, in one batch where the method can and else in a sequence.
         chunk_size: Examples read together.  In ``batch`` and ``sequential`` one edit writes them
-            all; in ``single`` each has its own, which its rows carry in passes they share, and the
-            size changes no score.
+            all, and it is 1 if not given; in ``single`` each has its own, which its rows carry in
+            passes they share, and the size changes no score. If not given, it is then as many as
+            memory allows, 32 at most.
         evaluate: When sequential edits are scored: ``immediate`` (right after their own chunk),
             ``final`` (after the last one), or both as ``immediate,final``.
         every: In ``sequential``, score all examples edited so far whenever this many more are.
@@ -55,7 +58,8 @@ class Protocol:
             a stream of its own: that of the file, and permutations drawn from the run's seed.
         order: The first of these orders; 0 is that of the file.
         scoring: What is measured: our definitions, or those of EasyEdit for comparison.
-        score_batch_size: Rows of a forward pass while scoring; it never changes a score.
+        score_batch_size: Rows of a forward pass while scoring, short ones up to four times as many;
+            it never changes a score.
         generate: Let the model answer freely, beside reading its probabilities.
         max_new_tokens: Longest free answer.
         sample_tokens: Length of a sampled continuation of each request's own prompt, for its n-gram
@@ -81,7 +85,7 @@ class Protocol:
     """
 
     mode: Mode | None = None
-    chunk_size: int = 1
+    chunk_size: int | None = None
     evaluate: list[Moment] | str = "immediate,final"
     every: int | Grid | None = None
     orders: int = 1
@@ -109,8 +113,10 @@ class Protocol:
                 raise self._refuse(field, f"must be one of {', '.join(get_args(kind))}")
         if not self.moments or set(self.moments) - set(get_args(Moment)):
             raise self._refuse("evaluate", "must be immediate, final, or both: immediate,final")
-        sizes = ("chunk_size", "score_batch_size", "max_new_tokens", "orders")
-        for field in sizes if self.every in (None, *get_args(Grid)) else (*sizes, "every"):
+        sizes = ["score_batch_size", "max_new_tokens", "orders"]
+        sizes += ["chunk_size"] if self.chunk_size is not None else []
+        sizes += ["every"] if self.every not in (None, *get_args(Grid)) else []
+        for field in sizes:
             value = getattr(self, field)
             if not isinstance(value, int) or value < 1:
                 raise self._refuse(field, "must be a whole number of at least 1")
@@ -133,6 +139,26 @@ class Protocol:
         """The mode, ``single`` where none is given."""
         return self.mode or "single"
 
+    @property
+    def written_at_once(self) -> int:
+        """Examples whose facts one edit writes."""
+        return 1 if self.grouping == "single" else self.chunk_size or 1
+
+    def read_together(self, examples: int, processes: int = 1) -> int:
+        """Examples of a chunk, where so many are dealt out to processes.
+
+        What a chunk holds in memory is bounded where it is held: rows, edits that rows carry, and
+        what is trained.
+
+        >>> Protocol().read_together(100), Protocol().read_together(20, processes=2)
+        (32, 10)
+        >>> Protocol(mode="sequential").read_together(100), Protocol(chunk_size=5).read_together(9)
+        (1, 5)
+        """
+        if self.chunk_size is not None or self.grouping != "single":
+            return self.chunk_size or 1
+        return max(1, min(EXAMPLES_AT_A_TIME, -(-examples // processes)))
+
     def for_editing(self, batch: bool, sequential: bool, examples: int) -> Protocol:
         """The same where edits are wanted for use: facts hold together, and are scored at the end.
 
@@ -149,9 +175,9 @@ class Protocol:
         if self.mode == "single" or (self.mode is None and examples < 2):
             return replace(self, mode="single")
         mode = self.mode or ("batch" if batch or not sequential else "sequential")
-        if mode == "batch" and sequential and 1 < self.chunk_size < examples:
+        if mode == "batch" and sequential and 1 < (self.chunk_size or 1) < examples:
             mode = "sequential"  # a batch that is rolled back does not hold beside the next one
-        size = self.chunk_size if mode == "sequential" else max(1, examples)
+        size = self.chunk_size or 1 if mode == "sequential" else max(1, examples)
         return replace(self, mode=mode, chunk_size=size, evaluate="final")
 
     @property
@@ -176,7 +202,7 @@ class Protocol:
 
     def written_together(self, examples: Sequence[EditExample]) -> Iterator[list[EditRequest]]:
         """The requests of examples, in groups of those that hold together."""
-        size = {"single": 1, "batch": self.chunk_size, "sequential": len(examples)}[self.grouping]
+        size = len(examples) if self.grouping == "sequential" else self.written_at_once
         for start in range(0, len(examples), size or 1):
             chunk = examples[start : start + size]
             yield [request for example in chunk for request in example.requests]
@@ -191,6 +217,7 @@ class Protocol:
         plain = replace(self, judge=None, sentiment=None, safety=None, traits=None, embedder=None)
         facts = asdict(plain) | {"evaluate": sorted(self.moments), "version": READING_VERSION}
         facts |= {"generate": self.generates, "mode": self.grouping}
+        facts |= {"chunk_size": self.written_at_once}
         # Neither the rows of a forward pass nor how many examples are read together change a score,
         # and a run that refuses conflicts has none.
         del facts["score_batch_size"], facts["on_conflict"], facts["orders"]

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
-from typing import Any, NamedTuple, TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 
 from kedit_lightning.base_models import BaseModel, EncodedRow
-from kedit_lightning.base_models.batching import logit_batches
 from kedit_lightning.base_models.foreign_hooks import foreign_hooks
 from kedit_lightning.base_models.prefix_states import PrefixStates
 from kedit_lightning.benchmark.answer_cache import AnswersCache, key_of
+from kedit_lightning.benchmark.answer_logits import (
+    AnswerLogits,
+    ForcedRow,
+    parts_of_questions,
+    prompts_are_shared,
+)
 from kedit_lightning.benchmark.free_texts import (
     Asked,
     Carried,
@@ -22,6 +27,8 @@ from kedit_lightning.benchmark.free_texts import (
     Question,
     Wanted,
     carrying,
+    question_of,
+    questions,
 )
 from kedit_lightning.benchmark.protocol import READING_VERSION, Protocol
 from kedit_lightning.benchmark.row_logits import probe_row, row_pass
@@ -29,19 +36,10 @@ from kedit_lightning.decoding_settings import generation_config, in_force
 from kedit_lightning.errors import article_list
 from kedit_lightning.image_reference import content_hash, references
 from kedit_lightning.metrics import SCORINGS, ForwardPass, ProbeReading
-from kedit_lightning.metrics.functional import widened
 from kedit_lightning.metrics.measurement import RECORDED, Measurement, Source, Value, built_in
 from kedit_lightning.requests import Probe
 
 Compute: TypeAlias = Callable[[ForwardPass], Sequence[Value]]
-
-
-class ForcedRow(NamedTuple):
-    """A row whose answer tokens are fed to the model."""
-
-    edit: Carried  # the edit that the row carries
-    tokens: EncodedRow  # under the edits: prompt edits rewrite prompts
-    plain: EncodedRow | None = None  # without edits, where logits are compared with the base model
 
 
 #: Rows of a probe, by the source of measurements.
@@ -165,11 +163,37 @@ class Reader:
     ) -> list[ProbeReading]:
         """Readings of the model as it stands; ``against`` is ``None`` on the base model itself.
 
-        All forward passes run here, one batch after another: first along the answers, then along
-        the base model's continuations.
+        Where prompts can be read once for all that follows them, parts of as many prompts as a
+        forward pass takes are read one after another.
         """
         asked = list(zip(carried, probes, strict=True))
-        texts = self._generated(self.texts.sentences(asked))
+        places: dict[Question, list[int]] = {}
+        for i, one in enumerate(asked):
+            places.setdefault(question_of(one), []).append(i)
+        if not prompts_are_shared(self.base, list(places)):
+            return self._read_part(asked, against, AnswerLogits(self.base, self.prefixes))
+        found: dict[int, ProbeReading] = {}
+        ordered, size = questions(self.base, asked), self.protocol.score_batch_size
+        for part in parts_of_questions(self.base, ordered, size):
+            numbers = [i for question in part for i in places[question]]
+            own = None if against is None else [against[i] for i in numbers]
+            passes = AnswerLogits(self.base, self.prefixes, part)
+            read = self._read_part([asked[i] for i in numbers], own, passes)
+            found |= zip(numbers, read, strict=True)
+        return [found[i] for i in range(len(asked))]
+
+    def _read_part(
+        self,
+        asked: Sequence[Asked],
+        against: Sequence[ProbeReading] | None,
+        passes: AnswerLogits,
+    ) -> list[ProbeReading]:
+        """Readings of some probes.
+
+        All forward passes run here, one batch after another: free generation, then along the
+        answers, then along the base model's continuations.
+        """
+        texts = self._generated(self.texts.sentences(asked), passes)
         plans: dict[Source, Callable[[Iterable[Asked]], Iterable[Wanted]]] = {
             "passage": self.texts.passages,
             "sample": self.texts.samples,
@@ -187,31 +211,18 @@ class Reader:
         values: Values = {}
         for sources in _PASSES:
             computes = dict.fromkeys(
-                m.compute for probe in probes for m in self._measured(probe) if m.source in sources
+                m.compute
+                for _, probe in asked
+                for m in self._measured(probe)
+                if m.source in sources
             )
             forced = dict.fromkeys(row for own in rows for name in sources for row in own[name])
-            for batch in self._batches(forced):
-                with carrying(self.base, [row.edit for row in batch]):
-                    edited, plain = [row.tokens for row in batch], [row.plain for row in batch]
-                    compared = [row for row in plain if row is not None]
-                    # In the same pass on the same rows, so that no change gives exactly 0.
-                    if edited == plain:
-                        tokens = base_tokens = self.base.pad(edited)
-                        logits = self.base.answer_logits(tokens)
-                    else:
-                        tokens, logits = self.prefixes.answer_logits(edited)
-                    logits = widened(logits)  # [batch, width, vocab]
-                    base_logits = None
-                    if compared:
-                        if edited != plain:
-                            base_tokens = self.base.pad(compared)
-                        with self.base.edits.suspended():
-                            base_logits = widened(self.base.answer_logits(base_tokens))
-                forward = ForwardPass(logits, tokens.answer_ids, tokens.answer_mask, base_logits)
+            for batch in passes.batches(forced, self.protocol.score_batch_size):
+                forward = passes.of(batch)
                 for compute in computes:
                     keys = ((row, compute) for row in batch)
                     values.update(zip(keys, compute(forward), strict=True))
-                del logits, base_logits, forward  # before the next pass takes as much memory
+                del forward  # before the next pass takes as much memory
         for own, (_, probe) in zip(rows, asked, strict=True):
             for row in own["row"]:  # one at a time: a picture has hundreds of positions
                 with carrying(self.base, [row.edit]):
@@ -230,15 +241,20 @@ class Reader:
             for one, own in zip(asked, rows, strict=True)
         ]
 
-    def _generated(self, wanted: Iterable[Wanted]) -> dict[Asked, str]:
+    def _generated(
+        self, wanted: Iterable[Wanted], passes: AnswerLogits | None = None
+    ) -> dict[Asked, str]:
         """Free generations, each prompt once for the edit that its row carries."""
         found: dict[Asked, str] = {}
         for some in wanted:
             texts: dict[Question, str] = {}
             for batch in some.batches(self.base, self.protocol.score_batch_size):
                 edits, prompts, images = zip(*batch, strict=True)
+                options = dict(some.options)
+                if passes is not None:
+                    options |= passes.generating(batch)
                 with carrying(self.base, edits):
-                    answers = self.base.generate(prompts, images=images, **some.options)
+                    answers = self.base.generate(prompts, images=images, **options)
                 texts |= zip(batch, answers, strict=True)
             found |= {(e, p): texts[e, p.prompt, p.image] for e, p in some.asked}
         return found
@@ -306,10 +322,10 @@ class Reader:
         Where nothing was generated, the probe's own answer is fed, or else only the position behind
         the prompt is read.
         """
-        base = self.base
-        with base.edits.suspended():
-            answer = probe.answers[0] if text is None and probe.answers else None
-            plain = base.encode(probe.prompt, answer, image=probe.image)
+        base, encoder = self.base, self.base.encoder
+        answer = probe.answers[0] if text is None and probe.answers else None
+        images = references(probe.image)
+        plain = encoder.encode(probe.prompt, answer, images=images)
         ids = plain.answer
         if answer is None:
             # The ids as the model generated them, not as they would be joined to the prompt; text
@@ -321,23 +337,9 @@ class Reader:
         if not compare:
             return ForcedRow(edit, replace(plain, answer=ids))
         room = base.max_tokens - len(ids) - 2
-        images = references(probe.image)
         prompt = base.edits.render(
-            probe.prompt, lambda text: room - base.encoder.count_prompt(text, images), images
+            probe.prompt, lambda text: room - encoder.count_prompt(text, images), images
         )
-        row = plain if prompt == probe.prompt else base.encoder.encode(prompt, images=images)
+        row = plain if prompt == probe.prompt else encoder.encode(prompt, images=images)
         ids = ids[: max(1, base.max_tokens - len(row.prompt))]
         return ForcedRow(edit, replace(row, answer=ids), replace(plain, answer=ids))
-
-    def _batches(self, rows: Iterable[ForcedRow]) -> Iterator[list[ForcedRow]]:
-        """Cut rows into batches of a forward pass: sorted by length, so that padding is short."""
-
-        def order(row: ForcedRow) -> tuple[int, int, tuple[int, ...], tuple[int, ...]]:
-            prompt, answer = row.tokens.prompt, row.tokens.answer
-            return len(answer), len(prompt), prompt, answer
-
-        vocabulary = int(self.base.model.config.get_text_config().vocab_size)
-        size = self.protocol.score_batch_size
-        return logit_batches(
-            sorted(rows, key=order), lambda row: len(row.tokens.answer), vocabulary, size
-        )

@@ -10,6 +10,7 @@ from itertools import compress
 from typing import Any, TypeAlias, cast
 
 from kedit_lightning.base_models import BaseModel
+from kedit_lightning.base_models.memory_budget import memory_budget
 from kedit_lightning.benchmark.costs import (
     Clock,
     TimedEdit,
@@ -31,8 +32,7 @@ from kedit_lightning.requests import EditExample, EditRequest
 EditFunction: TypeAlias = Callable[[Sequence[EditRequest]], Edit]
 EditEachFunction: TypeAlias = Callable[[Sequence[Sequence[EditRequest]]], Iterable[Edit]]
 
-#: Bytes of edits that rows carry at once.  A dense edit of one matrix of a model of 7 billion
-#: weights takes 180 MB in float32: eleven of them are held, and low-rank edits are never cut.
+#: Most bytes of edits that rows carry at once: eleven dense ones of a model of 7 billion weights.
 CARRIED_BYTES = 1 << 31
 
 
@@ -303,7 +303,7 @@ class ProtocolRunner:
         asked for.  When an edit fails, those computed before it are yielded first.
         """
         group: list[tuple[EditExample, TimedEdit]] = []
-        held = 0
+        held, most = 0, min(CARRIED_BYTES, memory_budget(self.base.device))
         try:
             for example, timed in zip(examples, self._edits(examples), strict=True):
                 alone = not timed[0].can_be_carried
@@ -312,7 +312,7 @@ class ProtocolRunner:
                     group.clear()
                 group.append((example, timed))
                 held += timed[0].nbytes
-                if held >= CARRIED_BYTES or alone:
+                if held >= most or alone:
                     yield group
                     group.clear()
                     held = 0

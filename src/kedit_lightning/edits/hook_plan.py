@@ -106,7 +106,9 @@ class HookPlan:
     Args:
         hooks: Names of modules, and hooks on their outputs, in the order they act.
         prompts: Functions that rewrite prompts.
-        reads_rows: Whether a hook looks at rows, so that passes must start at the first token.
+        reads_rows: Whether a hook tells rows apart.
+        reads_prompts: Whether a hook looks at prompts or logits, so that passes must start at the
+            first token.
         reads_states: Whether a hook reads hidden states, perhaps in the encoder.
         decides: Whether a hook decides at the end of the prompt, which one call must then read.
     """
@@ -114,6 +116,7 @@ class HookPlan:
     hooks: Sequence[tuple[str, ForwardHook]] = ()
     prompts: Sequence[PromptFunction] = ()
     reads_rows: bool = False
+    reads_prompts: bool = False
     reads_states: bool = False
     decides: bool = False
 
@@ -163,5 +166,6 @@ class HookPlan:
             for group in families(shared, RewritePrompt)
         ]
         decides = bool(states or of_type(every, RouteRows))
-        knows_rows = bool(apart or decides or logits)
-        return cls(hooks, prompts, knows_rows, bool(states), decides)
+        reads_prompts = bool(decides or logits)
+        reads_rows = bool(apart or reads_prompts)
+        return cls(hooks, prompts, reads_rows, reads_prompts, bool(states), decides)

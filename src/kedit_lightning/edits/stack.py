@@ -175,9 +175,9 @@ class EditStack:
         return self._active and bool(self._edits or any(self._carried))
 
     @property
-    def reads_rows(self) -> bool:
-        """Whether an active edit looks at rows, so that passes must start at the first token."""
-        return self._active and self._plan.reads_rows
+    def reads_prompts(self) -> bool:
+        """Whether an active edit looks at prompts, so that passes must start at their beginning."""
+        return self._active and self._plan.reads_prompts
 
     def effects(self, kind: type[E]) -> list[E]:
         """Effects of one type that the applied edits have, oldest first."""

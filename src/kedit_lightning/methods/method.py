@@ -86,7 +86,7 @@ class EditMethod(pl.LightningModule):
         self.given = self.settings_type.read(self.hparams)
         self.settings = replace(self.given, seed=self.given.start)
         self.run = RunContext()
-        # A plain object, no submodule: absent from checkpoints, optimizers and DDP buckets.
+        # No submodule: absent from checkpoints, optimizers and DDP buckets.
         self._base_model = base_model
         self._built = False
 
@@ -190,18 +190,19 @@ class EditMethod(pl.LightningModule):
 
     def origin(self, requests: Sequence[EditRequest], **notes: Any) -> EditOrigin:
         """What an edit records about where it comes from."""
-        # Those of a plug-in without a dataclass of its own, less what Lightning adds for itself.
+        # Those of a plug-in without a dataclass, less what Lightning adds for itself.
         given = {name: value for name, value in self.hparams.items() if not name.startswith("_")}
+        short, full = self.base.fingerprints
         return EditOrigin(
             method=type(self).__name__,
             settings=plain({**given, **asdict(self.settings)}),
             requests=tuple(requests),
             base_model=self.base.name,
-            fingerprint=self.base.fingerprint,
+            fingerprint=short,
+            full_fingerprint=full,
             tokenizer_fingerprint=self.base.tokenizer_fingerprint,
             stack=self.base.edits.mark,
             notes=plain(notes),
-            full_fingerprint=self.base.full_fingerprint,
         )
 
     def generator(self, requests: Sequence[EditRequest], purpose: str = "") -> torch.Generator:
@@ -275,8 +276,7 @@ class EditMethod(pl.LightningModule):
     def on_test_epoch_start(self) -> None:
         """Begin a pass over the split that is tested or validated."""
         run, trainer = self.run, self.trainer
-        if trainer.state.fn == "fit":
-            # Free answers would take longer than the training that the validation watches over.
+        if trainer.state.fn == "fit":  # free answers would take longer than the training
             run = replace(run, protocol=replace(run.protocol, generate=False))
         split: Split = "test" if trainer.testing else "validation"
         ranks = trainer.global_rank, trainer.world_size
@@ -299,9 +299,9 @@ class EditMethod(pl.LightningModule):
         self.summary, scores = metrics.summary(), metrics.compute()
         if prefix and (score := judged(scores)["score"]) is not None:
             scores["score"] = score  # one number for early stopping and for the best checkpoint
-        values = {f"{prefix}{key}": value for key, value in scores.items()}
-        # They are equal on all ranks already; Lightning warns unless it is told to make them so.
-        self.log_dict(values, sync_dist=self.trainer.world_size > 1)
+        # Equal on all ranks already; Lightning warns unless it is told to make them so.
+        sync = self.trainer.world_size > 1
+        self.log_dict({f"{prefix}{key}": value for key, value in scores.items()}, sync_dist=sync)
 
     on_validation_epoch_start, validation_step = on_test_epoch_start, test_step
     on_validation_epoch_end = on_test_epoch_end

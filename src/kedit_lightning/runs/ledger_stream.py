@@ -41,7 +41,7 @@ class LedgerStream:
         examples, protocol = data.examples("test"), method.run.protocol
         facts = EditOrigin(requests=tuple(r for e in examples for r in e.requests)).to_json()
         asked = [type(method).__name__, given_settings(method), method.run.seed, facts["requests"]]
-        asked += [protocol.mode, protocol.chunk_size]
+        asked += [protocol.mode, protocol.written_at_once]
         key = hashlib.sha256(json.dumps(asked, default=str).encode()).hexdigest()[:16]
         last = ledger.lines[-1] if ledger.lines else None
         run = last.run if isinstance(last, EditLine) else None

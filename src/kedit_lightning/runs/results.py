@@ -180,7 +180,7 @@ def summary_of(records: Iterable[ExampleRecord], protocol: Protocol, seed: int) 
         blocks[block][rest] = entry
     if protocol.grouping == "sequential" and protocol.every is not None:
         places = {name_id(id): place for place, id in enumerate(order, start=1)}
-        blocks["retention"] = retention(metrics.gathered(), places, protocol.chunk_size)
+        blocks["retention"] = retention(metrics.gathered(), places, protocol.written_at_once)
     return blocks
 
 

@@ -7,6 +7,7 @@ import torch
 from support import FAMILIES, REQUESTS, tiny_base
 
 from kedit_lightning import EditRequest
+from kedit_lightning.base_models.memory_budget import memory_budget
 from kedit_lightning.errors import NonFiniteError
 from kedit_lightning.methods import FTM
 from kedit_lightning.methods.shared import row_memory
@@ -150,7 +151,8 @@ def test_parts_that_fit_into_memory_change_no_edit(monkeypatch):
         return train(requests)
 
     monkeypatch.setattr(method, "edits_together", counted)
-    monkeypatch.setattr(row_memory, "CPU_BUDGET", 3 * row_memory.CPU_BUDGET // 10**4)
+    budget = 3 * memory_budget(base.device) // 10**4
+    monkeypatch.setattr(row_memory, "memory_budget", lambda device: budget)
     parts = method.edit_each(SINGLE)
     assert sizes == [method.together(REQUESTS)]  # the others when they are asked for
     assert 1 < sizes[0] < len(REQUESTS)

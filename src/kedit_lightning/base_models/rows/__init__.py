@@ -8,6 +8,7 @@ from kedit_lightning.base_models.rows.padding import (
     pad_encoder_decoder_rows,
     pad_rows,
     pad_tails,
+    put_behind,
 )
 from kedit_lightning.base_models.rows.position import positions
 
@@ -22,4 +23,5 @@ __all__ = [
     "pad_rows",
     "pad_tails",
     "positions",
+    "put_behind",
 ]

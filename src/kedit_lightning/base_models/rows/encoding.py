@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from kedit_lightning.base_models.rows.image import ImageEncoder
 from kedit_lightning.base_models.rows.position import (
@@ -81,6 +81,12 @@ class _Rendered(NamedTuple):
     ended: bool = False
 
 
+#: Ids of a text, and where each begins and ends, which slow tokenizers do not say.
+_Tokens: TypeAlias = tuple[tuple[int, ...], list[tuple[int, int]] | None]
+#: Texts whose tokens are remembered.
+_TEXTS = 4096
+
+
 class RowEncoder:
     """Tokenises prompts and answers with one tokenizer.
 
@@ -97,6 +103,7 @@ class RowEncoder:
         self.tokenizer = tokenizer
         self.chat = chat
         self.images = images
+        self._known: dict[tuple[int, str], _Tokens] = {}
         plain, special = self._ids("a"), list(tokenizer("a")["input_ids"])
         #: Ids the tokenizer puts before a text by itself (a beginning-of-sequence token, or none),
         #: and behind it, which encoders need and decoders must not see.
@@ -112,16 +119,26 @@ class RowEncoder:
         return RowEncoder(tokenizer)
 
     def _ids(self, text: str) -> list[int]:
-        # Callers compare the length with the model's own; a warning of transformers adds nothing.
-        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        return list(self._tokens(text)[0])
 
     def _offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]] | None:
-        if not getattr(self.tokenizer, "is_fast", False):
-            return None
-        encoded = self.tokenizer(
-            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-        )
-        return list(encoded["input_ids"]), [tuple(pair) for pair in encoded["offset_mapping"]]
+        ids, offsets = self._tokens(text)
+        return None if offsets is None else (list(ids), offsets)
+
+    def _tokens(self, text: str) -> _Tokens:
+        """Ids of a text and the characters of each; the same text is asked for again and again."""
+        key, fast = (len(self.tokenizer), text), getattr(self.tokenizer, "is_fast", False)
+        known = self._known.get(key)
+        if known is None:
+            # Callers compare the length with the model's own; a warning of transformers adds
+            # nothing.
+            options = {"return_offsets_mapping": True} if fast else {}
+            encoded = self.tokenizer(text, add_special_tokens=False, verbose=False, **options)
+            offsets = [tuple(pair) for pair in encoded["offset_mapping"]] if fast else None
+            if len(self._known) >= _TEXTS:
+                self._known.clear()
+            known = self._known[key] = tuple(encoded["input_ids"]), offsets
+        return known
 
     def count(self, text: str, images: Sequence[str] = ()) -> int:
         """Number of tokens of a text, begun as a prompt and outside the chat template."""

@@ -259,13 +259,19 @@ def pad_tails(
         start = -1 if min(row.subject_start, end) < 0 else max(0, row.subject_start - at)
         tails.append(EncodedRow(row.prompt[at:], row.answer, end, start))
     padded = pad_rows(tails, pad_id, "right", False, device)
-    mask = torch.cat([head_mask.to(device), padded.attention_mask], dim=1)
-    inputs = {"input_ids": padded.inputs["input_ids"], "attention_mask": mask}
     first = {"input_ids": head.to(device), "attention_mask": head_mask.to(device)}
     if takes_positions:
-        width, places = head.shape[1], positions(mask)
-        first["position_ids"], inputs["position_ids"] = places[:, :width], places[:, width:]
-    return first, replace(padded, inputs=inputs)
+        first["position_ids"] = positions(first["attention_mask"])
+    return first, put_behind(first["attention_mask"], padded, takes_positions)
+
+
+def put_behind(head_mask: Tensor, tails: TokenRows, takes_positions: bool) -> TokenRows:
+    """Tails whose attention mask and positions follow heads. ``head_mask``: ``[batch, heads]``."""
+    mask = torch.cat([head_mask, tails.attention_mask], dim=1)
+    inputs = {"input_ids": tails.inputs["input_ids"], "attention_mask": mask}
+    if takes_positions:
+        inputs["position_ids"] = positions(mask)[:, head_mask.shape[1] :]
+    return replace(tails, inputs=inputs)
 
 
 def pad_encoder_decoder_rows(

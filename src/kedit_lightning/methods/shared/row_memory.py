@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
 from kedit_lightning.base_models import BaseModel
+from kedit_lightning.base_models.memory_budget import memory_budget
 from kedit_lightning.base_models.rows import EncodedRow
 
-#: Bytes that rows may take on a CPU; on a CUDA device it is half of the free memory.
-CPU_BUDGET = 2 << 30
 #: Activations that autograd keeps of a block, in widths of the residual stream and of the MLP.
 _HIDDEN, _INNER = 12, 4
 #: Copies of logits: themselves, log-probabilities, and their gradient.
@@ -39,6 +36,4 @@ def requests_at_a_time(
         return (len(row.prompt) + len(row.answer)) * token + max(1, len(row.answer)) * place
 
     widest = own + max(sum(map(size, rows)) for rows in encoded)
-    on_gpu = base.device.type == "cuda"
-    budget = torch.cuda.mem_get_info(base.device)[0] // 2 if on_gpu else CPU_BUDGET
-    return max(1, int(budget // max(1, widest)))
+    return max(1, int(memory_budget(base.device) // max(1, widest)))

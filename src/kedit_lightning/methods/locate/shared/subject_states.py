@@ -113,7 +113,7 @@ def up_to_subject(
     It is whole with pictures too: there some models read the prompt in both directions.
     """
     row = base.encode(prompt, None, subject, image)
-    if base.edits.reads_rows or row.images:
+    if base.edits.reads_prompts or row.images:
         return row
     return replace(row, prompt=row.prompt[: row.subject_end + 1])
 

@@ -1,0 +1,197 @@
+r"""Processor time of editing and scoring, against those of an earlier version.
+
+    git worktree add ../before COMMIT
+    python benchmarks/end_to_end.py --against ../before
+    python benchmarks/end_to_end.py --against ../before --methods None --facts 100
+
+Both versions edit the same facts of NanoFacts under the protocol `single` with its defaults, and
+score them, each in a process of its own; the two take turns.  The base models are `nano` (a Llama)
+and a GPT-2 of the same shape with random weights.  `None` edits nothing.  The answers of the base
+model are read anew each time.  Beside the ratio stand the smallest cosine of the edits of a fact,
+and the largest difference of a score.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+METHODS = ("FTM", "FTL", "GRACE", "ROME", "MEMIT", "AlphaEdit", "EMMET", "PMET", "KN")
+MODELS = ("nano", "gpt2")
+REPEATS = 5
+
+
+def base_model(name: str):  # noqa: ANN201 - torch is imported in the child only
+    """The packaged model, or a GPT-2 of its shape with random weights."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from kedit_lightning import BaseModel
+
+    nano = BaseModel.load("nano")
+    if name == "nano":
+        return nano
+    torch.manual_seed(0)
+    vocabulary = nano.model.config.vocab_size
+    ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    config = GPT2Config(n_embd=256, n_layer=6, n_head=4, vocab_size=vocabulary, **ends)
+    return BaseModel(GPT2LMHeadModel(config).eval(), nano.tokenizer, name=name)
+
+
+def editor_of(method: str, base: Any) -> Any:
+    """A method with its default settings, or one whose edits add zero."""
+    from kedit_lightning import methods
+
+    if method == "None":
+        from evaluation import NoEdit
+
+        return NoEdit(base_model=base)
+    return getattr(methods, method)(base_model=base)
+
+
+def serve(method: str, model: str, facts: int, output: str) -> None:
+    """Run once for each line of input, and answer with seconds and scores."""
+    import torch
+    from safetensors.torch import save_file
+
+    from kedit_lightning import EditTrainer
+    from kedit_lightning.benchmark import Protocol
+    from kedit_lightning.data import NanoFacts
+
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    base = base_model(model)
+    editor = editor_of(method, base)
+    groups = [example.requests for example in NanoFacts(limit=facts, seed=0).examples("test")]
+    trained = {}
+    for number, edit in enumerate(editor.edit_each(groups)):
+        tensors = dict(sorted(edit.deltas().items() if edit.supports_deltas else ()))
+        tensors = tensors or dict(sorted(edit.state()[0].items()))
+        trained[str(number)] = torch.cat([t.detach().flatten() for t in tensors.values()])
+    save_file(trained, output)
+
+    def run(limit: int) -> tuple[float, dict[str, float]]:
+        trainer = EditTrainer(
+            protocol=Protocol(mode="single"), enable_progress_bar=False, usual_callbacks=False
+        )
+        data = NanoFacts(limit=limit, seed=0)
+        with tempfile.TemporaryDirectory() as folder:
+            os.environ["KEDIT_CACHE"] = folder
+            start = time.process_time()
+            (scores,) = trainer.test(editor, data, verbose=False)
+            seconds = time.process_time() - start
+        kept = {k: v for k, v in scores.items() if not k.startswith(("timing/", "memory/"))}
+        return seconds, kept
+
+    run(2)  # what is done once in a process
+    print("ready", flush=True)
+    for _ in sys.stdin:
+        print(json.dumps(run(facts)), flush=True)
+
+
+class Version:
+    """A process that runs the version of a folder."""
+
+    def __init__(self, root: Path, method: str, model: str, facts: int, output: Path) -> None:
+        paths = [str(root / "src"), os.environ.get("PYTHONPATH", "")]
+        command = [sys.executable, str(Path(__file__).resolve()), "--serve", method, model]
+        command += ["--facts", str(facts), "--output", str(output)]
+        self._process = subprocess.Popen(
+            command,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        while self._line().strip() != "ready":
+            pass
+
+    def _line(self) -> str:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the process ended with code {self._process.wait()}")
+        return line
+
+    def run(self) -> tuple[float, dict[str, float]]:
+        """Processor seconds of one run, and its scores."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("go\n")
+        self._process.stdin.flush()
+        seconds, scores = json.loads(self._line())
+        return seconds, scores
+
+    def close(self) -> None:
+        """End the process."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def row(against: Path, method: str, model: str, facts: int, repeats: int) -> str:
+    """The line of a method on a model."""
+    from safetensors.torch import load_file
+    from torch.nn.functional import cosine_similarity
+
+    with tempfile.TemporaryDirectory() as folder:
+        files = Path(folder, "before"), Path(folder, "now")
+        roots = against, Path(__file__).parents[1]
+        versions = [
+            Version(root, method, model, facts, file)
+            for root, file in zip(roots, files, strict=True)
+        ]
+        pairs = [[version.run() for version in versions] for _ in range(repeats)]
+        for version in versions:
+            version.close()
+        edits = [load_file(file) for file in files]
+    old, new = (statistics.median(pair[i][0] for pair in pairs) for i in (0, 1))
+    both = [(edits[0][name].double(), edits[1][name].double()) for name in edits[0]]
+    cosine = min(
+        1.0 if bool((one == other).all()) else float(cosine_similarity(one, other, dim=0))
+        for one, other in both
+    )
+    scores = [scores for _, scores in pairs[0]]
+    gap = max(abs(scores[0][key] - scores[1].get(key, float("inf"))) for key in scores[0])
+    return (
+        f"| {method} | {model} | {old / facts:.4f} | {new / facts:.4f} | {old / new:.2f} "
+        f"| {cosine:.7f} | {gap:.1e} |"
+    )
+
+
+def main() -> None:
+    """Print one line for each method and model."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--against", type=Path, help="folder of the earlier version")
+    parser.add_argument("--methods", nargs="+", default=METHODS)
+    parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
+    parser.add_argument("--facts", type=int, default=20)
+    parser.add_argument("--repeats", type=int, default=REPEATS)
+    parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--output", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.serve:
+        serve(*options.serve, options.facts, options.output)
+        return
+    if options.against is None:
+        parser.error("--against: give the folder of the earlier version")
+    print("| method | model | before, s/fact | now, s/fact | times faster | cosine | scores |")
+    print("|---|---|---|---|---|---|---|")
+    for method in options.methods:
+        for model in options.models:
+            print(row(options.against, method, model, options.facts, options.repeats), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""What follows prompts that are read once is as after complete passes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support import FAMILIES, REQUESTS, tiny_base
+from toys import Toy
+
+from kedit_lightning import BaseModel, Probe
+from kedit_lightning.base_models.rows import EncodedRow
+from kedit_lightning.base_models.shared_prompts import SharedPrompts, can_share
+from kedit_lightning.benchmark import Protocol, answer_logits
+from kedit_lightning.benchmark.free_texts import carrying
+from kedit_lightning.benchmark.reader import Reader
+from kedit_lightning.methods import GRACE, PROMPT
+
+QUESTIONS = ["Where is it?", "Amber Falls lies in", "x", "Marie Curie was born in the town of the"]
+ANSWERS = [(0, "Rome"), (3, "Norway, I know"), (2, "Lima"), (0, "B"), (1, "Rome"), (1, "Lima")]
+
+
+def rows_of(base: BaseModel) -> list[EncodedRow]:
+    return [base.encode(QUESTIONS[number], answer) for number, answer in ANSWERS]
+
+
+def complete(base: BaseModel, rows: list[EncodedRow]) -> list[torch.Tensor]:
+    padded = base.pad(rows)
+    logits = base.answer_logits(padded)
+    return [own[mask] for own, mask in zip(logits, padded.answer_mask, strict=True)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_behind_shared_prompts_are_those_of_complete_passes(family: str) -> None:
+    base = tiny_base(family)
+    edits = [Toy(base_model=base).edit([request]) for request in REQUESTS[:3]]
+    carried = [edits[0], None, edits[1], edits[2]]
+    rows, numbers = rows_of(base), [number for number, _ in ANSWERS]
+    with carrying(base, carried):
+        assert can_share(base)
+        shared = SharedPrompts(base, [base.encode(question) for question in QUESTIONS])
+    with carrying(base, [carried[number] for number in numbers]):
+        expected = complete(base, rows)
+        for _ in range(2):  # the cache is not used up
+            padded, logits = shared.answer_logits(rows, numbers)
+            for own, mask, other in zip(logits, padded.answer_mask, expected, strict=True):
+                torch.testing.assert_close(own[mask], other, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_free_answers_go_on_from_some_of_the_prompts(family: str) -> None:
+    base = tiny_base(family)
+    shared = SharedPrompts(base, [base.encode(question) for question in QUESTIONS])
+    for numbers in ([0, 1, 2, 3], [2, 0], [1]):
+        prompts = [QUESTIONS[number] for number in numbers]
+        some = shared.some(numbers)
+        assert some.prompts([base.encode(prompt) for prompt in prompts]) is not None
+        answers = base.generate(prompts, 6, prefix_states=some)
+        assert answers == base.generate(prompts, 6)
+    assert shared.some([0, 1]).prompts([base.encode(QUESTIONS[0])]) is None
+
+
+def test_edits_that_look_at_prompts_get_complete_passes() -> None:
+    base = tiny_base("llama")
+    for method in (GRACE(base_model=base, steps=1), PROMPT(base_model=base)):
+        assert can_share(base)
+        with method.edit(REQUESTS[:1]):
+            assert not can_share(base)
+    assert not can_share(tiny_base("t5"))
+    assert not can_share(tiny_base("mistral", sliding_window=8))
+
+
+@pytest.mark.parametrize("family", FAMILIES[:2])
+def test_readings_are_those_of_complete_passes(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, protocol = tiny_base(family), Protocol(max_new_tokens=5)
+    probes = [
+        Probe(kind=kind, prompt=question, answers=("Rome", "Norway"), contrast="Lima")
+        for question in QUESTIONS
+        for kind in ("rewrite", "locality")
+    ]
+    edits = [Toy(base_model=base).edit([request]) for request in REQUESTS[:2]]
+    carried = [edits[i % 2] for i in range(len(probes))]
+    found = []
+    for name, share in (("shared", answer_logits.prompts_are_shared), ("complete", None)):
+        if share is None:
+            monkeypatch.setattr(
+                "kedit_lightning.benchmark.reader.prompts_are_shared", lambda *_: False
+            )
+        reader = Reader(base, protocol, f"{family}-{name}")
+        before = reader.base_readings(probes)
+        found.append([*before, *reader.readings(probes, before, carried)])
+    for one, other in zip(*found, strict=True):
+        for key, value in other.items():
+            floats = isinstance(value, float) or (value and isinstance(value, list | tuple))
+            assert one[key] == (pytest.approx(value, abs=1e-9) if floats else value), key
+
+
+def test_no_change_is_none_at_all() -> None:
+    base = tiny_base("llama", torch.float32)
+    probes = [Probe(kind="locality", prompt=question, answers=("Rome",)) for question in QUESTIONS]
+    edit = Toy(base_model=base, strength=0.0).edit(REQUESTS[:1])
+    reader = Reader(base, Protocol(max_new_tokens=5), "nothing")
+    before = reader.base_readings(probes)
+    after = reader.readings(probes, before, [edit] * len(probes))
+    assert [reading["kl"] for reading in after] == [0.0] * len(probes)
