@@ -210,6 +210,80 @@ def _idefics() -> tuple[Any, Any]:
     return transformers.Idefics3ForConditionalGeneration(config), processor
 
 
+def _blip2(text: str) -> tuple[Any, Any]:
+    tokens = tokenizer()
+    processor = transformers.Blip2Processor(
+        transformers.BlipImageProcessorPil(size=SIDE), tokens, num_query_tokens=3
+    )
+    tower = {name: value for name, value in CLIP.items() if name != "image_size"}
+    if text == "opt":
+        decoder: Any = transformers.OPTConfig(
+            vocab_size=len(tokens), ffn_dim=48, word_embed_proj_dim=32, **TEXT_CONFIG
+        )
+    else:
+        decoder = transformers.T5Config(
+            vocab_size=len(tokens),
+            d_model=32,
+            d_ff=48,
+            d_kv=8,
+            num_layers=3,
+            num_heads=4,
+            pad_token_id=0,
+            eos_token_id=2,
+            decoder_start_token_id=0,
+        )
+    config = transformers.Blip2Config(
+        vision_config=transformers.Blip2VisionConfig(image_size=8, **tower),
+        qformer_config=transformers.Blip2QFormerConfig(
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            encoder_hidden_size=16,
+            vocab_size=len(tokens),
+            cross_attention_frequency=1,
+        ),
+        text_config=decoder,
+        num_query_tokens=3,
+        image_token_index=tokens.convert_tokens_to_ids("<image>"),
+    )
+    model = transformers.Blip2ForConditionalGeneration(config)
+    torch.nn.init.normal_(model.query_tokens)
+    with torch.no_grad():  # so that what the Q-Former reads of a picture counts
+        for name, weight in model.qformer.named_parameters():
+            if weight.dim() > 1 and "crossattention" in name:
+                weight.mul_(20.0)
+        model.language_projection.weight.mul_(10.0)
+    return model, processor
+
+
+def _mllama() -> tuple[Any, Any]:
+    tokens = tokenizer(image_token="<|image|>", python_token="<|python_tag|>")
+    images = transformers.MllamaImageProcessorPil(size=SIDE, max_image_tiles=4)
+    processor = transformers.MllamaProcessor(images, tokens)
+    text = {**TEXT_CONFIG, "vocab_size": len(tokens), "cross_attention_layers": [1]}
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_global_layers": 1,
+        "attention_heads": 2,
+        "vision_output_dim": 32,
+        "image_size": 8,
+        "patch_size": 4,
+        "max_num_tiles": 4,
+        "intermediate_layers_indices": [0],
+    }
+    config = transformers.MllamaConfig(
+        vision_config=vision, text_config=text, image_token_index=processor.image_token_id
+    )
+    model = transformers.MllamaForConditionalGeneration(config)
+    layer = model.model.language_model.layers[1]
+    for gate in (layer.cross_attn_attn_gate, layer.cross_attn_mlp_gate):
+        torch.nn.init.constant_(gate, 1.0)  # closed at the start
+    return model, processor
+
+
 BUILDERS: dict[str, Any] = {
     "llava": _llava,
     "llava_onevision": _llava_onevision,
@@ -220,6 +294,9 @@ BUILDERS: dict[str, Any] = {
     "paligemma": _paligemma,
     "internvl": _internvl,
     "idefics3": _idefics,
+    "blip2_opt": lambda: _blip2("opt"),
+    "blip2_t5": lambda: _blip2("t5"),
+    "mllama": _mllama,
 }
 
 

@@ -61,7 +61,7 @@ def on_startup(**_: Any) -> None:
     """
     package = ROOT / "build" / "docs_source" / "kedit_lightning"
     shutil.rmtree(package, ignore_errors=True)
-    data = shutil.ignore_patterns("__pycache__", "nano", "nano_facts")
+    data = shutil.ignore_patterns("__pycache__", "nano", "nano_facts", "shapes", "shapes_facts")
     shutil.copytree(ROOT / "src" / "kedit_lightning", package, ignore=data)
     shutil.copytree(ROOT / "callbacks", package / "callbacks", ignore=data)
 

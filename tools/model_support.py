@@ -125,8 +125,10 @@ VISION = """
 a processor, read pictures: a path, a URL, bytes or a Pillow image, one or several, beside
 text-only rows. The processor makes the tokens, the model's own `get_image_features` the visual
 features, which are computed once for each picture. Edits act on the language tower; text-only
-rows are those of the text model. `tests/base_models/test_vision_families.py` compares tiny random
-models with direct calls, and edits them:
+rows are those of the text model. BLIP-2 computes nothing of its own behind the Q-Former, so that
+the language model inside is the base model: edits name its modules, and an export writes it alone.
+A video stands for eight of its frames (`clip.mp4#frames=4` for four). Tiny random models are
+compared with direct calls, and edited (`tests/base_models/test_vision_families.py`):
 
 | model type | rows with pictures | FT-M | remarks |
 |---|---|---|---|
@@ -139,8 +141,9 @@ models with direct calls, and edits them:
 | paligemma | as direct calls | takes | prompts are read in both directions |
 | internvl | as direct calls | takes | |
 | idefics3 | as direct calls | takes | |
-| blip-2 | refused | | it must be given pixels, and text-only rows have none |
-| mllama | refused | | it reads pictures by cross-attention; text alone works |
+| blip-2 (OPT) | as direct calls | takes | one picture a prompt; `base.model` is the decoder |
+| blip-2 (T5) | as direct calls | refused | MEND takes; one picture a prompt |
+| mllama | as direct calls | takes | by cross-attention; free answers use no key-value cache |
 | MiniGPT-4 | not loaded | | its checkpoints hold one projection; transformers has no class for it |
 
 With `--data.num_workers 2`, two processes open the pictures of the next records and run the image
@@ -152,10 +155,10 @@ a photograph of 640 × 480 kept the main process 49 ms without workers and 17 ms
 Processors that read videos too (llava_onevision, qwen2_vl, qwen2_5_vl, qwen3_vl, internvl) need
 torchvision: `pip install 'kedit-lightning[vision]'`. The text editors that read pictures are FTM,
 FTL, LocFTBF, LoRA and its relatives, the closed-form methods and UltraEdit, the hypernetworks,
-GRACE, WISE, MEMOIR, DEFER, MELO, SERAC, and IKE, ICE and PROMPT, which state a fact in words:
-facts about the very picture that is asked about first, then those in the most similar words. The
-others refuse requests with a picture in a sentence. SERAC's scope reads the base model's hidden
-states at tokens of picture and text; its counterfactual model is told the fact and does not see,
+GRACE, WISE, MEMOIR, DEFER, MELO, SERAC, AnyEdit, UnKE, and IKE, ICE and PROMPT, which state a fact
+in words: facts about the very picture that is asked about first, then those in the most similar
+words. The others refuse requests with a picture in a sentence. SERAC's scope reads the base
+model's hidden states at tokens of picture and text; its counterfactual model is told the fact and does not see,
 and a language model in its place (`counterfactual`) is refused for requests with a picture.
 """
 

@@ -1,12 +1,14 @@
 """References to pictures: paths and URLs as they are, pictures in memory as data URLs.
 
-Requests and probes are text, so that they can be hashed, compared and written to files.
+Requests and probes are text, so that they can be hashed, compared and written to files.  A video
+stands for some of its frames, spread evenly, whose references name file and frame.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from io import BytesIO
@@ -20,6 +22,39 @@ from kedit_lightning.errors import InvalidRequestError
 Image: TypeAlias = str | tuple[str, ...]
 #: What is taken for a picture: a path, a URL, the bytes of a file, or a Pillow image.
 ImageSource: TypeAlias = str | PathLike[str] | bytes | Any
+
+#: Endings of names of videos, and the number of frames that stand for one.
+VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm")
+FRAMES = 8
+_FRAME = re.compile(r"(.+)#frame=(\d+)/(\d+)", re.DOTALL)
+_COUNTED = re.compile(r"(.+)#frames=(\d+)", re.DOTALL)
+
+
+def video_of(name: str) -> tuple[str, int] | None:
+    """File and number of frames of a reference to a video; ``None`` for other references.
+
+    >>> video_of("a.mp4"), video_of("a.mp4#frames=2"), video_of("a.png")
+    (('a.mp4', 8), ('a.mp4', 2), None)
+    """
+    counted = _COUNTED.fullmatch(name)
+    path, count = (counted[1], int(counted[2])) if counted else (name, FRAMES)
+    return (path, max(1, count)) if path.lower().endswith(VIDEOS) else None
+
+
+def frame_of(reference: str) -> tuple[str, int, int] | None:
+    """File, number and count of a reference to a frame; ``None`` for other references.
+
+    >>> frame_of("a.mp4#frame=0/8"), frame_of("a.png")
+    (('a.mp4', 0, 8), None)
+    """
+    found = None if reference.startswith("data:") else _FRAME.fullmatch(reference)
+    return (found[1], int(found[2]), int(found[3])) if found else None
+
+
+def _file(reference: str) -> Path:
+    """The file behind a reference, if it is one."""
+    frame = frame_of(reference)
+    return Path(reference if frame is None else frame[0])
 
 
 def references(image: Image | None) -> tuple[str, ...]:
@@ -39,7 +74,7 @@ def as_they_are(images: Sequence[str]) -> tuple[tuple[str, int, int], ...]:
     for reference in images:
         time = size = 0
         with suppress(OSError, ValueError):
-            state = Path(reference).stat()
+            state = _file(reference).stat()
             time, size = state.st_mtime_ns, state.st_size
         found.append((reference, time, size))
     return tuple(found)
@@ -49,25 +84,36 @@ def content_hash(reference: str) -> str:
     """Hash of the picture behind a reference; of the reference itself where that is no file."""
     content = reference.encode()
     with suppress(OSError, ValueError):  # a data URL is too long for a file's name
-        content = Path(reference).read_bytes()
+        frame = frame_of(reference)
+        content = _file(reference).read_bytes() + str(frame[1:] if frame else "").encode()
     return hashlib.sha256(content).hexdigest()[:24]
 
 
 def settled(image: ImageSource | Sequence[ImageSource] | None) -> Image | None:
     """The one spelling of what was given for a picture, or for several.
 
-    >>> settled(["a.png"]), settled(["a.png", "b.png"])
-    ('a.png', ('a.png', 'b.png'))
+    >>> settled(["a.png"]), settled(["a.png", "b.png"]), settled("a.mp4#frames=2")
+    ('a.png', ('a.png', 'b.png'), ('a.mp4#frame=0/2', 'a.mp4#frame=1/2'))
 
     Raises:
         InvalidRequestError: It is none of these, or a list without any.
     """
-    if not isinstance(image, (list, tuple)):
-        return None if image is None else _reference(image)
-    if not image:
+    if image is None:
+        return None
+    given = image if isinstance(image, (list, tuple)) else [image]
+    if not given:
         raise InvalidRequestError("is an empty list; leave it out, or name a picture")
-    found = tuple(_reference(one) for one in image)
+    found = tuple(one for source in given for one in _frames(_reference(source)))
     return found[0] if len(found) == 1 else found
+
+
+def _frames(reference: str) -> list[str]:
+    """The frames that stand for a video; another reference as it is."""
+    video = None if reference.startswith("data:") else video_of(reference)
+    if video is None:
+        return [reference]
+    path, count = video
+    return [f"{path}#frame={number}/{count}" for number in range(count)]
 
 
 def _reference(image: ImageSource) -> str:

@@ -227,6 +227,7 @@ _OWN: dict[tuple[Kind, str], dict[str, tuple[str, str, str]]] = {
             "safeedit",
             "attacked questions with a safe and an unsafe reply, and what must stay known",
         ),
+        "Shapes": ("multimodal.shapes", "shapes", "packaged: drawn pictures that `shapes` knows"),
         "Texts": (
             "text.texts",
             "texts",

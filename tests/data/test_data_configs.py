@@ -34,6 +34,7 @@ CLASSES = {
     "qaedit": "QAEdit",
     "rippleedits": "RippleEdits",
     "safeedit": "SafeEdit",
+    "shapes": "Shapes",
     "truthfulqa": "TruthfulQA",
     "unke": "UnKE",
     "wikibigedit": "WikiBigEdit",

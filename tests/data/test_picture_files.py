@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from places import ROOT
 from tiny_vision import draw, vision_base, vision_folder
 
 from kedit_lightning import EditRequest, Probe
+from kedit_lightning.base_models.rows.image import _opened as opened
 from kedit_lightning.cli.main import main
 from kedit_lightning.data import EVQA, ADSEdit, Requests
-from kedit_lightning.errors import DataFileError, InvalidRequestError
+from kedit_lightning.errors import DataFileError, InvalidRequestError, MissingExtraError
 from kedit_lightning.image_reference import content_hash
 
 SAMPLES = ROOT / "tests" / "samples" / "published"
@@ -63,7 +66,7 @@ def test_missing_pictures_are_reported_together(folder):
         Requests(path=_file(folder, *records)).examples()
     for name in ("c", "d"):
         assert f"'{folder / f'{name}.png'}'" in str(caught.value)
-    with pytest.raises(DataFileError, match="2 bad records of 2"):
+    with pytest.raises(DataFileError, match=r"2 bad records of 2.*--data\.image_root FOLDER"):
         EVQA(SAMPLES / "vqa_eval.json", image_root=folder).examples()
 
 
@@ -82,15 +85,61 @@ def test_probes_of_evqa_ask_about_other_pictures():
         assert image["locality", "text"].image is None
 
 
-def test_scenes_of_several_pictures_and_no_films(folder):
+def film(path: Path) -> str:
+    """Ten frames, each brighter than the one before."""
+    av = pytest.importorskip("av", reason="of the extra vision")
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 32, 16, "yuv420p"
+        for number in range(10):
+            shade = np.full((16, 32, 3), 20 * number, dtype=np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(shade, format="rgb24")))
+        container.mux(stream.encode())
+    return str(path)
+
+
+def test_frames_of_a_video_are_pictures(folder):
+    path = film(folder / "drive.mp4")
+    images = vision_base("llava").encoder.images
+    fact = EditRequest("Which way?", " left", image=path)
+    assert fact.image == tuple(f"{path}#frame={i}/8" for i in range(8))
+    (record, _) = json.loads((SAMPLES / "adsedit.json").read_text(encoding="utf-8"))
+    root = SAMPLES / "pictures"
+    record |= {"image": path, "image_rephrase": str(root / "bridge.png")}
+    record["m_loc"] = str(root / "tower.png")
+    (example,) = ADSEdit(_file(folder, record), frames=3).examples()
+    seen = example.requests[0].image
+    assert seen == tuple(f"{path}#frame={i}/3" for i in range(3))
+    shades = [np.asarray(opened(one)).mean() for one in seen]
+    assert shades == pytest.approx([20, 100, 160], abs=8)  # of frames 1, 5 and 8
+    assert len(images.seen(seen).values["pixel_values"]) == 3
+    assert len({content_hash(one) for one in seen}) == 3
+    assert images.usual_count(seen) == pytest.approx(images.count(seen), abs=3)
+    (folder / "bad.mp4").write_bytes(b"no video")
+    with pytest.raises(InvalidRequestError, match=r"video '.*bad\.mp4' cannot be read"):
+        opened(f"{folder / 'bad.mp4'}#frame=0/2")
+
+
+def test_a_video_without_pyav_is_refused_with_the_extra(folder, monkeypatch):
+    (folder / "drive.mp4").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'kedit-lightning\[vision\]'"):
+        opened(f"{folder / 'drive.mp4'}#frame=0/2")
+    monkeypatch.setattr("kedit_lightning.data.picture_files.find_spec", lambda name: None)
+    path = _file(folder, {**FACT, "image": "drive.mp4"})
+    with pytest.raises(MissingExtraError, match=r"field 'image' names video 'drive\.mp4', whose"):
+        Requests(path=path).examples()
+
+
+def test_scenes_of_several_pictures(folder):
     first, second = ADSEdit(SAMPLES / "adsedit.json").examples()
     assert isinstance(first.requests[0].image, str)
     assert isinstance(second.requests[0].image, tuple)
     rows = vision_base("llava").rows(["Which way?"], images=[second.requests[0].image])
     assert len(rows.pictures[0].features.pooler_output) == 2
     (record, _) = json.loads((SAMPLES / "adsedit.json").read_text(encoding="utf-8"))
-    path = _file(folder, {**record, "image": "drive.mp4"})
-    with pytest.raises(DataFileError, match="field 'image' names a film; give its frames"):
+    path = _file(folder, {**record, "image": {"front": "a.png"}})
+    with pytest.raises(DataFileError, match="field 'image' is an object; give a picture, a video"):
         ADSEdit(path).examples()
 
 

@@ -35,6 +35,7 @@ from kedit_lightning.methods import (
     AnyEdit,
     LoRA,
     TPatcher,
+    UnKE,
 )
 from kedit_lightning.methods.hypernetwork.shared.outer_loss import outer_losses
 from kedit_lightning.methods.locate.shared.answer_windows import AnswerWindows
@@ -122,6 +123,7 @@ METHODS: list[tuple[type[Any], dict[str, Any]]] = [
     (DEFER, {"steps": 30}),
     (MELO, {"steps": 30}),
     (IKE, {"demonstrations": 0}),
+    (UnKE, {"layer": 1, "steps": 5, "value_steps": 10, "texts": 2}),
     (AnyEdit, {"statistics": "identity", "preserve": 1e-3, "steps": 20, "layers": [1]}),
 ]
 

@@ -28,7 +28,11 @@ from kedit_lightning.base_models.rows import (
 )
 from kedit_lightning.base_models.spec import BaseModelSpec, load_pretrained, longest_row
 from kedit_lightning.base_models.taps import gathering
-from kedit_lightning.base_models.text_inputs import call_parameters, check_text_inputs
+from kedit_lightning.base_models.text_inputs import (
+    call_parameters,
+    check_text_inputs,
+    language_part,
+)
 from kedit_lightning.base_models.visual_features import VisualFeatures
 from kedit_lightning.chat_turns import prompt_text
 from kedit_lightning.decoding_settings import Generation, generation_config, neutral_options
@@ -69,9 +73,11 @@ class BaseModel:
         padding_side: PaddingSide = "right",
         processor: Any = None,
     ) -> None:
-        model = model_inside(plain_model(model))
+        whole = model_inside(plain_model(model))
+        model = language_part(whole)
         check_text_inputs(model)
-        config = model.config
+        config = whole.config
+        whole.eval().requires_grad_(False)
         self.model: Any = model.eval().requires_grad_(False)
         self.tokenizer: Any = tokenizer
         self.name: str = name or getattr(config, "_name_or_path", "") or config.model_type
@@ -82,7 +88,7 @@ class BaseModel:
         images = None if processor is None else ImageEncoder(processor)
         self.encoder, taken = RowEncoder(tokenizer, chat, images), call_parameters(model)
         #: What it sees of pictures.
-        self.sight = VisualFeatures(model, images, taken)
+        self.sight = VisualFeatures(whole, model, images, taken)
         self.layout = Layout(model)
         #: Which rows it may read together.
         self.batching = Batching(self)
@@ -135,6 +141,7 @@ class BaseModel:
         """Move it, unless its weights must stay where they are."""
         if not self.is_placed:
             self.model.to(device)
+            self.sight.to(device)
         return self
 
     @property
@@ -267,7 +274,8 @@ class BaseModel:
 
     def forward(self, rows: TokenRows, **options: Any) -> Any:
         """Run the model on rows; memory edits learn where the prompts end."""
-        with self.edits.prompts_end_at(rows.prompt_end), naming_inputs(self.model, self.edits):
+        ends, shown = self.edits.prompts_end_at(rows.prompt_end), self.sight.embedded(rows)
+        with ends, naming_inputs(self.model, self.edits), shown:
             return self.model(**{**rows.call, "use_cache": False, **options})
 
     def answer_logits(self, rows: TokenRows) -> Tensor:

@@ -14,6 +14,7 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from kedit_lightning.base_models.batching import Batching, Decoder
 from kedit_lightning.base_models.rows import EncodedRow, PaddingSide, TokenRows
+from kedit_lightning.base_models.visual_features import VisualFeatures
 from kedit_lightning.decoding_settings import generation_config
 from kedit_lightning.sentence import answer_text
 
@@ -40,6 +41,7 @@ class Generator(Decoder, Protocol):
 
     tokenizer: Any
     batching: Batching
+    sight: VisualFeatures
 
     @property
     def max_tokens(self) -> int:
@@ -84,7 +86,10 @@ def continuations(
             room = base.max_tokens - rows.inputs["input_ids"].shape[1]
             settings["max_new_tokens"] = max(1, min(settings["max_new_tokens"], room))
         # Told once: without a key-value cache every step looks like the first one.
-        with base.edits.carried_by(part, len(encoded)), base.edits.prompts_end_at(rows.prompt_end):
+        if "cross_attention_states" in rows.types:
+            settings["use_cache"] = False  # each step would add the states to the cache again
+        carried, shown = base.edits.carried_by(part, len(encoded)), base.sight.embedded(rows)
+        with carried, shown, base.edits.prompts_end_at(rows.prompt_end):
             answers = generate_texts(base.model, base.tokenizer, rows, stop_at_sentence, settings)
         several = len(answers) // len(part)  # answers to each prompt, as options may ask
         texts += zip([i for i in part for _ in range(several)], answers, strict=True)

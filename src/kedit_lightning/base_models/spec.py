@@ -24,7 +24,7 @@ from transformers.utils import logging
 from kedit_lightning.errors import BaseModelNotFoundError, MissingExtraError, UnsupportedUseError
 
 #: Base models that come with the package.
-PACKAGED = ("nano",)
+PACKAGED = ("nano", "shapes")
 #: Files of a saved tokenizer.
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
@@ -38,7 +38,7 @@ class BaseModelSpec:
     """Which base model to load and how.
 
     Args:
-        name: Name on the Hugging Face hub, a folder, or ``nano`` for the packaged model.
+        name: Name on the Hugging Face hub, a folder, or a packaged one: ``nano``, ``shapes``.
         dtype: Number type of the weights; ``auto`` keeps that of the files.
         revision: Branch, tag or commit on the hub.
         device_map: Passed to transformers, such as ``auto`` to spread layers over devices.
@@ -178,7 +178,7 @@ def load_pretrained(spec: BaseModelSpec) -> dict[str, Any]:
         MissingExtraError: Its processor needs a package that is not installed.
     """
     where = resolve(spec.name)
-    # The packaged model is stored in 16 bit and computes in 32.
+    # Packaged models are stored in 16 bit and compute in 32.
     dtype = "float32" if spec.dtype == "auto" and spec.name in PACKAGED else spec.dtype
     source = _source(spec)
     choices = {n: getattr(spec, n) for n in ("device_map", "attn_implementation")}

@@ -23,6 +23,17 @@ def call_parameters(model: nn.Module) -> dict[str, bool]:
     return {p.name: p.default is p.empty for p in parameters if p.kind not in _VARIADIC}
 
 
+def language_part(model: Any) -> Any:
+    """The language model inside of one that must be given pixels, as BLIP-2; else the model.
+
+    Such a model puts features of pictures in place of embeddings, and does nothing else.
+    """
+    needed = {name for name, must in call_parameters(model).items() if must} - {"input_ids"}
+    inside = getattr(model, "language_model", None)
+    sees = needed == {"pixel_values"} and hasattr(model, "get_image_features")
+    return inside if sees and inside is not None else model
+
+
 def check_text_inputs(model: Any) -> None:
     """Check that a model can be called with token ids of one tokenizer, and nothing else.
 

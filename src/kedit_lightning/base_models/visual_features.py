@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, Protocol
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
+from kedit_lightning.base_models.blocks import removing
+from kedit_lightning.base_models.cross_attention import attended_pictures, picture_states
 from kedit_lightning.base_models.layout import Layout
 from kedit_lightning.base_models.rows import EncodedRow, ImageEncoder, TokenRows
 from kedit_lightning.base_models.rows.padding import RowPictures, pad_types, prompt_types
@@ -51,12 +54,17 @@ class VisualFeatures:
 
     Args:
         model: The vision-language model.
+        decoder: The model that is edited: the same, or the language model inside that reads its
+            features in place of embeddings.
         images: Encoder of its pictures, where there is a processor.
-        taken: Names of the arguments of its ``forward``.
+        taken: Names of the arguments of the decoder's ``forward``.
     """
 
-    def __init__(self, model: Any, images: ImageEncoder | None, taken: Collection[str]) -> None:
-        self._model, self._images, self._taken = model, images, frozenset(taken)
+    def __init__(
+        self, model: Any, decoder: Any, images: ImageEncoder | None, taken: Collection[str]
+    ) -> None:
+        self._model, self._decoder = model, decoder
+        self._images, self._taken = images, frozenset(taken)
         self._known: OrderedDict[object, RowPictures] = OrderedDict()
         self._state: object = None
         #: Whether features are kept; a pass without is slower, and gives the same bits.
@@ -65,6 +73,62 @@ class VisualFeatures:
     @cached_property
     def _takes_features(self) -> bool:
         return "mm_encoder_outputs" in self._taken and hasattr(self._model, "get_image_features")
+
+    @cached_property
+    def _embeds(self) -> bool:
+        """Whether features stand in place of the decoder's embeddings."""
+        return self._decoder is not self._model
+
+    @cached_property
+    def _attends(self) -> bool:
+        """Whether the decoder reads features by cross-attention."""
+        return "cross_attention_states" in self._taken
+
+    @cached_property
+    def _token(self) -> int:
+        """Id of the token that stands for a picture."""
+        config = self._model.config
+        found = getattr(config, "image_token_id", None)
+        return int(config.image_token_index if found is None else found)
+
+    def _check_places(
+        self, encoded: Sequence[EncodedRow], pictures: Sequence[RowPictures | None]
+    ) -> None:
+        """Refuse rows with more pictures than the processor writes placeholders for."""
+        for row, own in zip(encoded, pictures, strict=True):
+            places = row.prompt.count(self._token)
+            if own is not None and places != len(own.kept["embeddings"]):
+                raise UnsupportedUseError(
+                    f"a model of type '{self._model.config.model_type}' reads one picture a "
+                    f"prompt, and one of the prompts has {len(row.images)}; leave the others out"
+                )
+
+    @contextmanager
+    def embedded(self, rows: TokenRows) -> Iterator[None]:
+        """Inside, passes of a decoder find the rows' features where placeholders stand."""
+        seen = [one for one in rows.pictures if one is not None]
+        if not self._embeds or not seen:
+            yield
+            return
+        own = [one.kept["embeddings"] for one in seen]
+
+        def put(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            here = args[0] == self._token
+            # Beams of a row stand together, each with all pictures.
+            times = int(here.sum()) // sum(map(len, own))
+            values = torch.cat([one.repeat(times, 1) for one in own]) if times else output[:0]
+            return output.masked_scatter(here[..., None], values.to(output.dtype))
+
+        reader = self._decoder
+        if getattr(reader.config, "is_encoder_decoder", False):
+            reader = reader.get_encoder()
+        with removing([reader.get_input_embeddings().register_forward_hook(put)]):
+            yield
+
+    def to(self, device: torch.device | str) -> None:
+        """Move what sees, where it is no part of the decoder."""
+        if self._embeds:
+            self._model.to(device)
 
     @cached_property
     def _reads_prompts_whole(self) -> bool:
@@ -99,8 +163,13 @@ class VisualFeatures:
             self._of(row.images, base.device, base.dtype, edited) if row.images else None
             for row in encoded
         )
+        if self._embeds:
+            self._check_places(encoded, pictures)
         types = pad_types(encoded, rows, self._taken)
         types |= prompt_types(rows) if self._reads_prompts_whole else {}
+        if self._attends:
+            most = self._model.config.vision_config.max_num_tiles
+            types |= attended_pictures(pictures, encoded, rows, self._token, most)
         return replace(rows, pictures=pictures, types=types)
 
     def _of(
@@ -115,7 +184,8 @@ class VisualFeatures:
             self._known.move_to_end(key)
             return self._known[key]
         found = self._computed(images, device, dtype)
-        if self._takes_features and not edited and self.cached:
+        made = self._takes_features or self._embeds or self._attends
+        if made and not edited and self.cached:
             self._known[key] = found
             self._drop()
         return found
@@ -130,6 +200,12 @@ class VisualFeatures:
             name: value.clone().to(device, dtype if value.is_floating_point() else value.dtype)
             for name, value in self._pixels(images).items()
         }
+        if self._attends:
+            return RowPictures({}, kept=picture_states(self._model.model, inputs))
+        if self._embeds:
+            given = {n: v for n, v in inputs.items() if n == "pixel_values"}
+            found = self._model.get_image_features(**given, return_dict=True).pooler_output
+            return RowPictures({}, kept={"embeddings": found.flatten(0, 1)})
         if not self._takes_features:
             own = {name: value for name, value in inputs.items() if name in self._taken}
             return RowPictures(own, positioned=bool(self._positioned_by))
@@ -145,18 +221,15 @@ class VisualFeatures:
         return RowPictures(positioned, type(output)(**kept), bool(self._positioned_by))
 
     def _pixels(self, images: tuple[str, ...]) -> Mapping[str, Tensor]:
-        if "cross_attention_mask" in self._taken:
-            raise UnsupportedUseError(
-                f"a model of type '{self._model.config.model_type}' reads pictures by "
-                "cross-attention, and rows with and without them cannot share a pass; use one "
-                "that has pictures among its tokens"
-            )
         assert self._images is not None  # rows with pictures were made by it
         return self._images.pixels(images)
 
     def _drop(self) -> None:
         """Forget the features that were used longest ago, once there are too many."""
-        sizes = {key: _size(found.features) for key, found in self._known.items()}
+        sizes = {
+            key: _size(found.features) + sum(value.nbytes for value in found.kept.values())
+            for key, found in self._known.items()
+        }
         while len(self._known) > 1 and sum(sizes.values()) > _KEPT:
             sizes.pop(self._known.popitem(last=False)[0])
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from kedit_lightning.data.multimodal.adsedit import ADSEdit
     from kedit_lightning.data.multimodal.comprehendedit import ComprehendEdit
     from kedit_lightning.data.multimodal.mmedit import EIC, EVQA
+    from kedit_lightning.data.multimodal.shapes import Shapes
     from kedit_lightning.data.record_parsing import SkipRecord
     from kedit_lightning.data.records import Fields
     from kedit_lightning.data.safety.safeedit import SafeEdit
@@ -57,6 +58,7 @@ __all__ = [
     "Requests",
     "RippleEdits",
     "SafeEdit",
+    "Shapes",
     "SkipRecord",
     "Split",
     "TextBatch",

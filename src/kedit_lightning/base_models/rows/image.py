@@ -5,24 +5,28 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature
 from transformers.image_utils import load_image
 
+from kedit_lightning.base_models.rows.video_frames import video_frame, video_size
 from kedit_lightning.chat_turns import put_before
 from kedit_lightning.errors import InvalidRequestError
-from kedit_lightning.image_reference import as_they_are
+from kedit_lightning.image_reference import as_they_are, frame_of
 
 #: Bytes of pixels that are kept beside the visual features made of them.
 _KEPT = 1 << 28
 #: Prompts whose tokens are kept; a benchmark asks each before and after an edit.
 _PROMPTS = 512
+#: Widths and heights by which it shows whether the number of tokens depends on them.
+_SIZES = ((64, 64), (640, 96), (480, 640))
 
 
 class SeenPrompt(NamedTuple):
@@ -101,6 +105,7 @@ class ImageEncoder:
         self.kept_bytes = _KEPT
         self._seen: OrderedDict[Any, SeenPictures] = OrderedDict()
         self._prompts: OrderedDict[Any, SeenPrompt] = OrderedDict()
+        self._counts: dict[tuple[int, int], int] = {}
 
     @cached_property
     def marker(self) -> str:
@@ -237,6 +242,29 @@ class ImageEncoder:
         text = self.prompt("a", images)
         return len(self.encode(text, tuple(images), True).ids) - 1
 
+    def usual_count(self, images: Sequence[str]) -> int:
+        """Number of tokens that pictures add to a row, by their sizes; none is decoded.
+
+        Of pictures that are elsewhere, or cannot be read, it is that of a small one.
+        """
+        return sum(self._count_of(_size(image)) for image in images)
+
+    def _count_of(self, size: tuple[int, int]) -> int:
+        """Number of tokens of a picture of this width and height; tried once a size."""
+        if self._same_for_all:
+            size = _SIZES[0]
+        if size not in self._counts:
+            ids = self._call(self.prompt("a", ("",)), [_blank(*size)], True)["input_ids"]
+            self._counts[size] = int(ids.shape[1]) - 1
+        return self._counts[size]
+
+    @cached_property
+    def _same_for_all(self) -> bool:
+        """Whether pictures of all sizes take as many tokens."""
+        text = self.prompt("a", ("",))
+        ids = [self._call(text, [_blank(*size)], True)["input_ids"] for size in _SIZES]
+        return len({one.shape for one in ids}) == 1
+
     def pixels(self, images: tuple[str, ...]) -> Mapping[str, Tensor]:
         """Model inputs of the pictures of a row, such as ``pixel_values``."""
         values = self._values(self.prompt("a", images), images, True)
@@ -257,6 +285,8 @@ def _refusals(text: str, images: Sequence[str]) -> Iterator[None]:
 
 def _opened(image: str) -> Any:
     """The picture behind a reference."""
+    if (frame := frame_of(image)) is not None:
+        return video_frame(*frame)
     try:
         return load_image(image)
     except Exception as error:  # Pillow, httpx and transformers raise many kinds
@@ -266,6 +296,18 @@ def _opened(image: str) -> Any:
         ) from error
 
 
-def _blank() -> Any:
+def _size(image: str) -> tuple[int, int]:
+    """Width and height of a picture, from the beginning of its file."""
+    with suppress(Exception):  # what cannot be read is reported where a row about it is made
+        if (frame := frame_of(image)) is not None:
+            return video_size(frame[0])
+        if image.startswith("data:"):
+            return load_image(image).size
+        with Image.open(image) as picture:
+            return picture.size
+    return _SIZES[0]
+
+
+def _blank(width: int = 64, height: int = 64) -> Any:
     """A picture of one colour, as an array."""
-    return np.full((64, 64, 3), 128, dtype=np.uint8)
+    return np.full((height, width, 3), 128, dtype=np.uint8)

@@ -29,11 +29,13 @@ class RowPictures:
             first axis.
         features: Output of the model's ``get_image_features`` for them, in place of pixels.
         positioned: Whether the model finds the positions of rows with pictures by itself.
+        kept: Features that are given in another way: in place of embeddings, or to be attended to.
     """
 
     inputs: Mapping[str, Tensor]
     features: Any = None
     positioned: bool = False
+    kept: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,8 @@ class TokenRows:
         answer_mask: Where ``answer_ids`` is no padding. Shape ``[batch, width]``.
         answer_columns: Column whose logits predict each answer token. Shape ``[batch, width]``.
         pictures: What the model is given of each row's pictures; ``None`` for rows without.
-        types: Other inputs with a value a token, such as ``token_type_ids``. Shape
-            ``[batch, tokens]`` each.
+        types: Other inputs with a value a token, such as ``token_type_ids``, ``[batch, tokens]``
+            each, or with an entry a row.
     """
 
     inputs: dict[str, Tensor]

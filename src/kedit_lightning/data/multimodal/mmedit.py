@@ -52,7 +52,9 @@ class PictureData(EditDataModule):
         if needed and key not in fields:
             fields.text(key)  # raises
         start = root or self.image_root
-        return picture(fields, key, self.folder if start is None else Path(start).expanduser())
+        setting = "rephrase_root" if root else "image_root"
+        folder = self.folder if start is None else Path(start).expanduser()
+        return picture(fields, key, folder, setting)
 
     @staticmethod
     def unrelated(prompt: str, answers: Sequence[str], image: Image | None = None) -> Probe:

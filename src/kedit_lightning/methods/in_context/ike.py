@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import ClassVar
 
 from kedit_lightning.base_models import BaseModel, BaseModelSpec
-from kedit_lightning.base_models.spec import PACKAGED
 from kedit_lightning.data import NanoFacts
 from kedit_lightning.data.datamodule import EditDataModule
 from kedit_lightning.edits import PromptEdit, PromptEntry
@@ -117,7 +116,7 @@ class IKE(StatingMethod):
             if path is not None and path.is_file():
                 return data
         # Its facts are of no task, and need not fit a template.
-        usual = self.settings.template is None and self.base.name in PACKAGED
+        usual = self.settings.template is None and self.base.name == "nano"
         return NanoFacts() if usual else None
 
     def compute_edit(self, requests: Sequence[EditRequest]) -> PromptEdit:

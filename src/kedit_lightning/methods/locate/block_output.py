@@ -95,7 +95,7 @@ class UnKE(EditMethod):
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset()
-    can: ClassVar[Capabilities] = Capabilities(weights=True)
+    can: ClassVar[Capabilities] = Capabilities(weights=True, images=True)
     settings_type: ClassVar[type[MethodSettings]] = UnKESettings
     settings: UnKESettings
 

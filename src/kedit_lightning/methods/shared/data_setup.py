@@ -12,6 +12,7 @@ from kedit_lightning.benchmark import RunContext
 from kedit_lightning.contradictions import overwritten, settle
 from kedit_lightning.data.datamodule import EditDataModule, Split
 from kedit_lightning.errors import UnsupportedUseError, article_list
+from kedit_lightning.image_reference import references
 from kedit_lightning.methods.shared.row_lengths import RowText, Window, too_long
 from kedit_lightning.requests import EditExample, EditRequest, Probe
 
@@ -117,5 +118,8 @@ def _unanswerable(
     """The examples that are too long for what a stage asks of them: why, by id."""
     if stage != "predict":
         return method.too_long(examples)
-    prompts = [[RowText("its prompt", r.prompt) for r in e.requests] for e in examples]
+    prompts = [
+        [RowText("its prompt", r.prompt, None, references(r.image)) for r in e.requests]
+        for e in examples
+    ]
     return too_long(Window.of(method.base), examples, prompts)

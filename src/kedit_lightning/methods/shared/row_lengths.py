@@ -14,6 +14,7 @@ from kedit_lightning.base_models.rows import RowEncoder, join_text
 from kedit_lightning.chat_turns import put_before
 from kedit_lightning.data.dataloader import chunks
 from kedit_lightning.errors import InvalidRequestError
+from kedit_lightning.image_reference import references
 from kedit_lightning.requests import EditExample, EditRequest, Probe
 
 #: Tokens by which a prompt and its answer, tokenised as one text, may differ from their row.
@@ -43,18 +44,21 @@ class Window:
 
 
 class RowText(NamedTuple):
-    """A row as text: what it is, in messages, its prompt, and its answer if it has one."""
+    """A row: what it is, in messages, its prompt, its answer if it has one, and its pictures."""
 
     what: str
     prompt: str
     answer: str | None = None
+    images: tuple[str, ...] = ()
 
 
 def request_rows(request: EditRequest) -> list[RowText]:
     """The rows of a request: its prompt with the new answer, and with the old one if given."""
-    rows = [RowText("its prompt with target_new", request.prompt, request.target_new)]
+    images = references(request.image)
+    rows = [RowText("its prompt with target_new", request.prompt, request.target_new, images)]
     if request.target_old is not None:
-        rows.append(RowText("its prompt with target_old", request.prompt, request.target_old))
+        old = RowText("its prompt with target_old", request.prompt, request.target_old, images)
+        rows.append(old)
     return rows
 
 
@@ -69,24 +73,24 @@ def probe_rows(probe: Probe, before: str = "") -> list[RowText]:
 
     A question without an answer is asked freely.
     """
-    answers = [*probe.answers, *([probe.contrast] if probe.contrast else [])]
+    answers: list[str | None] = [*probe.answers, *([probe.contrast] if probe.contrast else [])]
     answers += probe.task.against if probe.task else ()
-    rows = [
-        RowText(f"its {probe.kind} probe", put_before(before, probe.prompt), a) for a in answers
-    ]
-    return rows or [RowText(f"its {probe.kind} probe", put_before(before, probe.prompt))]
+    what, prompt = f"its {probe.kind} probe", put_before(before, probe.prompt)
+    images = references(probe.image)
+    return [RowText(what, prompt, answer, images) for answer in answers or [None]]
 
 
 def free_rows(example: EditExample) -> list[RowText]:
     """The questions about an example, without their answers."""
-    prompts = [r.prompt for r in example.requests] + [p.prompt for p in example.probes]
-    return [RowText("a question", prompt) for prompt in prompts]
+    asked: list[EditRequest | Probe] = [*example.requests, *example.probes]
+    return [RowText("a question", q.prompt, None, references(q.image)) for q in asked]
 
 
 def token_counts(window: Window, rows: Iterable[RowText]) -> dict[RowText, int]:
     """Number of tokens of each row, with room for one more where it has no answer.
 
-    Numbers near the window's size and beyond are exact, others may be off by a few.
+    Pictures count by their size, for which files are not decoded.  Numbers near the window's
+    size and beyond are exact, others may be off by a few.
     """
     encoder, counts = window.encoder, dict[RowText, int]()
     around = len(encoder.encode("a").prompt) + _MARGIN
@@ -96,9 +100,11 @@ def token_counts(window: Window, rows: Iterable[RowText]) -> dict[RowText, int]:
         ]
         ids = encoder.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         for row, tokens in zip(part, ids, strict=True):
-            counts[row] = len(tokens)
-            if len(tokens) + around > window.tokens:
-                exact = encoder.encode(row.prompt, row.answer)
+            seen = encoder.images.usual_count(row.images) if encoder.images else 0
+            counts[row] = len(tokens) + seen
+            if counts[row] + around > window.tokens:
+                images = row.images if encoder.images else ()
+                exact = encoder.encode(row.prompt, row.answer, None, images)
                 counts[row] = len(exact.prompt) + (len(exact.answer) or 1)
     return counts
 
