@@ -155,11 +155,12 @@ a photograph of 640 × 480 kept the main process 49 ms without workers and 17 ms
 Processors that read videos too (llava_onevision, qwen2_vl, qwen2_5_vl, qwen3_vl, internvl) need
 torchvision: `pip install 'kedit-lightning[vision]'`. The text editors that read pictures are FTM,
 FTL, LocFTBF, LoRA and its relatives, the closed-form methods and UltraEdit, the hypernetworks,
-GRACE, WISE, MEMOIR, DEFER, MELO, SERAC, AnyEdit, UnKE, and IKE, ICE and PROMPT, which state a fact
-in words: facts about the very picture that is asked about first, then those in the most similar
-words. The others refuse requests with a picture in a sentence. SERAC's scope reads the base
-model's hidden states at tokens of picture and text; its counterfactual model is told the fact and does not see,
-and a language model in its place (`counterfactual`) is refused for requests with a picture.
+GRACE, WISE, MEMOIR, DEFER, MELO, SERAC, AnyEdit, UnKE, and IKE, ICE and PROMPT, which state a
+fact in words: facts about the very picture that is asked about first, then those in the most
+similar words. The others refuse requests with a picture in a sentence. SERAC's scope reads the
+base model's hidden states at tokens of picture and text; its counterfactual model is told the
+fact and does not see, and a language model in its place (`counterfactual`) is refused for
+requests with a picture.
 """
 
 
