@@ -11,7 +11,7 @@ from places import ROOT
 
 PACKAGE = "kedit_lightning"
 #: Extras that are optional; nothing else may be imported inside a function.
-OPTIONAL = {"bitsandbytes", "gguf", "lm_eval", "sentence_transformers"}
+OPTIONAL = {"av", "bitsandbytes", "gguf", "lm_eval", "sentence_transformers"}
 
 
 @dataclass(frozen=True)
