@@ -28,11 +28,7 @@ from kedit_lightning.base_models.rows import (
 )
 from kedit_lightning.base_models.spec import BaseModelSpec, load_pretrained, longest_row
 from kedit_lightning.base_models.taps import gathering
-from kedit_lightning.base_models.text_inputs import (
-    call_parameters,
-    check_text_inputs,
-    language_part,
-)
+from kedit_lightning.base_models.text_inputs import call_parameters, language_part, refuse_one_text
 from kedit_lightning.base_models.visual_features import VisualFeatures
 from kedit_lightning.chat_turns import prompt_text
 from kedit_lightning.decoding_settings import Generation, generation_config, neutral_options
@@ -75,10 +71,8 @@ class BaseModel:
     ) -> None:
         whole = model_inside(plain_model(model))
         model = language_part(whole)
-        check_text_inputs(model)
         config = whole.config
-        whole.eval().requires_grad_(False)
-        self.model: Any = model.eval().requires_grad_(False)
+        self.model: Any = model
         self.tokenizer: Any = tokenizer
         self.name: str = name or getattr(config, "_name_or_path", "") or config.model_type
         self.revision: str | None = getattr(config, "_commit_hash", None)
@@ -215,7 +209,7 @@ class BaseModel:
             padding_side: Side of padding; that of the base model if not given.
             images: Reference to the picture that each prompt is about, or several.
         """
-        _refuse_one_text(prompts)
+        refuse_one_text(prompts)
         absent = [None] * len(prompts)
         columns = (prompts, answers or absent, subjects or absent, images or absent)
         encoded = [self.encode(*row) for row in zip(*columns, strict=True)]
@@ -336,7 +330,7 @@ class BaseModel:
             generation: ``model`` lets the generation config act, except for sampling.
             **options: Passed to ``transformers``' ``generate``.
         """
-        _refuse_one_text(prompts)
+        refuse_one_text(prompts)
         pictures = images or [None] * len(prompts)
         encoded = [self.encode(p, image=i) for p, i in zip(prompts, pictures, strict=True)]
         neutral = neutral_options(generation_config(self.model), generation)
@@ -351,8 +345,3 @@ class BaseModel:
 
     def __repr__(self) -> str:
         return f"BaseModel({self.name!r}, {self.model.config.model_type}, {len(self.edits)} edits)"
-
-
-def _refuse_one_text(prompts: Sequence[str]) -> None:
-    if isinstance(prompts, str):  # it would be read letter by letter
-        raise InvalidRequestError(f"prompts must be a list of texts, got the text {prompts!r}")

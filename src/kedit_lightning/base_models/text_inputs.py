@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
-from kedit_lightning.errors import UnsupportedUseError
+from kedit_lightning.errors import InvalidRequestError, UnsupportedUseError
 
 #: Errors of models that miss an input.
 MISSING_INPUT = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
@@ -26,12 +27,19 @@ def call_parameters(model: nn.Module) -> dict[str, bool]:
 def language_part(model: Any) -> Any:
     """The language model inside of one that must be given pixels, as BLIP-2; else the model.
 
-    Such a model puts features of pictures in place of embeddings, and does nothing else.
+    Such a model puts features of pictures in place of embeddings, and does nothing else.  It is
+    frozen as a whole.
+
+    Raises:
+        UnsupportedUseError: It needs more than token ids of one tokenizer.
     """
     needed = {name for name, must in call_parameters(model).items() if must} - {"input_ids"}
     inside = getattr(model, "language_model", None)
     sees = needed == {"pixel_values"} and hasattr(model, "get_image_features")
-    return inside if sees and inside is not None else model
+    decoder = inside if sees and inside is not None else model
+    check_text_inputs(decoder)
+    model.eval().requires_grad_(False)
+    return decoder
 
 
 def check_text_inputs(model: Any) -> None:
@@ -90,3 +98,13 @@ def _entries(half: Any) -> int | None:
         return int(half.get_input_embeddings().num_embeddings)
     except (AttributeError, NotImplementedError):
         return None
+
+
+def refuse_one_text(prompts: Sequence[str]) -> None:
+    """Refuse a text in place of a list of texts, as it would be read letter by letter.
+
+    Raises:
+        InvalidRequestError: It is one.
+    """
+    if isinstance(prompts, str):
+        raise InvalidRequestError(f"prompts must be a list of texts, got the text {prompts!r}")
