@@ -60,7 +60,7 @@ class Walk:
     def revert(self) -> None:
         if self.standing:
             number = self.chance.choice(list(self.standing))
-            self.ledger.revert(number, self.base, methods=self.methods)
+            self.ledger.revert(number, self.base, later="replay", methods=self.methods)
             del self.standing[number]
 
     def reopen(self) -> None:

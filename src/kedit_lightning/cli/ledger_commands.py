@@ -14,7 +14,7 @@ from kedit_lightning.cli.messages import UsageError, UsageParser
 from kedit_lightning.errors import LedgerError, article_list
 from kedit_lightning.requests import EditRequest
 from kedit_lightning.runs import Ledger, export_edits
-from kedit_lightning.runs.ledger_lines import EditLine, Line
+from kedit_lightning.runs.ledger_lines import EditLine, Later, Line
 from kedit_lightning.runs.model_export import Export
 
 #: Changes of the log-probability of an answer below this are rounding to a reader.
@@ -42,13 +42,19 @@ def show_line(arguments: Sequence[str]) -> str:
 
 
 def revert_line(arguments: Sequence[str]) -> str:
-    """Text of ``kedit revert DIR ID``: takes an edit out, and computes later ones again."""
-    usage = f"kedit revert DIR ID [--keep_later]{_BASE}"
-    ledger, given = _read(arguments, usage, ["line"], keep_later=False)
+    """Text of ``kedit revert DIR ID``: takes an edit out, and solves or computes later ones."""
+    usage = f"kedit revert DIR ID [--replay | --keep_later]{_BASE}"
+    ledger, given = _read(arguments, usage, ["line"], keep_later=False, replay=False)
+    if given.keep_later and given.replay:
+        raise LedgerError("--replay computes later edits again, --keep_later keeps them: give one")
     number = ledger.entry(given.line).number
-    line = ledger.revert(number, _base(ledger, given), "keep" if given.keep_later else "replay")
+    asked: Later | None = "keep" if given.keep_later else "replay" if given.replay else None
+    line = ledger.revert(number, _base(ledger, given), asked)
     text = f"line {number} is reverted, by line {line.number}"
-    if line.edits:
+    if line.edits and line.later == "solve":
+        text += f"; solved again without it: {_named(list(map(int, line.edits)))}"
+        text += " (keys and wanted outputs were kept; --replay computes all of it again)"
+    elif line.edits:
         text += f"; computed again without it: {_named(list(map(int, line.edits)))}"
     elif given.keep_later:
         text += "; later edits were kept as they are"

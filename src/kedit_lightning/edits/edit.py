@@ -106,6 +106,8 @@ class Edit(ABC):
     def __init__(self, base: EditableModel, origin: EditOrigin | None = None) -> None:
         self.base = base
         self.origin = origin or EditOrigin()
+        #: What it was solved from, if that is kept: no part of the edit, nor of its file.
+        self.equations: Tensors | None = None
         self._id: str | None = None
         #: For each ``with`` block that is open, whether the edit was applied before it.
         self._applied_before: list[bool] = []

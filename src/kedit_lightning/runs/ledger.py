@@ -15,7 +15,7 @@ from kedit_lightning.base_models import BaseModel
 from kedit_lightning.benchmark.costs import fixed_randomness
 from kedit_lightning.contradictions import OnConflict
 from kedit_lightning.edits import Edit
-from kedit_lightning.edits.edit_file import read_edit
+from kedit_lightning.edits.kept_equations import equations_kept
 from kedit_lightning.edits.stack_chain import stack_mark
 from kedit_lightning.errors import (
     EditOrderError,
@@ -40,11 +40,16 @@ from kedit_lightning.runs.ledger_lines import (
     RevertLine,
     SavedEdit,
     StreamPlace,
-    checked_file,
 )
 from kedit_lightning.runs.ledger_record import LedgerRecord, apply_edits, check_bare
+from kedit_lightning.runs.ledger_solution import (
+    check_solvable,
+    read_equations,
+    save_equations,
+    solved_without,
+)
 from kedit_lightning.runs.recomputation import (
-    computed_again,
+    Recomputation,
     described_base,
     given_settings,
     learned_hash,
@@ -106,7 +111,7 @@ class Ledger(LedgerRecord):
                 texts = [(r.prompt, r.target_new, r.subject) for r in wanted]
                 name = hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
                 random = Randomness(method.settings.seed or 0, name)
-                with fixed_randomness(random.seed, random.name):
+                with fixed_randomness(random.seed, random.name), equations_kept():
                     edit = method.edit(wanted, on_conflict)
             return self.write(method, edit, random)
 
@@ -114,7 +119,7 @@ class Ledger(LedgerRecord):
         self,
         name: int | str,
         base: BaseModel,
-        later: Later = "replay",
+        later: Later | None = None,
         methods: Sequence[Any] = (),
     ) -> RevertLine:
         """Take an edit out, as if it had never been written.
@@ -122,8 +127,10 @@ class Ledger(LedgerRecord):
         Args:
             name: Its line.
             base: The base model, without edits.
-            later: What is done about later edits, which were computed on top of it: ``replay``
-                computes them again from their facts; ``keep`` leaves them as they are.
+            later: What is done about later edits, which were computed on top of it. ``solve`` keeps
+                their keys and the outputs that they want there, and solves for the weights again;
+                ``replay`` computes all of it again from their facts; ``keep`` leaves them as they
+                are. When absent, they are solved where all can be, or else computed again.
             methods: Methods that cannot be built from the ledger, such as those with a checkpoint.
 
         Raises:
@@ -134,6 +141,9 @@ class Ledger(LedgerRecord):
             entry, now = self.entry(name), self.standing
             after = [self._added(number) for number in now if number > entry.number]
             redone: dict[str, SavedEdit] = {}
+            found = Recomputation(base, methods)
+            if later is None or later == "solve":
+                later = self._how(entry.number, base, later)
             if later == "keep":
                 for line in after:
                     if self.load(now[line.number], base).requires_its_stack:
@@ -141,13 +151,16 @@ class Ledger(LedgerRecord):
                             f"the edit of line {line.number} by {line.method} reads what those "
                             "below it remember, so it cannot be kept; let it be computed again"
                         )
+            elif later == "solve":
+                for line, edit in solved_without(self, entry.number, base, found):
+                    redone[str(line.number)] = self._save(edit)
             elif after:
                 check_bare(base)
                 below = [self.load(now[n], base) for n in now if n < entry.number]
-                with base.edits.restored():
+                with base.edits.restored(), equations_kept():
                     apply_edits(below)
                     for line in after:
-                        edit = self._computed_again(line, base, methods)
+                        edit = found.edit(line, self._settings(line, base))
                         apply_edits([edit])
                         redone[str(line.number)] = self._save(edit)
             new = RevertLine(*self._next(), entry.number, later, redone, _written_now())
@@ -160,22 +173,27 @@ class Ledger(LedgerRecord):
 
         Args:
             base: The base model, without edits.
-            drop: Lines to leave out.
+            drop: Lines to leave out; edits below all of them are as they were, and are read.
             methods: Methods that cannot be built from the ledger, such as those with a checkpoint.
 
         Raises:
             LedgerError: An edit cannot be computed again with what is there.
         """
         left_out = {self.entry(name).number for name in drop}
+        first, again = min(left_out, default=0), Recomputation(base, methods)
         found: list[Replayed] = []
         check_bare(base)
-        with base.edits.restored():
+        with base.edits.restored(), equations_kept():
             for number, saved in self.standing.items():
-                if number not in left_out:
-                    line = self._added(number)
-                    edit = self._computed_again(line, base, methods)
-                    apply_edits([edit])
-                    found.append(Replayed(line, edit, edit.id == saved.id))
+                line = self._added(number)
+                if number in left_out:
+                    continue
+                if number < first:
+                    edit = self.load(saved, base)
+                else:
+                    edit = again.edit(line, self._settings(line, base))
+                apply_edits([edit])
+                found.append(Replayed(line, edit, edit.id == saved.id))
         return found
 
     def copy(self, replayed: Sequence[Replayed], path: str | Path) -> Ledger:
@@ -191,6 +209,9 @@ class Ledger(LedgerRecord):
             for line, edit, _ in replayed:
                 number, parent = new._next()
                 fresh = replace(line, number=number, parent=parent, run=None, id="")
+                known = self.state.standing.get(line.number, line.edit)
+                if edit.equations is None and (known.id, bool(known.equations)) == (edit.id, True):
+                    edit.equations = read_equations(self.equations_path(known.id), known)
                 new._append(replace(fresh, edit=new._save(edit), timing=_written_now()))
         return new
 
@@ -247,14 +268,34 @@ class Ledger(LedgerRecord):
     def _save(self, edit: Edit) -> SavedEdit:
         path = self.edit_path(edit.id)
         edit.save(path)
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-        return SavedEdit(edit.id, hashlib.sha256(path.read_bytes()).hexdigest())
+        saved = SavedEdit(edit.id, _on_disk(path))
+        if edit.equations is None:
+            return saved
+        path = self.equations_path(edit.id)
+        save_equations(path, edit.equations)
+        edit.equations = None  # it is large, and the file has it
+        return replace(saved, equations=_on_disk(path))
 
-    def _computed_again(self, line: EditLine, base: BaseModel, methods: Sequence[Any]) -> Edit:
-        saved = self.standing.get(line.number, line.edit)
-        header, _ = read_edit(checked_file(self.edit_path(saved.id), saved))
-        return computed_again(line, header["origin"]["settings"], base, methods)
+    def _settings(self, line: EditLine, base: BaseModel) -> Mapping[str, Any]:
+        saved = self.state.standing.get(line.number, line.edit)
+        return self.load(saved, base).origin.settings
+
+    def _how(self, number: int, base: BaseModel, asked: Later | None) -> Later:
+        """Whether the edits above one are solved again or computed again, as is asked or can be."""
+        try:
+            check_solvable(self, number, base)
+        except LedgerError:
+            if asked is not None:
+                raise
+            return "replay"
+        return "solve" if number != max(self.state.standing) or asked else "replay"
+
+
+def _on_disk(path: Path) -> str:
+    """Hash of a file, once the disk has it."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        return hashlib.sha256(file.read()).hexdigest()
 
 
 def _written_now() -> Mapping[str, Any]:

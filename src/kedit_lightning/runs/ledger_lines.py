@@ -15,8 +15,9 @@ from kedit_lightning.edits.state_schema import check_value
 from kedit_lightning.errors import EditFileError, KEditError, LedgerError, OutputFolderError
 from kedit_lightning.requests import EditRequest
 
-#: What a revert does about later edits: computes them again, or keeps them as they are.
-Later: TypeAlias = Literal["replay", "keep"]
+#: What a revert does about later edits: solves them again with their keys and wanted outputs,
+#: computes them again from their facts, or keeps them as they are.
+Later: TypeAlias = Literal["solve", "replay", "keep"]
 #: Fields of a line that its hash does not cover.
 _UNHASHED = ("id", "timing")
 #: The parent of the first line.
@@ -30,10 +31,12 @@ class SavedEdit:
     Args:
         id: Hash of the edit's content, and name of its file.
         sha256: Hash of the file.
+        equations: Hash of the file of what it was solved from; empty if it was not.
     """
 
     id: str
     sha256: str
+    equations: str = ""
 
 
 @dataclass(frozen=True)
@@ -287,17 +290,16 @@ def advance(found: dict[int, SavedEdit], line: Line) -> None:
         found |= {int(number): edit for number, edit in line.edits.items()}
 
 
-def checked_file(path: Path, saved: SavedEdit) -> Path:
-    """The path of an edit file, once its content is what the ledger says.
+def checked_file(path: Path, sha256: str) -> Path:
+    """The path of a file, once its content is what the ledger says.
 
     Raises:
         EditFileError: It is absent, or has changed.
     """
     if not path.is_file():
         raise EditFileError(f"{path}, which the ledger names, is absent; put back a copy of it")
-    if hashlib.sha256(path.read_bytes()).hexdigest() != saved.sha256:
+    if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
         raise EditFileError(
-            f"{path} is not the edit that the ledger names: its content has changed; put back a "
-            "copy of it"
+            f"{path} is not what the ledger names: its content has changed; put back a copy of it"
         )
     return path

@@ -59,6 +59,10 @@ class LedgerRecord:
         """The file of an edit."""
         return self.path / "edits" / f"{id}.safetensors"
 
+    def equations_path(self, id: str) -> Path:
+        """The file of what an edit was solved from."""
+        return self.path / "equations" / f"{id}.safetensors"
+
     # ---- what stands
 
     @property
@@ -166,7 +170,7 @@ class LedgerRecord:
         """An edit of the ledger, not applied."""
         held = self._loaded.get(saved.id)
         if held is None or held.base is not base:
-            path = checked_file(self.edit_path(saved.id), saved)
+            path = checked_file(self.edit_path(saved.id), saved.sha256)
             held = self._loaded[saved.id] = Edit.load(path, base, force)
             if held.id != saved.id:
                 raise EditFileError(f"{path} is not the edit that the ledger names")

@@ -14,6 +14,7 @@ from kedit_lightning.base_models import BaseModel
 from kedit_lightning.contradictions import consistent, remaining
 from kedit_lightning.data.datamodule import EditDataModule
 from kedit_lightning.edits import Edit
+from kedit_lightning.edits.kept_equations import equations_kept
 from kedit_lightning.edits.origin import EditOrigin
 from kedit_lightning.errors import InvalidRequestError, LedgerError, UnsupportedUseError
 from kedit_lightning.metrics import ExampleRecord
@@ -141,7 +142,7 @@ def ledger_stream(
 
         run = replace(method.run, ledger=stream, left_out=stream.known, on_edit=take)
         method.run = run
-        with ledger.applied(method.base, stream.below):
+        with ledger.applied(method.base, stream.below), equations_kept():
             yield
     stand = len(ledger.standing)
     tell(f"{stand} edit{'s stand' if stand != 1 else ' stands'} in {ledger.path}")

@@ -17,34 +17,61 @@ from kedit_lightning.registry import entries
 from kedit_lightning.runs.ledger_lines import EditLine, LedgerBase
 
 
-def computed_again(
-    line: EditLine, settings: Mapping[str, Any], base: BaseModel, methods: Sequence[Any] = ()
-) -> Edit:
-    """The edit of a line, on top of the stack as it stands.
+class Recomputation:
+    """The methods of a ledger, each built once, with what it had learned.
 
     Args:
-        line: The line.
-        settings: The settings that its edit was computed with.
         base: The base model.
-        methods: Methods to compute it with, if they are the one; else it is built from the line.
-
-    Raises:
-        LedgerError: None of them is the method that the edit was computed with.
+        methods: Methods that cannot be built from the ledger, such as those with a checkpoint.
     """
-    for method in (*methods, *_built(line, base)):
-        if method.base is not base or type(method).__name__ != line.method:
-            continue
-        method.configure_model()
-        same = json.loads(json.dumps(dict(method.origin([]).settings), default=str)) == settings
-        if same and learned_hash(method) == line.learned:
-            with fixed_randomness(line.random.seed, line.random.name):
-                edit: Edit = method.noted_edit(line.requests)
-            return edit
-    raise LedgerError(
-        f"line {line.number} cannot be computed again: {line.method} cannot be built from the "
-        "ledger with the same settings, or had learned something else before; give the method "
-        "with `methods` in Python, or keep later edits as they are"
-    )
+
+    def __init__(self, base: BaseModel, methods: Sequence[Any] = ()) -> None:
+        self._base, self._methods = base, methods
+        self._found: dict[str, Any] = {}
+
+    def edit(self, line: EditLine, settings: Mapping[str, Any]) -> Edit:
+        """The edit of a line, on top of the stack as it stands.
+
+        Args:
+            line: The line.
+            settings: The settings that its edit was computed with.
+
+        Raises:
+            LedgerError: Its method cannot be built, or is another one now.
+        """
+        method = self.method(line, settings)
+        with fixed_randomness(line.random.seed, line.random.name):
+            edit: Edit = method.noted_edit(line.requests)
+        return edit
+
+    def method(self, line: EditLine, settings: Mapping[str, Any]) -> Any:
+        """The method that computed the edit of a line, from the ledger or as it was given.
+
+        Args:
+            line: The line.
+            settings: The settings that its edit was computed with.
+
+        Raises:
+            LedgerError: It cannot be built, or is another one now.
+        """
+        key = json.dumps([line.method, line.given, line.learned, dict(settings)], default=str)
+        if key not in self._found:
+            self._found[key] = self._matching(line, settings)
+        return self._found[key]
+
+    def _matching(self, line: EditLine, settings: Mapping[str, Any]) -> Any:
+        for method in (*self._methods, *_built(line, self._base)):
+            if method.base is not self._base or type(method).__name__ != line.method:
+                continue
+            method.configure_model()
+            same = json.loads(json.dumps(dict(method.origin([]).settings), default=str)) == settings
+            if same and learned_hash(method) == line.learned:
+                return method
+        raise LedgerError(
+            f"line {line.number} cannot be computed again: {line.method} cannot be built from the "
+            "ledger with the same settings, or had learned something else before; give the method "
+            "with `methods` in Python, or keep later edits as they are"
+        )
 
 
 def given_settings(method: Any) -> dict[str, Any] | None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
 from kedit_lightning.base_models import BaseModel, BaseModelSpec
 from kedit_lightning.edits import LowRankDelta
 from kedit_lightning.methods.capabilities import NotNegative
@@ -16,8 +14,8 @@ from kedit_lightning.methods.locate.shared.closed_form_settings import (
     LayersSettings,
     layers_beside_attention,
 )
+from kedit_lightning.methods.locate.shared.equations import Equation
 from kedit_lightning.methods.locate.shared.least_squares import Prior, ridge_update
-from kedit_lightning.methods.locate.shared.subject_states import SubjectStates
 
 
 class MEMIT(ClosedForm):
@@ -111,10 +109,7 @@ class EMMET(ClosedForm):
     ) -> None:
         super().__init__(base_model, **settings)
 
-    def update(
-        self, module: str, states: SubjectStates, residuals: Tensor, prior: Prior
-    ) -> LowRankDelta:
+    def solution(self, module: str, equation: Equation, prior: Prior) -> LowRankDelta:
         """The change that meets all residuals, or nearly."""
-        keys, settings = self.mean_keys(states.inputs[module]), self.settings
-        relative = not settings.legacy_absolute_eps
-        return ridge_update(keys.T, residuals.T, prior, settings.eps, relative)
+        eps, relative = self.settings.eps, not self.settings.legacy_absolute_eps
+        return ridge_update(equation.keys.T, equation.residuals.T, prior, eps, relative)

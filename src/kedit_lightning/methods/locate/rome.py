@@ -10,6 +10,7 @@ from kedit_lightning.base_models import BaseModel, BaseModelSpec
 from kedit_lightning.edits import LowRankDelta
 from kedit_lightning.methods.locate.shared.closed_form import ClosedForm
 from kedit_lightning.methods.locate.shared.closed_form_settings import LayerSettings
+from kedit_lightning.methods.locate.shared.equations import Equation
 from kedit_lightning.methods.locate.shared.least_squares import Prior, rank_one_update
 from kedit_lightning.methods.locate.shared.subject_states import SubjectStates
 from kedit_lightning.methods.method import Capabilities
@@ -49,14 +50,17 @@ class ROME(ClosedForm):
         """Plain mean over contexts, ``[n, d_in]`` from ``[n, contexts, d_in]``."""
         return inputs.double().mean(1)
 
-    def update(
-        self, module: str, states: SubjectStates, residuals: Tensor, prior: Prior
-    ) -> LowRankDelta:
+    def equation(self, module: str, states: SubjectStates, residuals: Tensor) -> Equation:
+        """The mean key, the key whose value is wanted, and by how much it misses it."""
+        keys, outputs = states.inputs[module].double(), states.outputs[module].double()
+        if not self.mean_key:
+            return Equation(keys.mean(1), keys[:, 0], residuals)
+        mean = keys.mean(1)
+        return Equation(mean, mean, residuals + outputs[:, 0] - outputs.mean(1))
+
+    def solution(self, module: str, equation: Equation, prior: Prior) -> LowRankDelta:
         """The rank-one change for one request."""
-        keys, outputs = states.inputs[module][0].double(), states.outputs[module][0].double()
-        mean, key, residual = keys.mean(0), keys[0], residuals[0]
-        if self.mean_key:
-            key, residual = mean, residual + outputs[0] - outputs.mean(0)
+        mean, key, residual = (part[0] for part in equation)
         return rank_one_update(key, residual, mean, prior, module)
 
 

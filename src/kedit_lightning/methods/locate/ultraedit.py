@@ -16,6 +16,7 @@ from kedit_lightning.base_models.layer_choice import nearest_layers
 from kedit_lightning.base_models.layout import Layout
 from kedit_lightning.edits import Edit, LowRankDelta, LowRankEdit, memories
 from kedit_lightning.edits.edit import check_finite
+from kedit_lightning.edits.kept_equations import keeps_equations
 from kedit_lightning.edits.projections import check_editable, compute_dtype, projection_shape
 from kedit_lightning.methods.capabilities import Count, Positive
 from kedit_lightning.methods.locate.shared.least_squares import ridge_update, size_prior
@@ -30,6 +31,8 @@ from kedit_lightning.requests import EditRequest
 _FEW = 10
 #: Names of moments in the memory of an edit.
 _PARTS = ("mean", "squares", "count")
+#: Names of what an edit is solved from.
+_FACTORS = ("inputs", "gradients")
 #: A column whose standard deviation is below this share of its mean counts as constant: the rest is
 #: rounding, in half precision inputs as well, since those are exact in float64.
 _CONSTANT = 1e-10
@@ -137,16 +140,50 @@ class UltraEdit(EditMethod):
         """
         captured = self._capture(requests)
         batch = {n: moments(torch.cat([h, v], 1).double()) for n, (h, v) in captured.items()}
-        statistics = self._statistics(batch)
+        statistics = self._statistics(batch, memories(self.base, type(self).__name__))
         self._warn_if_few(statistics)
+        origin = self.origin(requests, modules=list(captured), lr=self.lr)
+        deltas = self._regressed(captured, statistics)
+        edit = LowRankEdit(self.base, deltas, origin, _to_memory(batch))
+        if keeps_equations():
+            edit.equations = {
+                f"{name}/{part}": tensor.detach().cpu().contiguous()
+                for name, factors in captured.items()
+                for part, tensor in zip(_FACTORS, factors, strict=True)
+            }
+        return edit
+
+    def solved_again(
+        self, edit: LowRankEdit, past: Sequence[Mapping[str, Tensor]], missing: object = None
+    ) -> Edit:
+        """An edit of the same inputs and gradients, with the statistics of other edits below it.
+
+        Args:
+            edit: The edit, with its equations.
+            past: Memories of the edits of this method that are below it now, oldest first.
+            missing: Changes that are below it no more; inputs and gradients are kept as they are.
+        """
+        kept, device = edit.equations or {}, self.base.device
+        captured = {
+            name: (kept[f"{name}/inputs"].to(device), kept[f"{name}/gradients"].to(device))
+            for name in edit.factors
+        }
+        batch = {name: _from_memory(edit.memory, name, device) for name in edit.factors}
+        deltas = self._regressed(captured, self._statistics(batch, past))
+        new = LowRankEdit(edit.base, deltas, edit.origin, edit.memory)
+        new.equations = edit.equations
+        return new
+
+    def _regressed(
+        self, captured: Mapping[str, tuple[Tensor, Tensor]], statistics: Mapping[str, Moments]
+    ) -> dict[str, LowRankDelta]:
         deltas = {}
         for name, (inputs, gradients) in captured.items():
             check_finite("inputs", name, inputs)
             check_finite("output gradients", name, gradients)
             delta = regress_normalised(inputs, gradients, statistics[name], self.lr)
             deltas[name] = delta.to(compute_dtype(self.base.dtype))
-        origin = self.origin(requests, modules=list(captured), lr=self.lr)
-        return LowRankEdit(self.base, deltas, origin, _to_memory(batch))
+        return deltas
 
     # ---- gradients
 
@@ -165,9 +202,10 @@ class UltraEdit(EditMethod):
 
     # ---- statistics, which live in the edits
 
-    def _statistics(self, batch: Mapping[str, Moments]) -> dict[str, Moments]:
-        """Moments of all tokens so far: those that the stack remembers, then those of the batch."""
-        past = memories(self.base, type(self).__name__)
+    def _statistics(
+        self, batch: Mapping[str, Moments], past: Sequence[Mapping[str, Tensor]]
+    ) -> dict[str, Moments]:
+        """Moments of all tokens so far: those that earlier edits remember, and of the batch."""
         running = {}
         for name, new in batch.items():
             known = [m for m in past if f"{name}.mean" in m]

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from kedit_lightning.base_models import BaseModel, BaseModelSpec
 from kedit_lightning.base_models.blocks import Block
 from kedit_lightning.edits import Edit
+from kedit_lightning.edits.kept_equations import keeps_equations
 from kedit_lightning.methods.hypernetwork.shared.parameter_shift import compute_shift_edit
 from kedit_lightning.methods.hypernetwork.shared.value_networks import (
     MALMENMethodSettings,
@@ -98,4 +99,7 @@ class MALMENMethod(TrainedMethod):
             TemporaryFileError: There is no space for rows that wait for the solve.
         """
         origin, at_once = self.prepare_edit(requests), self.settings.at_once
-        return compute_shift_edit(self.base, self.network, requests, at_once, origin)
+        edit = compute_shift_edit(self.base, self.network, requests, at_once, origin)
+        # Value differences are counted from what the model gives, whatever stands below.
+        edit.equations = {} if keeps_equations() else None
+        return edit

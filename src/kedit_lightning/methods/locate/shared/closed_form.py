@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from kedit_lightning.base_models import BaseModel, BaseModelSpec
+from kedit_lightning.base_models.mixture import is_mixture
 from kedit_lightning.contradictions import consistent
 from kedit_lightning.edits import Edit, LowRankDelta, memories
+from kedit_lightning.edits.kept_equations import keeps_equations
 from kedit_lightning.edits.projections import compute_dtype
 from kedit_lightning.methods.locate.shared import least_squares
 from kedit_lightning.methods.locate.shared.closed_form_settings import (
@@ -24,7 +26,9 @@ from kedit_lightning.methods.locate.shared.closed_form_settings import (
 )
 from kedit_lightning.methods.locate.shared.covariance_factors import CovarianceFactors
 from kedit_lightning.methods.locate.shared.edit_groups import EditGroups, add_to, remembered_keys
-from kedit_lightning.methods.locate.shared.statistics_fit import StatisticsFit
+from kedit_lightning.methods.locate.shared.equations import Equation, Memories, solved_again
+from kedit_lightning.methods.locate.shared.least_squares import Prior, ridge_update
+from kedit_lightning.methods.locate.shared.statistics_fit import TextPassHooks
 from kedit_lightning.methods.locate.shared.subject_states import (
     Carried,
     SubjectStates,
@@ -45,7 +49,7 @@ from kedit_lightning.methods.shared.published_settings import published_settings
 from kedit_lightning.requests import EditRequest
 
 
-class ClosedForm(EditMethod):
+class ClosedForm(TextPassHooks, EditMethod):
     """Base of methods that optimise values and solve for weights.
 
     Settings left at ``None`` follow the base model: published ones where it is known, else rules.
@@ -134,7 +138,6 @@ class ClosedForm(EditMethod):
     ) -> None:
         super().__init__(base_model, seed)
         self._solved: dict[tuple[EditRequest, ...], Edit] = {}
-        self._fit: StatisticsFit | None = None
         self._stand_in: torch.nn.Parameter | None = None
         # Statistics are a pass over text without an optimizer.
         self.automatic_optimization = False
@@ -181,7 +184,7 @@ class ClosedForm(EditMethod):
 
     # ---- the method's own part
 
-    def prior(self, layer: int) -> least_squares.Prior:
+    def prior(self, layer: int) -> Prior:
         """The cost of a change of a layer, without history; keys of facts scale it (``_cost``)."""
         preserve, module = self.settings.preserve, self.base.layout.mlp_block(layer).down
         weight = default_weight(self.base, layer) if preserve is None else preserve
@@ -194,7 +197,7 @@ class ClosedForm(EditMethod):
         return (bare + rest.mean(1)) / 2 if rest.shape[1] else bare
 
     def update(
-        self, module: str, states: SubjectStates, residuals: Tensor, prior: least_squares.Prior
+        self, module: str, states: SubjectStates, residuals: Tensor, prior: Prior
     ) -> LowRankDelta:
         """The change of a module that maps its keys to its values.
 
@@ -204,8 +207,18 @@ class ClosedForm(EditMethod):
             residuals: Values minus present outputs. Shape ``[n, d_out]``.
             prior: The cost of a change.
         """
-        keys = self.mean_keys(states.inputs[module])
-        return least_squares.ridge_update(keys.T, residuals.T, prior, eps=1.0)
+        return self.solution(module, self.equation(module, states, residuals), prior)
+
+    def equation(self, module: str, states: SubjectStates, residuals: Tensor) -> Equation:
+        """What the change of a module is solved from; arguments are those of :meth:`update`."""
+        inputs = states.inputs[module]
+        return Equation(self.mean_keys(inputs), inputs[:, 0], residuals)
+
+    def solution(self, module: str, equation: Equation, prior: Prior) -> LowRankDelta:
+        """The change of a module, from its equation and the cost of a change."""
+        return ridge_update(equation.keys.T, equation.residuals.T, prior, eps=1.0)
+
+    solved_again = solved_again
 
     # ---- editing
 
@@ -252,6 +265,7 @@ class ClosedForm(EditMethod):
             inside, path = values.site(layer).inside, self.base.layout.write_path
             residuals = residuals * share / (1.0 if inside else path(layer).gain)
             prior, history, counting = self.prior(layer), self._history(module), values.counting
+            keeps = keeps_equations() and self._solves_again(module)
             for changes, part, weights in batch.changing():
                 if counting is not None and not bool(counting[part].any()):
                     continue  # all of it is written, whatever the others need
@@ -260,6 +274,8 @@ class ClosedForm(EditMethod):
                 cost = self._cost(prior, self.mean_keys(own.inputs[module]).T, history, noted)
                 delta = self.update(module, own, residuals[part], cost)
                 add_to(changes, self.constraints.changes(self.base, module, delta))
+                if keeps:
+                    batch.keep(part, module, self.equation(module, own, residuals[part]))
             del prior  # wide layers have large ones
 
     def layer_values(self, requests: Sequence[EditRequest]) -> LastLayerValues:
@@ -285,14 +301,25 @@ class ClosedForm(EditMethod):
         return subject_states(self.base, modules, requests, contexts, carried, tokens=tokens)
 
     def _cost(
-        self, prior: least_squares.Prior, keys: Tensor, history: Tensor | None, found: list[float]
-    ) -> least_squares.Prior:
+        self, prior: Prior, keys: Tensor, history: Tensor | None, found: list[float]
+    ) -> Prior:
         """Cost of a change at keys ``[d_in, n]`` on earlier edits; a weight ``found`` is noted."""
         if self.settings.preserve is None and self.settings.weighs_text:
             weight = least_squares.relative_weight(prior, keys, TEXT_SHARE)
             prior = least_squares.weighted_prior(prior, weight)
             found.append(float(f"{weight:.4g}"))
         return prior if history is None else least_squares.with_history(prior, history)
+
+    def cost(self, layer: int, module: str, keys: Tensor, past: Memories) -> Prior:
+        """The cost of a change at keys ``[d_in, n]``, with the memories of edits below it."""
+        history = remembered_keys(self.base, past, module) if self.settings.history else None
+        return self._cost(self.prior(layer), keys, history, [])
+
+    def _solves_again(self, module: str) -> bool:
+        """Whether a change follows from keys, wanted outputs and the cost of a change alone."""
+        plain = type(self).update is ClosedForm.update and self.subject_tokens == "last"
+        plain = plain and self.constraints == WeightConstraints()
+        return plain and not (self.settings.norm_anchor or is_mixture(self.base.module(module)))
 
     def _history(self, module: str) -> Tensor | None:
         """Keys of a module that earlier edits remember. Shape ``[d_in, N]``."""
@@ -321,30 +348,3 @@ class ClosedForm(EditMethod):
         if self._stand_in is None and self._trainer is not None:
             # DistributedDataParallel refuses a module that has no parameter at all.
             self._stand_in = torch.nn.Parameter(torch.zeros(0))
-
-    def on_train_start(self) -> None:
-        """Start a pass over text, or continue an interrupted one."""
-        self._fit = StatisticsFit(self, self.settings, self.layers)
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
-        """End the pass once it has read enough."""
-        assert self._fit is not None
-        return -1 if self._fit.has_enough(batch_idx) else None
-
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        """Add the keys of a batch of texts."""
-        assert self._fit is not None
-        self._fit.read(batch, batch_idx)
-
-    def on_train_epoch_end(self) -> None:
-        """Write the statistics to the cache; one pass is all there is to do."""
-        assert self._fit is not None
-        self._fit.finish()
-        self._fit = None
-        self.covariances.clear()
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Write the sums so far to the cache, as far as the checkpoint stands."""
-        super().on_save_checkpoint(checkpoint)
-        if self._fit is not None:
-            self._fit.text_pass.save()

@@ -18,6 +18,8 @@ from kedit_lightning.edits import (
     LowRankEdit,
 )
 from kedit_lightning.edits.effects import WeightDelta
+from kedit_lightning.edits.projections import compute_dtype
+from kedit_lightning.methods.locate.shared.equations import Equation
 from kedit_lightning.methods.locate.shared.subject_states import Carried
 from kedit_lightning.requests import EditRequest
 
@@ -61,6 +63,8 @@ class EditGroups:
         #: The change of each projection so far, by group.
         self.changes: list[dict[str, WeightDelta]] = [{} for _ in groups]
         self.memories: list[dict[str, Tensor]] = [{} for _ in groups]
+        #: What each edit was solved from, if that is kept.
+        self.equations: list[dict[str, Tensor]] = [{} for _ in groups]
         #: Weight of keys of plain text in each projection, by group, where it follows from keys.
         self.weights: list[list[float]] = [[] for _ in groups]
 
@@ -76,6 +80,11 @@ class EditGroups:
                 edits[0].apply()
             yield None
 
+    def keep(self, part: slice, module: str, equation: Equation) -> None:
+        """Put what the change of a module was solved from beside the edit of a group."""
+        kept = equation.tensors(module, compute_dtype(self.base.dtype))
+        self.equations[self.parts.index(part)] |= kept
+
     def remember(self, name: str, values: Tensor) -> None:
         """Put values at all keys, ``[..., n]``, into the memories of their edits."""
         for memory, part in zip(self.memories, self.parts, strict=True):
@@ -89,7 +98,10 @@ class EditGroups:
         """One edit for each group, with what later edits must know, and the weights as a note."""
         notes = [{"preserve": weights} if weights else {} for weights in self.weights]
         origins = [origin(group, **note) for group, note in zip(self.groups, notes, strict=True)]
-        return list(map(self._edit, self.changes, origins, self.memories))
+        edits = list(map(self._edit, self.changes, origins, self.memories))
+        for edit, equations in zip(edits, self.equations, strict=True):
+            edit.equations = equations or None
+        return edits
 
     def _edit(
         self,

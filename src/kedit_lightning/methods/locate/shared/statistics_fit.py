@@ -90,3 +90,40 @@ class StatisticsFit:
         strategy.barrier()
         self.text_pass.discard()
         self._trainer.should_stop = True
+
+
+class TextPassHooks:
+    """Lightning's hooks of a method whose ``fit`` is such a pass."""
+
+    settings: Any
+    layers: Sequence[int]
+    covariances: Any
+    _fit: StatisticsFit | None = None
+
+    def on_train_start(self) -> None:
+        """Start a pass over text, or continue an interrupted one."""
+        assert isinstance(self, EditMethod)
+        self._fit = StatisticsFit(self, self.settings, self.layers)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+        """End the pass once it has read enough."""
+        assert self._fit is not None
+        return -1 if self._fit.has_enough(batch_idx) else None
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        """Add the keys of a batch of texts."""
+        assert self._fit is not None
+        self._fit.read(batch, batch_idx)
+
+    def on_train_epoch_end(self) -> None:
+        """Write the statistics to the cache; one pass is all there is to do."""
+        assert self._fit is not None
+        self._fit.finish()
+        self._fit = None
+        self.covariances.clear()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Write the sums so far to the cache, as far as the checkpoint stands."""
+        super().on_save_checkpoint(checkpoint)  # type: ignore[misc]
+        if self._fit is not None:
+            self._fit.text_pass.save()
