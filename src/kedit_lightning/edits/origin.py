@@ -47,6 +47,11 @@ class EditOrigin:
         for name in ("requests", "stack"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
 
+    @property
+    def identity(self) -> tuple[str, ...]:
+        """What tells its base model from others."""
+        return self.fingerprint, self.tokenizer_fingerprint, self.full_fingerprint
+
     def to_json(self) -> dict[str, Any]:
         """Plain values for a file header."""
         values = asdict(self)

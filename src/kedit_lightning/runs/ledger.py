@@ -156,7 +156,7 @@ class Ledger(LedgerRecord):
                     redone[str(line.number)] = self._save(edit)
             elif after:
                 check_bare(base)
-                below = [self.load(now[n], base) for n in now if n < entry.number]
+                below = self.load_all([now[n] for n in now if n < entry.number], base)
                 with base.edits.restored(), equations_kept():
                     apply_edits(below)
                     for line in after:

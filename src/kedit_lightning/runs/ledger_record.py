@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from kedit_lightning.base_models import BaseModel
 from kedit_lightning.edits import Edit
+from kedit_lightning.edits.origin import check_same_base
 from kedit_lightning.edits.stack_chain import stack_mark
 from kedit_lightning.errors import (
     EditFileError,
@@ -135,7 +136,14 @@ class LedgerRecord:
             EditFileError: A file is absent or damaged.
             BaseModelMismatchError: They were made for another base model.
         """
-        return [self.load(saved, base, force) for saved in self.standing.values()]
+        return self.load_all(self.standing.values(), base, force)
+
+    def load_all(
+        self, edits: Iterable[SavedEdit], base: BaseModel, force: bool = False
+    ) -> list[Edit]:
+        """Edits of the ledger, not applied. The base model is compared once with what they say."""
+        checked: set[tuple[str, ...]] = set()
+        return [self.load(saved, base, force, checked) for saved in edits]
 
     @contextmanager
     def applied(
@@ -153,10 +161,11 @@ class LedgerRecord:
         wanted = self.state.standing if state is None else state
         mark = self.state.mark if state is None else stack_mark([x.id for x in wanted.values()])
         if base.edits.mark == mark:
-            yield list(base.edits)
+            with base.edits.restored():
+                yield list(base.edits)
             return
         check_bare(base)
-        edits = [self.load(one, base) for one in wanted.values()]
+        edits = self.load_all(wanted.values(), base)
         with base.edits.restored():
             apply_edits(edits)
             yield edits
@@ -166,14 +175,33 @@ class LedgerRecord:
         assert isinstance(line, EditLine)
         return line
 
-    def load(self, saved: SavedEdit, base: BaseModel, force: bool = False) -> Edit:
-        """An edit of the ledger, not applied."""
+    def load(
+        self,
+        saved: SavedEdit,
+        base: BaseModel,
+        force: bool = False,
+        checked: set[tuple[str, ...]] | None = None,
+    ) -> Edit:
+        """An edit of the ledger, not applied.
+
+        Args:
+            saved: The edit.
+            base: The base model to edit.
+            force: Load it even if it was made for another base model.
+            checked: Identities that were compared with the base model; this one is added.
+        """
         held = self._loaded.get(saved.id)
         if held is None or held.base is not base:
             path = checked_file(self.edit_path(saved.id), saved.sha256)
-            held = self._loaded[saved.id] = Edit.load(path, base, force)
+            # Its identity follows from all weights of the model, so it is asked for once.
+            held = Edit.load(path, base, force or bool(checked))
             if held.id != saved.id:
                 raise EditFileError(f"{path} is not the edit that the ledger names")
+            if checked and not force and held.origin.identity not in checked:
+                check_same_base(f"the edit in {path}", held.origin, base)
+            if checked is not None:
+                checked.add(held.origin.identity)
+            self._loaded[saved.id] = held
         return held
 
     @contextmanager

@@ -99,11 +99,12 @@ def solved_without(
     _add(missing, gone, 1)
     chain = StackChain([saved.id for saved in below])
     past: dict[str, list[dict[str, Tensor]]] = defaultdict(list)
-    if any(ledger.load(saved, base).requires_its_stack for n, saved in now.items() if n > number):
-        for saved in below:
-            _remember(past, ledger.load(saved, base))
-    for line in [line for line in ledger.entries if line.number > number]:
-        old = ledger.load(now[line.number], base)
+    after = ledger.load_all([saved for n, saved in now.items() if n > number], base)
+    if any(edit.requires_its_stack for edit in after):
+        for edit in ledger.load_all(below, base):
+            _remember(past, edit)
+    lines = [line for line in ledger.entries if line.number > number]
+    for line, old in zip(lines, after, strict=True):
         saved = now[line.number]
         equations = read_equations(ledger.equations_path(saved.id), saved)
         new: Any = None
