@@ -29,7 +29,10 @@ pytestmark = [
 ]
 SETTINGS = dict(METHODS)
 #: Edited at one layer, whose keys do not depend on the edits of the method.
-ONE_LAYER = ("ROME", "RROME", "EMMET", "MEMIT", "AlphaEdit", "PMET")
+ONE_LAYER = (
+    *("ROME", "MEMIT", "AlphaEdit"),
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("RROME", "EMMET", "PMET")),
+)
 #: Two facts of one subject, whose keys are equal, and others.
 FACTS = [*REQUESTS[:3], EditRequest("Marie Curie died in", "Rome", "Marie Curie"), REQUESTS[3]]
 GONE = 2  # the line of the first fact about Marie Curie
@@ -171,7 +174,7 @@ def test_statistics_of_gradients_forget_an_edit(tmp_path: Path) -> None:
     assert not close(before[2:], deltas(fresh, base)[1:])
 
 
-@pytest.mark.parametrize("name", ["MALMEN", "RLEdit"])
+@pytest.mark.parametrize("name", ["MALMEN", pytest.param("RLEdit", marks=pytest.mark.slow)])
 def test_value_differences_stand_by_themselves(name: str, tmp_path: Path) -> None:
     base = tiny_base("gpt2")
     method = make(name, SETTINGS[name], base)

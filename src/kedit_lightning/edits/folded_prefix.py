@@ -11,7 +11,7 @@ from kedit_lightning.edits.effects import AddToOutput, Effect, KeepMemory, sum_d
 from kedit_lightning.edits.projections import find_module
 
 #: Edits that are folded together. A stack with fewer is not folded.
-BLOCK = 256
+BLOCK = 64
 
 
 class FoldedPrefix:

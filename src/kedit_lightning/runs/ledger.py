@@ -251,7 +251,7 @@ class Ledger(LedgerRecord):
             given=given_settings(method),
             learned=learned_hash(method),
             requests=edit.origin.requests,
-            base_model=described_base(method.base),
+            base_model=described_base(method.base, edit),
             edit=saved,
             random=random,
             run=run,

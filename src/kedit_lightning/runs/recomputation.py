@@ -108,13 +108,13 @@ def learned_hash(method: Any) -> str:
     return content_id("", {}, {}, tensors) if tensors else ""
 
 
-def described_base(base: BaseModel) -> LedgerBase:
-    """What a line says about its base model."""
+def described_base(base: BaseModel, edit: Edit) -> LedgerBase:
+    """What a line says about its base model, and the edit about its identity."""
     return LedgerBase(
         base.name,
         str(base.dtype).removeprefix("torch."),
         base.revision,
-        base.fingerprint,
-        base.full_fingerprint,
-        base.tokenizer_fingerprint,
+        edit.origin.fingerprint,
+        edit.origin.full_fingerprint,
+        edit.origin.tokenizer_fingerprint,
     )
