@@ -80,6 +80,19 @@ def as_they_are(images: Sequence[str]) -> tuple[tuple[str, int, int], ...]:
     return tuple(found)
 
 
+class PictureHashes(tuple[str, ...]):
+    """Hashes of the contents of pictures, with the references that they were made of."""
+
+    references: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, references: Sequence[str]) -> PictureHashes:
+        """The hashes of some pictures."""
+        hashes = cls(map(content_hash, references))
+        hashes.references = tuple(references)
+        return hashes
+
+
 def content_hash(reference: str) -> str:
     """Hash of the picture behind a reference; of the reference itself where that is no file."""
     content = reference.encode()

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from kedit_lightning import BaseModel, EditTrainer
+from kedit_lightning import BaseModel, Edit, EditTrainer
 from kedit_lightning.base_models.spec import resolve
 from kedit_lightning.benchmark import Protocol
 from kedit_lightning.data import Shapes
 from kedit_lightning.data.multimodal.drawing import Drawing
 from kedit_lightning.errors import DataFileError
 from kedit_lightning.image_reference import content_hash, settled
-from kedit_lightning.methods import FTM, GRACE
+from kedit_lightning.methods import FTM, GRACE, IKE
 from kedit_lightning.requests import EditExample
 
 FOLDER = Path(resolve("shapes"))
@@ -73,6 +73,33 @@ def test_a_fact_about_a_picture_is_changed_kept_apart_and_undone(base, examples)
         assert all(right(base, new))  # the other drawing of the same, too
     with torch.no_grad():
         assert torch.equal(base.answer_logits(rows), before)
+
+
+def test_ike_finds_facts_by_what_pictures_show(base, examples, tmp_path):
+    """Two facts with one question; of other drawings of the same each finds its own."""
+    first, second = (
+        e for e in (examples[0], examples[4]) if e.requests[0].prompt == "What colour is it?"
+    )
+    facts = [e.requests[0] for e in (first, second)]
+    probes = [{(p.kind, p.group): p for p in e.probes} for e in (first, second)]
+    again = [own["rephrase", "image"].image for own in probes]
+    other = probes[0]["locality", "image"].image
+
+    def stated() -> list[str]:
+        rows = [base.encode(facts[0].prompt, image=image) for image in (*again, other, None)]
+        texts = [base.tokenizer.decode(row.prompt) for row in rows]
+        return [text.partition("New Fact: ")[2].partition("\n")[0] for text in texts]
+
+    expected = [f"{fact.prompt} {fact.target_new}" for fact in facts]
+    edit = IKE(base, demonstrations=0, picture_similarity=0.9).edit(facts)
+    edit.save(tmp_path / "edit.safetensors")
+    with edit:
+        assert [text.strip() for text in stated()] == [*expected, "", ""]
+    with Edit.load(tmp_path / "edit.safetensors", base) as loaded:
+        assert loaded.id == edit.id
+        assert [text.strip() for text in stated()] == [*expected, "", ""]
+    with IKE(base, demonstrations=0).edit(facts):  # by words alone the latest is as near
+        assert [text.strip() for text in stated()] == [expected[1]] * 4
 
 
 def test_records_are_drawn_alike_and_ask_about_other_pictures(examples):

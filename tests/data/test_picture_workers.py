@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 from places import ROOT
-from tiny_vision import draw, vision_base
+from tiny_vision import draw, vision_base, vision_folder
 from transformers import BatchFeature, LlavaProcessor
 from transformers.image_utils import load_image
 
 from kedit_lightning import EditRequest, EditTrainer
 from kedit_lightning.base_models.rows import ImageEncoder
 from kedit_lightning.benchmark import Protocol
+from kedit_lightning.cli.main import main
 from kedit_lightning.data import EVQA
 from kedit_lightning.data.dataloader import BatchLoader
 from kedit_lightning.data.picture_workers import with_pictures
@@ -36,6 +37,21 @@ def encoder() -> ImageEncoder:
     images = vision_base("llava").encoder.images
     assert images is not None
     return ImageEncoder(images.processor)
+
+
+@pytest.mark.slow
+def test_kedit_fits_a_hypernetwork_on_pictures_that_workers_open(tmp_path):
+    data = [f"--data.train_path={FILE}", f"--data.path={FILE}", "--data.num_workers=2"]
+    model = [f"--model.base_model={vision_folder(tmp_path / 'llava')}", "--model.rank=4"]
+    run = ["--trainer.max_epochs=1", "--trainer.limit_val_batches=0", "--trainer.accelerator=cpu"]
+    run += [f"--trainer.default_root_dir={tmp_path / 'fit'}", "--model.layers=[1]"]
+    main(["fit", "-c", "methods/mend", "-c", "data/evqa", *model, *data, *run])
+    (checkpoint,) = (tmp_path / "fit").rglob("*.ckpt")
+    test = ["--model.layers=[1]", "--trainer.accelerator=cpu", f"--output={tmp_path / 'scores'}"]
+    test += [f"--model.checkpoint={checkpoint}", "--trainer.protocol.generate=false"]
+    main(["test", "-c", "methods/mend", "-c", "data/evqa", *model, *data, *test])
+    lines = (tmp_path / "scores" / "results.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 2
 
 
 def test_scores_are_equal_with_and_without_workers():

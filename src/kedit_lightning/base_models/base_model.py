@@ -81,7 +81,6 @@ class BaseModel:
         self._identity = ModelIdentity(model)
         images = None if processor is None else ImageEncoder(processor)
         self.encoder, taken = RowEncoder(tokenizer, chat, images), call_parameters(model)
-        #: What it sees of pictures.
         self.sight = VisualFeatures(whole, model, images, taken)
         self.layout = Layout(model)
         #: Which rows it may read together.
@@ -263,6 +262,10 @@ class BaseModel:
                 f"'{self.name}' takes at most {self.max_tokens}; shorten it"
             )
         return row
+
+    def picture_vector(self, images: Sequence[str]) -> tuple[float, ...]:
+        """What it sees of pictures, as a vector of length 1."""
+        return self.sight.vector(images, self)
 
     # ---- answers
 

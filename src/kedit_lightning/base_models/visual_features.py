@@ -172,6 +172,24 @@ class VisualFeatures:
             types |= attended_pictures(pictures, encoded, rows, self._token, most)
         return replace(rows, pictures=pictures, types=types)
 
+    def vector(self, images: Sequence[str], base: Seeing) -> tuple[float, ...]:
+        """Mean of the visual features of pictures over their tokens, of length 1.
+
+        Raises:
+            UnsupportedUseError: The model gives no features by themselves.
+        """
+        found = self._of(tuple(images), base.device, base.dtype, False)
+        kept = found.kept.get("embeddings", found.kept.get("states"))
+        values = kept if found.features is None else found.features.pooler_output
+        if values is None:
+            raise UnsupportedUseError(
+                f"a model of type '{self._model.config.model_type}' gives no features of pictures "
+                "by themselves, by which they could be compared; leave picture_similarity out"
+            )
+        parts = [values] if isinstance(values, Tensor) else list(values)
+        mean = torch.cat([part.flatten(0, -2).double() for part in parts]).mean(0)
+        return tuple(round(x, 7) for x in torch.nn.functional.normalize(mean, dim=0).tolist())
+
     def _of(
         self, images: tuple[str, ...], device: torch.device, dtype: torch.dtype, edited: bool
     ) -> RowPictures:

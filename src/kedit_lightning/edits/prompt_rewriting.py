@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from kedit_lightning.edits.effects import PromptFunction
-from kedit_lightning.image_reference import content_hash
+from kedit_lightning.image_reference import PictureHashes
 
 
 def rewritten(
@@ -29,7 +29,7 @@ def rewritten(
     def leaves(spare: int) -> Callable[[str], bool]:
         return lambda text: room(text) >= spare
 
-    seen = (tuple(map(content_hash, images)),) if images else ()
+    seen = (PictureHashes.of(images),) if images else ()
     text, spare = prompt, 0
     while rewrites:
         text, left = prompt, list[int]()

@@ -16,8 +16,9 @@ class ComprehendEdit(PictureData):
     ``multimodal_locality_prompt`` about ``multimodal_locality_image`` must keep their answers
     (locality, groups ``text`` and ``image``). Pictures are opened when they are asked about; files
     that are not there are reported together. Records without an answer state no edit: they are left
-    out, and listed in the results. Its scores KGI and KPI, over neighbours that the test file
-    names, are not computed. Paper: https://arxiv.org/abs/2412.12821.
+    out, and listed in the results. Its scores KGI and KPI are not computed: the file numbers their
+    neighbours among questions of other files, and which of these a base model answered right
+    before the edit is published for two models alone. Paper: https://arxiv.org/abs/2412.12821.
 
     Args:
         path: File with the records to edit and test, such as ``ComprehendEdit_test.json``.

@@ -13,6 +13,7 @@ from kedit_lightning.data import NanoFacts
 from kedit_lightning.data.datamodule import EditDataModule
 from kedit_lightning.edits import PromptEdit, PromptEntry
 from kedit_lightning.edits.kinds.prompt.retriever import LEXICAL
+from kedit_lightning.image_reference import references
 from kedit_lightning.methods.capabilities import CountOrZero
 from kedit_lightning.methods.in_context.shared.demonstration_pool import (
     Pool,
@@ -42,6 +43,7 @@ class IKESettings(MethodSettings):
     demonstrations: CountOrZero | None
     retriever: str
     template: str | None
+    picture_similarity: float | None
 
 
 class IKE(StatingMethod):
@@ -67,6 +69,10 @@ class IKE(StatingMethod):
         template: Another text than the usual one to state a fact, here and in demonstrations;
             ``{subject}``, ``{task}``, ``{prompt}`` and ``{target}`` stand for those of the fact.
             Where it leaves the target out, the fact itself is not demonstrated either.
+        picture_similarity: Least cosine of the model's own visual features of a question's
+            pictures and of those of a fact for the fact to be stated, between -1 and 1; facts are
+            then found by the similarity of words and of pictures. When absent by words, after
+            facts about the very same pictures.
         seed: Seed of the forms of demonstrations, which depend on the request too.
     """
 
@@ -81,6 +87,7 @@ class IKE(StatingMethod):
         pool: EditDataModule | Sequence[EditExample] | Path | str | None = None,
         retriever: str = LEXICAL,
         template: str | None = None,
+        picture_similarity: float | None = None,
         seed: int | None = None,
     ) -> None:
         super().__init__(base_model, seed)
@@ -149,7 +156,11 @@ class IKE(StatingMethod):
 
     def statement_of(self, request: EditRequest) -> PromptEntry:
         """The statement of a fact, without demonstrations."""
-        return statement(request, self.settings.template)
+        entry = statement(request, self.settings.template)
+        least, images = self.settings.picture_similarity, references(request.image)
+        if least is None or not images:
+            return entry
+        return replace(entry, features=self.base.picture_vector(images), similarity=least)
 
     def _texts(
         self, request: EditRequest, demonstrations: Sequence[Demonstration]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, ClassVar, TypedDict
 
 from kedit_lightning.chat_turns import put_before, question_in
@@ -13,6 +14,10 @@ from kedit_lightning.edits.effects import Effect, PromptFunction, RewritePrompt
 from kedit_lightning.edits.kinds.prompt.retriever import LEXICAL, text_index
 from kedit_lightning.edits.origin import EditOrigin
 from kedit_lightning.edits.state_schema import check_names, check_value
+from kedit_lightning.image_reference import PictureHashes
+
+#: The pictures of a prompt without any.
+NO_PICTURES = PictureHashes()
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,10 @@ class PromptEntry:
             ``None`` for all.
         retriever: ``lexical``, or a sentence-transformers model, by which the facts are retrieved.
         images: Hashes of the pictures that the fact is about; see ``image_reference``.
+        features: What the model sees of them, as a vector of length 1; empty where facts are found
+            by words and by the very pictures alone.
+        similarity: Least cosine of these features and those of a question's pictures for the fact
+            to be stated before it.
     """
 
     key: str
@@ -39,6 +48,8 @@ class PromptEntry:
     top_k: int | None = 1
     retriever: str = LEXICAL
     images: tuple[str, ...] = ()
+    features: tuple[float, ...] = ()
+    similarity: float = -1.0
 
     @property
     def statement(self) -> str:
@@ -64,7 +75,8 @@ class PromptEdit(Edit):
 
     def effects(self) -> Sequence[Effect]:
         """The rewriting of prompts; all prompt edits retrieve from the same facts."""
-        return [RewritePrompt(self.kind, retrieval, self.entries)]
+        found = partial(retrieval, look=getattr(self.base, "picture_vector", None))
+        return [RewritePrompt(self.kind, found, self.entries)]
 
     def state(self) -> tuple[Tensors, Values]:
         """The texts; there are no tensors."""
@@ -72,6 +84,8 @@ class PromptEdit(Edit):
         for values in entries:
             if not values["images"]:  # earlier releases had none; their edits keep their ids
                 del values["images"]
+            if not values["features"]:
+                del values["features"], values["similarity"]
         return {}, {"entries": entries}
 
     @classmethod
@@ -88,30 +102,54 @@ class PromptEdit(Edit):
         return cls(base, [PromptEntry(**entry) for entry in entries], origin)
 
 
-def retrieval(contents: Sequence[Sequence[PromptEntry]]) -> PromptFunction:
+def retrieval(
+    contents: Sequence[Sequence[PromptEntry]],
+    look: Callable[[Sequence[str]], tuple[float, ...]] | None = None,
+) -> PromptFunction:
     """A function that puts the facts most similar to a prompt before it; of equals the latest.
 
     Nothing is more similar to a prompt than itself, not even its words in another order. Facts
     about the very pictures of a prompt, or about none where it has none, go before all others.
+    Facts with features add the cosine with those of the prompt's pictures to that of words.
 
     Demonstrations are dropped, the least similar first, until the text leaves room for an answer,
     and then other facts; the most similar fact and the question never are.
+
+    Args:
+        contents: The facts of each edit, oldest first.
+        look: What the model sees of pictures, as a vector of length 1.
     """
     entries = [entry for content in contents for entry in content]
     keys = [question_in(entry.key) for entry in entries]
     index = text_index(keys, entries[-1].retriever) if len(entries) > 1 else None
 
-    def rewrite(prompt: str, fits: Callable[[str], bool], images: tuple[str, ...] = ()) -> str:
+    described = any(entry.features for entry in entries)
+
+    def rewrite(
+        prompt: str, fits: Callable[[str], bool], images: PictureHashes = NO_PICTURES
+    ) -> str:
         if not entries:
             return prompt
         scores = index.scores(question_in(prompt)) if index is not None else [0.0]
+        seen = look(images.references) if described and look is not None and images else ()
+        cosines = [_cosine(entry.features, seen) for entry in entries]
         # Rounded, since the order of words moves the last digits of a score.
-        ranked = zip(entries, scores, strict=True)
-        ranks = [(e.images == images, e.key == prompt, round(score, 9)) for e, score in ranked]
-        order = sorted(range(len(entries)), key=lambda i: (ranks[i], i), reverse=True)
+        ranks = [
+            (e.images == images, e.key == prompt, round(score + cosine, 9))
+            for e, score, cosine in zip(entries, scores, cosines, strict=True)
+        ]
+        meant = [i for i, e in enumerate(entries) if not e.features or cosines[i] >= e.similarity]
+        order = sorted(meant, key=lambda i: (ranks[i], i), reverse=True)
+        if not order:
+            return prompt
         return _longest(entries[order[0]], _beside(entries, order), prompt, fits)
 
     return rewrite
+
+
+def _cosine(one: Sequence[float], other: Sequence[float]) -> float:
+    """Cosine of two vectors of length 1; 0 where one is missing."""
+    return sum(a * b for a, b in zip(one, other, strict=True)) if one and other else 0.0
 
 
 def _beside(entries: Sequence[PromptEntry], order: Sequence[int]) -> tuple[list[str], list[str]]:
