@@ -248,6 +248,7 @@ _OWN: dict[tuple[Kind, str], dict[str, tuple[str, str, str]]] = {
     },
     ("callback", "callbacks"): {
         "AbilityCheck": ("ability_check", "", "tasks of lm-eval before and after edits"),
+        "CanaryGuard": ("canary_guard", "", "stops a stream of edits before it ruins the model"),
         "CausalTracing": ("causal_tracing", "", "heat maps of causal traces"),
         "EditSaver": ("edit_saver", "", "saves edits as they are computed"),
         "EditTable": ("edit_table", "", "a table of edits that grows during a run"),

@@ -248,7 +248,8 @@ class EditTrainer(Trainer):
             super().test(model, None, ckpt_path, False, datamodule)
         if not self.is_global_zero:
             return self._edits
-        facts = HeldFacts.of(folder.records() if folder else self._records, datamodule)
+        records = folder.records() if folder else self._records
+        facts = HeldFacts.of(records, datamodule, whole=self.world_size == 1)
         if folder is not None:
             self._edits = saved_edits(folder.path, method.base, export, export_rank)
         tell(facts.concluded(ways_out(method.settings), strict))

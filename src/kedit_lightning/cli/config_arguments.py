@@ -168,6 +168,24 @@ def with_ability(args: list[str]) -> list[str]:
     return found
 
 
+def with_canary(args: list[str]) -> list[str]:
+    """``--canary ACTION`` as the callback that guards a stream; its settings may follow.
+
+    >>> with_canary(["edit", "--canary", "rollback"])[1:]
+    ['--trainer.callbacks+=CanaryGuard', '--trainer.callbacks.action=rollback']
+    """
+    found, rest = list[str](), iter(args)
+    for arg in rest:
+        if arg != "--canary" and not arg.startswith("--canary="):
+            found.append(arg)
+            continue
+        action = arg.partition("=")[2] or next(rest, "")
+        if action not in ("warn", "stop", "rollback"):
+            raise UsageError("--canary needs one of warn, stop and rollback")
+        found += ["--trainer.callbacks+=CanaryGuard", f"--trainer.callbacks.action={action}"]
+    return found
+
+
 def _saved_config(option: str, args: list[str]) -> Path | None:
     """The config in the folder that an option names; ``None`` if another config is given."""
     names = [arg.split("=")[0] for arg in args]

@@ -63,6 +63,8 @@ options:
                   several compose, and options behind it override it
   --ability TASKS of `edit`, and of `test` in sequential mode: tasks of lm-eval, or YAML files of
                   your own, before and after the edits, paired by document
+  --canary warn|stop|rollback
+                  of the same: watch the model as edits join it, and end a stream that ruins it
 
 examples:
   kedit edit -c methods/rome --model.base_model nano --data Requests \\

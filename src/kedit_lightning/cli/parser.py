@@ -27,6 +27,7 @@ from kedit_lightning.cli.config_arguments import (
     check_tree,
     with_ability,
     with_all_prompts,
+    with_canary,
     with_config_files,
     with_flags,
     with_saved_config,
@@ -147,7 +148,7 @@ class KEditCLI(LightningCLI):
             if self._typed[:1] == ["completion"]:
                 sys.stdout.write(completion_script(parser, self._typed[1:]))
                 raise SystemExit(0)
-            args = with_ability(with_flags(self._typed))
+            args = with_canary(with_ability(with_flags(self._typed)))
             args = with_saved_config(with_task_settings(with_config_files(args)))
             args = with_all_prompts(with_one_base_model(with_saved_method(args)))
         with warnings.catch_warnings():

@@ -32,12 +32,15 @@ class HeldFacts(NamedTuple):
     overwritten: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, records: Iterable[ExampleRecord], data: Any = None) -> HeldFacts:
+    def of(
+        cls, records: Iterable[ExampleRecord], data: Any = None, whole: bool = False
+    ) -> HeldFacts:
         """From the records of a run; of an example, the last one tells what holds.
 
         Args:
             records: The records.
             data: Where their facts come from, by which those are told that others overwrite.
+            whole: Facts without a record are not written: the run has ended before them.
         """
         examples = data.examples("test") if isinstance(data, EditDataModule) else []
         overwritten = _overwritten(examples)
@@ -57,6 +60,11 @@ class HeldFacts(NamedTuple):
             last[record["id"]] = facts
             if record["stage"] == "immediate":
                 first[record["id"]] = facts
+        if whole:
+            for example in examples:
+                names = [_name(request.prompt, request.target_new) for request in example.requests]
+                unread = [(name, False) for name in names if name not in overwritten]
+                last.setdefault(example.id, unread)
         found = [fact for facts in last.values() for fact in facts]
         alone = [holds for facts in first.values() for _, holds in facts]
         return cls(
