@@ -14,6 +14,7 @@ from kedit_lightning.data.datamodule import EditDataModule, Split
 from kedit_lightning.errors import UnsupportedUseError, article_list
 from kedit_lightning.image_reference import references
 from kedit_lightning.methods.shared.row_lengths import RowText, Window, too_long
+from kedit_lightning.methods.shared.sequence_capacity import warn_of_capacity
 from kedit_lightning.requests import EditExample, EditRequest, Probe
 
 _SPLITS: dict[str, Split] = {"fit": "train", "validate": "validation"}
@@ -89,8 +90,17 @@ def set_up_data(method: DataUser, data: EditDataModule, stage: str) -> None:
     if method.run.editing and protocol.grouping != "single":
         left_out = overwritten(examples) | frozenset(method.run.left_out)
         method.run = replace(method.run, left_out=left_out)
+    if stage == "test" and protocol.grouping != "single":
+        _warn_of_length(method, protocol, sum(len(example.requests) for example in examples))
     if fits and "validation" in data.source:
         data.leave_out("validation", method.too_long(data.examples("validation")))
+
+
+def _warn_of_length(method: DataUser, protocol: Grouping, facts: int) -> None:
+    """Warn of a sequence, on top of the edits that stand, which the method does not carry."""
+    standing = sum(len(edit.origin.requests) for edit in method.base.edits)
+    if standing or protocol.grouping == "sequential":
+        warn_of_capacity(type(method).__name__, standing + facts)
 
 
 def _refuse_conflicts(protocol: Grouping, examples: Sequence[EditExample]) -> None:
