@@ -50,6 +50,8 @@ also:
   sweep FILE [-c CONFIG] [--trials N] [options of test]
             try settings of a method on validation data, by workers that share a storage, and keep
             the best; `kedit sweep --help` shows what stands in FILE
+  app [--base_model MODEL] [--ledger DIR]
+            open a page in the browser to edit a model in
   metrics   say what the names of scores mean, such as tf_all
   tasks     list the tasks: data, metrics and settings of methods that belong together
   completion bash|zsh|fish
@@ -81,6 +83,7 @@ examples:
 
 #: Commands that print a text and run nothing: their modules, and the functions in them.
 REPORTS = {
+    "app": ("app_command", "run_app"),
     "blame": ("ledger_commands", "blame_edits"),
     "check": ("ledger_commands", "check_ledger"),
     "compare": ("run_comparison", "run_comparison"),

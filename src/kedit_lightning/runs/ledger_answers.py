@@ -87,14 +87,16 @@ def check_facts(ledger: LedgerRecord, base: BaseModel) -> list[CheckedFact]:
     requests = [request for _, request in numbered]
     later = {pair.earlier: numbered[pair.later][0] for pair in contradictions(requests)}
     with ledger.applied(base) as edits:
-        holds = _hold(base, requests)
+        holds = facts_hold(base, requests)
         lost = [i for i, held in enumerate(holds) if not held and i not in later]
         lost_with: dict[int, int | None] = {}
         base.edits.clear()
         for number, edit in zip(ledger.standing, edits if lost else (), strict=False):
             apply_edits([edit])
             written = [i for i in lost if numbered[i][0] <= number]
-            for i, held in zip(written, _hold(base, [requests[i] for i in written]), strict=True):
+            for i, held in zip(
+                written, facts_hold(base, [requests[i] for i in written]), strict=True
+            ):
                 if held:
                     lost_with[i] = None  # it is lost later
                 elif lost_with.get(i, 0) is None:
@@ -158,7 +160,8 @@ def _readings(base: BaseModel, asked: Sequence[tuple[EditRequest, str]]) -> list
     return [dict(reading) for reading in reader.readings(probes, reader.base_readings(probes))]
 
 
-def _hold(base: BaseModel, requests: Sequence[EditRequest]) -> list[bool]:
+def facts_hold(base: BaseModel, requests: Sequence[EditRequest]) -> list[bool]:
+    """Whether each token of the answers to facts is the most likely one, as the model stands."""
     if not requests:
         return []
     return [bool(r["tf_all"]) for r in _readings(base, [(r, r.target_new) for r in requests])]
