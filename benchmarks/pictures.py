@@ -50,7 +50,7 @@ def editors(base: BaseModel, mend: str | None, serac: str | None) -> Iterator[Ed
         yield MEND(base, checkpoint=mend)
     if serac is not None:
         yield SERAC(base, checkpoint=serac)
-    yield IKE(base, demonstrations=0)
+    yield IKE(base, demonstrations=0, picture_similarity=0.9)
     yield GRACE(base, layer=1)
 
 
@@ -79,6 +79,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--mend", help="a checkpoint of a fit; without one MEND has no row")
     parser.add_argument("--serac", help="the same for SERAC")
+    parser.add_argument("--only", nargs="*", help="names of the methods with a row; all of them")
     parser.add_argument("--limit", type=int, default=100, help="records of the test split")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -90,6 +91,8 @@ def main() -> None:
     methods: list[tuple[str, Any]] = [("no edit", FTM(base, lr=1e-30, steps=1))]
     methods += [(type(m).__name__, m) for m in editors(base, options.mend, options.serac)]
     for name, method in methods:
+        if options.only and name not in options.only:
+            continue
         start = time.process_time()
         scores = scored(method, options.limit)
         spent = (time.process_time() - start) / options.limit

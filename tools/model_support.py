@@ -146,6 +146,10 @@ compared with direct calls, and edited (`tests/base_models/test_vision_families.
 | mllama | as direct calls | takes | by cross-attention; free answers use no key-value cache |
 | MiniGPT-4 | not loaded | | its checkpoints hold one projection; transformers has no class for it |
 
+The packaged `shapes` is a tiny LLaVA that knows drawn shapes: `kedit test -c methods/grace -c
+data/shapes --model.base_model shapes` edits facts about drawings, `notebooks/pictures.ipynb` shows
+some, and `benchmarks/RESULTS.md` compares six editors on them.
+
 With `--data.num_workers 2`, two processes open the pictures of the next records and run the image
 part of the processor on them; the text part stays with the model, as applied edits may rewrite
 prompts. With a CLIP processor at 336 pixels on two shared cores, a record of two questions about

@@ -150,6 +150,22 @@ def test_an_edit_about_a_picture_takes_rolls_back_and_loads(base, pictures, tmp_
     assert torch.equal(logits(), before)
 
 
+@torch.no_grad()
+def test_rows_with_one_picture_and_two_attend_to_their_own(pictures):
+    base = vision_base("mllama")
+    images = [pictures[0], (pictures[1], pictures[2]), None]
+    together = base.answer_logits(base.rows(PROMPTS, ANSWERS, images=images))
+    for i, image in enumerate(images):
+        alone = base.answer_logits(
+            base.rows(PROMPTS[i : i + 1], ANSWERS[i : i + 1], images=[image])
+        )
+        torch.testing.assert_close(together[i, : alone.shape[1]], alone[0], **EXACT)
+    seen = base.rows(PROMPTS[1:2], ANSWERS[1:2], images=[pictures[1]])
+    assert (
+        base.answer_logits(seen)[0] - together[1, : seen.answer_ids.shape[1]]
+    ).abs().max() > 1e-5
+
+
 @pytest.mark.parametrize("kind", ["llava", "qwen2_vl"])
 def test_rome_writes_a_subject_named_beside_a_picture(kind, pictures):
     base = vision_base(kind)

@@ -42,6 +42,7 @@ from kedit_lightning.methods.locate.shared.answer_windows import AnswerWindows
 from kedit_lightning.methods.memory.serac.scope_gradient import scope_gradient
 from kedit_lightning.methods.training.episodes import make_episodes
 from kedit_lightning.metrics.functional import rank_agreement
+from kedit_lightning.requests import EditExample
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 SAMPLES = ROOT / "tests" / "samples" / "published"
@@ -283,6 +284,16 @@ def test_serac_tells_pictures_apart_and_learns_from_them(base, pictures, tmp_pat
     known = {name: value.clone() for name, value in method.network.state_dict().items()}
     fit(method, tmp_path, source=data)
     assert any(not torch.equal(known[n], v) for n, v in method.network.state_dict().items())
+
+
+def test_the_check_of_long_rows_counts_pictures(base, pictures):
+    method, room = FTM(base), base.max_tokens - base.encoder.images.count(pictures[:1])
+    word = base.tokenizer.decode(base.tokenizer("this", add_special_tokens=False)["input_ids"][:1])
+    prompt = word * (room - 1)
+    assert len(base.tokenizer(prompt, add_special_tokens=False)["input_ids"]) < base.max_tokens - 4
+    for image, fits in ((None, True), (pictures[0], False)):
+        example = EditExample.from_request(EditRequest(prompt, " tower", image=image), "a")
+        assert (not method.too_long([example])) == fits
 
 
 def test_what_reads_no_pictures_says_so(base, pictures):
