@@ -66,6 +66,7 @@ def serve(method: str, model: str, facts: int, output: str) -> None:
     from kedit_lightning import EditTrainer
     from kedit_lightning.benchmark import Protocol
     from kedit_lightning.data import NanoFacts
+    from kedit_lightning.errors import KEditError
 
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -74,8 +75,11 @@ def serve(method: str, model: str, facts: int, output: str) -> None:
     groups = [example.requests for example in NanoFacts(limit=facts, seed=0).examples("test")]
     trained = {}
     for number, edit in enumerate(editor.edit_each(groups)):
-        tensors = dict(sorted(edit.deltas().items() if edit.supports_deltas else ()))
-        tensors = tensors or dict(sorted(edit.state()[0].items()))
+        try:
+            found = edit.deltas()
+        except KEditError:  # a memory changes no weights
+            found = edit.state()[0]
+        tensors = dict(sorted(found.items()))
         trained[str(number)] = torch.cat([t.detach().flatten() for t in tensors.values()])
     save_file(trained, output)
 

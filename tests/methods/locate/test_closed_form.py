@@ -21,6 +21,7 @@ from kedit_lightning.methods.locate.shared.value_optimizer import (
     EarlyStopping,
     Site,
     ValueOptimizer,
+    _ForwardPass,
     shortened,
 )
 from kedit_lightning.methods.locate.shared.weight_constraints import weight_of
@@ -355,6 +356,32 @@ def test_core_pulls_contexts_together():
     plain, pulled = run(0.0), run(3.0)
     assert spread(pulled) < 0.9 * spread(plain)
     torch.testing.assert_close(run(3.0, ()), run(0.0, ()))  # one context has no distance
+
+
+def test_a_context_that_comes_again_counts_again_and_is_read_once():
+    base = tiny_base("llama")
+    site = Site((base.layout.block(1).name,), 1, inside=False)
+    given = ("He said. ", "It is a long way from there. ", "He said. ")
+    optimizer = ValueOptimizer(base, site, given, LocateSettings(consistency=1.0))
+    once = [optimizer._encode(request) for request in REQUESTS]
+    again = [[*rows[:3], rows[1], rows[3]] for rows in once]
+    delta = torch.randn(len(REQUESTS), 1, base.layout.hidden_size, dtype=torch.float64)
+    found = [
+        _ForwardPass(base, site, rows, counts, monitor=True).run(delta)
+        for rows, counts in ((once, [1, 2, 1]), (again, [1, 1, 1, 1]))
+    ]
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-10)
+    assert found[0].distance.min() > 0
+    module, rows = base.layout.block(1).down, []
+    with base.model.register_forward_pre_hook(
+        lambda model, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+    ):
+        states = subject_states(base, [module], REQUESTS, given).inputs[module]
+    assert rows == [3 * len(REQUESTS)]
+    torch.testing.assert_close(states[:, 1], states[:, 3], rtol=0, atol=0)
+    apart = subject_states(base, [module], REQUESTS, given[:2]).inputs[module]
+    torch.testing.assert_close(states[:, :3], apart, rtol=1e-9, atol=1e-10)
 
 
 def test_eamet_ties_values_of_similar_keys():

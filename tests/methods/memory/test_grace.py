@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,6 +20,7 @@ from kedit_lightning.edits.kinds.codebook.codebook import (
     write_entry,
 )
 from kedit_lightning.edits.kinds.codebook.codebook_edit import stacked_codebook
+from kedit_lightning.edits.rounding import state_rounding
 from kedit_lightning.errors import ModuleNotLocatedError, NonFiniteError, UnsupportedUseError
 from kedit_lightning.methods import GRACE
 from kedit_lightning.methods.memory.grace import default_place
@@ -67,6 +70,45 @@ def test_expanding_never_shrinks_and_reaches_the_new_key():
     again, rule, _ = write_entry(book, entry(0.5, 0))
     assert rule == "expand"
     assert again.radii.tolist() == [1.8]
+
+
+def test_codebooks_that_grow_from_one_in_two_ways_are_those_written_anew():
+    places = [entry(9 * number, number, label=(number,), value=number) for number in range(40)]
+    below = build_codebook(places[:20])
+    ways = [places[20:], [entry(1e3, 5, label=(99,), value=9.0)], [entry(0.5, 0, value=3.0)]]
+    grown = [build_codebook(way, book=below) for way in (*ways, ways[1])]
+    for book, way in zip(grown, (*ways, ways[1]), strict=True):
+        assert same_codebook(book, build_codebook([*places[:20], *way]))
+    assert same_codebook(below, build_codebook(places[:20]))
+    assert grown[0].keys.data_ptr() != grown[1].keys.data_ptr()
+
+
+def test_the_codebook_of_a_stack_is_added_to_and_not_written_anew(monkeypatch):
+    base, written = tiny_base("llama"), []
+    edits = [GRACE(base, steps=1, radius=1e-6).edit([request]) for request in REQUESTS]
+
+    def counted(entries, rounding, book=None):
+        written.append(len(entries))
+        return build_codebook(entries, rounding, book)
+
+    monkeypatch.setattr(
+        "kedit_lightning.edits.kinds.codebook.codebook_edit.build_codebook", counted
+    )
+    with warnings.catch_warnings(), base.edits.restored():
+        warnings.simplefilter("ignore")
+        for edit in edits:
+            edit.apply()
+        # The first is known since its probability was measured.
+        assert written == [0, *[1] * (len(edits) - 1)]
+        edits[-1].rollback()
+        edits[-1].apply()
+        assert written[len(edits) :] == [0, 0]
+        edits[1].rollback()  # those above it are written again
+        assert written[-1] == len(edits) - 2
+        others = [e.entries[0] for i, e in enumerate(edits) if i != 1]
+        assert same_codebook(
+            codebook(base, edits[0]), build_codebook(others, state_rounding(base.dtype))
+        )
 
 
 def test_the_border_belongs_to_the_ball():

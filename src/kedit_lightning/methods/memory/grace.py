@@ -19,12 +19,11 @@ from kedit_lightning.edits.effects import RouteRows
 from kedit_lightning.edits.kinds.codebook.codebook import (
     CodebookEntry,
     Replacement,
+    placement,
     replace_rows,
-    write_entry,
 )
 from kedit_lightning.edits.kinds.codebook.codebook_edit import stacked_codebook
 from kedit_lightning.edits.projections import check_editable, compute_dtype, projection_shape
-from kedit_lightning.edits.rounding import state_rounding
 from kedit_lightning.errors import UnsupportedUseError
 from kedit_lightning.methods.capabilities import CountOrZero, NotNegative, Positive
 from kedit_lightning.methods.method import Capabilities, EditMethod, MethodSettings
@@ -186,16 +185,16 @@ class GRACE(EditMethod):
         row = self.base.encode(request.prompt, request.target_new, image=request.image)
         entry = CodebookEntry(key, output, row.answer, self.settings.radius)
         codebook = stacked_codebook(self.base, self._family, key.device)
-        grown, rule, index = write_entry(codebook, entry, state_rounding(self.base.dtype))
+        placed = placement(codebook, entry)
         notes = {
-            "rule": rule,
-            "radius": float(grown.radii[index]),
+            "rule": placed.rule,
+            "radius": float(placed.radii[placed.index]),
             "key_length": float(key.norm()),
             "nearest_key": float(codebook.nearest(key[None])[0][0]) if codebook else None,
         }
         start = output if self.settings.value_init == "warm" else None
-        if codebook and rule == "expand":  # trained on from its present value
-            start = codebook.values[index]
+        if codebook and placed.rule == "expand":  # trained on from its present value
+            start = codebook.values[placed.index]
         return _Place(entry, start, notes)
 
     def _edit(

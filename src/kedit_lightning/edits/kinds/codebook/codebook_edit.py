@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain
+from operator import is_
 from typing import ClassVar, TypedDict
 
 import torch
@@ -42,6 +43,34 @@ from kedit_lightning.edits.state_schema import (
 from kedit_lightning.edits.weight_storage import device_of
 from kedit_lightning.errors import EditFileError, UnsupportedUseError
 
+#: Codebooks that are kept: those of a stack with and without the edit that is computed.
+_KEPT = 4
+
+
+class CodebookCache:
+    """The last codebooks that were made of edits on one stack; what is added to one is written."""
+
+    def __init__(self) -> None:
+        #: Entries of each edit, the device, and their codebook; the last one that was asked for
+        #: comes last.
+        self._known: list[tuple[list[Sequence[CodebookEntry]], torch.device, Codebook]] = []
+
+    def book(
+        self, contents: Sequence[Sequence[CodebookEntry]], device: torch.device, rounding: float
+    ) -> Codebook | None:
+        """The codebook of edits with these entries, oldest first; ``None`` without any."""
+        start, below = 0, None
+        for known, where, book in self._known:
+            same = len(known) <= len(contents) and where == device and book.rounding == rounding
+            if start < len(known) and same and all(map(is_, known, contents)):
+                start, below = len(known), book
+        new = [entry.to(device) for content in contents[start:] for entry in content]
+        found = build_codebook(new, rounding, below)
+        if found is not None:
+            kept = [one for one in self._known if one[2] is not found][1 - _KEPT :]
+            self._known = [*kept, (list(contents), device, found)]
+        return found
+
 
 class _Values(TypedDict):
     module: str
@@ -72,6 +101,8 @@ class CodebookEdit(MemoryEdit):
         self.module = module
         self.entries = tuple(entries)
         self.replacement = replacement
+        #: Codebooks of stacks on which this edit is the lowest of its family.
+        self._books = CodebookCache()
         layer = find_module(base.model, module)
         if not any(True for _ in chain(layer.parameters(), layer.buffers())):
             raise UnsupportedUseError(f"a codebook needs a module with weights, not '{module}'")
@@ -101,8 +132,7 @@ class CodebookEdit(MemoryEdit):
 
     def _build(self, contents: Sequence[Sequence[CodebookEntry]]) -> RowFunction:
         device = device_of(self.base.model.get_submodule(self.module))
-        entries = [entry.to(device) for content in contents for entry in content]
-        book = build_codebook(entries, state_rounding(self.base.dtype))
+        book = self._books.book(contents, device, state_rounding(self.base.dtype))
         assert book is not None
         family, where = self.family, self.replacement
         widths = book.keys.shape[1], book.values.shape[1]
@@ -156,5 +186,8 @@ def stacked_codebook(
 ) -> Codebook | None:
     """The codebook that the applied edits of a family form, ``None`` where there are none."""
     routes = [effect for effect in base.edits.effects(RouteRows) if effect.family == family]
-    entries = [entry.to(device) for route in routes for entry in route.content]
-    return build_codebook(entries, state_rounding(base.dtype))
+    if not routes:
+        return None
+    lowest: CodebookEdit = routes[0].build.__self__  # type: ignore[attr-defined]
+    contents = [route.content for route in routes]
+    return lowest._books.book(contents, device, state_rounding(base.dtype))

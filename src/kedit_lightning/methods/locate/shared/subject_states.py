@@ -73,11 +73,15 @@ def subject_states(
         tokens: Subject tokens whose inputs are read; a mean is at least float32.
     """
     count = 1 + len(contexts)
-    prefixed = [
-        (r, put_before(p, r.prompt)) for r in requests for p in contexts_of(base, r, contexts)
+    asked = [
+        (number, up_to_subject(base, put_before(context, r.prompt), r.subject, r.image))
+        for number, r in enumerate(requests)
+        for context in contexts_of(base, r, contexts)
     ]
-    rows = [up_to_subject(base, prompt, r.subject, r.image) for r, prompt in prefixed]
-    edits = None if carried is None else [edit for edit in carried for _ in range(count)]
+    # A context that comes again is read once.
+    places = {one: place for place, one in enumerate(dict.fromkeys(asked))}
+    of_request, rows = zip(*places, strict=True)
+    edits = None if carried is None else [carried[number] for number in of_request]
     inputs: dict[str, list[Tensor]] = {name: [] for name in modules}
     outputs: dict[str, list[Tensor]] = {name: [] for name in modules}
     for start in range(0, len(rows), ROWS_PER_PASS):
@@ -86,7 +90,7 @@ def subject_states(
         batch = base.pad(rows[part])
         visits: dict[str, Visit] = {}
         if added is not None:
-            vectors = added[1].repeat_interleave(count, dim=0)[part]
+            vectors = added[1][list(of_request[part])]
             visits[added[0]] = partial(_add, batch.subject_end, vectors)
         with (
             in_force,
@@ -98,10 +102,10 @@ def subject_states(
         for name in modules:
             inputs[name].append(_at_subject(seen.inputs[name], batch, tokens))
             outputs[name].append(_at_subject(seen.outputs[name], batch, "last"))
-    shape = (len(requests), count, -1)
+    shape, order = (len(requests), count, -1), [places[one] for one in asked]
     return SubjectStates(
-        {name: torch.cat(parts).reshape(shape) for name, parts in inputs.items()},
-        {name: torch.cat(parts).reshape(shape) for name, parts in outputs.items()},
+        {name: torch.cat(parts)[order].reshape(shape) for name, parts in inputs.items()},
+        {name: torch.cat(parts)[order].reshape(shape) for name, parts in outputs.items()},
     )
 
 

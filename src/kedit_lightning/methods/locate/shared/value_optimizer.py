@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeAlias
@@ -69,10 +70,13 @@ def divergence(current: Tensor, initial: Tensor) -> Tensor:
     return (current.exp() * (current - initial)).sum(-1)
 
 
-def context_distance(hidden: Tensor) -> Tensor:
-    """``Σ_{i<j} ‖h_i − h_j‖²`` over contexts (CORE). ``[n]`` from ``[n, contexts, hidden]``."""
-    contexts = hidden.shape[1]
-    return contexts * hidden.square().sum((1, 2)) - hidden.sum(1).square().sum(1)
+def context_distance(hidden: Tensor, counts: Tensor) -> Tensor:
+    """``Σ_{i<j} ‖h_i − h_j‖²`` over contexts (CORE), of which each stands there ``counts`` times.
+
+    ``[n]`` from ``[n, contexts, hidden]`` and ``[contexts]``.
+    """
+    weighted = hidden * counts[:, None]
+    return counts.sum() * (weighted * hidden).sum((1, 2)) - weighted.sum(1).square().sum(1)
 
 
 def shortened(vectors: Tensor, limit: Tensor) -> Tensor:
@@ -110,12 +114,21 @@ class _PassResult(NamedTuple):
 
 
 class _ForwardPass:
-    """The rows of some requests in one padded batch: contexts with the answer, "{subject} is a"."""
+    """The rows of some requests in one padded batch: contexts with the answer, "{subject} is a".
+
+    Each context has one row, which counts as often as the context is given.
+    """
 
     def __init__(
-        self, base: BaseModel, site: Site, encoded: Sequence[list[EncodedRow]], monitor: bool
+        self,
+        base: BaseModel,
+        site: Site,
+        encoded: Sequence[list[EncodedRow]],
+        counts: Sequence[int],
+        monitor: bool,
     ) -> None:
-        self.base, self.site, self.contexts = base, site, len(encoded[0]) - 1
+        self.base, self.site, self.contexts = base, site, len(counts)
+        self._counts = torch.tensor(counts, device=base.device)
         later = range(site.resumes_at, len(base.layout)) if monitor else ()
         self.monitored = [base.layout.block_name(block) for block in later]
         rows = [row for request in encoded for row in request]
@@ -129,8 +142,8 @@ class _ForwardPass:
         self._is_essence = number % (self.contexts + 1) == self.contexts
         row, slot = rows.answer_mask.nonzero(as_tuple=True)
         self._answer_request, self._answer_ids = self._request[row], rows.answer_ids[row, slot]
-        share = rows.answer_mask.sum(1)[row] * self.contexts
-        self._share = 1 / share
+        counts = self._counts[number[row] % (self.contexts + 1)]
+        self._share = counts / (rows.answer_mask.sum(1)[row] * self._counts.sum())
         essence = number[self._is_essence]
         self._places = (
             torch.cat([row, essence]),
@@ -172,7 +185,7 @@ class _ForwardPass:
             rows = torch.arange(len(output), device=output.device)
             hidden = output[rows, self.passes.rows.subject_end][~self._is_essence].to(zero)
             hidden = hidden.reshape(self.count, self.contexts, -1)
-            zero = zero + context_distance(hidden) / (len(outputs) * hidden.shape[-1])
+            zero = zero + context_distance(hidden, self._counts) / (len(outputs) * hidden.shape[-1])
         return zero
 
 
@@ -252,7 +265,10 @@ class ValueOptimizer:
         limit = settings.clamp * size if tie is None else tie.radius(size)
         delta = torch.zeros_like(initial) if tie is None else tie.start(initial)
         adam = Adam(settings.lr, torch.zeros_like(delta), torch.zeros_like(delta))
-        forward = _ForwardPass(self.base, self.site, encoded, settings.consistency > 0)
+        counts = [1, *Counter(self.contexts).values()]
+        forward = _ForwardPass(
+            self.base, self.site, encoded, counts, monitor=settings.consistency > 0
+        )
         with torch.no_grad():
             reference = forward.run(torch.zeros_like(delta)).essence
         stopping = EarlyStopping(settings, size[:, 0])
@@ -287,9 +303,9 @@ class ValueOptimizer:
             check_finite(f"target loss of {request.label}", self.site.modules[-1], value)
 
     def _encode(self, request: EditRequest) -> list[EncodedRow]:
-        """Rows of a request: its contexts with the answer, then "{subject} is a"."""
+        """Rows of a request: its contexts with the answer, each once, then "{subject} is a"."""
         base, subject, answer = self.base, request.subject, request.target_new
-        contexts = contexts_of(base, request, self.contexts)
+        contexts = contexts_of(base, request, list(dict.fromkeys(self.contexts)))
         prompts = [put_before(context, request.prompt) for context in contexts]
         rows = [base.encode(prompt, answer, subject, request.image) for prompt in prompts]
         return [*rows, up_to_subject(base, f"{subject} is a", subject)]
