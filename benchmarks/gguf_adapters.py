@@ -5,7 +5,8 @@ r"""Edits exported as adapters, as plain peft and llama.cpp apply them.
     python benchmarks/gguf_adapters.py --llama-cpp llama.cpp
 
 Each stack of edits on `nano` is saved with ``save_adapter``, loaded onto a fresh model with peft,
-and converted with llama.cpp's own ``convert_lora_to_gguf.py`` for llama-cpp-python.  Both answer
+and converted with llama.cpp's own ``convert_lora_to_gguf.py`` for llama-cpp-python, which also
+reads the file of ``save_gguf_adapter``.  All answer
 the questions of the edited facts and their neighbours greedily, from the same token ids; the table
 says how many answers are those of the edited model itself, token by token.
 
@@ -32,7 +33,7 @@ from transformers import AutoModelForCausalLM
 
 from kedit_lightning import BaseModel, Edit
 from kedit_lightning.data import NanoFacts
-from kedit_lightning.edits.export import save_adapter
+from kedit_lightning.edits import save_adapter, save_gguf_adapter
 from kedit_lightning.methods import KN, MEMIT, MEND, ROME
 from kedit_lightning.requests import EditExample
 
@@ -116,16 +117,18 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--llama-cpp", type=Path, required=True, help="a checkout of llama.cpp")
+    parser.add_argument("--questions", type=int, default=60, help="how many are asked")
     given = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     base = BaseModel.load("nano")
     examples = NanoFacts(limit=10, seed=0).examples("test")
-    questions = [probe.prompt for example in examples for probe in example.probes][:60]
-    prompts = [base.encode(question).prompt for question in questions]
+    questions = [probe.prompt for example in examples for probe in example.probes]
+    prompts = [base.encode(question).prompt for question in questions[: given.questions]]
     names = ", ".join(f"{n} {version(n)}" for n in ("torch", "peft", "llama-cpp-python", "gguf"))
     print(f"{len(prompts)} questions, {TOKENS} tokens each; {names}\n")
-    print("| edits | changed answers | peft | llama.cpp |\n|---|---|---|---|")
+    print("| edits | changed answers | peft | llama.cpp, converted | llama.cpp, gguf-lora |")
+    print("|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as root:
         folder, gguf = Path(root, "base"), Path(root, "base.gguf")
         base.model.save_pretrained(folder)
@@ -137,6 +140,7 @@ def main() -> None:
             save_adapter(base, edits, adapter)
             words = (adapter, "--base", folder, "--outfile", converted)
             convert(given.llama_cpp, "convert_lora_to_gguf.py", *words)
+            own = save_gguf_adapter(base, edits, Path(root, f"own{number}.gguf"))
             for edit in edits:
                 edit.apply()
             wanted = of_model(base.model, prompts)
@@ -145,10 +149,11 @@ def main() -> None:
             found = [
                 of_model(PeftModel.from_pretrained(fresh, str(adapter)), prompts),
                 of_llama_cpp(gguf, converted, prompts),
+                of_llama_cpp(gguf, own, prompts),
             ]
             equal = [sum(a == b for a, b in zip(wanted, answers, strict=True)) for answers in found]
             changed = sum(a != b for a, b in zip(wanted, plain, strict=True))
-            print(f"| {name} | {changed} | {equal[0]} | {equal[1]} |", flush=True)
+            print(f"| {name} | {changed} | {' | '.join(map(str, equal))} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ class EditTrainer(Trainer):
                 **kwargs,
             )
         check_callbacks(self.callbacks)  # type: ignore[attr-defined]
-        check_processes(self.world_size)
+        check_processes(self.world_size, self.strategy)
         self.protocol = protocol
         self.output_folder: OutputFolder | None = None
         self.fit_folder = FitFolder(self.default_root_dir, self.checkpoint_callbacks)

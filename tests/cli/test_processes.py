@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from places import ROOT
 from toys import Toy
 
-from kedit_lightning import EditTrainer
+from kedit_lightning import BaseModel, Edit, EditTrainer
 from kedit_lightning.cli.main import main
 from kedit_lightning.errors import UnsupportedUseError
+from kedit_lightning.methods import ROME
 from kedit_lightning.runs.processes import check_processes, processes_here
 
 KEDIT = [str(Path(sys.executable).with_name("kedit"))]
 MODULE = [sys.executable, "-m", "kedit_lightning"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *MODULE[1:]]
+SHARDED = ROOT / "examples" / "sharded_editing.py"
 TWO = ["--trainer.devices", "2"]
 NANO = ["-c", "data/nano_facts", "--data.limit", "5", "--trainer.accelerator", "cpu"]
 
@@ -120,3 +126,31 @@ def test_processes_of_torchrun_are_used_or_refused(monkeypatch):
     check_processes(6)
     with pytest.raises(UnsupportedUseError, match=r"started 6 processes.* is set to 1; .* to 3"):
         EditTrainer(devices=1, accelerator="cpu", logger=False)
+
+
+@pytest.mark.parametrize("strategy", [FSDPStrategy(), ModelParallelStrategy()])
+def test_strategies_that_shard_are_refused(strategy):
+    with pytest.raises(UnsupportedUseError, match=r"not the base model.*sharded_editing\.py"):
+        check_processes(1, strategy)
+
+
+def test_a_trainer_asks_for_its_strategy():
+    with pytest.raises(UnsupportedUseError, match="ModelParallelStrategy shards"):
+        EditTrainer(strategy=ModelParallelStrategy(), accelerator="cpu", logger=False)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(6 * SECONDS)
+def test_a_sharded_model_is_edited_as_a_whole_one(tmp_path, monkeypatch):
+    """ROME on nano, sharded over two processes: the edit of one process, bit for bit."""
+    base, fact = BaseModel.load("nano"), runpy.run_path(str(SHARDED))["FACT"]
+    whole = ROME(base_model=base).edit([fact])
+    monkeypatch.setenv("EDITS", str(tmp_path))
+    done = run([*TORCHRUN[:5], str(SHARDED)])
+    assert done.stdout.count("' Rome") == 1
+    assert f"edit {whole.id}, part" in done.stdout
+    size = base.model.model.layers[0].mlp.down_proj.weight.numel()
+    assert done.stdout.strip().endswith(f"part {size // 2}")
+    saved = Edit.load(tmp_path / "edit.safetensors", base)
+    assert all(torch.equal(a, b) for a, b in zip(
+        saved.deltas().values(), whole.deltas().values(), strict=True))  # fmt: skip

@@ -27,6 +27,7 @@ LIMITS = {
     "edit_reader.py": 60,
     "lora_method.py": 60,
     "metric_plugin.py": 40,
+    "sharded_editing.py": 25,
     "subject_keys.py": 15,
 }
 SILENT = {
