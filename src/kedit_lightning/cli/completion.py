@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -10,6 +11,7 @@ from typing import get_args
 from jsonargparse import ArgumentParser, set_parsing_settings
 from torch import Tensor
 
+from kedit_lightning.cli.main import LISTS, REPORTS
 from kedit_lightning.cli.messages import UsageError
 from kedit_lightning.errors import MissingExtraError
 from kedit_lightning.registry import Kind, entries
@@ -37,6 +39,17 @@ def completion_script(parser: ArgumentParser, arguments: Sequence[str]) -> str:
     # Libraries of quantised weights derive many classes from Tensor: to list what each takes, in
     # every option that may be a tensor, would take minutes.
     set_parsing_settings(subclasses_disabled=[Tensor])
+    _add_other_commands(parser)
     script = str(parser.get_completion_script(f"shtab-{arguments[0]}"))
     names = "|".join(name for kind in get_args(Kind) for name in entries(kind))
     return re.sub(rf"\bkedit_lightning\.\w+\.({names})\b(?!\.)", r"\1", script)
+
+
+def _add_other_commands(parser: ArgumentParser) -> None:
+    """Let scripts know the commands that run nothing by name, with the files they take."""
+    commands = next(action for action in parser._actions if hasattr(action, "add_subcommand"))
+    for name in sorted([*REPORTS, *LISTS, "completion"]):
+        other = ArgumentParser(description=f"See `kedit --help` for what {name} does.")
+        if name in REPORTS:
+            other.add_argument("path", nargs="*", type=os.PathLike)
+        commands.add_subcommand(name, other)
