@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 import threading
+import warnings
 from pathlib import Path
 
 import edit_kinds
@@ -87,6 +88,52 @@ def test_fingerprints_are_those_of_the_weights_now(change):
     assert after[0] != before[0]
     assert after[1] != before[1]
     assert after == (model_fingerprint(model), full_fingerprint(model))
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing")
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_an_edit_at_hand_says_that_the_weights_are_others_now(change, tmp_path):
+    base = copy.deepcopy(tiny_base("llama"))
+    edit = edit_kinds.low_rank(base)
+    edit.origin = dataclasses.replace(edit.origin, method="ROME", fingerprint=base.fingerprint)
+    with edit:
+        pass
+    change(base.model)
+    with pytest.warns(UserWarning, match="ROME was computed for other weights .* has now"):
+        edit.apply()
+    edit.rollback()
+    forced = Edit.load(edit.save(tmp_path / "edit.safetensors"), base, force=True)
+    with forced, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        forced.rollback()
+        forced.apply()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("copied", [True, False], ids=["copied", "new"])
+def test_the_model_itself_follows_a_module_that_was_swapped(kind, copied):
+    base = BaseModel(copy.deepcopy(tiny_model("llama")), tiny_base("llama").tokenizer)
+    rows = base.rows(PROMPTS)
+    clean = base.forward(rows).logits
+    edit = getattr(edit_kinds, kind)(base).apply()
+    edited = base.forward(rows).logits
+    for name in filter(None, base.edits.modules):  # not the model itself
+        owner, _, own = name.rpartition(".")
+        parent, old = base.model.get_submodule(owner), base.model.get_submodule(name)
+        if copied:
+            setattr(parent, own, copy.deepcopy(old))  # with its hook
+        elif isinstance(old, torch.nn.Linear):
+            new = torch.nn.Linear(old.in_features, old.out_features, bias=False)
+            new.weight = old.weight
+            setattr(parent, own, new)
+    with pytest.warns(UserWarning, match="another module is now in the place of"):
+        again = base.model(**rows.inputs).logits
+    assert torch.equal(again, edited)
+    edit.rollback()
+    assert torch.equal(base.model(**rows.inputs).logits, clean)
+    with edit_kinds.low_rank(base):  # no hook of the other edit came along with a copy
+        assert len(base.edits) == 1
+    assert not any(module._forward_hooks for module in base.model.modules())
 
 
 def test_one_changed_value_changes_the_full_fingerprint_and_refuses_old_edits(tmp_path):

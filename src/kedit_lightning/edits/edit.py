@@ -19,7 +19,12 @@ from kedit_lightning.edits.edit_file import content_id, read_edit, write_edit
 from kedit_lightning.edits.effects import AddToOutput, E, Effect, KeepMemory, of_type
 from kedit_lightning.edits.expert_projection import ExpertProjection
 from kedit_lightning.edits.materialisation import materialise
-from kedit_lightning.edits.origin import EditOrigin, IdentifiedModel, check_same_base
+from kedit_lightning.edits.origin import (
+    EditOrigin,
+    IdentifiedModel,
+    check_same_base,
+    warn_of_other_weights,
+)
 from kedit_lightning.edits.projections import find_module
 from kedit_lightning.edits.stack_chain import StackMark
 from kedit_lightning.errors import (
@@ -109,6 +114,8 @@ class Edit(ABC):
         #: What it was solved from, if that is kept: no part of the edit, nor of its file.
         self.equations: Tensors | None = None
         self._id: str | None = None
+        #: Fingerprint of other weights than those it was made for, which the user let it act on.
+        self._accepted_for: str | None = None
         #: For each ``with`` block that is open, whether the edit was applied before it.
         self._applied_before: list[bool] = []
 
@@ -202,6 +209,8 @@ class Edit(ABC):
     def apply(self) -> Edit:
         """Put the edit on the stack; does nothing if it is there already."""
         if not self.applied:
+            if self._accepted_for is None or self._accepted_for != self.base.fingerprint:
+                warn_of_other_weights(self.origin, self.base)
             self.base.edits.push(self)
         return self
 
@@ -213,7 +222,9 @@ class Edit(ABC):
     def rebuilt_on(self, base: EditableModel) -> Edit:
         """The same edit for a base model on a copy of the model."""
         tensors, values = self.state()
-        return self.from_state(base, self.origin, tensors, values)
+        twin = self.from_state(base, self.origin, tensors, values)
+        twin._accepted_for = self._accepted_for
+        return twin
 
     def __enter__(self) -> Edit:
         before = self.applied
@@ -270,6 +281,7 @@ class Edit(ABC):
                 f"{path} is no whole edit of kind {reprlib.repr(header['kind'])}, or does not fit "
                 f"'{base.name}': {reason}"
             ) from error
+        edit._accepted_for = base.fingerprint if force else None
         return edit
 
     def __repr__(self) -> str:

@@ -220,6 +220,9 @@ class HookedStack(Protocol):
     def described(self) -> str:
         """How many edits there are, and their ids."""
 
+    def follow_modules(self) -> None:
+        """Move hooks to the modules that somebody has put in the place of hooked ones."""
+
 
 class StackHook:
     """A registered forward hook, which acts while the stack that it leads to does.
@@ -246,9 +249,35 @@ class StackHook:
         )
 
 
+class EntryHook(StackHook):
+    """A registered hook before a forward pass: the stack sees to it that its hooks still stand.
+
+    It acts on no module itself.  Compiled code leaves it out, as modules are part of that code.
+    """
+
+    def __init__(self, stack: HookedStack) -> None:
+        super().__init__(stack, lambda *call: None)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any = None) -> None:
+        """Let the stack look at the modules."""
+        if not torch.compiler.is_compiling():
+            self.stack.follow_modules()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> EntryHook:
+        return EntryHook(copy.deepcopy(self.stack, memo))
+
+
 def stack_hooks(model: nn.Module) -> Iterator[StackHook]:
     """All hooks of stacks of edits on a model and its parts."""
     for module in model.modules():
         for hook in module._forward_hooks.values():
             if isinstance(hook, StackHook):
                 yield hook
+
+
+def drop_hooks(modules: Iterable[nn.Module], stack: HookedStack) -> None:
+    """Take all hooks of a stack off modules, also those that came along with a copied module."""
+    for module in modules:
+        for key, hook in list(module._forward_hooks.items()):
+            if isinstance(hook, StackHook) and hook.stack is stack:
+                del module._forward_hooks[key]

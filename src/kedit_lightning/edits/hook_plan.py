@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeAlias
 
@@ -135,6 +135,17 @@ class HookPlan:
             find_module(model, name, adapted=not _changes_weights_alone(hook))
             for name, hook in self.hooks
         ]
+
+    def renewed(self, fresh: HookPlan) -> HookPlan:
+        """The same plan with hooks made anew where they depend on the module they are on.
+
+        Readers of states stay, since other hooks use what they read.
+        """
+        pairs = zip(self.hooks, fresh.hooks, strict=True)
+        stays = (partial, LogitsHook)
+        return replace(
+            self, hooks=[old if isinstance(old[1], stays) else new for old, new in pairs]
+        )
 
     @classmethod
     def of(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
@@ -114,3 +115,14 @@ def check_same_base(what: str, origin: EditOrigin, base: IdentifiedModel) -> Non
                 "dtype, or if you know that they agree, load the edit all the same: --force of "
                 "`kedit predict`, force=True in Python"
             )
+
+
+def warn_of_other_weights(origin: EditOrigin, base: IdentifiedModel) -> None:
+    """Warn of an edit whose base model was trained, merged or cast since it was computed."""
+    if origin.fingerprint and origin.fingerprint != (here := base.fingerprint):
+        warnings.warn(
+            f"an edit by {origin.method} was computed for other weights than '{base.name}' has now "
+            f"(fingerprint {origin.fingerprint}, now {here}); its scores may differ from those "
+            "reported for it",
+            stacklevel=3,
+        )

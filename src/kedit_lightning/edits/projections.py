@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from kedit_lightning.edits.expert_projection import ExpertProjection, places_of_experts
 from kedit_lightning.edits.experts import routed_experts
-from kedit_lightning.errors import UnsupportedUseError
+from kedit_lightning.errors import UnsupportedUseError, article_list
+
+#: Where a module stands: the modules beside it by name, its own name, and the module.
+Place: TypeAlias = tuple[Mapping[str, nn.Module | None], str, nn.Module]
 
 
 def is_transposed(module: nn.Module) -> bool:
@@ -132,9 +136,7 @@ def expert_projection(model: nn.Module, name: str) -> ExpertProjection | None:
     return None
 
 
-def places_of(
-    model: nn.Module, names: Iterable[str]
-) -> list[tuple[Mapping[str, nn.Module | None], str, nn.Module]]:
+def places_of(model: nn.Module, names: Iterable[str]) -> list[Place]:
     """Where modules and those around them stand: siblings by name, own name, and the module."""
     places = {}
     for name in names:
@@ -144,6 +146,20 @@ def places_of(
             places[parent, part] = (parent._modules, part, module)
             parent = module
     return list(places.values())
+
+
+def have_moved(places: Iterable[Place]) -> bool:
+    """Whether another module stands in one of the places."""
+    return any(siblings.get(name) is not module for siblings, name, module in places)
+
+
+def warn_of_moved(names: Sequence[str], edits: str) -> None:
+    """Say that edits act on other modules than they did."""
+    warnings.warn(
+        f"another module is now in the place of {article_list(names, 3)}, which {edits} change; "
+        "they act on it from here on",
+        stacklevel=4,
+    )
 
 
 def check_editable(model: nn.Module, name: str) -> nn.Module:

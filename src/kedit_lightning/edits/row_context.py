@@ -203,6 +203,12 @@ class ContextTracker:
         memo[id(self)] = twin
         return twin
 
+    def encoders(self) -> list[nn.Module]:
+        """The encoder of a model that has one, which ``generate`` calls before the model."""
+        if not self.is_encoder_decoder:
+            return []
+        return [self._model.get_encoder()]  # type: ignore[operator]
+
     def register(self, with_encoder: bool, decides: bool) -> list[RemovableHandle]:
         """Register the hooks.
 
@@ -212,8 +218,7 @@ class ContextTracker:
         """
         self._decides = decides
         handles = []
-        if with_encoder and self.is_encoder_decoder:
-            encoder: nn.Module = self._model.get_encoder()  # type: ignore[operator]
+        for encoder in self.encoders() if with_encoder else []:
             handles = [
                 encoder.register_forward_pre_hook(self.enter_encoder, with_kwargs=True),
                 encoder.register_forward_hook(self.leave_encoder, always_call=True),

@@ -17,10 +17,10 @@ from kedit_lightning.edits.compilation import forget_compiled_code
 from kedit_lightning.edits.edit import Edit, EditableModel
 from kedit_lightning.edits.effects import E, RouteRows, of_type
 from kedit_lightning.edits.folded_prefix import FoldedPrefix
-from kedit_lightning.edits.forward_hooks import StackHook, stack_hooks
+from kedit_lightning.edits.forward_hooks import EntryHook, StackHook, drop_hooks, stack_hooks
 from kedit_lightning.edits.generation_bounds import BoundedGenerate
 from kedit_lightning.edits.hook_plan import HookPlan, effects_of
-from kedit_lightning.edits.projections import places_of
+from kedit_lightning.edits.projections import have_moved, places_of, warn_of_moved
 from kedit_lightning.edits.prompt_rewriting import rewritten
 from kedit_lightning.edits.row_context import ContextTracker, RowContext
 from kedit_lightning.edits.saved_weights import EditedSave
@@ -40,8 +40,7 @@ class EditStack:
     waits until a pass is over.
 
     A module that is put in the place of a changed one is noticed, and said, by the next call of the
-    base model (``forward``, ``generate``) or change of the stack.  The model itself does not tell:
-    a bare ``base.model(...)`` before that runs without the change.
+    model or change of the stack.
 
     Args:
         model: The model; :meth:`of` gives the stack that it has already.
@@ -117,7 +116,7 @@ class EditStack:
         twin._model, twin._active, twin.lock = model, True, threading.RLock()
         twin._prefix = FoldedPrefix(model)
         twin._tracker = copy.deepcopy(self._tracker, memo)
-        twin._handles = copy.deepcopy(self._handles, memo)
+        twin._handles, twin._places = copy.deepcopy(self._handles, memo), []
         return twin
 
     def __copy__(self) -> EditStack:
@@ -283,7 +282,7 @@ class EditStack:
     def prompts_end_at(self, columns: Tensor) -> Iterator[None]:
         """Inside, forward passes have prompts that end at these columns. Shape ``[batch]``."""
         with self.lock:
-            self._follow_modules()
+            self.follow_modules()
             before, self._tracker.prompt_ends = self._tracker.prompt_ends, columns
             try:
                 yield
@@ -305,20 +304,29 @@ class EditStack:
         rewrites = self._plan.prompts if self._active else ()
         return rewritten(prompt, rewrites, room, images if rewrites else ())
 
-    def _follow_modules(self) -> None:
+    def follow_modules(self) -> None:
         """Move hooks to the modules that somebody has put in the place of hooked ones."""
-        if all(siblings.get(name) is module for siblings, name, module in self._places):
+        if not have_moved(self._places):
             return
+        effects = self._prefix.effects(self._edits)
+        fresh = HookPlan.of(self._model, effects, self._carried, self._silent)
+        self._plan, before = self._plan.renewed(fresh), self._hooked
+        self._hooked = self._plan.modules(self._model)
         self._places = places_of(self._model, self._plan.names)
-        hooked = zip(self._plan.names, self._plan.modules(self._model), self._hooked, strict=True)
-        new = [name for name, module, before in hooked if module is not before]
-        if new:
-            warnings.warn(
-                f"another module is now in the place of {article_list(new, 3)}, which "
-                f"{self.described} change; they act on it from here on",
-                stacklevel=3,
-            )
-            self._change(self._edits)
+        moved = [n for n, module in enumerate(self._hooked) if module is not before[n]]
+        if not moved:
+            return
+        warn_of_moved([self._plan.names[n] for n in moved], self.described)
+        with self.lock:
+            drop_hooks([self._hooked[n] for n in moved], self)
+            for n in moved:  # hooks of the model itself stay: it may be inside a call
+                self._handles[n].remove()
+                self._handles[n] = self._hook(n)
+            forget_compiled_code(self._model)
+
+    def _hook(self, n: int) -> RemovableHandle:
+        """Register one hook of the plan."""
+        return self._hooked[n].register_forward_hook(StackHook(self, self._plan.hooks[n][1]))
 
     def _change(self, edits: list[Edit], carried: list[Edit | None] | None = None) -> None:
         """Make ``edits`` the stack; on failure the old stack stays in force."""
@@ -327,13 +335,14 @@ class EditStack:
         with self.lock:
             for handle in self._handles:
                 handle.remove()
+            if have_moved(self._places):
+                drop_hooks(self._model.modules(), self)
             self._edits, self._carried, self._plan = edits, carried, plan
             self._hooked = plan.modules(self._model)
             self._places = places_of(self._model, plan.names)
-            self._handles = [
-                module.register_forward_hook(StackHook(self, hook))
-                for module, (_, hook) in zip(self._hooked, plan.hooks, strict=True)
-            ]
+            self._handles = [self._hook(n) for n in range(len(plan.hooks))]
+            entries = [self._model, *self._tracker.encoders()] if plan.names else []
+            self._handles += [e.register_forward_pre_hook(EntryHook(self)) for e in entries]
             if plan.reads_rows:
                 # After the other hooks, so that the context is open when those of the model run.
                 self._handles += self._tracker.register(plan.reads_states, plan.decides)
