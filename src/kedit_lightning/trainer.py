@@ -252,7 +252,7 @@ class EditTrainer(Trainer):
         facts = HeldFacts.of(records, datamodule, whole=self.world_size == 1)
         if folder is not None:
             self._edits = saved_edits(folder.path, method.base, export, export_rank)
-        tell(facts.concluded(ways_out(method.settings), strict))
+        tell(facts.concluded(ways_out(method.settings, method.writes_facts), strict))
         return self._edits
 
     def predict(

@@ -119,10 +119,11 @@ def check_same_base(what: str, origin: EditOrigin, base: IdentifiedModel) -> Non
 
 def warn_of_other_weights(origin: EditOrigin, base: IdentifiedModel) -> None:
     """Warn of an edit whose base model was trained, merged or cast since it was computed."""
-    if origin.fingerprint and origin.fingerprint != (here := base.fingerprint):
+    made = origin.fingerprint if origin.method else ""  # one made by hand is for any weights
+    if made and made != (here := base.fingerprint):
         warnings.warn(
             f"an edit by {origin.method} was computed for other weights than '{base.name}' has now "
-            f"(fingerprint {origin.fingerprint}, now {here}); its scores may differ from those "
+            f"(fingerprint {made}, now {here}); its scores may differ from those "
             "reported for it",
             stacklevel=3,
         )

@@ -39,8 +39,7 @@ class EditStack:
     every change: there is no other state.  Blocks and changes hold ``lock``, so that another thread
     waits until a pass is over.
 
-    A module that is put in the place of a changed one is noticed, and said, by the next call of the
-    model or change of the stack.
+    A module put in the place of a changed one is noticed, and said, by the next call of the model.
 
     Args:
         model: The model; :meth:`of` gives the stack that it has already.

@@ -11,6 +11,7 @@ from support import REQUESTS, tiny_base
 from tiny_decoders import tiny_decoder
 
 from kedit_lightning import BaseModel, Edit, EditTrainer
+from kedit_lightning.data import Requests
 from kedit_lightning.edits.kinds.decoding.layer_contrast import (
     EXCLUDED,
     candidate_tokens,
@@ -19,7 +20,7 @@ from kedit_lightning.edits.kinds.decoding.layer_contrast import (
     jensen_shannon,
     reversed_jensen_shannon,
 )
-from kedit_lightning.errors import EditFileError, UnsupportedUseError
+from kedit_lightning.errors import EditFileError, FactsNotWrittenWarning, UnsupportedUseError
 from kedit_lightning.methods import DeCo, DoLa
 from kedit_lightning.methods.decoding.dola import bucket
 from kedit_lightning.methods.decoding.shared.decoding_method import logit_scaling
@@ -251,6 +252,17 @@ def test_facts_are_noted_and_not_missed():
     edit = DoLa(base).edit(REQUESTS)
     assert len(edit.origin.requests) == len(REQUESTS)
     assert edit.origin.notes["layers"] == bucket("high", len(base.layout), tied=True)
+
+
+def test_a_run_on_facts_says_that_none_is_written(tmp_path, capsys):
+    path = tmp_path / "facts.jsonl"
+    path.write_text('{"prompt": "The capital of Peru is", "target_new": "Norway"}\n')
+    trainer = EditTrainer(accelerator="cpu", enable_progress_bar=False)
+    with pytest.warns(FactsNotWrittenWarning, match="1 of 1 facts do not hold"):
+        trainer.edit(DoLa(tiny_base("llama", dtype=torch.float32)), Requests(path=path))
+    last = capsys.readouterr().out.strip().splitlines()[-1]
+    assert "writes no facts: take one that does" in last
+    assert "another layer" not in last
 
 
 def test_a_file_that_reads_no_layer_is_refused():

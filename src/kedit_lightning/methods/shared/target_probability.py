@@ -88,12 +88,18 @@ def warn_of_unwritten(
         )
 
 
-def ways_out(settings: object) -> str:
+def ways_out(settings: object, writes_facts: bool = True) -> str:
     """What to try where facts do not hold, by the settings of the method.
 
     Args:
         settings: A dataclass.
+        writes_facts: Whether the method does, rather than change how any answer is chosen.
     """
+    if not writes_facts:
+        return (
+            "this method chooses tokens in another way and writes no facts: take one that does, "
+            "such as FTM, or measure what it changes with `kedit test`"
+        )
     names = {field.name for field in fields(settings)}  # type: ignore[arg-type]
     ways: list[str] = []
     if layer := names & {"layer", "layers"}:
