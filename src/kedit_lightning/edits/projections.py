@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import Any, TypeAlias
 
@@ -153,7 +153,7 @@ def have_moved(places: Iterable[Place]) -> bool:
     return any(siblings.get(name) is not module for siblings, name, module in places)
 
 
-def warn_of_moved(names: Sequence[str], edits: str) -> None:
+def warn_of_moved(names: list[str], edits: str) -> None:
     """Say that edits act on other modules than they did."""
     warnings.warn(
         f"another module is now in the place of {article_list(names, 3)}, which {edits} change; "
