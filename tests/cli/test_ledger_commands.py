@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -23,6 +24,7 @@ from kedit_lightning.data import NanoFacts, Requests
 from kedit_lightning.errors import EditOrderError, InvalidRequestError, UnsupportedUseError
 from kedit_lightning.methods import FTM, MEMIT
 from kedit_lightning.runs import Ledger
+from kedit_lightning.runs.ledger_stream import ledger_stream
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*facts? stands? in",
@@ -120,6 +122,11 @@ def test_facts_are_compared_before_anything_is_computed(
 def test_edits_apart_from_each_other_are_refused(base: BaseModel, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedUseError, match="stand on each other"):
         write(base, tmp_path / "ledger", facts(tmp_path, FACTS), mode="single")
+    with (
+        pytest.raises(UnsupportedUseError, match="written by one process, and the run has 2"),
+        ledger_stream(tmp_path / "ledger", None, None, processes=2),
+    ):
+        pass
     with pytest.raises(UnsupportedUseError, match="leave out --output"):
         EditTrainer(accelerator="cpu").edit(
             FTM(base_model=base, **SETTINGS),
@@ -217,11 +224,15 @@ def test_thirty_facts(base: BaseModel, tmp_path: Path) -> None:
 
 
 KEDIT = str(Path(sys.executable).with_name("kedit"))
+#: How often the command is killed.
+KILLS = int(os.environ.get("KEDIT_KILLS", "2"))
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_a_killed_command_is_given_again(tmp_path: Path) -> None:
-    """Killed while it writes, and given again, it ends like an unbroken one."""
+    """Killed at random moments, and given again each time, it ends like an unbroken one."""
+    chance = random.Random(0)
 
     def start(name: str) -> subprocess.Popen[bytes]:
         line = [KEDIT, "edit", "-c", "methods/memit", "-c", "data/nano_facts", "--data.limit=6"]
@@ -235,12 +246,18 @@ def test_a_killed_command_is_given_again(tmp_path: Path) -> None:
         return file.read_bytes().count(b"\n") if file.is_file() else 0
 
     assert start("whole").wait(300) == 0
-    process = start("killed")
-    while process.poll() is None and lines("killed") < 3:
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert 3 <= lines("killed") < 6
+    killed_after = []
+    for _ in range(KILLS):
+        goal = min(lines("killed") + chance.randint(0, 1 + 6 // KILLS), 5)
+        process = start("killed")
+        while process.poll() is None and lines("killed") < goal:
+            time.sleep(0.001)
+        time.sleep(chance.random() * (0.05 if goal else 5))
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        killed_after.append(lines("killed"))
+    assert killed_after == sorted(killed_after)
+    assert killed_after[-1] < 6
     assert start("killed").wait(300) == 0
     whole, killed = (Ledger(tmp_path / name) for name in ("whole", "killed"))
     assert [line.id for line in killed.lines] == [line.id for line in whole.lines]

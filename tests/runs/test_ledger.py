@@ -276,15 +276,16 @@ def test_changed_lines_are_noticed(ledger: Ledger, change: str) -> None:
 def test_changed_files_are_noticed(ledger: Ledger, base: BaseModel) -> None:
     paths = [ledger.edit_path(saved.id) for saved in ledger.standing.values()]
     shutil.copy(paths[0], paths[1])
-    with pytest.raises(EditFileError, match="content has changed"):
+    named = rf"edit {paths[1].stem} of line 2, 'Marie Curie was born in' -> ' ?Berlin'"
+    with pytest.raises(EditFileError, match=f"names, {named}: its content has changed"):
         ledger.edits(base)
     paths[1].unlink()
-    with pytest.raises(EditFileError, match="is absent"):
+    with pytest.raises(EditFileError, match=f"with {named}, is absent"):
         Ledger(ledger.path).edits(base)
 
 
 def test_one_process_writes_at_a_time(ledger: Ledger, method: FTM) -> None:
-    with ledger.writing(), pytest.raises(OutputFolderError, match="in use"):
+    with ledger.writing(), pytest.raises(OutputFolderError, match=r"in use.*with --ledger"):
         Ledger(ledger.path).append(method, [REQUESTS[3]])
 
 

@@ -21,12 +21,13 @@ _LOCK, _OWNER = ".lock", ".owner.json"
 
 
 @contextmanager
-def claimed(path: Path, create: bool) -> Iterator[None]:
+def claimed(path: Path, create: bool, option: str = "--output") -> Iterator[None]:
     """Claim a folder for this process; inside, no other process can.
 
     Args:
         path: The folder.
         create: Make the folder where there is none.
+        option: What names the folder on the command line.
 
     Raises:
         OutputFolderError: Another run has claimed it, or it cannot be written to.
@@ -43,7 +44,7 @@ def claimed(path: Path, create: bool) -> Iterator[None]:
     except Timeout as error:
         raise OutputFolderError(
             f"{path} is in use by another run ({_owner(path)}); wait for its end, or name another "
-            "folder with --output"
+            f"folder with {option}"
         ) from error
     except (OSError, NotImplementedError, ValueError) as error:
         raise OutputFolderError(

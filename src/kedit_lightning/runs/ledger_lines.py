@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeAlias, TypeVar
@@ -290,16 +290,22 @@ def advance(found: dict[int, SavedEdit], line: Line) -> None:
         found |= {int(number): edit for number, edit in line.edits.items()}
 
 
-def checked_file(path: Path, sha256: str) -> Path:
+def checked_file(path: Path, sha256: str, named: Callable[[], str]) -> Path:
     """The path of a file, once its content is what the ledger says.
+
+    Args:
+        path: The file.
+        sha256: Hash of its content.
+        named: Gives words for what it holds.
 
     Raises:
         EditFileError: It is absent, or has changed.
     """
     if not path.is_file():
-        raise EditFileError(f"{path}, which the ledger names, is absent; put back a copy of it")
+        raise EditFileError(f"{path}, with {named()}, is absent; put back a copy of it")
     if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
         raise EditFileError(
-            f"{path} is not what the ledger names: its content has changed; put back a copy of it"
+            f"{path} is not what the ledger names, {named()}: its content has changed; put back a "
+            "copy of it"
         )
     return path

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -192,7 +192,7 @@ class LedgerRecord:
         """
         held = self._loaded.get(saved.id)
         if held is None or held.base is not base:
-            path = checked_file(self.edit_path(saved.id), saved.sha256)
+            path = checked_file(self.edit_path(saved.id), saved.sha256, self._named(saved))
             # Its identity follows from all weights of the model, so it is asked for once.
             held = Edit.load(path, base, force or bool(checked))
             if held.id != saved.id:
@@ -204,6 +204,20 @@ class LedgerRecord:
             self._loaded[saved.id] = held
         return held
 
+    def _named(self, saved: SavedEdit) -> Callable[[], str]:
+        """Gives words for the line of an edit and its facts, for messages."""
+
+        def words() -> str:
+            for number, known in self.state.standing.items():
+                if known == saved:
+                    facts = [
+                        f"{r.prompt!r} -> {r.target_new!r}" for r in self._added(number).requests
+                    ]
+                    return f"edit {saved.id} of line {number}, {article_list(facts, 3)}"
+            return f"edit {saved.id}"
+
+        return words
+
     @contextmanager
     def writing(self) -> Iterator[None]:
         """Inside, no other process writes to the ledger, and its lines are those on disk.
@@ -214,7 +228,7 @@ class LedgerRecord:
         if self._held:
             yield
             return
-        with claimed(self.path, create=True):
+        with claimed(self.path, True, "--ledger"):
             self.lines, self._held = self._read.follow(self.file), True
             try:
                 yield

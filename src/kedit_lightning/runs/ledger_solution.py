@@ -53,7 +53,7 @@ def read_equations(path: Path, saved: SavedEdit) -> dict[str, Tensor]:
         EditFileError: The file is absent, or has changed.
     """
     try:
-        return load_file(checked_file(path, saved.equations))
+        return load_file(checked_file(path, saved.equations, lambda: f"equations of {saved.id}"))
     except (SafetensorError, OSError) as error:
         raise EditFileError(f"{path} cannot be read: {error}") from error
 

@@ -100,7 +100,11 @@ class LedgerStream:
 
 @contextmanager
 def ledger_stream(
-    path: str | Path | None, method: Any, data: Any, others: Sequence[object] = ()
+    path: str | Path | None,
+    method: Any,
+    data: Any,
+    others: Sequence[object] = (),
+    processes: int = 1,
 ) -> Iterator[None]:
     """Inside, edits are computed on top of those of a ledger, and written into it.
 
@@ -109,6 +113,7 @@ def ledger_stream(
         method: The editing method, to whose run the ledger is attached.
         data: Where the facts come from.
         others: Options that keep edits elsewhere, which must be absent.
+        processes: Number of processes of the run.
 
     Raises:
         UnsupportedUseError: There are such options, or each fact gets an edit of its own.
@@ -122,6 +127,12 @@ def ledger_stream(
             "--ledger keeps the edits itself, goes on where a run was ended when the command is "
             "given again, and takes fitted methods by --model.checkpoint; leave out --output, "
             "--resume, --export and --ckpt_path (`kedit export` writes the edited model)"
+        )
+    if processes > 1:
+        raise UnsupportedUseError(
+            f"a ledger is written by one process, and the run has {processes}; leave out "
+            "--trainer.devices and --trainer.num_nodes, or start it without torchrun (one process "
+            "computes the edits of a sequence in any case)"
         )
     if not isinstance(data, EditDataModule):
         raise UnsupportedUseError("a ledger needs facts of a data module, such as Requests")
