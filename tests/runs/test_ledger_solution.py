@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -223,3 +224,54 @@ def test_changed_equations_are_noticed(tmp_path: Path) -> None:
     paths[2].unlink()
     with pytest.raises(EditFileError, match="is absent"):
         ledger.revert(1, base, methods=[method])
+
+
+# ---- random sequences, and growth
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_random_sequences_of_solved_reverts(seed: int, tmp_path: Path) -> None:
+    """Methods that edit one layer, in turn: what stands is the stream of the same targets."""
+    base, chance, found = tiny_base("gpt2"), random.Random(seed), dict[str, Any]()
+    methods = [one_layer(name, base) for name in ("ROME", "MEMIT", "AlphaEdit", "EMMET", "PMET")]
+    subjects = ("Marie Curie", "Lyon", "Oslo")
+    ledger, made = Ledger(tmp_path / "ledger"), dict[int, tuple[Any, EditRequest]]()
+    with targets_kept(found, given=False):
+        for step in range(14):
+            if step > 3 and chance.random() < 0.4:
+                number = chance.choice(list(ledger.standing))
+                ledger.revert(number, base, later="solve", methods=methods)
+                del made[number]
+                ledger = Ledger(shutil.copytree(ledger.path, tmp_path / str(step)))
+                continue
+            subject = chance.choice(subjects)
+            fact = EditRequest(f"{subject} has the number {step} in", "Rome", subject)
+            method = chance.choice(methods)
+            made[ledger.append(method, [fact]).number] = method, fact
+    fresh = Ledger(tmp_path / "fresh")
+    with targets_kept(found, given=True):
+        for method, fact in made.values():
+            fresh.append(method, [fact])
+    assert close(deltas(ledger, base), deltas(fresh, base))
+    with fresh.applied(base):
+        expected = answers(base)
+    with ledger.applied(base):
+        assert torch.allclose(answers(base), expected, rtol=0, atol=1e-8)
+
+
+@pytest.mark.slow
+def test_what_an_append_writes_does_not_grow(tmp_path: Path) -> None:
+    base = tiny_base("gpt2")
+    method, ledger, sizes = one_layer("MEMIT", base), Ledger(tmp_path / "ledger"), list[int]()
+    with ledger.applied(base):
+        for number in range(90):
+            subject, before = f"Person {number:03d}", total(ledger.path)
+            line = ledger.append(method, [EditRequest(f"{subject} lives in", "Rome", subject)])
+            ledger.load(line.edit, base).apply()
+            sizes.append(total(ledger.path) - before)
+    assert max(sizes[-20:]) <= 1.01 * min(sizes[10:30])
+
+
+def total(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
