@@ -239,8 +239,7 @@ class EditTrainer(Trainer):
         """
         datamodule = data_source("edit", None, datamodule)[1]
         runs.check_export(export, as_edit_method(model).can, output or resume, export_rank)
-        self._edits, self._records = [], []
-        others = (output, resume, export, ckpt_path)
+        self._edits, self._records, others = [], [], (output, resume, export, ckpt_path)
         with (
             self._running("edit", model, datamodule, ckpt_path, output, resume) as method,
             ledger_stream(ledger, method, datamodule, others, self.world_size),
