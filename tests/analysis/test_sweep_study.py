@@ -87,6 +87,13 @@ def test_an_objective_that_no_run_has_ends_the_sweep(tmp_path: Path) -> None:
     assert len(study(tmp_path).outcomes()) == 1
 
 
+def test_a_sampler_that_fails_ends_the_sweep(tmp_path: Path) -> None:
+    sweep = study(tmp_path, trials=3)
+    with pytest.raises(ValueError, match="low"):
+        sweep.work({"x": Range(2.0, 1.0)}, value, lambda outcome: None, lambda others: None)
+    assert len(sweep.outcomes()) == 1
+
+
 @pytest.mark.parametrize("pruner", ["median", "halving", "none"])
 def test_poor_trials_are_pruned(tmp_path: Path, pruner: Any) -> None:
     def measure(number: int, chosen: dict[str, Any], report: Any) -> tuple[float, str]:

@@ -55,9 +55,12 @@ def sampler_of(budget: Budget, slot: int) -> BaseSampler:
     seed = int(np.random.SeedSequence((budget.seed, slot)).generate_state(1)[0])
     if budget.sampler == "random":
         return RandomSampler(seed=seed)
-    return TPESampler(
-        seed=seed, n_startup_trials=budget.startup, multivariate=False, constant_liar=True
-    )
+    with warnings.catch_warnings():
+        # Before 5.0, Optuna calls it an experiment to take running trials into account.
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        return TPESampler(
+            seed=seed, n_startup_trials=budget.startup, multivariate=False, constant_liar=True
+        )
 
 
 def pruner_of(budget: Budget) -> BasePruner:

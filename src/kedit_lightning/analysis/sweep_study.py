@@ -167,6 +167,11 @@ class SweepStudy:
                 self.study.sampler = sampler_of(self.budget, slot_of(trial))
                 chosen = {name: part.chosen(name, trial) for name, part in space.items()}
                 trial.set_user_attr(WORKER, f"{socket.gethostname()}:{os.getpid()}")
+            except SweepError:
+                raise
+            except Exception as error:  # of the sampler or the storage, and of no trial
+                self._fatal = error
+                raise
             finally:
                 self._release()
             return self._measured(trial, chosen, measure)

@@ -111,7 +111,8 @@ def _report(plan: Any, outcomes: Sequence[Any]) -> str:
     figures = import_module("kedit_lightning.analysis.figures.sweep_figure")
     best = found.best_of(outcomes, plan.direction)
     sink = io.StringIO()
-    width = 44 + 16 * len(plan.space)
+    columns = [plan.objective, *plan.space]
+    width = 40 + sum(max(len(name), 14) + 3 for name in columns)
     console = Console(file=sink, width=width, highlight=False, markup=False, soft_wrap=True)
     console.print(sweep_table(outcomes, list(plan.space), plan.objective, plan.direction))
     failed = [one for one in outcomes if one.error]
