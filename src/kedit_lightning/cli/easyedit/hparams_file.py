@@ -107,7 +107,9 @@ def hparams_conversion(values: Hparams, method: str | None = None) -> HparamsCon
     hparams = number(_flat(values))
     found = converted(hparams, method)
     settings: dict[str, Any] = {}
-    differs, remarks, unused = {}, {}, {}
+    differs: dict[str, str] = {}
+    remarks: dict[str, str] = {}
+    unused: dict[str, str] = {}
     for key, value in hparams.items():
         if key not in found.keys:
             continue
