@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ import pytest
 import torch
 import yaml
 from easyedit_files import FILES, File
+from places import ROOT
 from support import tiny_base
 
 from kedit_lightning import EditRequest, methods
 from kedit_lightning.cli.easyedit.hparams_file import HparamsConversion, hparams_conversion
+from kedit_lightning.cli.easyedit.method_keys import METHOD_NAMES
 from kedit_lightning.cli.main import main
 from kedit_lightning.data import Requests
 
@@ -297,3 +300,9 @@ def test_what_files_about_pictures_have_beside() -> None:
     assert {"act_ratio", "use_chat_template"} <= found.differs.keys()
     serac = {**yaml.safe_load(BY_ID["SERAC"].whole), "alg": "SERAC_MULTI", "name": "folder"}
     assert hparams_conversion(serac).settings["base_model.name"] == "folder"
+
+
+def test_the_page_names_every_method() -> None:
+    table = (ROOT / "docs/from_easyedit.md").read_text(encoding="utf-8").split("## Methods")[1]
+    named = {name.casefold() for name in re.findall(r"`([\w-]+)`", table.split("## Settings")[0])}
+    assert {name.casefold() for name in METHOD_NAMES} <= named
