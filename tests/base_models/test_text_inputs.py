@@ -26,7 +26,6 @@ def composite(kind: str, name: str) -> torch.nn.Module:
 @pytest.mark.parametrize(
     ("kind", "name", "missing"),
     [
-        ("blip-2", "Blip2ForConditionalGeneration", "pixel_values"),
         ("instructblip", "InstructBlipForConditionalGeneration", "pixel_values and qformer_input"),
         ("kosmos-2", "Kosmos2ForConditionalGeneration", "pixel_values"),
         ("pix2struct", "Pix2StructForConditionalGeneration", "flattened_patches"),
@@ -59,6 +58,13 @@ def test_a_model_that_fails_without_other_inputs_says_so(kind, name):
         _ = base.layout.dense_layers
     with pytest.raises(UnsupportedUseError, match=rf"'{kind}' does not run on token ids alone \("):
         base.answer_logits(base.rows(["Rome is in"], ["Italy"]))
+
+
+def test_of_blip_2_the_language_model_is_the_base_model():
+    model: Any = composite("blip-2", "Blip2ForConditionalGeneration")
+    base = BaseModel(model, tiny_tokenizer(True))
+    assert base.model is model.language_model
+    assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_halves_of_two_vocabularies_are_refused():
