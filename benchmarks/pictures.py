@@ -43,7 +43,7 @@ Scores = Mapping[str, tuple[float, float, float]]
 
 
 def editors(base: BaseModel, mend: str | None, serac: str | None) -> Iterator[EditMethod]:
-    """The editors, with the settings that were chosen on the validation split."""
+    """The editors, with the settings of the table in RESULTS.md."""
     yield FTM(base, lr=5e-3)
     yield LoRA(base)
     if mend is not None:
