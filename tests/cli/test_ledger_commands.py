@@ -21,7 +21,12 @@ from kedit_lightning import BaseModel, EditRequest, EditTrainer
 from kedit_lightning.benchmark import Protocol
 from kedit_lightning.cli.main import main
 from kedit_lightning.data import NanoFacts, Requests
-from kedit_lightning.errors import EditOrderError, InvalidRequestError, UnsupportedUseError
+from kedit_lightning.errors import (
+    EditOrderError,
+    InvalidRequestError,
+    LedgerError,
+    UnsupportedUseError,
+)
 from kedit_lightning.methods import FTM, MEMIT
 from kedit_lightning.runs import Ledger
 from kedit_lightning.runs.ledger_stream import ledger_stream
@@ -156,6 +161,44 @@ def test_the_commands(ledger: Path, capsys: pytest.CaptureFixture[str], tmp_path
     assert said(capsys, "diff", folder, "4", "4") == "the states are equal\n"
     assert "reverted already" in said(capsys, "revert", folder, "2", code=2)
     assert "there is no ledger" in said(capsys, "log", str(tmp_path), code=2)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["log", "{file}"], "cannot be read as a ledger (Not a directory)"),
+        (["log", ""], "the name of the ledger is empty"),
+        (["blame", "{ledger}", "A", "--max_new_tokens", "-3"], "must be at least 1, got -3"),
+        (["export", "{ledger}", "{file}/x"], "cannot be written to (Not a directory)"),
+        (["export", "{ledger}", "{ledger}/x"], "lies in the ledger"),
+        (["tasks", "safety"], "kedit tasks takes no arguments, got ['safety']"),
+        (["metrics", "--all"], "kedit metrics takes no arguments"),
+    ],
+)
+def test_wrong_words_are_told(words, said, written, tmp_path, capsys):
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(SystemExit) as stop:
+        main([word.format(file=file, ledger=written) for word in words])
+    told = capsys.readouterr()
+    assert stop.value.code == 2
+    assert said in told.out + told.err
+
+
+@pytest.mark.parametrize("command", ["log", "compare", "data", "tasks"])
+def test_help_of_a_command_that_reports(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert not stop.value.code
+    assert command in capsys.readouterr().out
+
+
+def test_a_ledger_needs_a_name_that_is_a_folder(base, tmp_path):
+    data = facts(tmp_path, FACTS)
+    with pytest.raises(UnsupportedUseError, match="name of the ledger is empty"):
+        write(base, "", data)  # type: ignore[arg-type]
+    with pytest.raises(LedgerError, match="a ledger is a folder"):
+        write(base, Path(data.path), data)
 
 
 def test_check_names_the_edit_that_a_fact_was_lost_with(base: BaseModel, tmp_path: Path) -> None:

@@ -133,6 +133,14 @@ def export_ledger(arguments: Sequence[str]) -> str:
             "adapters"
         )
     base, folder = _base(ledger, given), Path(given.folder).expanduser()
+    if folder.resolve().is_relative_to(ledger.path.resolve()):
+        raise UsageError(f"{folder} lies in the ledger {ledger.path}; export to another folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"{folder} cannot be written to ({error.strerror}); name another folder"
+        ) from error
     with ledger.applied(base) as edits:
         path = export_edits(base, edits, folder, export, given.rank or None)
     return f"{_count(len(edits), 'edit')} exported as {export} to {path}\n"
@@ -154,6 +162,12 @@ def _read(
             kind = int if isinstance(default, int) else str
             parser.add_argument(f"--{name}", default=default, type=kind)
     given = parser.parse_args(list(arguments))
+    for name, default in options.items():
+        least = 1 if default else 0
+        if type(default) is int and getattr(given, name) < least:
+            raise UsageError(f"--{name} must be at least {least}, got {getattr(given, name)}")
+    if not given.ledger:
+        raise UsageError(f"the name of the ledger is empty; usage: {usage}")
     ledger = Ledger(Path(given.ledger).expanduser())
     if not ledger.lines:
         raise LedgerError(

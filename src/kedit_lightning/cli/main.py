@@ -137,7 +137,12 @@ def main(args: Any = None, run: bool = True) -> Any:
         _leave(HELP, 0 if arguments else 2)
     if arguments == ["--version"]:
         _leave(f"kedit {__version__}\n", 0)
-    if run and arguments in [[name] for name in LISTS]:
+    if run and arguments and arguments[0] in LISTS:
+        if set(arguments[1:]) - {"-h", "--help"}:
+            sys.stderr.write(
+                f"error: kedit {arguments[0]} takes no arguments, got {arguments[1:]}\n"
+            )
+            raise SystemExit(2)
         load_plugins()
         name, function = LISTS[arguments[0]]
         _leave(getattr(import_module(f"kedit_lightning.cli.{name}"), function)(), 0)

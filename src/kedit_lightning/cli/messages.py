@@ -6,6 +6,7 @@ import argparse
 import difflib
 import inspect
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
@@ -39,6 +40,13 @@ class UsageParser(argparse.ArgumentParser):
     def __init__(self, usage: str) -> None:
         super().__init__(add_help=False)
         self._words = usage
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse arguments; asked for help, print the usage and end."""
+        if {"-h", "--help"} & set(args or ()):
+            sys.stdout.write(f"usage: {self._words}\nWhat it does: kedit --help\n")
+            raise SystemExit(0)
+        return super().parse_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Raise the complaint with the usage."""

@@ -205,6 +205,11 @@ class ReadLines:
                     content, self.last = file.read(), b""
         except FileNotFoundError:
             content, self.last = b"", b""
+        except OSError as error:
+            raise LedgerError(
+                f"{path.parent} cannot be read as a ledger ({error.strerror}); a ledger is a "
+                "folder: correct its path, or its rights"
+            ) from error
         if not self.last:
             self.lines, self.end = [], 0
         new = content[len(self.last) : content.rfind(b"\n") + 1]

@@ -134,6 +134,8 @@ def ledger_stream(
             "--trainer.devices and --trainer.num_nodes, or start it without torchrun (one process "
             "computes the edits of a sequence in any case)"
         )
+    if not str(path):
+        raise UnsupportedUseError("the name of the ledger is empty; give a folder to --ledger")
     if not isinstance(data, EditDataModule):
         raise UnsupportedUseError("a ledger needs facts of a data module, such as Requests")
     if method.run.protocol.mode == "single" and len(data.examples("test")) > 1:
