@@ -364,6 +364,23 @@ def test_an_adalora_adapter_trained_with_peft_is_the_same_as_an_edit(family, tmp
     torch.testing.assert_close(seen, wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
 
 
+def test_edits_on_top_of_an_adapter_go_into_one_file_with_it(tmp_path):
+    """The adapter is read as an edit; peft then adds both."""
+    _trained("llama", tmp_path / "old", r=2, lora_alpha=8, target_modules=["down_proj", "v_proj"])
+    base = tiny_base("llama", torch.float32)
+    old = load_adapter(base, tmp_path / "old").apply()
+    new = edit_kinds.low_rank(base).apply()
+    wanted = raw_logits(base.model)
+    save_adapter(base, [old, new], tmp_path / "new")
+    base.edits.clear()
+    from peft import PeftModel
+
+    model = PeftModel.from_pretrained(tiny_model("llama", torch.float32), tmp_path / "new").eval()
+    torch.testing.assert_close(
+        raw_logits(model), wanted, rtol=0, atol=1e-5 * float(wanted.abs().max())
+    )
+
+
 @pytest.mark.parametrize(
     "options", [{"use_dora": True}, {"bias": "all"}, {"modules_to_save": ["norm"]}], ids=str
 )

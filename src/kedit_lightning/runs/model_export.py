@@ -178,6 +178,6 @@ def _of_rank(base: BaseModel, edits: Sequence[Edit], rank: int) -> list[Edit]:
     tell(
         f"cut off at rank {rank}: '{worst}' lacks {share:.1%} of its change, the most of "
         f"{len(found.lost)}; logits of {error.facts} facts differ by {error.largest:.3g} at most, "
-        f"{error.mean:.2g} on average; {error.changed} of the facts hold with or without it alone"
+        f"{error.mean:.2g} on average, which changes whether they hold for {error.changed} of them"
     )
     return [found.edit]
