@@ -14,7 +14,7 @@ from kedit_lightning.data.datamodule import EditDataModule
 from kedit_lightning.edits import PromptEdit, PromptEntry
 from kedit_lightning.edits.kinds.prompt.retriever import LEXICAL
 from kedit_lightning.image_reference import references
-from kedit_lightning.methods.capabilities import CountOrZero
+from kedit_lightning.methods.capabilities import CountOrZero, Share
 from kedit_lightning.methods.in_context.shared.demonstration_pool import (
     Pool,
     PoolSource,
@@ -43,7 +43,7 @@ class IKESettings(MethodSettings):
     demonstrations: CountOrZero | None
     retriever: str
     template: str | None
-    picture_similarity: float | None
+    picture_similarity: Share | None
 
 
 class IKE(StatingMethod):
@@ -70,7 +70,7 @@ class IKE(StatingMethod):
             ``{subject}``, ``{task}``, ``{prompt}`` and ``{target}`` stand for those of the fact.
             Where it leaves the target out, the fact itself is not demonstrated either.
         picture_similarity: Least cosine of the model's own visual features of a question's
-            pictures and of those of a fact for the fact to be stated, between -1 and 1; facts are
+            pictures and of those of a fact for the fact to be stated, between 0 and 1; facts are
             then found by the similarity of words and of pictures. When absent by words, after
             facts about the very same pictures.
         seed: Seed of the forms of demonstrations, which depend on the request too.
