@@ -55,11 +55,11 @@ def test_a_budget_is_used_once(tmp_path: Path) -> None:
 
 def test_draws_follow_from_the_seed_and_the_number(tmp_path: Path) -> None:
     draws = [
-        [one.params for one in work(study(tmp_path, str(place), trials=6, seed=seed), value)]
+        [one.params for one in work(study(tmp_path, str(place), trials=4, seed=seed), value)]
         for place, seed in enumerate([0, 0, 1])
     ]
     assert draws[0] == draws[1] != draws[2]
-    assert len({params["x"] for params in draws[0]}) == 6
+    assert len({params["x"] for params in draws[0]}) == 4
 
 
 def test_a_trial_that_fails_says_why_and_the_sweep_goes_on(tmp_path: Path) -> None:

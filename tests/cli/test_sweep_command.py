@@ -12,6 +12,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,9 @@ def test_a_sweep_from_start_to_best_config(
     assert "best.yaml, trials.csv and sweep.png are in out" in text
     assert (tmp_path / "out/sweep.png").stat().st_size > 5000
     assert not list((tmp_path / "out/trials").rglob("*.safetensors"))
+    with closing(sqlite3.connect(tmp_path / "out/sweep.db")) as storage:
+        reported = storage.execute("SELECT step FROM trial_intermediate_values").fetchall()
+    assert (1,) in reported
 
     # Given again, it has nothing to do; the best config is one that `kedit test` takes.
     again = said(capsys, [*arguments, "--trials", "3"])
@@ -221,7 +225,7 @@ def test_two_workers_lose_and_double_nothing(
     draws = {(row["model.strength"], row["model.fail_on"]) for row in rows}
     assert len(draws) == count
     # What the storage itself says: no trial runs, and none has two results.
-    with sqlite3.connect(tmp_path / "out/sweep.db") as storage:
+    with closing(sqlite3.connect(tmp_path / "out/sweep.db")) as storage:
         states = [state for (state,) in storage.execute("SELECT state FROM trials")]
         errors = storage.execute("SELECT count(*) FROM trial_user_attributes WHERE key = 'error'")
         failed = sum(row["state"] == "failed" for row in rows)
