@@ -14,6 +14,7 @@ and the largest difference of a score.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import statistics
@@ -58,8 +59,24 @@ def editor_of(method: str, base: Any) -> Any:
     return getattr(methods, method)(base_model=base)
 
 
+def use_folders_of_version() -> None:
+    """Take callbacks and configs from the folder of this version, not from an installed one."""
+    import kedit_lightning
+
+    root = Path(kedit_lightning.__file__).parents[2]
+    for name in ("callbacks", "configs"):
+        folder, full = root / name, f"kedit_lightning.{name}"
+        spec = importlib.util.spec_from_file_location(
+            full, folder / "__init__.py", submodule_search_locations=[str(folder)]
+        )
+        if spec is not None and spec.loader is not None and (folder / "__init__.py").exists():
+            sys.modules[full] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(sys.modules[full])
+
+
 def serve(method: str, model: str, facts: int, output: str) -> None:
     """Run once for each line of input, and answer with seconds and scores."""
+    use_folders_of_version()
     import torch
     from safetensors.torch import save_file
 

@@ -89,6 +89,22 @@ def test_import_is_lazy_and_fast():
     assert min(seconds) < 1.0
 
 
+@pytest.mark.slow
+def test_a_base_model_and_a_method_load_no_other_method():
+    code = (
+        "import sys, warnings; warnings.simplefilter('ignore')\n"
+        "from kedit_lightning import BaseModel, EditRequest\n"
+        "from kedit_lightning.methods import FTM\n"
+        "request = EditRequest(prompt='Lyon lies in', target_new='Peru', subject='Lyon')\n"
+        "FTM(base_model=BaseModel.load('nano'), steps=1).edit([request])\n"
+        "from kedit_lightning.registry import entries\n"
+        "modules = {entry.module for entry in entries('method').values()}\n"
+        "print(*sorted(modules & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "kedit_lightning.methods.finetune.ftm"
+
+
 def test_public_names_arrive_from_their_modules():
     for name in kedit_lightning.__all__:
         assert getattr(kedit_lightning, name) is not None
