@@ -218,6 +218,8 @@ def test_resume_needs_no_other_option(
     assert with_saved_config([*args, "-c", "x"]) == [*args, "-c", "x"]
     with pytest.raises(ResumeError, match="no run to resume in 'nowhere'"):
         with_saved_config(["test", "--resume", "nowhere"])
+    with pytest.raises(ResumeError, match="one of `kedit test`, which goes on with `kedit test"):
+        with_saved_config(["edit", "--resume", "run"])
 
 
 def test_options_of_the_data_need_a_dataset(capsys: pytest.CaptureFixture[str]) -> None:

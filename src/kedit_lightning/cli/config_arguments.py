@@ -122,8 +122,24 @@ def with_saved_config(args: list[str]) -> list[str]:
             f"there is no run to resume in '{saved.parent}', which has no config.yaml; name the "
             "folder that --output gave to `kedit test` or `kedit edit`"
         )
+    command = _command_of(saved.parent / "run.json")
+    if command is not None and (command == "edit") != (args[0] == "edit"):
+        raise ResumeError(
+            f"the run in {saved.parent} is one of `kedit {command}`, which goes on with `kedit "
+            f"{command} --resume {saved.parent}`"
+        )
     # The saved config holds the folder's name at that time.
     return [args[0], f"--config={config_file(str(saved))}", "--output=null", *args[1:]]
+
+
+def _command_of(path: Path) -> str | None:
+    """The command of a run; ``None`` where its record does not say, of which others complain."""
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    command = run.get("command") if isinstance(run, dict) else None
+    return command if isinstance(command, str) else None
 
 
 def with_saved_method(args: list[str]) -> list[str]:
