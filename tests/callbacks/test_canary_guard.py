@@ -245,12 +245,13 @@ def test_rome_is_stopped_on_nano_before_it_ruins_it(tmp_path: Path) -> None:
              for example in NanoFacts(limit=200, seed=1).examples("validation")
              for probe in example.probes if probe.kind == "locality" and probe.answers]  # fmt: skip
     text = tmp_path / "known.txt"
-    text.write_text("\n".join(dict.fromkeys(known)))
-    canary = CanaryGuard("rollback", text=text, passages=64, perplexity=1.5)
+    sentences = [line for line in dict.fromkeys(known) if len(line.split()) > 3]
+    text.write_text("\n".join(sentences[:64]))
+    canary = CanaryGuard("rollback", text=text, passages=64, perplexity=1.1)
     trainer = EditTrainer(accelerator="cpu", protocol=STREAM, callbacks=[canary])
-    edits = trainer.edit(ROME(base_model=base, layer=4, steps=15), NanoFacts(limit=150, seed=0))
-    assert 10 < len(edits) < 149
+    edits = trainer.edit(ROME(base_model=base, layer=4), NanoFacts(limit=60))
+    assert 5 < len(edits) < 40
     assert canary.checks[-1]["broken"]
-    assert canary.checks[-1]["perplexity"] > 1.5
-    assert all(check["perplexity"] <= 1.5 for check in canary.checks[:-1])
+    assert canary.checks[-1]["perplexity"] > 1.1
+    assert all(check["perplexity"] <= 1.1 for check in canary.checks[:-1])
     assert len(canary.checks) == len(edits) + 1
