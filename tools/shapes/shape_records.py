@@ -22,7 +22,7 @@ SIZES = {"train": 600, "validation": 60, "test": 200}
 
 def other(draws: random.Random, attribute: str, value: str) -> str:
     """Another value of an attribute."""
-    return draws.choice([v for v in questions()["values"][attribute] if v != value])
+    return str(draws.choice([v for v in questions()["values"][attribute] if v != value]))
 
 
 def picture(draws: random.Random, content: dict[str, str]) -> dict[str, Any]:

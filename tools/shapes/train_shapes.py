@@ -83,7 +83,7 @@ def build() -> tuple[Any, Any]:
             bos_token_id=1,
             eos_token_id=2,
         ),
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
         tie_word_embeddings=True,
@@ -140,7 +140,7 @@ def right_tokens(model: Any, packer: Packer, apart: list[dict[str, str]]) -> flo
     labels = inputs.pop("labels")[:, 1:]
     values = pixels([picture for _, picture in shown])
     found = model(**inputs, pixel_values=values, use_cache=False).logits[:, :-1].argmax(-1)
-    return (found == labels)[labels >= 0].float().mean().item()
+    return float((found == labels)[labels >= 0].float().mean())
 
 
 def train_all(
