@@ -279,10 +279,10 @@ class BaseModel:
         """Logits that predict the answer tokens. Shape ``[batch, width, vocab]``."""
         return self.logits_at(rows, rows.answer_columns)
 
-    def logits_at(self, rows: TokenRows, columns: Tensor) -> Tensor:
+    def logits_at(self, rows: TokenRows, columns: Tensor, **options: Any) -> Tensor:
         """Logits ``[batch, width, vocab]`` at some columns ``[batch, width]`` of each row."""
         at = torch.arange(len(columns), device=columns.device)[:, None].expand_as(columns)
-        flat = self.logits_of(rows, (at.flatten(), columns.flatten()))
+        flat = self.logits_of(rows, (at.flatten(), columns.flatten()), **options)
         return flat.reshape(*columns.shape, -1)
 
     def logits_of(self, rows: TokenRows, places: tuple[Tensor, Tensor], **options: Any) -> Tensor:

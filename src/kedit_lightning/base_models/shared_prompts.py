@@ -45,10 +45,10 @@ class SharedPrompts:
             options = {"use_cache": True, "logits_to_keep": 1}
             self._cache: Any = base.model(**head, **options).past_key_values
 
-    def answer_logits(
+    def answer_rows(
         self, encoded: Sequence[EncodedRow], numbers: Sequence[int]
-    ) -> tuple[TokenRows, Tensor]:
-        """Padded rows, and the logits that predict their answers, ``[batch, width, vocab]``.
+    ) -> tuple[TokenRows, dict[str, Any]]:
+        """Padded rows of what follows the prompts, and the options of a pass over them.
 
         Args:
             encoded: Prompts with their answers; padded are their last tokens and the answers.
@@ -58,12 +58,8 @@ class SharedPrompts:
         tails = [EncodedRow(row.prompt[-1:], row.answer) for row in encoded]
         rows = pad_rows(tails, base.pad_id, "right", False, base.device)
         mask, cache = self.behind(numbers)
-        rows = put_behind(mask, rows, base.takes_positions)
-        columns = rows.answer_columns
-        at = torch.arange(len(rows), device=columns.device)[:, None].expand_as(columns)
-        places = at.flatten(), columns.flatten()
-        flat = base.logits_of(rows, places, past_key_values=cache, use_cache=True)
-        return rows, flat.reshape(*columns.shape, -1)
+        options = {"past_key_values": cache, "use_cache": True}
+        return put_behind(mask, rows, base.takes_positions), options
 
     def some(self, numbers: Sequence[int]) -> SomePrompts:
         """Some of the prompts, for free generation."""

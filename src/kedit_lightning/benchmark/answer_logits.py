@@ -119,7 +119,8 @@ class AnswerLogits:
         with carrying(base, [row.edit for row in batch]):
             if shared is not None:
                 numbers = [self._numbers[row.edit, row.tokens.prompt] for row in batch]
-                rows, logits = shared.answer_logits(edited, numbers)
+                rows, options = shared.answer_rows(edited, numbers)
+                logits = base.logits_at(rows, rows.answer_columns, **options)
             elif edited == compared:
                 rows = base_rows = base.pad(edited)
                 logits = base.answer_logits(rows)
@@ -129,7 +130,9 @@ class AnswerLogits:
             # In passes of the same shape on the same rows, so that no change gives exactly 0.
             if compared and shared is not None:
                 with base.edits.suspended():
-                    base_logits = widened(self._plain.answer_logits(compared, numbers)[1])
+                    base_rows, options = self._plain.answer_rows(compared, numbers)
+                    columns = base_rows.answer_columns
+                    base_logits = widened(base.logits_at(base_rows, columns, **options))
             elif compared:
                 base_rows = base.pad(compared) if base_rows is None else base_rows
                 with base.edits.suspended():
