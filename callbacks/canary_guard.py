@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from lightning.pytorch import LightningModule, Trainer
 
@@ -109,26 +109,33 @@ class CanaryGuard(EditCallback):
         Raises:
             StreamStopped: A bound is crossed, and the action is not to warn.
         """
+        if (last := self._last_kept()) is not None and last["edit"] != name:
+            self._stop(last, keeps=False)  # a run that had ended with it is resumed
         health = self._monitor.read(edit)
         broken = health.broken(self.bounds)
         first = broken and not any(check["broken"] for check in self.checks)
-        self._write(as_edit_method(method), {"edit": name, **health._asdict(), "broken": broken})
-        if not broken:
-            return
-        said = f"under edit '{name}' {' and '.join(broken)}"
-        if self.action == "warn":
-            if first:
-                warnings.warn(f"canary: {said}; {_WAYS_OUT}", stacklevel=2)
-            return
-        keeps = self.action == "stop"
-        end = "it is the last one" if keeps else "it was rolled back"
-        self._stopped = f"stopped by the canary: {said}; {end}; {_WAYS_OUT}"
-        raise StreamStopped(self._stopped, keeps)
+        check = {"edit": name, **health._asdict(), "broken": broken}
+        self._write(as_edit_method(method), check)
+        if broken and self.action != "warn":
+            self._stop(check, keeps=self.action == "stop")
+        if first:
+            warnings.warn(f"canary: {_described(check)}; {_WAYS_OUT}", stacklevel=2)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say why the run has ended early."""
         if self._stopped:
             tell(self._stopped)
+
+    def _last_kept(self) -> dict[str, Any] | None:
+        """The check of the edit that is the last one, once a bound was crossed with it."""
+        broken = (check for check in self.checks if check["broken"])
+        return next(broken, None) if self.action == "stop" else None
+
+    def _stop(self, check: dict[str, Any], keeps: bool) -> NoReturn:
+        """End the stream on account of a check, with or without the edit that is computed now."""
+        end = "it is the last one" if self.action == "stop" else "it was rolled back"
+        self._stopped = f"stopped by the canary: {_described(check)}; {end}; {_WAYS_OUT}"
+        raise StreamStopped(self._stopped, keeps)
 
     def _write(self, method: Any, check: dict[str, Any]) -> None:
         known = any(other["edit"] == check["edit"] for other in self.checks)
@@ -139,3 +146,7 @@ class CanaryGuard(EditCallback):
         if folder is not None:
             with (folder.path / "canary.jsonl").open("a", encoding="utf-8") as file:
                 file.write(f"{json.dumps(check)}\n")
+
+
+def _described(check: dict[str, Any]) -> str:
+    return f"under edit '{check['edit']}' {' and '.join(check['broken'])}"

@@ -154,6 +154,19 @@ def test_a_resumed_run_goes_on_with_what_was_found(facts: Path, text: Path, tmp_
         assert (broken / name).read_text() == (whole / name).read_text()
 
 
+def test_a_resumed_run_ends_with_the_edit_that_it_had_ended_with(
+    facts: Path, text: Path, tmp_path: Path, capsys: Any
+) -> None:
+    edited(facts, guard(text, "stop"), tiny_base("llama"), output=tmp_path / "run")
+    before = [(tmp_path / "run" / name).read_text() for name in ("canary.jsonl", "stack.json")]
+    capsys.readouterr()
+    edited(facts, guard(text, "stop"), tiny_base("llama"), resume=tmp_path / "run")
+    after = [(tmp_path / "run" / name).read_text() for name in ("canary.jsonl", "stack.json")]
+    assert after == before
+    said = " ".join(capsys.readouterr().out.split())
+    assert "stopped by the canary: under edit 'chunk-00003'" in said
+
+
 # ---- what is read
 
 
