@@ -13,10 +13,12 @@ import pytest
 import torch
 from edit_kinds import answers
 from method_examples import METHODS, make
+from mixtures import routed_layer, tiny_mixture
 from support import REQUESTS, tiny_base
 from torch import Tensor
 
 from kedit_lightning import BaseModel, Edit, EditRequest
+from kedit_lightning.cli.ledger_commands import log_lines
 from kedit_lightning.errors import EditFileError, LedgerError
 from kedit_lightning.methods import FTM, UltraEdit
 from kedit_lightning.methods.locate.shared.closed_form import ClosedForm
@@ -154,6 +156,8 @@ def test_two_reverts_come_to_the_same_in_either_order(tmp_path: Path) -> None:
         for number in order:
             assert ledger.revert(number, base, methods=[method]).later == "solve"
     assert close(deltas(first, base), deltas(second, base))
+    assert "revert of line 2; solved again: lines 3, 4, 5" in log_lines([str(first.path)])
+    assert "computed again" not in log_lines([str(first.path)])
 
 
 def test_statistics_of_gradients_forget_an_edit(tmp_path: Path) -> None:
@@ -205,6 +209,15 @@ def test_constrained_changes_hold_no_equations(tmp_path: Path) -> None:
     method = make("MEMIT", {**SETTINGS["MEMIT"], "keep_share": 0.4}, base)
     ledger = written(tmp_path / "ledger", method, FACTS[:2])
     assert [line.edit.equations for line in ledger.entries] == ["", ""]
+
+
+def test_layers_of_which_one_has_experts_are_computed_again(tmp_path: Path) -> None:
+    base = tiny_mixture("jamba")
+    routed = routed_layer(base)
+    method = make("MEMIT", {**SETTINGS["MEMIT"], "layers": [routed, routed + 1]}, base)
+    ledger = written(tmp_path / "ledger", method, FACTS[:2])
+    assert [line.edit.equations for line in ledger.entries] == ["", ""]
+    assert ledger.revert(1, base).later == "replay"
 
 
 def test_a_run_without_a_ledger_keeps_none() -> None:

@@ -190,7 +190,8 @@ def _headline(ledger: Ledger, line: Line) -> str:
     start = f"{line.number:>4} {line.id[:8]}"
     if not isinstance(line, EditLine):
         again = _named(list(map(int, line.edits)))
-        note = f"; computed again: {again}" if line.edits else ""
+        how = "solved" if line.later == "solve" else "computed"
+        note = f"; {how} again: {again}" if line.edits else ""
         return f"{start} revert of line {line.entry}{note}"
     gone = "" if line.number in ledger.standing else " (reverted)"
     return f"{start} {line.method}{gone} {_facts(line.requests)}"

@@ -69,7 +69,7 @@ class LedgerDiff(NamedTuple):
     Args:
         added: Edits that stand in the second state alone.
         removed: Edits that stand in the first state alone.
-        recomputed: Edits of both states that were computed again between them.
+        recomputed: Edits of both states that were solved or computed again between them.
     """
 
     added: list[int]

@@ -134,7 +134,8 @@ class RevertLine:
         parent: Id of the line before.
         entry: Number of the line that added the edit.
         later: What was done about later edits.
-        edits: Files of the later edits that were computed again, by the number of their line.
+        edits: Files of the later edits that were solved or computed again, by the number of their
+            line.
         timing: When it was written.
         id: Hash of all but the timing.
     """

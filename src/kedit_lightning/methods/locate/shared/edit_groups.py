@@ -99,8 +99,10 @@ class EditGroups:
         notes = [{"preserve": weights} if weights else {} for weights in self.weights]
         origins = [origin(group, **note) for group, note in zip(self.groups, notes, strict=True)]
         edits = list(map(self._edit, self.changes, origins, self.memories))
-        for edit, equations in zip(edits, self.equations, strict=True):
-            edit.equations = equations or None
+        for edit, changes, equations in zip(edits, self.changes, self.equations, strict=True):
+            # A part of them solves no part of the edit again, as where one layer has experts.
+            whole = all(f"{module}/keys" in equations for module in changes)
+            edit.equations = equations if equations and whole else None
         return edits
 
     def _edit(
