@@ -12,6 +12,7 @@ from tiny_vision import BUILDERS, draw, vision_base, vision_folder
 from transformers.image_utils import load_image
 
 from kedit_lightning import BaseModel, Edit, EditRequest
+from kedit_lightning.edits import DenseEdit
 from kedit_lightning.errors import UnsupportedUseError
 from kedit_lightning.methods import FTM, MEND, ROME
 
@@ -215,13 +216,17 @@ def test_features_follow_changed_files_and_can_be_trained_with(tmp_path):
 def test_features_follow_changed_weights_and_edits_of_the_tower(pictures):
     base = vision_base("llava")
     rows = base.rows(PROMPTS[:1], ANSWERS[:1], images=pictures[:1])
-    tower = base.model.model.multi_modal_projector.linear_1.weight
+    name = "model.multi_modal_projector.linear_1"
+    tower = base.module(name).weight
     tower.mul_(2.0)
     changed = base.rows(PROMPTS[:1], ANSWERS[:1], images=pictures[:1])
     tower.mul_(0.5)
     assert not torch.equal(base.answer_logits(changed), base.answer_logits(rows))
+    with DenseEdit(base, {name: (tower.clone(), None)}):  # what it sees now is not remembered
+        edited = base.picture_vector(pictures[:1])
     again = base.rows(PROMPTS[:1], ANSWERS[:1], images=pictures[:1])
     assert torch.equal(base.answer_logits(again), base.answer_logits(rows))
+    assert base.picture_vector(pictures[:1]) != edited
 
 
 def test_a_saved_vision_language_model_loads_with_its_processor(tmp_path: Path, pictures):

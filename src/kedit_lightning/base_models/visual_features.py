@@ -158,11 +158,7 @@ class VisualFeatures:
         """
         if self._images is None or not any(row.images for row in encoded):
             return replace(rows, types=prompt_types(rows)) if self._reads_prompts_whole else rows
-        edited = any(not base.layout.has_in_blocks(name) for name in base.edits.modules)
-        pictures = tuple(
-            self._of(row.images, base.device, base.dtype, edited) if row.images else None
-            for row in encoded
-        )
+        pictures = tuple(self._of(row.images, base) if row.images else None for row in encoded)
         if self._embeds:
             self._check_places(encoded, pictures)
         types = pad_types(encoded, rows, self._taken)
@@ -178,7 +174,7 @@ class VisualFeatures:
         Raises:
             UnsupportedUseError: The model gives no features by themselves.
         """
-        found = self._of(tuple(images), base.device, base.dtype, False)
+        found = self._of(tuple(images), base)
         kept = found.kept.get("embeddings", found.kept.get("states"))
         values = kept if found.features is None else found.features.pooler_output
         if values is None:
@@ -190,10 +186,9 @@ class VisualFeatures:
         mean = torch.cat([part.flatten(0, -2).double() for part in parts]).mean(0)
         return tuple(round(x, 7) for x in torch.nn.functional.normalize(mean, dim=0).tolist())
 
-    def _of(
-        self, images: tuple[str, ...], device: torch.device, dtype: torch.dtype, edited: bool
-    ) -> RowPictures:
-        state = (device, dtype, *_versions(self._model))
+    def _of(self, images: tuple[str, ...], base: Seeing) -> RowPictures:
+        edited = any(not base.layout.has_in_blocks(name) for name in base.edits.modules)
+        state = (base.device, base.dtype, *_versions(self._model))
         if state != self._state:
             self._known.clear()
             self._state = state
@@ -201,7 +196,7 @@ class VisualFeatures:
         if key in self._known and not edited and self.cached:
             self._known.move_to_end(key)
             return self._known[key]
-        found = self._computed(images, device, dtype)
+        found = self._computed(images, base.device, base.dtype)
         made = self._takes_features or self._embeds or self._attends
         if made and not edited and self.cached:
             self._known[key] = found
