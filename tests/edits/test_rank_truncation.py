@@ -11,7 +11,7 @@ import torch
 from edit_kinds import raw_logits
 from support import REQUESTS, tiny_base
 
-from kedit_lightning import BaseModel
+from kedit_lightning import BaseModel, EditRequest
 from kedit_lightning.edits import DenseEdit, Edit, LowRankEdit, load_adapter, save_adapter, truncate
 from kedit_lightning.edits.effects import WeightDelta
 from kedit_lightning.edits.low_rank import LowRankDelta
@@ -109,6 +109,27 @@ def test_the_error_of_logits_is_the_one_seen(
     assert "the adapter is exact" in capsys.readouterr().out
 
 
+def test_the_error_of_logits_of_an_encoder_decoder_is_that_of_its_answers() -> None:
+    base = tiny_base("t5")
+    request = EditRequest(REQUESTS[0].prompt, "i")  # one token
+    row = base.encode(request.prompt, request.target_new)
+    ids = torch.tensor([[*row.prompt, *base.encoder.suffix]])
+    answer = torch.tensor([[base.model.config.decoder_start_token_id, *row.answer[:-1]]])
+    name, origin = "decoder.block.2.layer.2.DenseReluDense.wo", EditOrigin(requests=(request,))
+    ones = torch.ones(1, base.module(name).in_features).double()  # what it reads is positive
+    wanted = base.model.get_output_embeddings().weight[row.answer[0]][:, None]
+    edits = [LowRankEdit(base, {name: (ones, 1e3 * sign * wanted)}, origin) for sign in (1, -1)]
+    seen = []
+    for edit in edits:
+        with edit:
+            seen.append(base.model(input_ids=ids, decoder_input_ids=answer).logits[0])
+    held = [bool((logits.argmax(-1) == torch.tensor(row.answer)).all()) for logits in seen]
+    assert held == [True, False]
+    error = logit_error(base, edits[:1], edits[1:])
+    assert error.largest == pytest.approx(float((seen[0] - seen[1]).abs().max()), rel=1e-5)
+    assert error.changed == 1
+
+
 def test_what_no_adapter_holds_is_refused(tmp_path: Path) -> None:
     base = tiny_base("gpt2")
     name = base.layout.block(1).down
@@ -117,6 +138,9 @@ def test_what_no_adapter_holds_is_refused(tmp_path: Path) -> None:
         truncate(base, [biased], 4)
     with pytest.raises(UnsupportedUseError, match="must be 1 or more"):
         truncate(base, [edit_kinds.low_rank(base)], 0)
+    for rank in (None, 2):
+        with pytest.raises(UnsupportedUseError, match="no edit changes a weight"):
+            export_edits(base, [], tmp_path, "adapter", rank)
     with pytest.raises(UnsupportedUseError, match="keep it as a file"):
         truncate(base, [edit_kinds.KINDS["prompt"](base)], 4)
 

@@ -18,7 +18,7 @@ def probe_row(base: BaseModel, probe: Probe) -> EncodedRow:
 
 
 def row_pass(base: BaseModel, row: EncodedRow, plain: EncodedRow | None) -> ForwardPass:
-    """A pass that holds the logits at all columns of one row.
+    """A pass that holds the logits at all columns of one row, those of the decoder alone if any.
 
     Args:
         base: The base model, as its stack stands.
@@ -39,5 +39,6 @@ def row_pass(base: BaseModel, row: EncodedRow, plain: EncodedRow | None) -> Forw
 def _logits(base: BaseModel, row: EncodedRow) -> Tensor:
     """Logits at all columns. Shape ``[1, tokens, vocab]``."""
     rows = base.pad([row])
-    columns = torch.arange(rows.attention_mask.shape[1], device=base.device)[None]
+    read = rows.inputs.get("decoder_input_ids", rows.inputs["input_ids"])
+    columns = torch.arange(read.shape[1], device=base.device)[None]
     return widened(base.logits_at(rows, columns))

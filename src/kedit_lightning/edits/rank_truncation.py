@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -58,9 +58,18 @@ def joined_factors(edits: Iterable[Edit]) -> dict[str, LowRankDelta]:
     """The sum of all low-rank changes of each module, by name; their ranks add up.
 
     Raises:
-        UnsupportedUseError: An edit is not low-rank.
+        UnsupportedUseError: An edit is not low-rank, or none changes anything.
     """
-    return {name: LowRankDelta.sum(deltas) for name, deltas in _low_rank_changes(edits).items()}
+    changes = _low_rank_changes(edits)
+    _check_any(changes)
+    return {name: LowRankDelta.sum(deltas) for name, deltas in changes.items()}
+
+
+def _check_any(changes: Collection[str]) -> None:
+    if not changes:
+        raise UnsupportedUseError(
+            "no edit changes a weight, so there is nothing that an adapter could hold"
+        )
 
 
 def of_rank(delta: LowRankDelta, rank: int) -> LowRankDelta:
@@ -132,11 +141,13 @@ def truncate(base: EditableModel, edits: Iterable[Edit], rank: int) -> Truncatio
     """All edits as one whose changes have a rank at most; dense ones become products too.
 
     Raises:
-        UnsupportedUseError: The rank is none, or an edit changes biases, or no weights.
+        UnsupportedUseError: The rank is none, or an edit changes biases, or something else than
+            weights, or none changes anything.
     """
     if rank < 1:
         raise UnsupportedUseError(f"the rank of an adapter must be 1 or more, got {rank}")
     changes = weight_changes(edits)
+    _check_any(changes)
     biased = [name for name, change in changes.items() if change.bias is not None]
     if biased:
         raise UnsupportedUseError(

@@ -161,7 +161,9 @@ def logit_error(base: BaseModel, edits: Sequence[Edit], others: Sequence[Edit]) 
         largest = max(largest, float(difference.max()))
         total, count = total + float(difference.double().sum()), count + difference.numel()
         answer = torch.tensor(row.answer, device=one.device)
-        at = slice(-len(row.answer) - 1, -1)
+        # The last column of a decoder alone predicts what follows the answer.
+        end = len(one) - (not base.is_encoder_decoder)
+        at = slice(end - len(row.answer), end)
         held = [bool((logits[at].argmax(-1) == answer).all()) for logits in (one, other)]
         changed += held[0] != held[1]
     return LogitError(largest, total / max(1, count), changed, len(rows))
