@@ -184,6 +184,7 @@ def test_a_storage_that_cannot_be_used_is_named_without_its_password() -> None:
         ({"model.lr": 3}, r"space\.model\.lr needs a range"),
         ({"model.lr": []}, "choices that differ"),
         ({"model.lr": [1, 1]}, "choices that differ"),
+        ({"model.lr": [False, 0]}, "choices that differ"),  # equal to a mapping of them
         ({"model.lr": {"low": 1}}, "needs low and high"),
         ({"model.lr": {"low": 1, "high": 2, "lgo": True}}, "it has lgo"),
         ({"model.lr": {"low": 2, "high": 1}}, "must be below high"),

@@ -18,7 +18,9 @@ from support import tiny_base
 from kedit_lightning import EditRequest, methods
 from kedit_lightning.cli.easyedit.hparams_file import HparamsConversion, hparams_conversion
 from kedit_lightning.cli.easyedit.method_keys import METHOD_NAMES
+from kedit_lightning.cli.easyedit.request_lists import converted_requests
 from kedit_lightning.cli.main import main
+from kedit_lightning.cli.messages import UsageError
 from kedit_lightning.data import Requests
 
 BY_ID = {file.id or file.name: file for file in FILES}
@@ -286,6 +288,26 @@ def test_lists_that_do_not_fit(
     path = tmp_path / "requests.json"
     path.write_text(json.dumps({**ARGUMENTS, **change}))
     assert said in command("convert", str(path), code=2, capsys=capsys)
+
+
+@pytest.mark.parametrize(
+    ("locality", "said"),
+    [
+        ({"near": {"prompt": ["a", "b"], "ground_truth": "No"}}, "2 prompts and 1 answers"),
+        ([], "locality must be an object of groups, got []"),
+    ],
+)
+def test_groups_of_a_record_that_do_not_fit(locality: Any, said: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(said)):
+        converted_requests([{**RECORDS[0], "locality": locality}])
+
+
+@pytest.mark.parametrize("keys", [("bf16", "fp16"), ("fp16", "bf16")])
+def test_a_switch_that_is_off_does_not_undo_another(keys: tuple[str, str]) -> None:
+    values = yaml.safe_load(BY_ID["ROME"].whole)
+    values = {name: value for name, value in values.items() if name not in keys}
+    found = hparams_conversion({**values, **{name: name == "bf16" for name in keys}})
+    assert found.settings["base_model.dtype"] == "bfloat16"
 
 
 def test_what_files_about_pictures_have_beside() -> None:

@@ -81,8 +81,7 @@ class Choice:
 
     def chosen(self, name: str, chooser: Chooser) -> Any:
         """A value, as a trial chooses it."""
-        # Optuna stores scalars only; a list or mapping is chosen by its text.
-        named = {v if _is_scalar(v) else json.dumps(v): v for v in self.values}
+        named = {_stored(value): value for value in self.values}
         return named[chooser.suggest_categorical(name, list(named))]
 
 
@@ -126,8 +125,7 @@ def _path(name: Any) -> str:
 
 def _range_or_choice(name: str, given: Any) -> Range | Choice:
     if isinstance(given, list):
-        texts = {json.dumps(value, default=str) for value in given}
-        if not given or len(texts) < len(given):
+        if not given or len(set(map(_stored, given))) < len(given):
             raise SweepError(f"space.{name} needs choices that differ, got {given!r}")
         return Choice(tuple(given))
     if not isinstance(given, Mapping):
@@ -173,5 +171,7 @@ def _number(name: str, field: str, value: Any) -> float:
     return value
 
 
-def _is_scalar(value: Any) -> bool:
-    return value is None or isinstance(value, bool | int | float | str)
+def _stored(value: Any) -> Any:
+    """A choice as Optuna stores it, which takes scalars only: a list or mapping by its text."""
+    is_scalar = value is None or isinstance(value, bool | int | float | str)
+    return value if is_scalar else json.dumps(value, default=str)

@@ -176,8 +176,8 @@ def when(value: Any, name: str, setting: Any, reason: str) -> Reading:
 
 
 def weights_in(dtype: str) -> Rule:
-    """A switch between half and full precision."""
-    return lambda value, _: Reading({"base_model.dtype": dtype if value else "float32"})
+    """A switch to half precision, of which a file may have several."""
+    return lambda value, _: when(value, "base_model.dtype", dtype, "weights are in another type")
 
 
 def chat(value: Any, _: Hparams) -> Reading:

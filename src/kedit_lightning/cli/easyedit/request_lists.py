@@ -61,6 +61,8 @@ def _record(record: Any, place: str) -> dict[str, Any]:
         if value is None or (key == "ground_truth" and value == _NO_ANSWER):
             continue
         if key in _GROUPS:
+            if not isinstance(value, Mapping):
+                raise UsageError(f"{place}: {key} must be an object of groups, got {value!r}")
             groups = {name: _probes(item, f"{place}, {key}.{name}") for name, item in value.items()}
             fact.setdefault(_GROUPS[key], {}).update({n: p for n, p in groups.items() if p})
         elif key in _UNRELATED:
@@ -86,7 +88,7 @@ def _probes(item: Any, place: str) -> list[dict[str, Any]]:
     prompts, answers = item["prompt"], item.get("ground_truth")
     if not isinstance(prompts, list):
         prompts, answers = [prompts], [answers]
-    answers = [None] * len(prompts) if answers is None else answers
+    answers = [None] * len(prompts) if answers is None else _listed(answers)
     if len(answers) != len(prompts):
         raise UsageError(f"{place} has {len(prompts)} prompts and {len(answers)} answers")
     return [
