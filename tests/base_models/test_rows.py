@@ -109,6 +109,9 @@ class SlowTokenizer:
     def __call__(self, text: str, add_special_tokens: bool = True, verbose: bool = True) -> Any:
         return self._fast(text, add_special_tokens=add_special_tokens, verbose=verbose)
 
+    def __len__(self) -> int:
+        return len(self._fast)
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self._fast, name)
 

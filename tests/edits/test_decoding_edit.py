@@ -126,8 +126,8 @@ def test_it_rolls_back_to_the_last_bit_and_is_read_back_from_a_file(dtype, tmp_p
 def test_passes_do_not_start_in_the_middle_under_an_edit_that_reads_states():
     base = tiny_base("llama")
     with dola(base):
-        assert base.edits.reads_rows
-    assert not base.edits.reads_rows
+        assert base.edits.reads_prompts
+    assert not base.edits.reads_prompts
 
 
 def test_decoding_edits_act_in_the_order_of_the_stack(base):

@@ -460,7 +460,7 @@ def test_a_silent_family_leaves_the_others_and_acts_again_afterwards(kind):
         assert not torch.equal(alone, plain)
         with base.edits.without(edit.family):
             assert torch.equal(answers(base), plain)
-            assert not base.edits.reads_rows
+            assert not base.edits.reads_prompts
             with other:
                 assert torch.equal(answers(base), beside)
             with base.edits.without("another"):

@@ -181,17 +181,17 @@ def test_few_calls_lie_between_a_reading_and_its_forward_pass(monkeypatch, carry
     reader = Reader(base, SHORT)
     before = reader.base_readings(PROBES)
     between = []
-    original = BaseModel.answer_logits
+    original = BaseModel.logits_at
 
-    def answer_logits(self, rows):
+    def logits_at(self, rows, columns, **options):
         names = [
             frame.name for frame in traceback.extract_stack() if "kedit_lightning" in frame.filename
         ]
         between.append(names)
-        return original(self, rows)
+        return original(self, rows, columns, **options)
 
     edit = Toy(base_model=base).edit(REQUESTS[:1])
-    monkeypatch.setattr(BaseModel, "answer_logits", answer_logits)
+    monkeypatch.setattr(BaseModel, "logits_at", logits_at)
     if carry:
         reader.readings(PROBES, before, [edit] * len(PROBES))
     else:

@@ -110,30 +110,47 @@ class Reader:
         missing = {key: by_key[key] for key in by_key if key not in self.cache.known}
         if missing:
             with self.base.edits.suspended():
-                fresh = self._read(list(missing.values()), None, [None] * len(missing))
+                fresh = self.readings(list(missing.values()), None)
             self.cache.add(dict(zip(missing, fresh, strict=True)))
         return [self.cache.known[key] for key in keys]
 
     def readings(
         self,
         probes: Sequence[Probe],
-        base_readings: Sequence[ProbeReading],
+        base_readings: Sequence[ProbeReading] | None,
         carried: Sequence[Carried] | None = None,
     ) -> list[ProbeReading]:
         """Readings of the model under the edits that are applied now.
 
+        Where prompts can be read once for all that follows them, parts of as many prompts as a
+        forward pass takes are read one after another.
+
         Args:
             probes: The probes.
-            base_readings: Their readings from :meth:`base_readings`.
+            base_readings: Their readings from :meth:`base_readings`; ``None`` where those are read.
             carried: For each probe an edit that only its rows carry, or ``None``.
 
         Raises:
             UnsupportedUseError: An edit is of a kind that rows cannot carry.
         """
         carried = carried or [None] * len(probes)
-        if not self.base.edits.active and not any(carried):
+        if base_readings is not None and not self.base.edits.active and not any(carried):
             return list(base_readings)
-        return self._read(probes, base_readings, carried)
+        asked = list(zip(carried, probes, strict=True))
+        places: dict[Question, list[int]] = {}
+        for i, one in enumerate(asked):
+            places.setdefault(question_of(one), []).append(i)
+        if not prompts_are_shared(self.base, list(places)):
+            return self._read(asked, base_readings, AnswerLogits(self.base, self.prefixes))
+        found: dict[int, ProbeReading] = {}
+        ordered, size = questions(self.base, asked), self.protocol.score_batch_size
+        for part in parts_of_questions(self.base, ordered, size):
+            numbers = [i for question in part for i in places[question]]
+            own = None if base_readings is None else [base_readings[i] for i in numbers]
+            passes = AnswerLogits(self.base, self.prefixes, part)
+            read = self._read([asked[i] for i in numbers], own, passes)
+            found |= zip(numbers, read, strict=True)
+        return [found[i] for i in range(len(asked))]
 
     def _measured(self, probe: Probe) -> tuple[Measurement, ...]:
         """Measurements of a probe."""
@@ -156,33 +173,6 @@ class Reader:
 
     @torch.no_grad()
     def _read(
-        self,
-        probes: Sequence[Probe],
-        against: Sequence[ProbeReading] | None,
-        carried: Sequence[Carried],
-    ) -> list[ProbeReading]:
-        """Readings of the model as it stands; ``against`` is ``None`` on the base model itself.
-
-        Where prompts can be read once for all that follows them, parts of as many prompts as a
-        forward pass takes are read one after another.
-        """
-        asked = list(zip(carried, probes, strict=True))
-        places: dict[Question, list[int]] = {}
-        for i, one in enumerate(asked):
-            places.setdefault(question_of(one), []).append(i)
-        if not prompts_are_shared(self.base, list(places)):
-            return self._read_part(asked, against, AnswerLogits(self.base, self.prefixes))
-        found: dict[int, ProbeReading] = {}
-        ordered, size = questions(self.base, asked), self.protocol.score_batch_size
-        for part in parts_of_questions(self.base, ordered, size):
-            numbers = [i for question in part for i in places[question]]
-            own = None if against is None else [against[i] for i in numbers]
-            passes = AnswerLogits(self.base, self.prefixes, part)
-            read = self._read_part([asked[i] for i in numbers], own, passes)
-            found |= zip(numbers, read, strict=True)
-        return [found[i] for i in range(len(asked))]
-
-    def _read_part(
         self,
         asked: Sequence[Asked],
         against: Sequence[ProbeReading] | None,
