@@ -145,6 +145,20 @@ def with_token(text: str, **kinds: str) -> Any:
     return tokenizer
 
 
+@pytest.mark.parametrize("stop_at_sentence", [False, True])
+def test_a_row_has_its_own_room_beside_longer_ones(stop_at_sentence):
+    base = tiny_base("llama")
+    prompts = ["Rome is", "Rome is in Italy. " * 14, "Lyon is", "Rome is in Italy. " * 16]
+    counts = [base.encoder.count_prompt(prompt) for prompt in prompts]
+    assert counts[0] < base.max_tokens - 64 < counts[1] < counts[3] < base.max_tokens
+    alone = [base.generate([p], stop_at_sentence=stop_at_sentence)[0] for p in prompts]
+    together = base.generate(prompts, stop_at_sentence=stop_at_sentence)
+    assert together == alone
+    assert base.generate(prompts, batch_size=3, stop_at_sentence=stop_at_sentence) == alone
+    several = base.generate(prompts, num_beams=2, num_return_sequences=2)
+    assert several[:2] == base.generate(prompts[:1], num_beams=2, num_return_sequences=2)
+
+
 def test_a_padding_token_without_an_embedding_is_replaced():
     plain = tiny_base("llama")
     base = BaseModel(tiny_model("llama"), with_token("[PAD]", pad_token="[PAD]"), name="llama")

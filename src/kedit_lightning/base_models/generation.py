@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
-from operator import itemgetter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
-from kedit_lightning.base_models.batching import Batching, Decoder
+from kedit_lightning.base_models.batching import Batching, Decoder, parts_of
 from kedit_lightning.base_models.rows import EncodedRow, PaddingSide, TokenRows
 from kedit_lightning.base_models.visual_features import VisualFeatures
 from kedit_lightning.decoding_settings import generation_config
@@ -73,37 +72,60 @@ def continuations(
     """
     states: PrefixReader | None = options.pop("prefix_states", None)
     beams = options.get("num_beams", generation_config(base.model).get("num_beams"))
-    texts: list[tuple[int, str]] = []
-    for part in base.batching.parts([len(row.prompt) for row in encoded], size):
-        own = [encoded[i] for i in part]
-        settings = {"pad_token_id": base.pad_id, **options}
-        known = states.prompts(own) if states is not None and beams in (None, 1) else None
-        if known is None:
-            rows = base.pad(own, "left")
-        else:
-            rows, settings["past_key_values"] = known
-        if not base.is_encoder_decoder:
-            room = base.max_tokens - rows.inputs["input_ids"].shape[1]
-            settings["max_new_tokens"] = max(1, min(settings["max_new_tokens"], room))
+    known = states if beams in (None, 1) else None
+    lengths = [len(row.prompt) for row in encoded]
+    texts: dict[int, list[str]] = {}
+    parts, cut = base.batching.parts(lengths, size), list[int]()
+    while parts:
+        part = parts.pop(0)
+        rows, settings = _prepared(base, [encoded[i] for i in part], known, options)
         # Told once: without a key-value cache every step looks like the first one.
-        if "cross_attention_states" in rows.types:
-            settings["use_cache"] = False  # each step would add the states to the cache again
         carried, shown = base.edits.carried_by(part, len(encoded)), base.sight.embedded(rows)
         with carried, shown, base.edits.prompts_end_at(rows.prompt_end):
-            answers = generate_texts(base.model, base.tokenizer, rows, stop_at_sentence, settings)
-        several = len(answers) // len(part)  # answers to each prompt, as options may ask
-        texts += zip([i for i in part for _ in range(several)], answers, strict=True)
-    return [text for _, text in sorted(texts, key=itemgetter(0))]
+            found = generate_texts(base.model, base.tokenizer, rows, stop_at_sentence, settings)
+        several = len(found) // len(part)  # answers to each prompt, as options may ask
+        for n, i in enumerate(part):
+            answers = found[n * several : (n + 1) * several]
+            texts[i] = [text for text, _ in answers]
+            room = min(options["max_new_tokens"], base.max_tokens - lengths[i])
+            if settings["max_new_tokens"] < room and not all(ended for _, ended in answers):
+                cut.append(i)
+        if not parts and cut and not base.is_encoder_decoder:
+            # Rows that longer ones beside them left too little room, by themselves.
+            alike = parts_of([lengths[i] for i in cut], size, alike=True)
+            parts, cut, known = [[cut[n] for n in some] for some in alike], [], None
+    return [text for i in range(len(encoded)) for text in texts[i]]
+
+
+def _prepared(
+    base: Generator,
+    encoded: Sequence[EncodedRow],
+    states: PrefixReader | None,
+    options: Mapping[str, Any],
+) -> tuple[TokenRows, dict[str, Any]]:
+    """Rows that are continued together, padded, and the options of their generation."""
+    settings = {"pad_token_id": base.pad_id, **options}
+    known = None if states is None else states.prompts(encoded)
+    if known is None:
+        rows = base.pad(encoded, "left")
+    else:
+        rows, settings["past_key_values"] = known
+    if not base.is_encoder_decoder:
+        room = base.max_tokens - rows.inputs["input_ids"].shape[1]
+        settings["max_new_tokens"] = max(1, min(settings["max_new_tokens"], room))
+    if "cross_attention_states" in rows.types:
+        settings["use_cache"] = False  # each step would add the states to the cache again
+    return rows, settings
 
 
 @torch.no_grad()
 def generate_texts(
     model: Any, tokenizer: Any, rows: TokenRows, stop_at_sentence: bool, options: dict[str, Any]
-) -> list[str]:
-    """Continue left-padded rows; see :func:`continuations`.
+) -> list[tuple[str, bool]]:
+    """Continue left-padded rows: the text of each answer, and whether it has come to an end.
 
-    ``options`` go to ``generate`` of transformers, where they have precedence over the generation
-    config of the model, which is not changed.
+    See :func:`continuations`.  ``options`` go to ``generate`` of transformers, where they have
+    precedence over the generation config of the model, which is not changed.
     """
     prompt = 1 if "decoder_input_ids" in rows.inputs else rows.inputs["input_ids"].shape[1]
 
@@ -129,16 +151,20 @@ def generate_texts(
     last = settings.get("eos_token_id", config.get("eos_token_id"))
     answers = [_until_last(row[prompt:], last) for row in ids]
     if not stop_at_sentence:
-        return [decode(row) for row in answers]
-    return [_until_ended(row, decode) for row in answers]
+        return [(decode(row), has_ended) for row, has_ended in answers]
+    cut = [(_until_ended(row, decode), has_ended) for row, has_ended in answers]
+    return [(text, has_ended or sentence_ended(text)) for text, has_ended in cut]
 
 
-def _until_last(ids: Tensor, last: int | Sequence[int] | None) -> Tensor:
-    """Ids up to a token that ends an answer; behind it is padding, which may be any token."""
+def _until_last(ids: Tensor, last: int | Sequence[int] | None) -> tuple[Tensor, bool]:
+    """Ids up to a token that ends an answer, and whether there is one.
+
+    Behind it is padding, which may be any token.
+    """
     if last is None:
-        return ids
+        return ids, False
     ends = torch.isin(ids, torch.tensor(last, device=ids.device)).nonzero()
-    return ids[: int(ends[0]) + 1] if len(ends) else ids
+    return (ids[: int(ends[0]) + 1], True) if len(ends) else (ids, False)
 
 
 def _until_ended(ids: Tensor, decode: Callable[[Tensor], str]) -> str:
