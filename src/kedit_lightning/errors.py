@@ -103,7 +103,7 @@ class NotReproducedError(KEditError, RuntimeError):
 
 
 class FactsNotWrittenWarning(UserWarning):
-    """The same where it is no error."""
+    """Facts do not hold under the edits, where that is no error."""
 
 
 class CheckpointError(KEditError, ValueError):
@@ -136,6 +136,15 @@ class TemporaryFileError(KEditError, OSError):
 
 class MissingExtraError(KEditError, ImportError):
     """An optional dependency is not installed."""
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, with its notes, in one line.
+
+    Args:
+        error: The error.
+    """
+    return " ".join("; ".join([str(error), *getattr(error, "__notes__", ())]).split())
 
 
 def article_list(items: list[str], limit: int = 12) -> str:

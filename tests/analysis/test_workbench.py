@@ -46,7 +46,7 @@ def test_a_fact_is_tried_written_and_undone(bench: Workbench) -> None:
     assert written.answers == tried.answers
     assert written.holds
     assert bench.ask([FACT.prompt])[0].after == written.answers[0].after
-    assert bench.check() == "1 of 1 facts hold"
+    assert bench.check() == "1 of 1 fact holds"
     assert [(e.number, e.method, e.state) for e in bench.entries()] == [(1, "FTM", "stands")]
     saved = Edit.load(bench.edit_file(), bench.base)
     assert bench.edit_file().name == "edit-1-FTM.safetensors"

@@ -47,7 +47,7 @@ def test_actions_give_sentences_and_rows(actions: AppActions, tmp_path: Path) ->
     assert rows[0][0] == PROMPT
     assert rows[0][3] == "changed"
     assert actions.ledger() == [["1", "PROMPT", PROMPT, "football", "stands"]]
-    assert actions.check() == "1 of 1 facts hold"
+    assert actions.check() == "1 of 1 fact holds"
     assert actions.ask(PROMPT, "")[1][0][2].startswith("football")
     name, path = actions.download()
     assert path is not None

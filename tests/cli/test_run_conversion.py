@@ -189,7 +189,7 @@ def test_unknown_keys_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[st
         ("alg_name: FT\nobjective_optimization: promptz_last\n", "prompt_last (FT-L)"),
         ("alg_name: GRACE\ninner_params: 3\n", "inner_params is 3"),
         ("[1, 2]", "neither settings of EasyEdit nor a list of requests"),
-        ("a: [", "cannot be read"),
+        ("a: [", "is no YAML"),
     ],
 )
 def test_files_that_are_none(

@@ -12,7 +12,7 @@ from typing import Any
 
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from kedit_lightning.errors import KEditError
+from kedit_lightning.errors import KEditError, one_line
 
 #: Attributes of trials.
 SLOT, ATTEMPT, ERROR, SURPLUS = "slot", "attempt", "error", "surplus"
@@ -92,5 +92,5 @@ def outcome_of(number: int, trial: FrozenTrial) -> Outcome:
 
 def sentence_of(error: Exception) -> str:
     """An error in one line; the class of one that is not ours tells more than its words."""
-    text = " ".join("; ".join([str(error), *getattr(error, "__notes__", ())]).split())
+    text = one_line(error)
     return text if isinstance(error, KEditError) else f"{type(error).__name__}: {text}"

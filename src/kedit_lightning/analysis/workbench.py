@@ -22,7 +22,7 @@ import yaml
 from kedit_lightning.base_models import BaseModel
 from kedit_lightning.edits import Edit
 from kedit_lightning.edits.origin import TARGET_PROBABILITIES
-from kedit_lightning.errors import KEditError, LedgerError
+from kedit_lightning.errors import KEditError, LedgerError, one_line
 from kedit_lightning.methods.method import EditMethod
 from kedit_lightning.methods.training.trained_method import TrainedMethod
 from kedit_lightning.registry import entries
@@ -185,7 +185,7 @@ class Workbench:
                     after, holds = self._answers(prompts), facts_hold(self.base, [request])[0]
             except KEditError as error:
                 seconds = time.perf_counter() - start
-                return Trial(method, [], False, seconds, notes, error=_sentence(error))
+                return Trial(method, [], False, seconds, notes, error=one_line(error))
         answers = [Answer(*row) for row in zip(prompts, before, after, strict=True)]
         return Trial(method, answers, holds, seconds, notes, _probability(edit))
 
@@ -247,7 +247,8 @@ class Workbench:
         """Ask all facts that stand again, in one sentence."""
         found = self.ledger.check(self.base)
         lost = [f"line {one.number} ({one.state})" for one in found if one.state != "holds"]
-        said = f"{len(found) - len(lost)} of {len(found)} facts hold"
+        held, count = len(found) - len(lost), len(found)
+        said = f"{held} of {count} fact{'s hold' if count != 1 else ' holds'}"
         return f"{said}; not: {', '.join(lost)}" if lost else said
 
     def edit_file(self) -> Path:
@@ -316,10 +317,6 @@ def _facts(line: EditLine) -> str:
 def _probability(edit: Edit) -> float | None:
     found = edit.origin.notes.get(TARGET_PROBABILITIES)
     return float(found[0]) if found else None
-
-
-def _sentence(error: Exception) -> str:
-    return " ".join("; ".join([str(error), *getattr(error, "__notes__", ())]).split())
 
 
 @contextmanager

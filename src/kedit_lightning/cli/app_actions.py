@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 from kedit_lightning.analysis.workbench import Answer, Trial, Workbench, fact, lines_of
 from kedit_lightning.cli.messages import UsageError
-from kedit_lightning.errors import KEditError
+from kedit_lightning.errors import KEditError, one_line
 
 Rows: TypeAlias = list[list[str]]
 #: A sentence, rows of answers, rows of the ledger.
@@ -34,7 +34,7 @@ def in_one_sentence(action: Callable[..., str]) -> Callable[..., str]:
 
 def sentence_of(error: Exception) -> str:
     """An error as a page shows it; what is not ours is named by its class."""
-    text = " ".join("; ".join([str(error), *getattr(error, "__notes__", ())]).split())
+    text = one_line(error)
     return f"error: {text}" if isinstance(error, KEditError) else f"{type(error).__name__}: {text}"
 
 

@@ -36,11 +36,7 @@ def config_file(name: str) -> str:
     if any(mark in name for mark in "{\n"):  # YAML itself
         return name
     if Path(name).is_file():
-        try:
-            check_tree(yaml.safe_load(Path(name).read_text(encoding="utf-8")))
-        except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
-            reason = " ".join(str(error).split())
-            raise DataFileError(f"config file '{name}' is no YAML: {reason}") from error
+        read_yaml(Path(name), "config file")
         return name
     plain = name.removeprefix("configs/").removesuffix(".yaml").removesuffix(".yml")
     known = packaged_configs()
@@ -55,6 +51,21 @@ def config_file(name: str) -> str:
         f"there is no config file '{name}', and none of the packaged configs has that name"
         f"{meant(plain, known)}"
     )
+
+
+def read_yaml(path: Path, what: str) -> Any:
+    """The value of a YAML file, called so in messages.
+
+    Raises:
+        DataFileError: The file is no YAML, or its value does not end.
+    """
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+        check_tree(value)
+    except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise DataFileError(f"{what} '{path}' is no YAML: {reason}") from error
+    return value
 
 
 def check_tree(value: Any) -> None:

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from kedit_lightning import __version__
 from kedit_lightning.cli.help_pages import caching, help_page, saved_help
-from kedit_lightning.errors import KEditError
+from kedit_lightning.errors import KEditError, one_line
 from kedit_lightning.notices import without_notices
 from kedit_lightning.registry import lazy_exports, load_plugins
 
@@ -184,8 +184,7 @@ def _errors_in_one_line() -> Iterator[None]:
             cause = KEditError("another process of this run has ended, so this one ends too")
         if cause is None:
             raise
-        sentence = "; ".join([str(cause), *getattr(cause, "__notes__", ())])
-        sys.stderr.write(f"error: {' '.join(sentence.split())}\n")
+        sys.stderr.write(f"error: {one_line(cause)}\n")
         raise SystemExit(cause.exit_code) from error
 
 

@@ -7,9 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from kedit_lightning.cli.config_arguments import check_tree
+from kedit_lightning.cli.config_arguments import read_yaml
 from kedit_lightning.cli.easyedit.hparams_file import hparams_conversion, unknown_keys
 from kedit_lightning.cli.easyedit.request_lists import converted_requests, is_request_list
 from kedit_lightning.cli.messages import UsageError, UsageParser
@@ -69,11 +67,9 @@ def _read(source: Path) -> Any:
     """Values of a YAML or JSON file."""
     if not source.is_file():
         raise DataFileNotFoundError(f"there is no file '{source}'")
+    if source.suffix != ".json":
+        return read_yaml(source, "file")
     try:
-        text = source.read_text(encoding="utf-8")
-        values = json.loads(text) if source.suffix == ".json" else yaml.safe_load(text)
-        check_tree(values)
-    except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        raise DataFileError(f"'{source}' cannot be read: {reason}") from error
-    return values
+        return json.loads(source.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
+        raise DataFileError(f"file '{source}' is no JSON: {error}") from error

@@ -7,15 +7,13 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
-import yaml
-
 from kedit_lightning.analysis.search_space import Choice, Range, read_space
 from kedit_lightning.analysis.sweep_objective import Direction, check_direction
 from kedit_lightning.analysis.sweep_storage import Budget, Pruner, Sampler
 from kedit_lightning.cli.base_model_arguments import options_of
-from kedit_lightning.cli.config_arguments import check_tree
+from kedit_lightning.cli.config_arguments import read_yaml
 from kedit_lightning.cli.messages import UsageError, meant
-from kedit_lightning.errors import DataFileError, DataFileNotFoundError, SweepError
+from kedit_lightning.errors import DataFileNotFoundError, SweepError
 
 Split: TypeAlias = Literal["validation", "test"]
 _CHOICES: dict[str, Any] = {"split": Split, "pruner": Pruner, "sampler": Sampler}
@@ -148,12 +146,7 @@ def _file(path: Path) -> dict[str, Any]:
         raise DataFileNotFoundError(
             f"there is no sweep file '{path}'; `kedit sweep --help` shows what stands in one"
         )
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        check_tree(values)
-    except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        raise DataFileError(f"sweep file '{path}' is no YAML: {reason}") from error
+    values = read_yaml(path, "sweep file")
     if not isinstance(values, dict):
         raise SweepError(f"{path} must be a mapping with space and objective, got {values!r}")
     return values

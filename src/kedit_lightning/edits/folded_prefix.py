@@ -8,6 +8,7 @@ from torch import nn
 
 from kedit_lightning.edits.edit import Edit
 from kedit_lightning.edits.effects import AddToOutput, Effect, KeepMemory, sum_deltas
+from kedit_lightning.edits.hook_plan import effects_of
 from kedit_lightning.edits.projections import find_module
 
 #: Edits that are folded together. A stack with fewer is not folded.
@@ -36,17 +37,17 @@ class FoldedPrefix:
         """Effects of edits in the order they act, oldest first."""
         if len(edits) < BLOCK:
             self._edits, self._folds = (), []
-            return _effects_of(edits)
+            return effects_of(edits)
         self._folds = [fold for fold in self._folds if self._holds(fold[0], edits)]
         count, effects = self._folds[-1] if self._folds else (0, [])
         while count + BLOCK <= len(edits):
-            block = _effects_of(edits[count : count + BLOCK])
+            block = effects_of(edits[count : count + BLOCK])
             if not all(isinstance(effect, AddToOutput | KeepMemory) for effect in block):
                 break
             count, effects = count + BLOCK, self._summed([*effects, *block])
             self._folds = [*self._folds[-1:], (count, effects)]
         self._edits = edits
-        return [*effects, *_effects_of(edits[count:])]
+        return [*effects, *effects_of(edits[count:])]
 
     def _holds(self, count: int, edits: Sequence[Edit]) -> bool:
         """Whether the edits of a fold are the lowest ones still."""
@@ -63,7 +64,3 @@ class FoldedPrefix:
             if total is not None:
                 found.append(AddToOutput(name, total))
         return found
-
-
-def _effects_of(edits: Sequence[Edit]) -> list[Effect]:
-    return [effect for edit in edits for effect in edit.effects()]
