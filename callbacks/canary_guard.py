@@ -14,7 +14,7 @@ from kedit_lightning.benchmark.health import Bounds, HealthMonitor
 from kedit_lightning.data.plain_text import passages_of
 from kedit_lightning.edits import Edit
 from kedit_lightning.errors import StreamStopped, UnsupportedUseError
-from kedit_lightning.methods.method import as_edit_method
+from kedit_lightning.methods.method import EditMethod, as_edit_method
 from kedit_lightning.runs.output_folder import output_of
 from kedit_lightning.runs.results import tell
 
@@ -109,8 +109,9 @@ class CanaryGuard(EditCallback):
         Raises:
             StreamStopped: A bound is crossed, and the action is not to warn.
         """
-        if (last := self._last_kept()) is not None and last["edit"] != name:
-            self._stop(last, keeps=False)  # a run that had ended with it is resumed
+        # Where a run that had ended with an edit goes on, or a ledger with such edits.
+        if (last := self._last_kept(as_edit_method(method))) is not None and last["edit"] != name:
+            self._stop(last, keeps=False)
         health = self._monitor.read(edit)
         broken = health.broken(self.bounds)
         first = broken and not any(check["broken"] for check in self.checks)
@@ -126,10 +127,14 @@ class CanaryGuard(EditCallback):
         if self._stopped:
             tell(self._stopped)
 
-    def _last_kept(self) -> dict[str, Any] | None:
+    def _last_kept(self, method: EditMethod) -> dict[str, Any] | None:
         """The check of the edit that is the last one, once a bound was crossed with it."""
-        broken = (check for check in self.checks if check["broken"])
-        return next(broken, None) if self.action == "stop" else None
+        if self.action != "stop":
+            return None
+        checks, standing = self.checks, method.base.edits.ids
+        if standing and not checks:  # a ledger keeps none
+            checks = [{"edit": standing[-1], "broken": self._monitor.read().broken(self.bounds)}]
+        return next((check for check in checks if check["broken"]), None)
 
     def _stop(self, check: dict[str, Any], keeps: bool) -> NoReturn:
         """End the stream on account of a check, with or without the edit that is computed now."""

@@ -97,6 +97,14 @@ def test_a_folder_is_gone_on_with(bench: Workbench, base: BaseModel, tmp_path: P
     assert len(bench.entries()) == 1  # what could not be opened changed nothing
 
 
+def test_the_model_of_a_ledger_is_loaded_in_its_type(bench: Workbench, tmp_path: Path) -> None:
+    other = BaseModel.load("nano", dtype="float64")
+    Ledger(tmp_path / "ledger").append(method_of("PROMPT", other), [FACT])
+    bench.open(tmp_path / "ledger")
+    assert bench.base.dtype == torch.float64
+    assert bench.ask([FACT.prompt])[0].changed
+
+
 def test_the_methods_offered_need_no_fit(base: BaseModel) -> None:
     names = method_names()
     assert {"ROME", "MEMIT", "FTM", "GRACE", "LoRA"} <= set(names)

@@ -167,6 +167,18 @@ def test_a_resumed_run_ends_with_the_edit_that_it_had_ended_with(
     assert "stopped by the canary: under edit 'chunk-00003'" in said
 
 
+def test_a_ledger_that_ended_with_an_edit_gets_no_other(
+    facts: Path, text: Path, tmp_path: Path, capsys: Any
+) -> None:
+    base = tiny_base("llama")
+    for _ in range(2):
+        edited(facts, guard(text, "stop"), base, ledger=tmp_path / "ledger")
+        assert len(Ledger(tmp_path / "ledger").standing) == 4
+    last = list(Ledger(tmp_path / "ledger").standing.values())[-1]
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"stopped by the canary: under edit '{last.id}' perplexity is" in said
+
+
 # ---- what is read
 
 

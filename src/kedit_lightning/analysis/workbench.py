@@ -150,8 +150,9 @@ class Workbench:
         found = Ledger(path)
         known = next((x.base_model for x in found.lines if isinstance(x, EditLine)), None)
         base = self.base
-        if known is not None and known.name != base.name:
-            base = loaded(known.name, known.dtype)
+        here = (base.name, str(base.dtype).removeprefix("torch."))
+        if known is not None and (known.name, known.dtype) != here:
+            base = loaded(known.name, known.dtype, known.revision)
         with found.applied(base):  # the edits are read, and compared with the model
             pass
         self.base, self.ledger = base, found
@@ -272,9 +273,9 @@ class Workbench:
         return [text.strip() for text in texts]
 
 
-def loaded(name: str, dtype: str = "auto") -> BaseModel:
+def loaded(name: str, dtype: str = "auto", revision: str | None = None) -> BaseModel:
     """A base model on the accelerator, where there is one."""
-    base = BaseModel.load(name, dtype=dtype)
+    base = BaseModel.load(name, dtype=dtype, revision=revision)
     return base.to("cuda") if torch.cuda.is_available() else base
 
 

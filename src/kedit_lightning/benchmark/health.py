@@ -124,7 +124,7 @@ class HealthMonitor:
         self.base, self.bounds, self.sample = base, bounds, sample
         self.canary = Canary(base, passages, batch_size)
         self._perplexity = self.canary.base_perplexity()
-        self._growth, self._grown = WeightGrowth(base), list[int]()
+        self._growth, self._grown = WeightGrowth(base), list[Edit]()
         self._reader = Reader(base, Protocol(generate=False, score_batch_size=batch_size), "health")
         self._seed = seed
         self._seen: set[str] = set()
@@ -141,9 +141,9 @@ class HealthMonitor:
             norm = 1.0
             if self.bounds.norm is not None:
                 stack = list(self.base.edits)
-                if [id(one) for one in stack[: len(self._grown)]] != self._grown:
+                if stack[: len(self._grown)] != self._grown:
                     self._growth = WeightGrowth(self.base)  # edits were taken off
-                self._grown = [id(one) for one in stack]
+                self._grown = stack
                 grown = self._growth.measure(stack).values()
                 norm = max((weight["norm"] for weight in grown), default=1.0)
             return Health(
