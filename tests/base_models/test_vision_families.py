@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +182,27 @@ def test_rome_writes_a_subject_named_beside_a_picture(kind, pictures):
 
 
 @torch.no_grad()
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["blip2_opt", "blip2_t5"])
+def test_a_placeholder_without_a_picture_is_a_token(kind, pictures):
+    base = vision_base(kind)
+    token, images = base.sight._token, [None, pictures[0]]
+    row = base.encoder.encode("Rome is", "Italy")
+    named = replace(row, prompt=(*row.prompt, token))
+    seen = base.encode(PROMPTS[0], ANSWERS[0], image=images[1])
+    together, alone = base.pad([named, seen]), base.pad([named])
+    width = len(named.answer)
+    torch.testing.assert_close(
+        base.answer_logits(together)[0, :width], base.answer_logits(alone)[0], **EXACT
+    )
+    own = base.answer_logits(base.pad([seen]))[0]
+    torch.testing.assert_close(base.answer_logits(together)[1, : len(own)], own, **EXACT)
+    embeddings = base.model.get_input_embeddings()
+    step = torch.tensor([[3], [token]])
+    with base.sight.embedded(together):  # one that the model itself has written
+        assert torch.equal(embeddings(step), embeddings.weight[step])
+
+
 def test_text_alone_is_read_as_the_text_model_reads_it():
     from transformers import LlamaForCausalLM
 

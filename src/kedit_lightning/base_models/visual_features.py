@@ -111,12 +111,17 @@ class VisualFeatures:
             yield
             return
         own = [one.kept["embeddings"] for one in seen]
+        pictured = torch.tensor([one is not None for one in rows.pictures])
 
         def put(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-            here = args[0] == self._token
             # Beams of a row stand together, each with all pictures.
+            beams = len(args[0]) // len(pictured)
+            rows_here = pictured.repeat_interleave(beams)[:, None].to(output.device)
+            here = (args[0] == self._token) & rows_here
             times = int(here.sum()) // sum(map(len, own))
-            values = torch.cat([one.repeat(times, 1) for one in own]) if times else output[:0]
+            if not times:  # a step behind the prompts
+                return output
+            values = torch.cat([one.repeat(times, 1) for one in own])
             return output.masked_scatter(here[..., None], values.to(output.dtype))
 
         reader = self._decoder
