@@ -104,6 +104,9 @@ def test_a_sweep_from_start_to_best_config(
     again = said(capsys, [*arguments, "--trials", "3"])
     assert "has 3 trials already" in again
     assert not list((tmp_path / "out/trials").glob("0003"))
+    other = said(capsys, [*arguments, "--study=other"], 2)
+    assert "out holds trials, and study 'other' has run none" in " ".join(other.split())
+    assert trials_in(tmp_path) == rows
     main(["test", "-c", "out/best.yaml", "--output=run"])
     best = max((r for r in rows if r["state"] == "complete"), key=lambda row: float(row["value"]))
     trial = json.loads((tmp_path / "out" / best["folder"] / "results.json").read_text())

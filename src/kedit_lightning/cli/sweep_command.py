@@ -80,6 +80,11 @@ def run_sweep(arguments: Sequence[str]) -> str:
     study = studies.SweepStudy(plan.storage, plan.study, plan.direction, plan.budget)
     study.check_asked(asked)
     before = study.outcomes()
+    if not before and any((plan.output / "trials").glob("[0-9]*")):
+        raise SweepError(
+            f"{plan.output} holds trials, and study '{plan.study}' has run none; name another "
+            "folder with --output, or remove them"
+        )
     if before:
         tell(f"study '{plan.study}' has {_trials(len(before))} already")
     try:
