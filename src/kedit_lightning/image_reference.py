@@ -11,6 +11,7 @@ import hashlib
 import re
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import lru_cache
 from io import BytesIO
 from os import PathLike, fspath
 from pathlib import Path
@@ -95,10 +96,23 @@ class PictureHashes(tuple[str, ...]):
 
 def content_hash(reference: str) -> str:
     """Hash of the picture behind a reference; of the reference itself where that is no file."""
+    if reference.startswith("data:"):
+        return _digest(reference.encode())
+    return _hash_of(*as_they_are((reference,))[0])
+
+
+# Each probe about a picture asks for it, and the frames of a video are of one large file.
+@lru_cache(maxsize=4096)
+def _hash_of(reference: str, time: int, size: int) -> str:
+    """The hash of a file that has been changed at a time, and has a size."""
     content = reference.encode()
-    with suppress(OSError, ValueError):  # a data URL is too long for a file's name
+    with suppress(OSError, ValueError):  # a reference may be too long for a file's name
         frame = frame_of(reference)
         content = _file(reference).read_bytes() + str(frame[1:] if frame else "").encode()
+    return _digest(content)
+
+
+def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:24]
 
 

@@ -249,7 +249,7 @@ def test_lists_of_requests(form: str, tmp_path: Path, capsys: pytest.CaptureFixt
     old.write_text(json.dumps(ARGUMENTS if form == "arguments" else RECORDS))
     said = command("convert", str(old), f"--output={new}", code=0, capsys=capsys)
     first, *more = Requests(path=new).examples()
-    assert f"{1 + len(more)} facts" in said
+    assert ("2 facts, as" if more else "1 fact, as") in said
     (request,) = first.requests
     assert (request.prompt, request.subject) == ("The capital of Marland is", "Marland")
     assert (request.target_new, request.target_old) == ("Veldt", "Lund")

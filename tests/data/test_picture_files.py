@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from places import ROOT
 from tiny_vision import draw, vision_base, vision_folder
 
-from kedit_lightning import EditRequest, Probe
+from kedit_lightning import EditRequest, Probe, image_reference
 from kedit_lightning.base_models.rows.image import _opened as opened
 from kedit_lightning.cli.main import main
 from kedit_lightning.data import EVQA, ADSEdit, Requests
@@ -58,6 +59,18 @@ def test_pictures_of_a_file_of_facts(folder):
     }
     (several,) = Requests(path=_file(folder, {**FACT, "image": ["a.png", "b.png"]})).examples()
     assert several.requests[0].image == (a, b)
+
+
+def test_a_file_is_hashed_once_until_it_changes(folder):
+    path = folder / "a.png"
+    reads = image_reference._hash_of.cache_info().misses
+    first = [content_hash(str(path)) for _ in range(3)]
+    assert {*first} == {hashlib.sha256(path.read_bytes()).hexdigest()[:24]}
+    assert image_reference._hash_of.cache_info().misses == reads + 1
+    path.write_bytes(path.read_bytes() + b"x")
+    assert content_hash(str(path)) == hashlib.sha256(path.read_bytes()).hexdigest()[:24]
+    frames = [f"{path}#frame={n}/2" for n in range(2)]
+    assert len({content_hash(str(path)), *map(content_hash, frames)}) == 3
 
 
 def test_missing_pictures_are_reported_together(folder):

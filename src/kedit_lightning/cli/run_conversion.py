@@ -39,7 +39,7 @@ def run_conversion(arguments: Sequence[str]) -> str:
     if is_request_list(values):
         facts = converted_requests(values)
         text = json.dumps(facts, ensure_ascii=False, indent=2) + "\n"
-        said = f"{len(facts)} facts, as --data Requests reads them\n"
+        said = f"{len(facts)} fact{'s' * (len(facts) != 1)}, as --data Requests reads them\n"
     elif isinstance(values, dict):
         found = hparams_conversion(values, given.method)
         if found.unknown and not given.skip_unknown:
