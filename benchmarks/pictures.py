@@ -3,6 +3,7 @@
     kedit fit -c methods/mend -c data/shapes -c tools/shapes/fit_mend.yaml
     kedit fit -c methods/serac -c data/shapes -c tools/shapes/fit_serac.yaml
     python benchmarks/pictures.py --mend LAST.ckpt --serac LAST.ckpt
+    python benchmarks/pictures.py --search --limit 60      which settings, on the validation split
 
 Each record of ``Shapes``' test split is edited alone on the packaged model ``shapes`` and rolled
 back.  Reliability and generality are the shares of answers whose tokens are all arg-max, of the
@@ -42,19 +43,38 @@ COLUMNS = {
 Scores = Mapping[str, tuple[float, float, float]]
 
 
-def editors(base: BaseModel, mend: str | None, serac: str | None) -> Iterator[EditMethod]:
-    """The editors, with the settings of the table in RESULTS.md."""
-    yield FTM(base, lr=5e-3)
-    yield LoRA(base)
-    if mend is not None:
-        yield MEND(base, checkpoint=mend)
-    if serac is not None:
-        yield SERAC(base, checkpoint=serac)
-    yield IKE(base, demonstrations=0, picture_similarity=0.9)
-    yield GRACE(base, layer=1)
+#: Settings by method: those of the table, and others that the validation split decides between.
+TABLE: dict[str, dict[str, Any]] = {
+    "FTM": {"lr": 5e-3},
+    "LoRA": {},
+    "MEND": {},
+    "SERAC": {},
+    "IKE": {"demonstrations": 0, "picture_similarity": 0.9},
+    "GRACE": {"layer": 1},
+}
+OTHERS: dict[str, list[dict[str, Any]]] = {
+    "FTM": [{}, {"lr": 2e-3}, {"lr": 1e-2}],
+    "LoRA": [{"lr": 2e-3}, {"lr": 1e-2}],
+    "IKE": [{"demonstrations": 0, "picture_similarity": s} for s in (0.8, 0.95)],
+    "GRACE": [{}, {"layer": 2}, {"layer": 3}],
+}
+CLASSES: dict[str, type[EditMethod]] = {
+    method.__name__: method for method in (FTM, LoRA, MEND, SERAC, IKE, GRACE)
+}
 
 
-def scored(method: EditMethod, limit: int) -> Scores:
+def editors(base: BaseModel, fitted: dict[str, str | None], search: bool) -> Iterator[EditMethod]:
+    """The editors with the settings of the table, or with these and others."""
+    for name, settings in TABLE.items():
+        if name in fitted:
+            if fitted[name] is None:
+                continue
+            settings = {**settings, "checkpoint": fitted[name]}
+        for one in [settings, *(OTHERS.get(name, []) if search else [])]:
+            yield CLASSES[name](base, **one)
+
+
+def scored(method: EditMethod, limit: int, search: bool) -> Scores:
     """Scores of facts edited one at a time, with their intervals."""
     trainer = EditTrainer(
         protocol=Protocol(mode="single", generate=False),
@@ -63,7 +83,8 @@ def scored(method: EditMethod, limit: int) -> Scores:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.test(method, Shapes(limit=limit), verbose=False)
+    run = trainer.validate if search else trainer.test
+    run(method, Shapes(limit=limit), verbose=False)
     rows = {row.key: (row.mean, row.low, row.high) for row in method.summary}
     return {column: rows[key] for column, key in COLUMNS.items()}
 
@@ -79,6 +100,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--mend", help="a checkpoint of a fit; without one MEND has no row")
     parser.add_argument("--serac", help="the same for SERAC")
+    parser.add_argument(
+        "--search",
+        action="store_true",
+        help="settings of the table beside others, on the validation split",
+    )
     parser.add_argument("--only", nargs="*", help="names of the methods with a row; all of them")
     parser.add_argument("--limit", type=int, default=100, help="records of the test split")
     options = parser.parse_args()
@@ -89,14 +115,16 @@ def main() -> None:
     print(f"| method | {' | '.join(COLUMNS)} | seconds |")
     print(f"|---|{'---|' * (len(COLUMNS) + 1)}")
     methods: list[tuple[str, Any]] = [("no edit", FTM(base, lr=1e-30, steps=1))]
-    methods += [(type(m).__name__, m) for m in editors(base, options.mend, options.serac)]
+    fitted = {"MEND": options.mend, "SERAC": options.serac}
+    methods += [(type(m).__name__, m) for m in editors(base, fitted, options.search)]
     for name, method in methods:
         if options.only and name not in options.only:
             continue
         start = time.process_time()
-        scores = scored(method, options.limit)
+        scores = scored(method, options.limit, options.search)
         spent = (time.process_time() - start) / options.limit
-        print(f"{line(name, scores)} {spent:.2f} |", flush=True)
+        tried = f" {method.settings}" if options.search else ""
+        print(f"{line(name, scores)} {spent:.2f} |{tried}", flush=True)
 
 
 if __name__ == "__main__":
