@@ -155,6 +155,10 @@ def test_a_row_has_its_own_room_beside_longer_ones(stop_at_sentence):
     together = base.generate(prompts, stop_at_sentence=stop_at_sentence)
     assert together == alone
     assert base.generate(prompts, batch_size=3, stop_at_sentence=stop_at_sentence) == alone
+    stop = alone[0][3]
+    stopped = [base.generate([p], stop_strings=[stop])[0] for p in prompts]
+    assert stopped[0] != alone[0]
+    assert base.generate(prompts, stop_strings=[stop]) == stopped
     several = base.generate(prompts, num_beams=2, num_return_sequences=2)
     assert several[:2] == base.generate(prompts[:1], num_beams=2, num_return_sequences=2)
 

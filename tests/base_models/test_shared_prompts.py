@@ -10,9 +10,9 @@ from toys import Toy
 from kedit_lightning import BaseModel, Probe
 from kedit_lightning.base_models.rows import EncodedRow
 from kedit_lightning.base_models.shared_prompts import SharedPrompts, can_share
-from kedit_lightning.benchmark import Protocol, answer_logits
+from kedit_lightning.benchmark import Protocol
 from kedit_lightning.benchmark.free_texts import carrying
-from kedit_lightning.benchmark.reader import Reader
+from kedit_lightning.benchmark.reader import Reader, prompts_are_shared
 from kedit_lightning.methods import GRACE, PROMPT
 
 QUESTIONS = ["Where is it?", "Amber Falls lies in", "x", "Marie Curie was born in the town of the"]
@@ -83,7 +83,7 @@ def test_readings_are_those_of_complete_passes(
     edits = [Toy(base_model=base).edit([request]) for request in REQUESTS[:2]]
     carried = [edits[i % 2] for i in range(len(probes))]
     found = []
-    for name, share in (("shared", answer_logits.prompts_are_shared), ("complete", None)):
+    for name, share in (("shared", prompts_are_shared), ("complete", None)):
         if share is None:
             monkeypatch.setattr(
                 "kedit_lightning.benchmark.reader.prompts_are_shared", lambda *_: False

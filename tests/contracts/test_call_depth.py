@@ -63,7 +63,8 @@ def test_from_kedit_edit_to_the_forward_hook(facts: int, tmp_path: Path) -> None
         edited = [code for hook in module._forward_hooks.values() if is_own(code := code_of(hook))]
         frames = own_frames(sys._getframe())
         names = {frame.co_qualname for frame in frames}
-        if edited and "Reader.readings" in names:
+        # Readings of the base model may try what its architecture can, and have no edit to hook.
+        if edited and "Reader.readings" in names and "Reader.base_readings" not in names:
             passes.append([edited[0], *frames])
 
     lines = ["prompt,subject,target_new", "The capital of France is,France,Lyon"]

@@ -61,19 +61,16 @@ class Continuation:
         if not any(cuts):
             width = head["input_ids"].shape[1]
             self.rows.inputs["attention_mask"] = self.rows.attention_mask[:, width:]
-        self._fill(head, block)
-
-    @torch.no_grad()
-    def _fill(self, head: dict[str, Tensor], block: int) -> None:
-        """Prefill the cache with the heads, and run the tails through the blocks below once."""
         if bool(head["attention_mask"].any()):
-            self._cache = self.base.model(**head, use_cache=True, logits_to_keep=1).past_key_values
-        if block > 0:
-            names = tuple(self.base.layout.block_name(index) for index in range(block))
-            last, seen = self.base.module(names[-1]), list[Any]()
+            with torch.no_grad():
+                filled = base.model(**head, use_cache=True, logits_to_keep=1)
+            self._cache = filled.past_key_values
+        if block > 0:  # the tails run through the blocks below once
+            names = tuple(base.layout.block_name(index) for index in range(block))
+            last, seen = base.module(names[-1]), list[Any]()
             note = last.register_forward_hook(lambda module, args, output: seen.append(output))
-            with removing([note]), stop_after(self.base.model, names[-1]):
-                self.base.forward(self.rows, **self._options())
+            with torch.no_grad(), removing([note]), stop_after(base.model, names[-1]):
+                base.forward(self.rows, **self._options())
             self._below, self._output = names, seen[-1]
 
     def _options(self) -> dict[str, Any]:

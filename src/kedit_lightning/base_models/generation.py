@@ -139,8 +139,9 @@ def generate_texts(
 
     settings = dict(options)
     config = generation_config(model)
-    if settings.get("stop_strings", config.get("stop_strings")):
+    if stops := settings.get("stop_strings", config.get("stop_strings")) or ():
         settings.setdefault("tokenizer", tokenizer)
+    stops = (stops,) if isinstance(stops, str) else tuple(stops)
     criteria = [*settings.pop("stopping_criteria", []), *([ended] if stop_at_sentence else [])]
     ids: Tensor = model.generate(
         **{name: value for name, value in rows.call.items() if name not in _MADE},
@@ -151,7 +152,8 @@ def generate_texts(
     last = settings.get("eos_token_id", config.get("eos_token_id"))
     answers = [_until_last(row[prompt:], last) for row in ids]
     if not stop_at_sentence:
-        return [(decode(row), has_ended) for row, has_ended in answers]
+        whole = [(decode(row), has_ended) for row, has_ended in answers]
+        return [(text, has_ended or any(s in text for s in stops)) for text, has_ended in whole]
     cut = [(_until_ended(row, decode), has_ended) for row, has_ended in answers]
     return [(text, has_ended or sentence_ended(text)) for text, has_ended in cut]
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from kedit_lightning.base_models import BaseModel, EncodedRow
 from kedit_lightning.base_models.batching import logit_batches
 from kedit_lightning.base_models.prefix_states import PrefixStates
-from kedit_lightning.base_models.shared_prompts import SharedPrompts, can_share
+from kedit_lightning.base_models.shared_prompts import SharedPrompts
 from kedit_lightning.benchmark.free_texts import Carried, Question, carrying
 from kedit_lightning.metrics import ForwardPass
 from kedit_lightning.metrics.functional import widened
@@ -24,14 +24,6 @@ class ForcedRow(NamedTuple):
     edit: Carried  # the edit that the row carries
     tokens: EncodedRow  # under the edits: prompt edits rewrite prompts
     plain: EncodedRow | None = None  # without edits, where logits are compared with the base model
-
-
-def prompts_are_shared(base: BaseModel, asked: Sequence[Question]) -> bool:
-    """Whether the prompts of questions can be read once for all that follows them."""
-    if not asked or any(image is not None for _, _, image in asked):
-        return False
-    with carrying(base, list(dict.fromkeys(edit for edit, _, _ in asked))):
-        return can_share(base)
 
 
 def parts_of_questions(
@@ -61,7 +53,7 @@ class AnswerLogits:
     Args:
         base: The base model.
         prefixes: What prompts begin with under in-context edits.
-        shared: Questions whose prompts are read once, see :func:`prompts_are_shared`; without any,
+        shared: Questions whose prompts are read once (``reader.prompts_are_shared``); without any,
             each row is read by itself.
     """
 

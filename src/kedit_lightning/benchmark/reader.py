@@ -13,12 +13,12 @@ import torch
 from kedit_lightning.base_models import BaseModel, EncodedRow
 from kedit_lightning.base_models.foreign_hooks import foreign_hooks
 from kedit_lightning.base_models.prefix_states import PrefixStates
+from kedit_lightning.base_models.shared_prompts import can_share
 from kedit_lightning.benchmark.answer_cache import AnswersCache, key_of
 from kedit_lightning.benchmark.answer_logits import (
     AnswerLogits,
     ForcedRow,
     parts_of_questions,
-    prompts_are_shared,
 )
 from kedit_lightning.benchmark.free_texts import (
     Asked,
@@ -51,6 +51,14 @@ _PASSES: tuple[tuple[Source, ...], ...] = (
     ("answer", "answers", "contrast", "against"),
     ("continuation",),
 )
+
+
+def prompts_are_shared(base: BaseModel, asked: Sequence[Question]) -> bool:
+    """Whether the prompts of questions can be read once for all that follows them."""
+    if not asked or any(image is not None for _, _, image in asked):
+        return False
+    with carrying(base, list(dict.fromkeys(edit for edit, _, _ in asked))):
+        return can_share(base)
 
 
 class Reader:
