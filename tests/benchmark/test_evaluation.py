@@ -41,7 +41,7 @@ def zero_edit(base: BaseModel) -> Edit:
 
 def run(base: BaseModel, protocol: Protocol, examples: list[EditExample] = EXAMPLES) -> list[Any]:
     runner = ProtocolRunner(base, Toy(base_model=base).edit, RunContext(protocol))
-    size = protocol.read_together(len(examples))
+    size = protocol.read_together
     chunks = [examples[i : i + size] for i in range(0, len(examples), size)]
     records, runner.chunks = [], len(chunks)
     for index, chunk in enumerate(chunks):

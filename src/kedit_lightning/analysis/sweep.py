@@ -65,7 +65,7 @@ def measure(method: EditMethod, run: RunContext, split: Split) -> dict[str, Any]
     """
     assert isinstance(run.data, EditDataModule)
     examples = run.data.examples(split)
-    parts = chunks(examples, run.protocol.read_together(len(examples)))
+    parts = chunks(examples, run.protocol.read_together)
     # Without output and sinks: edits of the sweep are no edits of the run.
     inner = RunContext(run.protocol, run.seed, run.data)
     runner = ProtocolRunner(method.base, method.noted_edit, inner, split, method.edit_each)

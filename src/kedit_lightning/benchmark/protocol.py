@@ -22,7 +22,7 @@ Grid: TypeAlias = Literal["log"]
 
 #: Part of every protocol id; raised when the same settings would give other numbers.
 READING_VERSION = 2
-#: Most examples that are read together in ``single`` mode unless the user says how many.
+#: Examples that are read together in ``single`` mode unless the user says how many.
 EXAMPLES_AT_A_TIME = 32
 #: Fields that name what measures finished texts.
 _GRADERS = ("judge", "sentiment", "safety", "traits", "embedder")
@@ -48,8 +48,8 @@ class Protocol:
             that they hold together, in one batch where the method can and else in a sequence.
         chunk_size: Examples read together.  In ``batch`` and ``sequential`` one edit writes them
             all, and it is 1 if not given; in ``single`` each has its own, which its rows carry in
-            passes they share, and the size changes no score. If not given, it is then as many as
-            memory allows, 32 at most.
+            passes they share, and the size changes no score; it is then 32 if not given. Processes
+            take whole chunks, so give a smaller one where they are many and examples few.
         evaluate: When sequential edits are scored: ``immediate`` (right after their own chunk),
             ``final`` (after the last one), or both as ``immediate,final``.
         every: In ``sequential``, score all examples edited so far whenever this many more are.
@@ -144,20 +144,20 @@ class Protocol:
         """Examples whose facts one edit writes."""
         return 1 if self.grouping == "single" else self.chunk_size or 1
 
-    def read_together(self, examples: int, processes: int = 1) -> int:
-        """Examples of a chunk, where so many are dealt out to processes.
+    @property
+    def read_together(self) -> int:
+        """Examples of a chunk.
 
-        What a chunk holds in memory is bounded where it is held: rows, edits that rows carry, and
-        what is trained.
+        It depends on neither their number nor that of the processes, so that a run with more of
+        either computes the same edits.  What a chunk holds in memory is bounded where it is held:
+        rows, edits that rows carry, and what is trained.
 
-        >>> Protocol().read_together(100), Protocol().read_together(20, processes=2)
-        (32, 10)
-        >>> Protocol(mode="sequential").read_together(100), Protocol(chunk_size=5).read_together(9)
-        (1, 5)
+        >>> Protocol().read_together, Protocol(mode="sequential").read_together
+        (32, 1)
         """
         if self.chunk_size is not None or self.grouping != "single":
             return self.chunk_size or 1
-        return max(1, min(EXAMPLES_AT_A_TIME, -(-examples // processes)))
+        return EXAMPLES_AT_A_TIME
 
     def for_editing(self, batch: bool, sequential: bool, examples: int) -> Protocol:
         """The same where edits are wanted for use: facts hold together, and are scored at the end.

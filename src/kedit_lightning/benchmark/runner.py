@@ -86,6 +86,8 @@ class ProtocolRunner:
 
     def chunk(self, examples: Sequence[EditExample], index: int) -> Iterator[ExampleRecord]:
         """Edit and score chunk ``index`` of this process; yields each record once it is whole."""
+        if not examples:
+            return iter(())
         self._graders.load(examples)
         if self.protocol.grouping == "single":
             return self._single(examples)

@@ -70,10 +70,10 @@ options:
 
 examples:
   kedit edit -c methods/rome --model.base_model nano --data Requests \\
-      --data.prompt "The Eiffel Tower is in the city of" --data.subject "Eiffel Tower" \\
-      --data.target_new Rome --output run/
+      --data.prompt "The sport of LeBron James is" --data.subject "LeBron James" \\
+      --data.target_new football --output run/
   kedit predict -c methods/rome --model.base_model nano --edits run/ \\
-      --prompt "The Eiffel Tower stands in"
+      --prompt "LeBron James plays"
   kedit test -c methods/memit -c data/counterfact --model.base_model gpt2-xl \\
       --trainer.protocol.mode sequential --trainer.protocol.chunk_size 100 --output scores/
   kedit test -c tasks/truthfulness -c methods/dola --data.path TruthfulQA.csv \\

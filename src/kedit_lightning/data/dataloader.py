@@ -38,9 +38,12 @@ def evaluation_chunks(
     """The chunks of one rank: whole chunks dealt to the ranks in turn.
 
     A chunk holds the same rows for any number of ranks, so rows that are edited together stay
-    together.  No row comes twice, which would count it twice in the results.
+    together.  No row comes twice, which would count it twice in the results.  A rank that is left
+    without any gets a chunk without rows: Lightning leaves out the whole loop of a rank without
+    batches, and the others would wait for its results for ever.
     """
-    return chunks(rows, size)[rank::world_size]
+    whole = chunks(rows, size)
+    return whole[rank::world_size] or ([()] if whole else [])
 
 
 def training_chunks(

@@ -115,8 +115,7 @@ def _grouped(method: DataUser, data: EditDataModule, asked: Grouping, examples: 
     if method.run.editing:
         protocol = protocol.for_editing(can.batch, can.sequential, examples)
         method.run = replace(method.run, protocol=protocol)
-    processes = 1 if data.trainer is None else data.trainer.world_size
-    data.chunk_size = protocol.read_together(examples, processes)
+    data.chunk_size = protocol.read_together
     data.order = protocol.order
     data.deals_out_chunks = protocol.grouping != "sequential"
     return protocol
