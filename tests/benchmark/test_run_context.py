@@ -117,7 +117,7 @@ def test_under_another_trainer_the_protocol_is_the_default_one() -> None:
         UserWarning, match="Listener is told of edits by kedit_lightning.EditTrainer"
     ):
         (scores,) = plain_trainer(callbacks=[Listener()]).test(method, datamodule=data)
-    assert (data.chunk_size, method.run.protocol, method.run.data) == (2, Protocol(), data)
+    assert (data.chunk_size, method.run.protocol, method.run.data) == (32, Protocol(), data)
     (same,) = EditTrainer(accelerator="cpu").test(method, data, verbose=False)
     assert scores["rewrite/tf_tok"] == same["rewrite/tf_tok"]
 
