@@ -12,6 +12,9 @@ from kedit_lightning.cli.easyedit import tuned_keys as tuned
 from kedit_lightning.cli.easyedit.key_rules import COMMON, Hparams, Rules
 from kedit_lightning.cli.messages import UsageError
 
+#: What many methods of EasyEdit do, whose loops have no early stop.
+_ALL_STEPS = (0.0, "all steps are taken, as in EasyEdit")
+
 
 @dataclass(frozen=True)
 class Converted:
@@ -42,7 +45,11 @@ def _with(method: str, rules: Rules, *, fitted: bool = False, **own: tuple[Any, 
     return Converted(method, rules, settings, {name: why for name, (_, why) in own.items()}, fitted)
 
 
-def _only(converted: Converted) -> Callable[[Hparams], Converted]:
+def _always(
+    method: str, rules: Rules, *, fitted: bool = False, **own: tuple[Any, str]
+) -> Callable[[Hparams], Converted]:
+    """A method whose class here does not hang on the file."""
+    converted = _with(method, rules, fitted=fitted, **own)
     return lambda _: converted
 
 
@@ -62,7 +69,7 @@ def _ft(hparams: Hparams) -> Converted:
 def _lora(hparams: Hparams) -> Converted:
     if str(hparams.get("lora_type", "lora")).casefold() == "adalora":
         return _with("AdaLoRA", tuned.ADALORA)
-    return _with("LoRA", tuned.LORA, stop_loss=(0.0, "all steps are taken, as in EasyEdit"))
+    return _with("LoRA", tuned.LORA, stop_loss=_ALL_STEPS)
 
 
 def _rank_one(hparams: Hparams) -> Converted:
@@ -86,72 +93,56 @@ _MEND: dict[str, tuple[Any, str]] = {
 }
 
 _METHODS: dict[str, Callable[[Hparams], Converted]] = {
-    "ROME": _only(_with("ROME", locate.ROME)),
+    "ROME": _always("ROME", locate.ROME),
     "R-ROME": _rank_one,
-    "MEMIT": _only(_with("MEMIT", locate.MEMIT)),
-    "PMET": _only(_with("PMET", locate.PMET)),
-    "EMMET": _only(
-        _with(
-            "EMMET",
-            locate.EMMET,
-            eps=(0.1, "what EasyEdit takes where the file has no emmet_lambda"),
-            legacy_absolute_eps=(True, "emmet_lambda as it stands, as in EasyEdit"),
-        )
+    "MEMIT": _always("MEMIT", locate.MEMIT),
+    "PMET": _always("PMET", locate.PMET),
+    "EMMET": _always(
+        "EMMET",
+        locate.EMMET,
+        eps=(0.1, "what EasyEdit takes where the file has no emmet_lambda"),
+        legacy_absolute_eps=(True, "emmet_lambda as it stands, as in EasyEdit"),
     ),
-    "AlphaEdit": _only(_with("AlphaEdit", locate.ALPHAEDIT)),
-    "SPHERE": _only(_with("AlphaEdit", locate.SPHERE)),
-    "EAMET": _only(_with("MEMIT", locate.EAMET, aligned=(True, "MEMIT with this is EAMET"))),
-    "UnKE": _only(_with("UnKE", locate.UNKE)),
-    "KN": _only(_with("KN", locate.KN)),
-    "UltraEdit": _only(
-        _with(
-            "UltraEdit",
-            locate.ULTRAEDIT,
-            legacy_shared_statistics=(True, "weights of a shape share statistics, as in EasyEdit"),
-        )
+    "AlphaEdit": _always("AlphaEdit", locate.ALPHAEDIT),
+    "SPHERE": _always("AlphaEdit", locate.SPHERE),
+    "EAMET": _always("MEMIT", locate.EAMET, aligned=(True, "MEMIT with this is EAMET")),
+    "UnKE": _always("UnKE", locate.UNKE),
+    "KN": _always("KN", locate.KN),
+    "UltraEdit": _always(
+        "UltraEdit",
+        locate.ULTRAEDIT,
+        legacy_shared_statistics=(True, "weights of a shape share statistics, as in EasyEdit"),
     ),
     "FT": _ft,
     "LoRA": _lora,
-    "QLoRA": _only(
-        _with("QLoRA", tuned.QLORA, stop_loss=(0.0, "all steps are taken, as in EasyEdit"))
+    "QLoRA": _always("QLoRA", tuned.QLORA, stop_loss=_ALL_STEPS),
+    "DPO": _always("DPOEdit", tuned.DPO, stop_loss=_ALL_STEPS),
+    "DINM": _always(
+        "DINM",
+        tuned.DINM,
+        legacy_easyedit=(True, "the divergence has no gradient, as in EasyEdit"),
     ),
-    "DPO": _only(
-        _with("DPOEdit", tuned.DPO, stop_loss=(0.0, "all steps are taken, as in EasyEdit"))
+    "GRACE": _always("GRACE", tuned.GRACE),
+    "WISE": _always("WISE", tuned.WISE, decay=(False, "the learning rate stays")),
+    "DEFER": _always("DEFER", tuned.DEFER, stop_loss=_ALL_STEPS),
+    "MELO": _always("MELO", tuned.MELO),
+    "MEND": _always("MEND", fitted.MEND, fitted=True, **_MEND),
+    "InstructEdit": _always("InstructEdit", fitted.MEND, fitted=True, **_MEND),
+    "KE": _always("KE", fitted.KE, fitted=True),
+    "MALMEN": _always(
+        "MALMEN",
+        fitted.MALMEN,
+        fitted=True,
+        c_edit=(1.0, "the loss of the answers has weight 1, as in EasyEdit"),
     ),
-    "DINM": _only(
-        _with(
-            "DINM",
-            tuned.DINM,
-            legacy_easyedit=(True, "the divergence has no gradient, as in EasyEdit"),
-        )
-    ),
-    "GRACE": _only(_with("GRACE", tuned.GRACE)),
-    "WISE": _only(_with("WISE", tuned.WISE, decay=(False, "the learning rate stays"))),
-    "DEFER": _only(
-        _with("DEFER", tuned.DEFER, stop_loss=(0.0, "all steps are taken, as in EasyEdit"))
-    ),
-    "MELO": _only(_with("MELO", tuned.MELO)),
-    "MEND": _only(_with("MEND", fitted.MEND, fitted=True, **_MEND)),
-    "InstructEdit": _only(_with("InstructEdit", fitted.MEND, fitted=True, **_MEND)),
-    "KE": _only(_with("KE", fitted.KE, fitted=True)),
-    "MALMEN": _only(
-        _with(
-            "MALMEN",
-            fitted.MALMEN,
-            fitted=True,
-            c_edit=(1.0, "the loss of the answers has weight 1, as in EasyEdit"),
-        )
-    ),
-    "SERAC": _only(_with("SERAC", fitted.SERAC, fitted=True)),
+    "SERAC": _always("SERAC", fitted.SERAC, fitted=True),
     "IKE": _stated,
-    "DoLa": _only(
-        _with(
-            "DoLa",
-            tuned.DOLA,
-            legacy_divergence=(True, "layers are compared as in the released code"),
-        )
+    "DoLa": _always(
+        "DoLa",
+        tuned.DOLA,
+        legacy_divergence=(True, "layers are compared as in the released code"),
     ),
-    "DeCo": _only(_with("DeCo", tuned.DECO)),
+    "DeCo": _always("DeCo", tuned.DECO),
 }
 _BY_NAME = {name.casefold().replace("-", ""): choose for name, choose in _METHODS.items()}
 _BY_NAME["seracmulti"] = _BY_NAME["serac"]
