@@ -14,7 +14,10 @@ NEIGHBOURS = 5
 
 
 def split_subjects(
-    chosen: Chosen, linked: set[str], rng: random.Random
+    chosen: Chosen,
+    linked: set[str],
+    rng: random.Random,
+    sizes: tuple[int, int] = (TEST, VALIDATION),
 ) -> dict[str, dict[str, str]]:
     """Assign each subject to a split and choose the fact that its record edits.
 
@@ -31,8 +34,8 @@ def split_subjects(
     rng.shuffle(order)
     splits: dict[str, dict[str, str]] = {"test": {}, "validation": {}, "train": {}}
     for subject in order:
-        name = "test" if len(splits["test"]) < TEST else "validation"
-        if len(splits[name]) >= VALIDATION and name == "validation":
+        name = "test" if len(splits["test"]) < sizes[0] else "validation"
+        if len(splits[name]) >= sizes[1] and name == "validation":
             break
         pairs = sorted(chosen[subject].items())
         options = [
@@ -69,7 +72,10 @@ def _hops(
 
 
 def build_records(
-    chosen: Chosen, templates: dict[str, Record], rng: random.Random
+    chosen: Chosen,
+    templates: dict[str, Record],
+    rng: random.Random,
+    sizes: tuple[int, int] = (TEST, VALIDATION),
 ) -> dict[str, list[Record]]:
     """One record a subject.
 
@@ -77,12 +83,13 @@ def build_records(
         chosen: subject -> relation -> object.
         templates: relation -> ``train``, ``held_out``, ``description``.
         rng: the seeded source of every choice.
+        sizes: records of the test and of the validation split.
 
     Returns:
         split -> records.
     """
     linked_relations = {r for r, entry in templates.items() if entry["description"]}
-    splits = split_subjects(chosen, linked_relations, rng)
+    splits = split_subjects(chosen, linked_relations, rng, sizes)
     trained = splits["train"]
     sharers: dict[tuple[str, str], list[str]] = defaultdict(list)
     choices: dict[str, set[str]] = defaultdict(set)
