@@ -30,7 +30,8 @@ from kedit_lightning.data import NanoFacts
 from kedit_lightning.methods.locate.shared.closed_form_settings import LocateSettings, one_layer
 from kedit_lightning.methods.locate.shared.least_squares import covariance_prior, ridge_update
 from kedit_lightning.methods.locate.shared.subject_states import subject_states
-from kedit_lightning.methods.locate.shared.value_optimizer import Site, ValueOptimizer
+from kedit_lightning.methods.locate.shared.value_optimizer import ValueOptimizer
+from kedit_lightning.methods.locate.shared.value_site import Site
 
 CONTEXTS, STEPS, REQUESTS, REPEATS = 20, 20, 32, 5
 #: Which of the requests are timed one at a time.

@@ -72,7 +72,8 @@ def test_answers_are_those_of_whole_prompts_and_the_beginning_is_read_once(famil
         with Calls(base) as tokens:
             read, logits = states.answer_logits(rows)
             again = states.answer_logits(rows[::-1])[1].flip(0)
-        longest = max(len(row.prompt) + len(row.answer) for row in rows)
+        # The last token of an answer predicts none.
+        longest = max(len(row.prompt) + len(row.answer) - 1 for row in rows)
         assert tokens == [(1, shared), (4, longest - shared), (4, longest - shared)]
         assert torch.equal(read.answer_ids, base.pad(rows).answer_ids)
         mask = read.answer_mask[..., None]
@@ -81,7 +82,7 @@ def test_answers_are_those_of_whole_prompts_and_the_beginning_is_read_once(famil
         # One row by itself goes on from what is known.
         with Calls(base) as tokens:
             alone = states.answer_logits(rows[1:2])[1]
-        assert tokens == [(1, len(rows[1].prompt) + len(rows[1].answer) - shared)]
+        assert tokens == [(1, len(rows[1].prompt) + len(rows[1].answer) - 1 - shared)]
         torch.testing.assert_close(alone[0], whole[1, : alone.shape[1]], rtol=0, atol=1e-9)
 
 

@@ -727,3 +727,18 @@ def test_tails_know_the_subject_tokens_behind_the_cut():
     ids = [row[at].tolist() for row, at in zip(tails.inputs["input_ids"], mask, strict=True)]
     assert ids == [[6, 7], [6, 7], [], []]
     assert tails.select(torch.tensor([1, 2])).subject_mask.tolist() == mask[1:3].tolist()
+
+
+def test_tails_end_where_nothing_more_is_predicted():
+    rows = [
+        EncodedRow((1, 5, 6), (7, 8, 9)),
+        EncodedRow((1, 5, 6, 4), (7,)),
+        EncodedRow((1, 2), ()),
+    ]
+    _, tails = pad_tails(rows, [1, 1, 1], 0, True, torch.device("cpu"))
+    assert tails.inputs["input_ids"].tolist() == [[5, 6, 7, 8], [5, 6, 4, 7], [2, 0, 0, 0]]
+    assert tails.inputs["attention_mask"].shape == (3, 5)
+    assert tails.answer_ids.tolist() == [[7, 8, 9], [7, 0, 0], [0, 0, 0]]
+    assert tails.answer_columns.tolist() == [[1, 2, 3], [2, 3, 3], [0, 1, 2]]
+    (alone,) = [pad_tails(rows[1:2], [1], 0, True, torch.device("cpu"))[1]]
+    assert alone.inputs["input_ids"].tolist() == [[5, 6, 4]]

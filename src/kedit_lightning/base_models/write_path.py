@@ -30,6 +30,11 @@ class WritePath:
         """Whether the block adds a scaled copy, rather than a normalised one."""
         return self.nonlinearity < _LINEAR
 
+    @property
+    def exact_gain(self) -> float:
+        """The factor, which is 1 where rounding explains that another was measured."""
+        return 1.0 if abs(self.gain - 1) <= max(self.nonlinearity, 1e-12) else self.gain
+
 
 def measure_write_path(model: nn.Module, block: str, down: str, width: int) -> WritePath:
     """Add noise to a down projection's output, ``width`` wide, and compare the block's output."""

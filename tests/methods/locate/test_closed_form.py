@@ -19,11 +19,11 @@ from kedit_lightning.methods.locate.shared.closed_form_settings import LocateSet
 from kedit_lightning.methods.locate.shared.subject_states import subject_states
 from kedit_lightning.methods.locate.shared.value_optimizer import (
     EarlyStopping,
-    Site,
     ValueOptimizer,
     _ForwardPass,
     shortened,
 )
+from kedit_lightning.methods.locate.shared.value_site import Site
 from kedit_lightning.methods.locate.shared.weight_constraints import weight_of
 from kedit_lightning.methods.shared.published_settings import published_tables
 
@@ -106,13 +106,42 @@ def test_values_do_not_depend_on_where_passes_start(inside, monkeypatch):
         )
         whole = optimizer.run(REQUESTS, initial)
         monkeypatch.setattr(
-            "kedit_lightning.methods.locate.shared.value_optimizer.requests_at_a_time",
-            lambda *args: 3,
+            "kedit_lightning.methods.locate.shared.value_optimizer.request_groups",
+            lambda *args: [[3, 0], [*range(4, len(REQUESTS)), 2, 1]],
         )
         parts = optimizer.run(REQUESTS, initial)
     assert resumed.norm() > 0.1
     torch.testing.assert_close(resumed, whole, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(parts, whole, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("family", "moves"),
+    [("gpt2", True), ("llama", True), ("gpt_neox", True), ("granite", True), ("olmo2", False)],
+)
+def test_a_change_of_the_mlp_may_be_added_behind_its_block(family, moves, monkeypatch):
+    base = tiny_base(family)
+    site = Site((base.layout.block(1).writer,), 1)
+    assert (site.behind_block(base) != site) == moves
+    initial = subject_states(base, site.modules, REQUESTS).outputs[site.modules[0]]
+    optimizer = ValueOptimizer(
+        base, site, ("He said. ", "Then "), LocateSettings(steps=5, clamp=4.0, consistency=0.1)
+    )
+    with torch.enable_grad():
+        found = optimizer.run(REQUESTS, initial)
+        monkeypatch.setattr(base, "resumes", False)
+        assert site.behind_block(base) == site
+        plain = optimizer.run(REQUESTS, initial)
+    assert plain.norm() > 0.1
+    torch.testing.assert_close(found, plain, rtol=1e-9, atol=1e-10)
+
+
+def test_a_change_stays_inside_its_block_under_edits():
+    base = tiny_base("llama")
+    site = Site((base.layout.block(1).down,), 1)
+    with EMMET(base, layer=0, **QUICK).edit(REQUESTS[:1]):
+        assert site.behind_block(base) == site
+    assert site.behind_block(base) != site
 
 
 # ---- what edits do to the live model

@@ -21,7 +21,8 @@ from kedit_lightning.methods.locate.shared.least_squares import (
     ridge_update,
 )
 from kedit_lightning.methods.locate.shared.subject_states import subject_states
-from kedit_lightning.methods.locate.shared.value_optimizer import Site, ValueOptimizer
+from kedit_lightning.methods.locate.shared.value_optimizer import ValueOptimizer
+from kedit_lightning.methods.locate.shared.value_site import Site
 from kedit_lightning.statistics import Provenance, write_statistics
 from kedit_lightning.statistics.covariance import SecondMoment, shrunk
 from kedit_lightning.statistics.covariance_cache import statistics_dir

@@ -22,8 +22,8 @@ from kedit_lightning.methods.locate.shared.least_squares import (
     size_prior,
     weighted_prior,
 )
-from kedit_lightning.methods.locate.shared.value_optimizer import Site
 from kedit_lightning.methods.locate.shared.value_scale import NORMALISED, hidden_ratio
+from kedit_lightning.methods.locate.shared.value_site import Site
 from kedit_lightning.requests import EditRequest
 
 FACT = EditRequest("The capital of France is", "Lyon", subject="France")

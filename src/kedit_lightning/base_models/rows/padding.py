@@ -248,7 +248,8 @@ def pad_tails(
 
     Heads are padded on the left and tails on the right, so all tails start in the same column.  The
     attention mask of the tails covers heads too; their columns count from the start of the tail.
-    Of a subject that begins in the head, the tail knows the tokens behind the cut.
+    Of a subject that begins in the head, the tail knows the tokens behind the cut.  The last token
+    of the longest answer is left out: it predicts none.
 
     ``cuts`` is the number of tokens in each head, less than the length of the prompt; the other
     arguments are those of :func:`pad_rows`.
@@ -260,11 +261,19 @@ def pad_tails(
         end = max(-1, row.subject_end - at)
         start = -1 if min(row.subject_start, end) < 0 else max(0, row.subject_start - at)
         tails.append(EncodedRow(row.prompt[at:], row.answer, end, start))
-    padded = pad_rows(tails, pad_id, "right", False, device)
+    padded = _without_ends(pad_rows(tails, pad_id, "right", False, device), tails)
     first = {"input_ids": head.to(device), "attention_mask": head_mask.to(device)}
     if takes_positions:
         first["position_ids"] = positions(first["attention_mask"])
     return first, put_behind(first["attention_mask"], padded, takes_positions)
+
+
+def _without_ends(padded: TokenRows, rows: Sequence[EncodedRow]) -> TokenRows:
+    """Rows padded on the right, as far as tokens predict others of the answers."""
+    width = max(len(row.prompt) + max(0, len(row.answer) - 1) for row in rows)
+    inputs = {name: values[:, :width] for name, values in padded.inputs.items()}
+    columns = padded.answer_columns.clamp(max=width - 1)
+    return replace(padded, inputs=inputs, answer_columns=columns)
 
 
 def put_behind(head_mask: Tensor, tails: TokenRows, takes_positions: bool) -> TokenRows:

@@ -26,7 +26,7 @@ from kedit_lightning.methods.capabilities import (
 )
 from kedit_lightning.methods.locate.shared.answer_windows import AnswerWindows
 from kedit_lightning.methods.locate.shared.closed_form_settings import LocateSettings
-from kedit_lightning.methods.locate.shared.value_optimizer import Site
+from kedit_lightning.methods.locate.shared.value_site import Site
 from kedit_lightning.methods.locate.shared.window_values import WindowValues
 from kedit_lightning.methods.method import EditMethod, MethodSettings
 from kedit_lightning.methods.shared.inner_loop import adam, descend, zero_change

@@ -14,6 +14,20 @@ _HIDDEN, _INNER = 12, 4
 _LOGITS = 3
 
 
+def token_bytes(base: BaseModel, block: int) -> int:
+    """Bytes of the activations that gradients need of a token, from a block on."""
+    config = base.model.config.get_text_config(decoder=True)
+    hidden, inner = base.layout.hidden_size, getattr(config, "intermediate_size", None)
+    width = _HIDDEN * hidden + _INNER * (inner if isinstance(inner, int) else 4 * hidden)
+    return base.dtype.itemsize * (len(base.layout) - block) * width
+
+
+def place_bytes(base: BaseModel) -> int:
+    """Bytes of the logits of one place, with all that a loss makes of them."""
+    config = base.model.config.get_text_config(decoder=True)
+    return _LOGITS * int(config.vocab_size) * max(4, base.dtype.itemsize)
+
+
 def requests_at_a_time(
     base: BaseModel, block: int, encoded: Sequence[Sequence[EncodedRow]], own: int = 0
 ) -> int:
@@ -25,12 +39,7 @@ def requests_at_a_time(
         encoded: The rows of each request.
         own: Bytes that each request takes besides, for what is trained.
     """
-    config = base.model.config.get_text_config(decoder=True)
-    hidden, vocabulary = base.layout.hidden_size, int(config.vocab_size)
-    inner = getattr(config, "intermediate_size", None)
-    width = _HIDDEN * hidden + _INNER * (inner if isinstance(inner, int) else 4 * hidden)
-    token = base.dtype.itemsize * (len(base.layout) - block) * width
-    place = _LOGITS * vocabulary * max(4, base.dtype.itemsize)
+    token, place = token_bytes(base, block), place_bytes(base)
 
     def size(row: EncodedRow) -> int:
         return (len(row.prompt) + len(row.answer)) * token + max(1, len(row.answer)) * place

@@ -35,8 +35,8 @@ from kedit_lightning.methods.locate.shared.subject_states import (
     SubjectTokens,
     subject_states,
 )
-from kedit_lightning.methods.locate.shared.value_optimizer import Site, SiteOfValues
 from kedit_lightning.methods.locate.shared.value_scale import scaled_settings
+from kedit_lightning.methods.locate.shared.value_site import Site, SiteOfValues
 from kedit_lightning.methods.locate.shared.value_targets import (
     VALUE_TARGETS,
     LastLayerValues,

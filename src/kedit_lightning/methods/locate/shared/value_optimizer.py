@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from kedit_lightning.base_models import BaseModel
 from kedit_lightning.base_models.continuation import Continuation
-from kedit_lightning.base_models.layout import Layout
 from kedit_lightning.base_models.rows import EncodedRow
 from kedit_lightning.base_models.taps import add_at, capture, visiting
 from kedit_lightning.chat_turns import put_before
@@ -21,48 +20,16 @@ from kedit_lightning.edits.projections import compute_dtype
 from kedit_lightning.methods.locate.shared.alignment import ALIGNED_TOGETHER, Alignment
 from kedit_lightning.methods.locate.shared.closed_form_settings import LocateSettings
 from kedit_lightning.methods.locate.shared.subject_states import up_to_subject
+from kedit_lightning.methods.locate.shared.value_site import Site
 from kedit_lightning.methods.shared.contexts import contexts_of
 from kedit_lightning.methods.shared.losses import check_reached
-from kedit_lightning.methods.shared.row_memory import requests_at_a_time
+from kedit_lightning.methods.shared.row_groups import request_groups
 from kedit_lightning.requests import EditRequest
 
 #: PMET: once the new answer is the likeliest, its loss counts this much, ...
 RELAXED_WEIGHT = 0.1
 #: ... and the optimisation ends when the divergence term is this small.
 RELAXED_DIVERGENCE = 0.01
-#: Values are outputs of the block (MEMIT), of its MLP (ROME), or of its attention and MLP (PMET).
-SiteOfValues: TypeAlias = Literal["block", "mlp", "attention and mlp"]
-
-
-@dataclass(frozen=True)
-class Site:
-    """Where values are optimised.
-
-    Args:
-        modules: Modules to whose outputs a change is added at the subject's last token.
-        block: Number of the block they belong to, or are.
-        inside: Whether they are parts of the block, so that it must run for each pass.
-    """
-
-    modules: tuple[str, ...]
-    block: int
-    inside: bool = True
-
-    @classmethod
-    def of(cls, layout: Layout, layer: int, values: SiteOfValues) -> Site:
-        """The site of a layer whose values are outputs of the block, or of parts of it."""
-        block, index = layout.mlp_block(layer), layer % len(layout)
-        if values == "attention and mlp":
-            return cls((layout.attention(layer), block.writer), index)
-        if values == "block" and layout.write_path(layer).is_linear:
-            return cls((block.name,), index, inside=False)
-        # A block that normalises the MLP's output does not pass on what is added to it.
-        return cls((block.writer,), index)
-
-    @property
-    def resumes_at(self) -> int:
-        """First block that runs in each pass."""
-        return self.block if self.inside else self.block + 1
 
 
 def divergence(current: Tensor, initial: Tensor) -> Tensor:
@@ -127,9 +94,10 @@ class _ForwardPass:
         counts: Sequence[int],
         monitor: bool,
     ) -> None:
+        later = range(site.resumes_at, len(base.layout)) if monitor else ()
+        site = site.behind_block(base)
         self.base, self.site, self.contexts = base, site, len(counts)
         self._counts = torch.tensor(counts, device=base.device)
-        later = range(site.resumes_at, len(base.layout)) if monitor else ()
         self.monitored = [base.layout.block_name(block) for block in later]
         rows = [row for request in encoded for row in request]
         self._place(Continuation(base, rows, site.resumes_at), len(encoded))
@@ -160,7 +128,8 @@ class _ForwardPass:
 
     def run(self, delta: Tensor) -> _PassResult:
         """Run with a change of ``[n, sites, hidden]`` in force."""
-        change, columns = delta[self._request], self.passes.rows.subject_end
+        change = self.site.gain * delta[self._request]
+        columns = self.passes.rows.subject_end
         visits = {
             name: lambda x, y, i=i: add_at(y, columns, change[:, i])
             for i, name in enumerate(self.site.modules)
@@ -243,15 +212,21 @@ class ValueOptimizer:
         """
         initial = initial.to(compute_dtype(initial.dtype))
         encoded = [self._encode(request) for request in requests]
-        size = requests_at_a_time(self.base, self.site.resumes_at, encoded)
+
+        def found(part: Sequence[int], tie: Alignment | None = None) -> Tensor:
+            some = [requests[i] for i in part], [encoded[i] for i in part]
+            return self._optimise(*some, initial[list(part)], tie)
+
         if alignment is not None:  # aligned values depend on those found with them
-            size = ALIGNED_TOGETHER
-        done: list[Tensor] = []
-        for start in range(0, len(requests), size):
-            part = slice(start, start + size)
-            tie = None if alignment is None else alignment.part(start, done)
-            done.append(self._optimise(requests[part], encoded[part], initial[part], tie))
-        return torch.cat(done)
+            done: list[Tensor] = []
+            for start in range(0, len(requests), ALIGNED_TOGETHER):
+                part = range(start, min(start + ALIGNED_TOGETHER, len(requests)))
+                done.append(found(part, alignment.part(start, done)))
+            return torch.cat(done)
+        delta = torch.empty_like(initial)
+        for group in request_groups(self.base, self.site.resumes_at, encoded):
+            delta[group] = found(group)
+        return delta
 
     def _optimise(
         self,
@@ -269,14 +244,18 @@ class ValueOptimizer:
         forward = _ForwardPass(
             self.base, self.site, encoded, counts, monitor=settings.consistency > 0
         )
-        with torch.no_grad():
-            reference = forward.run(torch.zeros_like(delta)).essence
+        reference: Tensor | None = None
+        if tie is not None:  # it starts elsewhere
+            with torch.no_grad():
+                reference = forward.run(torch.zeros_like(delta)).essence
         stopping = EarlyStopping(settings, size[:, 0])
         active = list(range(len(requests)))
         for step in range(settings.steps):
             leaf = delta.clone().requires_grad_(True)
             result = forward.run(leaf[active])
             check_reached(result.nll)
+            if reference is None:
+                reference = result.essence.detach()
             kl = settings.kl_factor * divergence(result.essence, reference[active])
             decay = settings.weight_decay * (leaf.norm(dim=2) / size**2).sum(1)[active]
             loss = stopping.weight[active] * result.nll + kl + decay

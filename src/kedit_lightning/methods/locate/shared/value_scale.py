@@ -12,7 +12,7 @@ from kedit_lightning.methods.locate.shared.closed_form_settings import (
     LocateSettings,
 )
 from kedit_lightning.methods.locate.shared.subject_states import subject_states
-from kedit_lightning.methods.locate.shared.value_optimizer import Site
+from kedit_lightning.methods.locate.shared.value_site import Site
 from kedit_lightning.requests import EditRequest
 from kedit_lightning.statistics import few_sample_texts
 

@@ -14,7 +14,8 @@ from kedit_lightning.base_models import BaseModel
 from kedit_lightning.methods.locate.shared.alignment import Alignment
 from kedit_lightning.methods.locate.shared.closed_form_settings import LocateSettings, Targets
 from kedit_lightning.methods.locate.shared.subject_states import Carried, subject_states
-from kedit_lightning.methods.locate.shared.value_optimizer import Site, ValueOptimizer
+from kedit_lightning.methods.locate.shared.value_optimizer import ValueOptimizer
+from kedit_lightning.methods.locate.shared.value_site import Site
 from kedit_lightning.requests import EditRequest
 
 #: Share of the largest norms that an anchor leaves out (NAS).

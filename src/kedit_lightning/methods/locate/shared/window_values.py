@@ -19,9 +19,9 @@ from kedit_lightning.methods.locate.shared.subject_states import Carried
 from kedit_lightning.methods.locate.shared.value_optimizer import (
     Adam,
     EarlyStopping,
-    Site,
     shortened,
 )
+from kedit_lightning.methods.locate.shared.value_site import Site
 from kedit_lightning.methods.locate.shared.value_targets import LastLayerValues
 from kedit_lightning.methods.shared.losses import check_reached
 from kedit_lightning.methods.shared.row_memory import requests_at_a_time
