@@ -182,6 +182,7 @@ _OWN: dict[tuple[Kind, str], dict[str, tuple[str, str, str]]] = {
             "editeverything",
             "long targets: mathematics, code, news, poetry",
         ),
+        "Facts30M": ("knowledge.facts_30m", "facts_30m", "facts that `facts-30m` knows"),
         "HalluEditBench": (
             "knowledge.hallueditbench",
             "hallueditbench",

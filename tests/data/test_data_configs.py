@@ -25,6 +25,7 @@ CLASSES = {
     "editeverything": "EditEverything",
     "eic": "EIC",
     "evqa": "EVQA",
+    "facts_30m": "Facts30M",
     "hallueditbench": "HalluEditBench",
     "knowedit": "KnowEdit",
     "known_facts": "KnownFacts",

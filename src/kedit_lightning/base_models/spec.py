@@ -21,10 +21,15 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from kedit_lightning.cache_folder import facts_30m_dir, where_facts_30m_is
 from kedit_lightning.errors import BaseModelNotFoundError, MissingExtraError, UnsupportedUseError
 
 #: Base models that come with the package.
 PACKAGED = ("nano", "shapes")
+#: A base model that scripts of the project make; too large to come with the package.
+FACTS_30M = "facts-30m"
+#: All of the project's own, stored in 16 bit.
+OWN = (*PACKAGED, FACTS_30M)
 #: Files of a saved tokenizer.
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
@@ -38,7 +43,8 @@ class BaseModelSpec:
     """Which base model to load and how.
 
     Args:
-        name: Name on the Hugging Face hub, a folder, or a packaged one: ``nano``, ``shapes``.
+        name: Name on the Hugging Face hub, a folder, or a packaged one: ``nano``, ``shapes``; or
+            ``facts-30m``, where its scripts have made it.
         dtype: Number type of the weights; ``auto`` keeps that of the files.
         revision: Branch, tag or commit on the hub.
         device_map: Passed to transformers, such as ``auto`` to spread layers over devices.
@@ -66,8 +72,25 @@ class BaseModelSpec:
 
 
 def resolve(name: str) -> str:
-    """Where the files of a base model are: a packaged folder, or the name itself."""
+    """Where the files of a base model are: a folder of the project's own, or the name itself.
+
+    Raises:
+        BaseModelNotFoundError: It is ``facts-30m``, which has not been made here.
+    """
+    if name == FACTS_30M:
+        folder = facts_30m_dir()
+        if not (folder / "config.json").is_file():
+            raise BaseModelNotFoundError(
+                f"base model '{name}' is not on this machine: {where_facts_30m_is()}"
+            )
+        return str(folder)
     return str(files("kedit_lightning.base_models") / name) if name in PACKAGED else name
+
+
+def own_at_hand() -> tuple[str, ...]:
+    """The project's own base models that are on this machine."""
+    made = (facts_30m_dir() / "config.json").is_file()
+    return OWN if made else PACKAGED
 
 
 def _quantization(spec: BaseModelSpec) -> dict[str, Any]:
@@ -88,9 +111,9 @@ def _quantization(spec: BaseModelSpec) -> dict[str, Any]:
 
 @contextmanager
 def _bar_for(name: str) -> Iterator[None]:
-    """Show transformers' progress bar, except for packaged models: they load at once."""
+    """Show transformers' progress bar, except for models of our own: they load at once."""
     shown = logging.is_progress_bar_enabled()
-    if name in PACKAGED:
+    if name in OWN:
         logging.disable_progress_bar()
     try:
         yield
@@ -178,8 +201,8 @@ def load_pretrained(spec: BaseModelSpec) -> dict[str, Any]:
         MissingExtraError: Its processor needs a package that is not installed.
     """
     where = resolve(spec.name)
-    # Packaged models are stored in 16 bit and compute in 32.
-    dtype = "float32" if spec.dtype == "auto" and spec.name in PACKAGED else spec.dtype
+    # Models of our own are stored in 16 bit and compute in 32.
+    dtype = "float32" if spec.dtype == "auto" and spec.name in OWN else spec.dtype
     source = _source(spec)
     choices = {n: getattr(spec, n) for n in ("device_map", "attn_implementation")}
     options = {name: value for name, value in choices.items() if value is not None}

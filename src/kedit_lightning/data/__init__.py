@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from kedit_lightning.data.knowledge.cknowedit import CKnowEdit
     from kedit_lightning.data.knowledge.conceptedit import ConceptEdit
     from kedit_lightning.data.knowledge.counterfact import CounterFact
+    from kedit_lightning.data.knowledge.facts_30m import Facts30M
     from kedit_lightning.data.knowledge.hallueditbench import HalluEditBench
     from kedit_lightning.data.knowledge.knowedit import KnowEdit
     from kedit_lightning.data.knowledge.known_facts import KnownFacts
@@ -47,6 +48,7 @@ __all__ = [
     "CounterFact",
     "EditDataModule",
     "EditEverything",
+    "Facts30M",
     "Fields",
     "HalluEditBench",
     "KnowEdit",

@@ -17,7 +17,7 @@ from rich.progress import track
 
 from kedit_lightning.base_models import BaseModel
 from kedit_lightning.base_models.source_checkpoint import packaged_fingerprint
-from kedit_lightning.base_models.spec import PACKAGED, resolve
+from kedit_lightning.base_models.spec import own_at_hand, resolve
 from kedit_lightning.cache_folder import cache_dir
 from kedit_lightning.edits.expert_projection import ExpertProjection
 from kedit_lightning.edits.projections import projection_shape
@@ -54,7 +54,7 @@ class KeyStatistics:
 
 
 def packaged_statistics(name: str) -> Path:
-    """File of the statistics of a packaged base model."""
+    """File of the statistics beside a base model of the project's own."""
     return Path(resolve(name)) / "statistics.safetensors"
 
 
@@ -71,7 +71,7 @@ def find_statistics(base: BaseModel, module: str) -> KeyStatistics | None:
     """
     found = [
         file
-        for name in PACKAGED
+        for name in own_at_hand()
         for file in _readable([packaged_statistics(name)])
         if file.fits(base, packaged_fingerprint(name))
     ]

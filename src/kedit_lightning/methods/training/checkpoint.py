@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Mapping
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from kedit_lightning.base_models import BaseModel
 from kedit_lightning.base_models.source_checkpoint import packaged_fingerprint
-from kedit_lightning.base_models.spec import PACKAGED
+from kedit_lightning.base_models.spec import own_at_hand, resolve
 from kedit_lightning.errors import BaseModelMismatchError, CheckpointError
 
 _FINGERPRINTS = ("fingerprint", "tokenizer_fingerprint")
@@ -95,12 +94,12 @@ def _problem(checkpoint: object) -> str:
 
 
 def packaged_checkpoint(name: str, base: BaseModel) -> dict[str, Any] | None:
-    """The checkpoint, such as ``mend.ckpt``, that is packaged with this base model, if any.
+    """The checkpoint, such as ``mend.ckpt``, that stands beside this base model, if any.
 
     It serves the packaged weights in every precision.
     """
-    for model in PACKAGED:
-        path = files("kedit_lightning.base_models") / model / name
+    for model in own_at_hand():
+        path = Path(resolve(model)) / name
         if not path.is_file():
             continue
         checkpoint = read_checkpoint(str(path))
