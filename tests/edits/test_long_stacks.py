@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from collections.abc import Callable
 
 import edit_kinds
 import pytest
@@ -13,6 +14,8 @@ from support import tiny_base
 
 from kedit_lightning import BaseModel, Edit
 from kedit_lightning.edits import LowRankEdit, folded_prefix
+from kedit_lightning.edits.effects import RouteRows, WeightDelta
+from kedit_lightning.edits.kinds.codebook.codebook import Codebook
 from kedit_lightning.edits.stack_chain import StackChain, stack_mark
 from kedit_lightning.errors import EditOrderError
 
@@ -122,7 +125,7 @@ def test_a_folded_stack_adds_up(base: BaseModel, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.usefixtures("blocks_of_four")
 def test_edits_that_do_more_than_change_weights_are_not_folded(base: BaseModel) -> None:
     edits = made(base, 10)
-    edits[5] = edit_kinds.codebook(base)
+    edits[5] = edit_kinds.bonus(base)
     with base.edits.restored():
         for edit in edits:
             edit.apply()
@@ -131,3 +134,91 @@ def test_edits_that_do_more_than_change_weights_are_not_folded(base: BaseModel) 
         edits[5].rollback()
         assert not torch.equal(acts, answers(base))
     assert all(isinstance(edit, LowRankEdit) for edit in edits[:5])
+
+
+# ---- row functions, and stacks that shrink
+
+ROW_FUNCTIONS: dict[str, Callable[[BaseModel, str, int], Edit]] = {
+    "codebook": lambda base, prompt, seed: edit_kinds.codebook(base, prompt, seed=seed),
+    "side": lambda base, prompt, seed: edit_kinds.side(base, prompt, seed=seed),
+    "overlap": lambda base, prompt, seed: edit_kinds.overlap(base, prompt, seed=seed),
+    "deferral": lambda base, prompt, seed: edit_kinds.deferral(base, prompt, seed=seed),
+    "neurons": lambda base, prompt, seed: edit_kinds.neurons(base, seed=seed),
+}
+
+
+@pytest.mark.parametrize("kind", ROW_FUNCTIONS)
+def test_row_functions_that_are_folded_act_as_one_by_one(
+    base: BaseModel, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    chance = random.Random(2)
+    edits: list[Edit] = [
+        ROW_FUNCTIONS[kind](base, edit_kinds.PROMPTS[n % 4], 40 + n) for n in range(7)
+    ]
+    edits.insert(2, edit_kinds.low_rank(base))
+    monkeypatch.setattr(folded_prefix, "BLOCK", 2)
+    with base.edits.restored():
+        for _ in range(25):
+            edit = chance.choice(edits)
+            edit.rollback() if edit.applied else edit.apply()
+            base.edits.effects(RouteRows)
+        for edit in edits:
+            edit.apply()
+        order = list(base.edits)
+        assert base.edits._prefix._folds[-1].count == 8
+        folded = answers(base)
+        order[-1].rollback()
+        shorter = answers(base)
+    monkeypatch.setattr(folded_prefix, "BLOCK", 100)
+    with base.edits.restored():
+        for edit in order[:-1]:
+            edit.apply()
+        assert torch.equal(answers(base), shorter)
+        order[-1].apply()
+        assert torch.equal(answers(base), folded)
+
+
+def test_a_codebook_is_written_by_the_pass_that_needs_it(
+    base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[int] = []
+    nearest = Codebook.nearest
+
+    def counted(book: Codebook, queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        looked.append(len(book.labels))
+        return nearest(book, queries)
+
+    edits = [edit_kinds.codebook(base, prompt, seed=n) for n, prompt in enumerate("abcd")]
+    with base.edits.restored():
+        monkeypatch.setattr(Codebook, "nearest", counted)
+        for edit in edits:
+            edit.apply()
+        edits[-1].rollback()
+        assert looked == []
+        answers(base)
+        assert looked == [1, 2, 3]  # two entries behind the first, and the rows
+
+
+def test_rolling_back_one_after_another_sums_few_edits_anew(
+    base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    summed: list[int] = []
+    plain = folded_prefix.sum_deltas
+
+    def counted(deltas: list[WeightDelta], module: torch.nn.Module) -> WeightDelta | None:
+        summed.append(len(deltas))
+        return plain(deltas, module)
+
+    monkeypatch.setattr(folded_prefix, "sum_deltas", counted)
+    monkeypatch.setattr(folded_prefix, "BLOCK", 4)
+    edits = made(base, 200)
+    with base.edits.restored():
+        for edit in edits:
+            edit.apply()
+        assert len(summed) == 100  # two modules
+        assert len(base.edits._prefix._folds) <= 4
+        for edit in reversed(edits):
+            edit.rollback()
+            assert not edit.applied
+        assert len(summed) < 100 + 4 * 200
+    assert not list(base.edits)

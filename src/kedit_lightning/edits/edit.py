@@ -54,6 +54,8 @@ class AppliedEdits(Protocol):
 
     def __iter__(self) -> Iterator[Edit]: ...
 
+    def __contains__(self, edit: object) -> bool: ...
+
     def push(self, edit: Edit) -> None:
         """Apply an edit on top."""
 
@@ -204,7 +206,7 @@ class Edit(ABC):
     @property
     def applied(self) -> bool:
         """Whether the edit is on the base model's stack."""
-        return any(edit is self for edit in self.base.edits)
+        return self in self.base.edits
 
     def apply(self) -> Edit:
         """Put the edit on the stack; does nothing if it is there already."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from itertools import chain
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -119,12 +120,21 @@ class AddToOutput:
 
 @dataclass(frozen=True)
 class RouteRows:
-    """Changes a module's output, row by row; ``build`` gets the contents of one module."""
+    """Changes a module's output, row by row; ``build`` gets the contents of one module.
+
+    That of many edits folded into one has no content of its own, and those of all, oldest first.
+    """
 
     module: str
     family: Hashable
     build: Callable[[Sequence[Any]], RowFunction]
-    content: Any
+    content: Any = None
+    folded: Sequence[Any] | None = None
+
+    @property
+    def contents(self) -> Sequence[Any]:
+        """The content of each edit that it is of."""
+        return (self.content,) if self.folded is None else self.folded
 
 
 @dataclass(frozen=True)
@@ -187,6 +197,11 @@ def families(effects: Iterable[Effect], kind: type[F]) -> list[list[F]]:
         if isinstance(effect, kind):
             groups.setdefault(effect.family, []).append(effect)
     return list(groups.values())
+
+
+def contents_of(routes: Iterable[RouteRows]) -> list[Any]:
+    """Contents of effects of one family on one module, oldest first."""
+    return list(chain.from_iterable(route.contents for route in routes))
 
 
 def sum_deltas(deltas: Sequence[WeightDelta], module: nn.Module) -> WeightDelta | None:

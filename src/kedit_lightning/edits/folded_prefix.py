@@ -2,65 +2,108 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
 
 from torch import nn
 
 from kedit_lightning.edits.edit import Edit
-from kedit_lightning.edits.effects import AddToOutput, Effect, KeepMemory, sum_deltas
+from kedit_lightning.edits.effects import (
+    AddToOutput,
+    Effect,
+    KeepMemory,
+    RouteRows,
+    contents_of,
+    sum_deltas,
+)
 from kedit_lightning.edits.hook_plan import effects_of
 from kedit_lightning.edits.projections import find_module
 
 #: Edits that are folded together. A stack with fewer is not folded.
-BLOCK = 64
+BLOCK = 8
+#: Each time so many blocks, and so many times as many, a fold is kept for edits that are rolled
+#: back one after another.
+_SPACING = 16
+#: Numbers in the largest fold that is kept so.
+_KEPT_NUMBERS = 2**24
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Number of edits, and their effects."""
+
+    count: int
+    effects: Sequence[Effect]
 
 
 class FoldedPrefix:
-    """Effects of a stack, where changes of weights by its lowest edits are summed.
+    """Effects of a stack, where changes by its lowest edits are put together.
 
     Edits are folded in blocks of a fixed size from the bottom, up to the first block with an edit
-    that does more than change weights.  What comes out is a function of the edits in their order
-    alone, whatever the stack was before.  Memories are left out: the stack reads them itself.
+    that does more than change weights and outputs of modules.  Changes of weights are summed, and
+    what decides row by row is one effect a family.  What comes out is a function of the edits in
+    their order alone, whatever the stack was before.  Memories are left out: the stack reads them
+    itself.
 
     Args:
         model: The model.
+        edits: The edits, oldest first.
+        before: What was known of other edits.
+        same: How many of the lowest edits those are too.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        edits: Sequence[Edit] = (),
+        before: FoldedPrefix | None = None,
+        same: int = 0,
+    ) -> None:
         self._model = model
-        self._edits: Sequence[Edit] = []
-        #: Number of edits folded, and their effects: the longest prefix, and the one before it, to
-        #: which the stack comes back when an edit is applied for a moment.
-        self._folds: list[tuple[int, list[Effect]]] = []
-
-    def effects(self, edits: Sequence[Edit]) -> list[Effect]:
-        """Effects of edits in the order they act, oldest first."""
-        if len(edits) < BLOCK:
-            self._edits, self._folds = (), []
-            return effects_of(edits)
-        self._folds = [fold for fold in self._folds if self._holds(fold[0], edits)]
-        count, effects = self._folds[-1] if self._folds else (0, [])
+        known = [] if before is None else before._folds
+        self._folds: list[Fold] = [fold for fold in known if fold.count <= same]
+        last = self._folds[-1] if self._folds else Fold(0, ())
+        count, effects = last.count, last.effects
         while count + BLOCK <= len(edits):
             block = effects_of(edits[count : count + BLOCK])
-            if not all(isinstance(effect, AddToOutput | KeepMemory) for effect in block):
+            if not all(isinstance(e, AddToOutput | KeepMemory | RouteRows) for e in block):
                 break
-            count, effects = count + BLOCK, self._summed([*effects, *block])
-            self._folds = [*self._folds[-1:], (count, effects)]
-        self._edits = edits
-        return [*effects, *effects_of(edits[count:])]
+            count, effects = count + BLOCK, self._together([*effects, *block])
+            self._folds = [*self._kept(), Fold(count, effects)]
+        #: Effects of the edits in the order they act, oldest first.
+        self.effects: list[Effect] = [*effects, *effects_of(edits[count:])]
 
-    def _holds(self, count: int, edits: Sequence[Edit]) -> bool:
-        """Whether the edits of a fold are the lowest ones still."""
-        return count <= len(edits) and edits[:count] == self._edits[:count]
+    def _kept(self) -> list[Fold]:
+        """The folds that another is put on: the last, and small ones that are far apart."""
+        latest = {}
+        for fold in self._folds:
+            for spacing in (BLOCK * _SPACING, BLOCK * _SPACING**2):
+                if fold.count % spacing == 0 and _numbers(fold.effects) <= _KEPT_NUMBERS:
+                    latest[spacing] = fold
+        kept = {fold.count: fold for fold in (*latest.values(), *self._folds[-1:])}
+        return [kept[count] for count in sorted(kept)]
 
-    def _summed(self, effects: Sequence[Effect]) -> list[Effect]:
+    def _together(self, effects: Iterable[Effect]) -> list[Effect]:
         modules: dict[str, list[AddToOutput]] = {}
+        routes: dict[tuple[str, Hashable], list[RouteRows]] = {}
         for effect in effects:
             if isinstance(effect, AddToOutput):
                 modules.setdefault(effect.module, []).append(effect)
+            elif isinstance(effect, RouteRows):
+                routes.setdefault((effect.module, effect.family), []).append(effect)
         found: list[Effect] = []
         for name, changes in modules.items():
             total = sum_deltas([c.delta for c in changes], find_module(self._model, name))
             if total is not None:
                 found.append(AddToOutput(name, total))
+        for (name, family), group in routes.items():
+            build = group[0].build
+            found.append(RouteRows(name, family, build, folded=contents_of(group)))
         return found
+
+
+def _numbers(effects: Iterable[Effect]) -> int:
+    """How many numbers the changes of weights hold."""
+    deltas = [effect.delta for effect in effects if isinstance(effect, AddToOutput)]
+    parts = [part for d in deltas for part in (d.dense, d.bias, *(d.low_rank or ()))]
+    return sum(part.numel() for part in parts if part is not None)

@@ -20,6 +20,7 @@ from kedit_lightning.edits.effects import (
     RowFunction,
     StatesFunction,
     WeightDelta,
+    contents_of,
     families,
     of_type,
     sum_deltas,
@@ -50,7 +51,7 @@ def _delta(effects: Sequence[Effect], module: nn.Module) -> WeightDelta | None:
 
 def _row_functions(effects: Sequence[Effect]) -> list[RowFunction]:
     groups = families(effects, RouteRows)
-    return [group[0].build([effect.content for effect in group]) for group in groups]
+    return [group[0].build(contents_of(group)) for group in groups]
 
 
 class ModuleHook:

@@ -8,7 +8,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -25,11 +25,12 @@ from kedit_lightning.edits.prompt_rewriting import rewritten
 from kedit_lightning.edits.row_context import ContextTracker, RowContext
 from kedit_lightning.edits.saved_weights import EditedSave
 from kedit_lightning.edits.stack_chain import StackChain, StackMark
-from kedit_lightning.edits.stack_order import check_order
+from kedit_lightning.edits.stack_order import check_carried, check_order, common_beginning
 from kedit_lightning.errors import UnsupportedUseError, article_list
 
 #: The stack of each model, as long as a base model or a hook holds it.
 _STACKS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[EditStack]] = weakref.WeakKeyDictionary()
+Carried: TypeAlias = list[Edit | None]
 
 
 class EditStack:
@@ -48,16 +49,14 @@ class EditStack:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._edits: list[Edit] = []
-        self._chain, self._prefix = StackChain(), FoldedPrefix(model)
-        self._carried: list[Edit | None] = []
+        self._chain, self._prefix, self._members = StackChain(), FoldedPrefix(model), set[Edit]()
+        self._carried: Carried = []
         self._handles: list[RemovableHandle] = []
         self._hooked: list[nn.Module] = []
         self._places = places_of(model, [])
-        self._plan = HookPlan()
         self._silent: frozenset[Hashable] = frozenset()
-        self._active = True
-        self._tracker = ContextTracker(model)
-        self.lock = threading.RLock()
+        self._active, self.lock = True, threading.RLock()
+        self._plan, self._tracker = HookPlan(), ContextTracker(model)
 
     @classmethod
     def of(cls, model: nn.Module) -> EditStack:
@@ -113,7 +112,6 @@ class EditStack:
             return self
         twin = memo[id(self)] = copy.copy(self)
         twin._model, twin._active, twin.lock = model, True, threading.RLock()
-        twin._prefix = FoldedPrefix(model)
         twin._tracker = copy.deepcopy(self._tracker, memo)
         twin._handles, twin._places = copy.deepcopy(self._handles, memo), []
         return twin
@@ -121,7 +119,7 @@ class EditStack:
     def __copy__(self) -> EditStack:
         twin = object.__new__(type(self))
         twin.__dict__.update(self.__dict__)
-        twin._chain, twin._prefix = StackChain(), FoldedPrefix(twin._model)
+        twin._chain, twin._members = StackChain(), set(self._members)
         return twin
 
     def __reduce__(self) -> Any:
@@ -131,6 +129,9 @@ class EditStack:
 
     def __iter__(self) -> Iterator[Edit]:
         return iter(tuple(self._edits))
+
+    def __contains__(self, edit: object) -> bool:
+        return edit in self._members
 
     def __len__(self) -> int:
         return len(self._edits)
@@ -178,8 +179,9 @@ class EditStack:
         return self._active and self._plan.reads_prompts
 
     def effects(self, kind: type[E]) -> list[E]:
-        """Effects of one type that the applied edits have, oldest first."""
-        return of_type(effects_of(self._edits), kind)
+        """Effects of one type that the applied edits have, oldest first; row functions folded."""
+        effects = self._prefix.effects if kind is RouteRows else effects_of(self._edits)
+        return of_type(effects, kind)
 
     def push(self, edit: Edit) -> None:
         """Apply an edit on top.
@@ -188,11 +190,12 @@ class EditStack:
             EditOrderError: The edit depends on the stack it was computed on, which is another.
         """
         check_order(edit, self.mark)
-        self._change([*self._edits, edit])
+        self._change([*self._edits, edit], same=len(self._edits))
 
     def remove(self, edit: Edit) -> None:
         """Roll one edit back, wherever it stands."""
-        self._change([other for other in self._edits if other is not edit])
+        at = len(self._edits) - 1 if self._edits[-1] is edit else self._edits.index(edit)
+        self._change(self._edits[:at] + self._edits[at + 1 :], same=at)
 
     def clear(self) -> None:
         """Roll all edits back."""
@@ -231,11 +234,11 @@ class EditStack:
     def restored(self) -> Iterator[None]:
         """On leaving, the stack is as it was on entering, whatever happened inside."""
         with self.lock:
-            before = list(self._edits)
+            before = self._edits
             try:
                 yield
             finally:
-                if self._edits != before:
+                if self._edits is not before:
                     self._change(before)
 
     @contextmanager
@@ -247,14 +250,7 @@ class EditStack:
                 apart.
             EditOrderError: An edit depends on the stack it was computed on, which is another.
         """
-        for edit in filter(None, dict.fromkeys(edits)):
-            check_order(edit, self.mark)
-            for part in edit.parts():
-                if not part.rows_apart:
-                    raise UnsupportedUseError(
-                        f"edit {part.id} of kind '{part.kind}' acts on prompts or on decoding, "
-                        "where rows are not told apart; apply it by itself"
-                    )
+        check_carried([edit for edit in edits if edit is not None], self.mark)
         with self.lock:
             before, carried = self._carried, list(edits)
             self._change(self._edits, carried)
@@ -307,8 +303,7 @@ class EditStack:
         """Move hooks to the modules that somebody has put in the place of hooked ones."""
         if not have_moved(self._places):
             return
-        effects = self._prefix.effects(self._edits)
-        fresh = HookPlan.of(self._model, effects, self._carried, self._silent)
+        fresh = HookPlan.of(self._model, self._prefix.effects, self._carried, self._silent)
         self._plan, before = self._plan.renewed(fresh), self._hooked
         self._hooked = self._plan.modules(self._model)
         self._places = places_of(self._model, self._plan.names)
@@ -327,16 +322,21 @@ class EditStack:
         """Register one hook of the plan."""
         return self._hooked[n].register_forward_hook(StackHook(self, self._plan.hooks[n][1]))
 
-    def _change(self, edits: list[Edit], carried: list[Edit | None] | None = None) -> None:
-        """Make ``edits`` the stack; on failure the old stack stays in force."""
+    def _change(self, edits: list[Edit], carried: Carried | None = None, same: int = -1) -> None:
+        """Make ``edits`` the stack, whose lowest ``same`` stay; on failure the old one stays."""
         carried = self._carried if carried is None else carried
-        plan = HookPlan.of(self._model, self._prefix.effects(edits), carried, self._silent)
+        same = common_beginning(self._edits, edits) if same < 0 else same
+        prefix = FoldedPrefix(self._model, edits, self._prefix, same)
+        plan = HookPlan.of(self._model, prefix.effects, carried, self._silent)
         with self.lock:
             for handle in self._handles:
                 handle.remove()
             if have_moved(self._places):
                 drop_hooks(self._model.modules(), self)
-            self._edits, self._carried, self._plan = edits, carried, plan
+            self._members.difference_update(self._edits[same:])
+            self._members.update(edits[same:])
+            self._chain.keep(same)
+            self._edits, self._carried, self._plan, self._prefix = edits, carried, plan, prefix
             self._hooked = plan.modules(self._model)
             self._places = places_of(self._model, plan.names)
             self._handles = [self._hook(n) for n in range(len(plan.hooks))]

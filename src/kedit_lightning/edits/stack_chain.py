@@ -24,7 +24,6 @@ class StackChain:
     """Marks of a stack after each of its edits; a mark follows from the one before and an id."""
 
     def __init__(self, ids: Sequence[str] = ()) -> None:
-        self._edits: Sequence[Identified] = []
         self._ids: list[str] = []
         self._hashes = [""]
         self.extend(ids)
@@ -46,19 +45,17 @@ class StackChain:
             self._hashes.append(chained)
             self._ids.append(id)
 
-    def follow(self, edits: Sequence[Identified]) -> StackMark:
-        """The mark of edits, from that of those at the bottom which were there before."""
-        known = self._edits
-        if known is not edits or not self._still(known):
-            same = len(known) if edits[: len(known)] == known and self._still(known) else 0
-            del self._ids[same:], self._hashes[same + 1 :]
-            self.extend([edit.id for edit in edits[same:]])
-            self._edits = edits
-        return self.mark
+    def keep(self, count: int) -> None:
+        """Forget the edits above the lowest ``count``."""
+        del self._ids[count:], self._hashes[count + 1 :]
 
-    def _still(self, known: Sequence[Identified]) -> bool:
-        """Whether the last edit has the id that it had: a note changes it."""
-        return not known or known[-1].id == self._ids[-1]
+    def follow(self, edits: Sequence[Identified]) -> StackMark:
+        """The mark of edits that begin with those that are known."""
+        known = len(self._ids)
+        if known and edits[known - 1].id != self._ids[-1]:  # a note changes an id
+            self.keep(known - 1)
+        self.extend([edit.id for edit in edits[len(self._ids) :]])
+        return self.mark
 
 
 def stack_mark(stack: Sequence[str]) -> StackMark:

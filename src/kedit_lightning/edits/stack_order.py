@@ -1,12 +1,21 @@
-"""Whether an edit goes on top of the edits that are there."""
+"""Whether an edit goes on top of the edits that are there, or into rows of a pass."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable, Sequence
 
 from kedit_lightning.edits.edit import Edit
 from kedit_lightning.edits.stack_chain import StackMark, described, stack_mark
-from kedit_lightning.errors import EditOrderError
+from kedit_lightning.errors import EditOrderError, UnsupportedUseError
+
+
+def common_beginning(first: Sequence[Edit], second: Sequence[Edit]) -> int:
+    """How many edits two stacks have in common, from the bottom."""
+    length = min(len(first), len(second))
+    if first is second or first[:length] == second[:length]:
+        return length
+    return next(n for n in range(length) if first[n] is not second[n])
 
 
 def check_order(edit: Edit, below: StackMark) -> None:
@@ -30,3 +39,20 @@ def check_order(edit: Edit, below: StackMark) -> None:
         f"top of {here}; its scores may differ from those reported for it",
         stacklevel=5,
     )
+
+
+def check_carried(edits: Iterable[Edit], below: StackMark) -> None:
+    """Make sure that rows of one pass can carry edits on top of a stack.
+
+    Raises:
+        UnsupportedUseError: One acts where rows are not told apart.
+        EditOrderError: One depends on the stack it was computed on.
+    """
+    for edit in dict.fromkeys(edits):
+        check_order(edit, below)
+        for part in edit.parts():
+            if not part.rows_apart:
+                raise UnsupportedUseError(
+                    f"edit {part.id} of kind '{part.kind}' acts on prompts or on decoding, "
+                    "where rows are not told apart; apply it by itself"
+                )

@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from edit_kinds import answers
 from support import FAMILIES, REQUESTS, TEXT, tiny_base
 
 from kedit_lightning import Edit, EditRequest
@@ -98,12 +99,16 @@ def test_the_codebook_of_a_stack_is_added_to_and_not_written_anew(monkeypatch):
         warnings.simplefilter("ignore")
         for edit in edits:
             edit.apply()
+            answers(base)
         # The first is known since its probability was measured.
         assert written == [0, *[1] * (len(edits) - 1)]
         edits[-1].rollback()
+        answers(base)
         edits[-1].apply()
+        answers(base)
         assert written[len(edits) :] == [0, 0]
         edits[1].rollback()  # those above it are written again
+        answers(base)
         assert written[-1] == len(edits) - 2
         others = [e.entries[0] for i, e in enumerate(edits) if i != 1]
         assert same_codebook(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from itertools import chain
 from operator import is_
 from typing import ClassVar, TypedDict
@@ -17,7 +18,7 @@ from kedit_lightning.edits.edit import (
     Values,
     check_finite,
 )
-from kedit_lightning.edits.effects import Effect, RouteRows, RowFunction
+from kedit_lightning.edits.effects import Effect, RouteRows, RowFunction, contents_of
 from kedit_lightning.edits.kinds.codebook.codebook import (
     Codebook,
     CodebookEntry,
@@ -132,10 +133,17 @@ class CodebookEdit(MemoryEdit):
 
     def _build(self, contents: Sequence[Sequence[CodebookEntry]]) -> RowFunction:
         device = device_of(self.base.model.get_submodule(self.module))
-        book = self._books.book(contents, device, state_rounding(self.base.dtype))
-        assert book is not None
+        rounding = state_rounding(self.base.dtype)
         family, where = self.family, self.replacement
-        widths = book.keys.shape[1], book.values.shape[1]
+        widths = len(self.entries[0].key), len(self.entries[0].value)
+
+        @cache
+        def written() -> Codebook:
+            # By the first pass that needs it: applying an edit takes no look at those below.
+            with torch.inference_mode(False), torch.no_grad():
+                book = self._books.book(contents, device, rounding)
+            assert book is not None
+            return book
 
         def recall(x: Tensor, y: Tensor, context: RowContext) -> Tensor:
             if (x.shape[-1], y.shape[-1]) != widths:
@@ -143,6 +151,7 @@ class CodebookEdit(MemoryEdit):
                     f"a codebook that maps {widths[0]} to {widths[1]} values does not fit module "
                     f"'{self.module}', which maps {x.shape[-1]} to {y.shape[-1]}"
                 )
+            book = written()
             end = context.prompt_end.to(x.device) if context.prefill else None
             if end is not None:
                 queries = x[torch.arange(len(x), device=x.device), end]
@@ -189,5 +198,4 @@ def stacked_codebook(
     if not routes:
         return None
     lowest: CodebookEdit = routes[0].build.__self__  # type: ignore[attr-defined]
-    contents = [route.content for route in routes]
-    return lowest._books.book(contents, device, state_rounding(base.dtype))
+    return lowest._books.book(contents_of(routes), device, state_rounding(base.dtype))

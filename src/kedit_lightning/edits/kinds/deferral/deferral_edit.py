@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kedit_lightning.edits.edit import EditableModel, MemoryEdit, Tensors, Values, check_finite
-from kedit_lightning.edits.effects import Effect, RouteRows, RowFunction
+from kedit_lightning.edits.effects import Effect, RouteRows, RowFunction, contents_of
 from kedit_lightning.edits.origin import EditOrigin
 from kedit_lightning.edits.projections import check_editable, find_module, projection_shape
 from kedit_lightning.edits.prompt_routing import put_rows, routed
@@ -151,4 +151,4 @@ def stacked_deferral(base: EditableModel, module: str) -> Deferral | None:
     """The gate and the copy that the applied edits of a module form."""
     family = DeferralEdit.family_of(module)
     routes = [effect for effect in base.edits.effects(RouteRows) if effect.family == family]
-    return reduce(Deferral.plus, [route.content for route in routes]) if routes else None
+    return reduce(Deferral.plus, contents_of(routes)) if routes else None

@@ -9,7 +9,7 @@ from typing import ClassVar, TypedDict
 from torch import Tensor
 
 from kedit_lightning.edits.edit import EditableModel, MemoryEdit, Tensors, Values, check_finite
-from kedit_lightning.edits.effects import Effect, RouteRows, RowFunction
+from kedit_lightning.edits.effects import Effect, RouteRows, RowFunction, contents_of
 from kedit_lightning.edits.kinds.neurons.neurons import MLPPlace, Neurons
 from kedit_lightning.edits.origin import EditOrigin
 from kedit_lightning.edits.projections import check_editable, compute_dtype, projection_shape
@@ -141,4 +141,5 @@ def stacked_queries(base: EditableModel, place: MLPPlace) -> list[Tensor]:
     """Queries of the applied edits at a place, oldest first, ``[m, d_in]`` each."""
     family = NeuronsEdit.family_of(place)
     routes = [effect for effect in base.edits.effects(RouteRows) if effect.family == family]
-    return [route.content.queries for route in routes if route.module == place.reads]
+    contents = contents_of(route for route in routes if route.module == place.reads)
+    return [neurons.queries for neurons in contents]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kedit_lightning.edits.edit import EditableModel, MemoryEdit, Tensors, Values, check_finite
-from kedit_lightning.edits.effects import Effect, RouteRows, RowFunction
+from kedit_lightning.edits.effects import Effect, RouteRows, RowFunction, contents_of
 from kedit_lightning.edits.kinds.overlap.top_hash import feature_order, overlaps, top_hash
 from kedit_lightning.edits.origin import EditOrigin
 from kedit_lightning.edits.projections import check_editable, find_module, projection_shape
@@ -201,4 +201,4 @@ def stacked_overlap_edits(base: EditableModel, plan: OverlapPlan) -> list[Overla
     """The applied edits with a plan, oldest first."""
     family = OverlapEdit.family_of(plan)
     routes = [effect for effect in base.edits.effects(RouteRows) if effect.family == family]
-    return [route.content for route in routes]
+    return contents_of(routes)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kedit_lightning.edits.edit import EditableModel, MemoryEdit, Tensors, Values, check_finite
-from kedit_lightning.edits.effects import Effect, RouteRows, RowFunction
+from kedit_lightning.edits.effects import Effect, RouteRows, RowFunction, contents_of
 from kedit_lightning.edits.kinds.side.merging import Merge, merge_shards, shard_mask
 from kedit_lightning.edits.origin import EditOrigin
 from kedit_lightning.edits.projections import (
@@ -240,4 +240,4 @@ def stacked_side_edits(base: EditableModel, plan: SidePlan) -> list[SideEdit]:
     """The applied edits with a plan, oldest first."""
     family = SideEdit.family_of(plan)
     routes = [effect for effect in base.edits.effects(RouteRows) if effect.family == family]
-    return [route.content for route in routes]
+    return contents_of(routes)
