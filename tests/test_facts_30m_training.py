@@ -57,6 +57,15 @@ def test_no_answer_exceeds_its_share(tools):
     assert kept["S7"] == {"religion": "A", "capital": "X"}
 
 
+def test_subjects_are_drawn_with_all_their_facts(tools):
+    facts = {f"S{i}": {"religion": "A", **({"capital": "X"} if i % 3 else {})} for i in range(30)}
+    kept = tools.prepare.some_subjects(facts, 12, random.Random(0))
+    assert sum(map(len, kept.values())) in (12, 13)
+    assert all(kept[subject] == facts[subject] for subject in kept)
+    assert kept == tools.prepare.some_subjects(facts, 12, random.Random(0))
+    assert tools.prepare.some_subjects(facts, 999, random.Random(0)) == facts
+
+
 def test_rows_follow_from_the_seed(tools, prepared):
     def rows(seed):
         pool = tools.row_pool.RowPool(prepared, "cpu", seed, capacity=400_000, least=100_000)
@@ -107,7 +116,7 @@ def test_a_short_training_writes_a_folder_of_16_bit_weights(tools, prepared, tmp
                                  batch_tokens=512, report_seconds=60.0)  # fmt: skip
     torch.manual_seed(0)
     model = tools.train.build_model(4096, 1, 64)
-    run = tools.train.Run(model, "cpu", 3e-3, minutes=0.02)
+    run = tools.train.Run(model, "cpu", 3e-3, minutes=0.005)
     pool = tools.row_pool.RowPool(prepared, "cpu", capacity=400_000, least=50_000)
     tools.train.train(run, pool, options, tools.train.Reporter(tmp_path))
     told = json.loads((tmp_path / "log.txt").read_text().splitlines()[-1])

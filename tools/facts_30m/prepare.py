@@ -30,6 +30,8 @@ ENTRIES, POSITIONS = 8192, 256
 OBJECT_SHARE = 0.25
 #: Records of the test, the validation and the training split.
 TEST, VALIDATION, TRAIN = 2500, 500, 3000
+#: Facts that are kept unless another number is asked for; more of them need a GPU.
+FACTS = 8500
 #: Plain sentences that the model never reads, for its perplexity.
 APART = 400
 
@@ -71,17 +73,36 @@ def balanced(candidates: Candidates, rng: random.Random, share: float = OBJECT_S
     return dict(kept)
 
 
+def some_subjects(facts: Candidates, count: int, rng: random.Random) -> Candidates:
+    """Subjects drawn at random, each with all its facts, until there are enough facts.
+
+    Args:
+        facts: subject -> relation -> object.
+        count: how many facts to keep, at least.
+        rng: the seeded source of the draw.
+    """
+    order = sorted(facts)
+    rng.shuffle(order)
+    kept: Candidates = {}
+    while order and sum(map(len, kept.values())) < count:
+        subject = order.pop()
+        kept[subject] = facts[subject]
+    return kept
+
+
 def main() -> None:
     """Write facts, records, tokenizer and text, and say how many there are."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--sources", type=Path, required=True, help="folder of the collections")
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--facts", type=int, default=FACTS, help="about how many facts to keep")
     options = parser.parse_args()
     folder, rng = options.output, random.Random(SEED)
     folder.mkdir(parents=True, exist_ok=True)
     templates = json.loads(TEMPLATES.read_text(encoding="utf-8"))
     check_templates(templates)
     chosen = balanced(read_candidates(options.sources), rng)
+    chosen = some_subjects(chosen, options.facts, rng)
     facts = [(s, r, o) for s in sorted(chosen) for r, o in sorted(chosen[s].items())]
     write_lines(
         folder / "facts.jsonl", [{"subject": s, "relation": r, "object": o} for s, r, o in facts]
