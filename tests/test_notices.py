@@ -13,7 +13,7 @@ from toys import Toy
 
 from kedit_lightning import EditTrainer
 from kedit_lightning.data import Requests
-from kedit_lightning.notices import without_notices
+from kedit_lightning.notices import bars_are_hidden, without_notices
 
 ADVICE = logging.getLogger("lightning.pytorch.utilities.rank_zero")
 READING = logging.getLogger("lightning.pytorch.trainer.connectors.checkpoint_connector")
@@ -71,6 +71,14 @@ def test_progress_bars_give_no_advice_in_a_notebook():
     ]
     assert "IProgress not found" in said[0]
     assert said[1] == ""
+
+
+def test_bars_of_rich_are_hidden_in_a_notebook_without_widgets(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ipywidgets", None)
+    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
+    assert not bars_are_hidden()
+    monkeypatch.setitem(sys.modules, "ipykernel", sys)
+    assert bars_are_hidden()
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from importlib.util import find_spec
 
 #: Starts of warnings of Lightning, as regular expressions.
 _WARNINGS = (
@@ -86,3 +87,8 @@ def import_progress_bars() -> None:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="IProgress not found")
             import_module("tqdm.auto")
+
+
+def bars_are_hidden() -> bool:
+    """Whether rich has no place for a bar: a notebook without ipywidgets, where it gives advice."""
+    return "ipykernel" in sys.modules and find_spec("ipywidgets") is None

@@ -19,6 +19,7 @@ from kedit_lightning.analysis.comparison import compared, read_run
 from kedit_lightning.analysis.figures.retention_figure import draw_retention
 from kedit_lightning.benchmark import Protocol
 from kedit_lightning.cli.main import main
+from kedit_lightning.errors import UnsupportedUseError
 from kedit_lightning.metrics import ExampleRecord
 from kedit_lightning.metrics.functional.bootstrap import paired_difference, resampled_means
 from kedit_lightning.metrics.functional.paired_tests import bootstrap_p, holm, mcnemar
@@ -110,6 +111,11 @@ def test_runs_that_differ_are_told_apart(tmp_path: Path) -> None:
     found = pairs["ROME", "FTM"]
     assert found.mean == pytest.approx(mean)
     assert (found.low, found.high) == pytest.approx((low, high), abs=0.05)
+    only = compared(runs, only=["rewrite/tf_all"])
+    assert list(only.scores) == ["rewrite/tf_all"]
+    assert {one.adjusted for one in only.differences} == {one.adjusted for one in pairs.values()}
+    with pytest.raises(UnsupportedUseError, match="not all runs have rewrite/tf_al; all"):
+        compared(runs, only=["rewrite/tf_al"])
     same = [d for d in comparison.differences if d.score == "locality/kl"]
     assert all(math.isclose(d.mean, 0.0, abs_tol=1e-12) and not d.told_apart for d in same)
 

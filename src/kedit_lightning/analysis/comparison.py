@@ -164,22 +164,28 @@ def _differing(protocols: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def compared(runs: Sequence[Run], groups: bool = False) -> Comparison:
+def compared(runs: Sequence[Run], groups: bool = False, only: Sequence[str] = ()) -> Comparison:
     """Put runs side by side.
 
     Args:
         runs: At least two, of one protocol, dataset and base model.
         groups: Also scores of single groups of probes.
+        only: Names of the scores that are compared, in this order; all if none is given.
 
     Raises:
-        UnsupportedUseError: There are too few runs, or they cannot be compared.
+        UnsupportedUseError: There are too few runs, they cannot be compared, or a run lacks a
+            score.
     """
     if len(runs) < 2:
         raise UnsupportedUseError("a comparison needs at least two runs")
     refuse_different(runs)
     runs = named(runs)
     keys = [key for key in runs[0].scores if all(key in run.scores for run in runs)]
-    keys = [key for key in keys if _is_score(key) and (groups or not _is_group(key))]
+    if missing := [name for name in only if name not in keys]:
+        raise UnsupportedUseError(
+            f"not all runs have {', '.join(missing)}; all of them have {', '.join(keys)}"
+        )
+    keys = [*only] or [key for key in keys if _is_score(key) and (groups or not _is_group(key))]
     scores = {key: {run.label: run.scores[key] for run in runs} for key in keys}
     differences = [difference for key in keys for difference in _differences(runs, key)]
     spread = {

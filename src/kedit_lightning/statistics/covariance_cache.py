@@ -22,6 +22,7 @@ from kedit_lightning.cache_folder import cache_dir
 from kedit_lightning.edits.expert_projection import ExpertProjection
 from kedit_lightning.edits.projections import projection_shape
 from kedit_lightning.errors import DataFileError, DataFileNotFoundError, article_list
+from kedit_lightning.notices import bars_are_hidden
 from kedit_lightning.statistics.covariance import SecondMoment
 from kedit_lightning.statistics.key_collector import KeyCollector
 from kedit_lightning.statistics.moment_file import MomentFile, Provenance, write_statistics
@@ -196,7 +197,8 @@ def estimate_from_few_samples(
     collector = KeyCollector(base, modules)
     texts = few_sample_texts()
     starts = range(0, len(texts), batch_size)
-    for start in track(starts, description="Estimating key statistics", transient=True):
+    hidden = bars_are_hidden()
+    for start in track(starts, "Estimating key statistics", transient=True, disable=hidden):
         collector.read(texts[start : start + batch_size])
         if collector.is_within(ENOUGH_ERROR):
             break

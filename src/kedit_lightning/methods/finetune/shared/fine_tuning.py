@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kedit_lightning.methods.shared.inner_loop import adam, descend
 from kedit_lightning.methods.shared.losses import gradients_of
+from kedit_lightning.notices import bars_are_hidden
 
 #: Optimizer steps from which on a progress bar is shown.
 _LONG = 300
@@ -62,7 +63,7 @@ def fine_tune(
         "Fine-tuning",
         console=Console(stderr=True),
         transient=True,
-        disable=epochs * -(-rows // batch_size) < _LONG,
+        disable=bars_are_hidden() or epochs * -(-rows // batch_size) < _LONG,
     )
     for _ in progress:
         total = 0.0
