@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -48,6 +49,15 @@ def _tensors(
         yield label, tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
+def _on_host(samples: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Bytes ``[n]`` each on the CPU, copied at once if they are on one device."""
+    if len({sample.device for sample in samples}) != 1 or samples[0].device.type == "cpu":
+        return [sample.cpu() for sample in samples]
+    whole = torch.cat(list(samples)).cpu()
+    ends = [*accumulate(len(sample) for sample in samples)]
+    return [whole[end - len(sample) : end] for sample, end in zip(samples, ends, strict=True)]
+
+
 @torch.no_grad()
 def model_fingerprint(model: nn.Module, state: dict[str, Tensor] | None = None) -> str:
     """Hash of configuration, tensor names, shapes, dtypes and a strided sample of the values.
@@ -59,11 +69,16 @@ def model_fingerprint(model: nn.Module, state: dict[str, Tensor] | None = None) 
         model: The model.
         state: Its tensors in force, where they are known.
     """
-    parts = [_configuration(model)]
+    names: list[bytes] = []
+    samples: list[Tensor] = []
     for name, tensor in _tensors(model, state):
         flat = tensor.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // _SAMPLE)][:_SAMPLE].cpu().contiguous()
-        parts += [name, sample.view(torch.uint8).numpy().tobytes()]
+        sample = flat[:: max(1, flat.numel() // _SAMPLE)][:_SAMPLE].contiguous()
+        names.append(name)
+        samples.append(sample.view(torch.uint8))
+    parts = [_configuration(model)]
+    for name, data in zip(names, _on_host(samples), strict=True):
+        parts += [name, data.numpy().tobytes()]
     return _digest(*parts)
 
 

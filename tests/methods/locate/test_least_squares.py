@@ -13,6 +13,7 @@ from kedit_lightning.methods.locate.shared.covariance_factors import CovarianceF
 from kedit_lightning.methods.locate.shared.least_squares import (
     NEAR,
     covariance_prior,
+    known_priors,
     null_space_prior,
     relative_ridge,
     ridge_update,
@@ -53,6 +54,27 @@ def delta(keys, residuals, prior, eps, **options):
 
 def close(found, expected, tolerance=1e-10):
     assert float((found - expected).norm()) <= tolerance * max(1.0, float(expected.norm()))
+
+
+# ---- priors that know what several groups of keys ask for
+
+
+def test_keys_of_several_groups_are_solved_for_at_once(system):
+    keys, _, _, prior = system
+    asked = []
+
+    def counted(new):
+        asked.append(new.shape[1])
+        return prior(new)
+
+    groups = [keys[:, :2], keys[:, 2:3], keys[:, 3:]]
+    known = known_priors(counted, groups)
+    assert asked == [N]
+    for own, solve in zip(groups, known, strict=True):
+        close(solve(own), prior(own), 1e-12)
+        close(solve(2 * own), prior(2 * own), 1e-12)  # keys of which it does not know
+    assert asked == [N, 2, 1, 2]
+    assert known_priors(counted, groups[:1]) == [counted]
 
 
 # ---- MEMIT: eps = 1

@@ -50,12 +50,12 @@ def note_probabilities(edit: Edit, requests: Sequence[EditRequest]) -> None:
     edit.note(**{TARGET_PROBABILITIES: found})
 
 
-def note_each(edits: Sequence[Edit], requests: Sequence[EditRequest]) -> None:
+def note_each(edits: Sequence[Edit], requests: Sequence[EditRequest]) -> Sequence[Edit]:
     """Note in each edit the probability of its one target; the rows carry their edits."""
     if not all(edit.can_be_carried for edit in edits):
         for edit, request in zip(edits, requests, strict=True):
             note_probabilities(edit, [request])
-        return
+        return edits
     for pairs in chunks(list(zip(edits, requests, strict=True)), _ROWS):
         part, own = [edit for edit, _ in pairs], [request for _, request in pairs]
         base: Any = part[0].base
@@ -63,6 +63,7 @@ def note_each(edits: Sequence[Edit], requests: Sequence[EditRequest]) -> None:
             found = target_probabilities(base, own)
         for edit, probability in zip(part, found, strict=True):
             edit.note(**{TARGET_PROBABILITIES: [probability]})
+    return edits
 
 
 def warn_of_unwritten(

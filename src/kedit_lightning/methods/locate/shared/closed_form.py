@@ -46,6 +46,7 @@ from kedit_lightning.methods.locate.shared.weight_constraints import WeightConst
 from kedit_lightning.methods.method import Capabilities, EditMethod
 from kedit_lightning.methods.shared.contexts import sample_contexts
 from kedit_lightning.methods.shared.published_settings import published_settings
+from kedit_lightning.methods.shared.target_probability import note_each
 from kedit_lightning.requests import EditRequest
 
 
@@ -228,19 +229,20 @@ class ClosedForm(TextPassHooks, EditMethod):
 
     def edit_each(self, requests_of_examples: Sequence[Sequence[EditRequest]]) -> Iterable[Edit]:
         """Edits of several examples, apart from each other; their values are found together."""
-        groups, settings = [consistent(group) for group in requests_of_examples], self.settings
-        # Values that depend on those found with them, and dense changes, of which few fit.
-        apart = settings.aligned or settings.norm_anchor or settings.keep_share is not None
-        apart = apart or not VALUE_TARGETS[settings.targets].independent or len(groups) < 2
-        if apart or not (self.can.batch or all(len(group) == 1 for group in groups)):
+        groups = [consistent(group) for group in requests_of_examples]
+        apart = self.settings.apart or not VALUE_TARGETS[self.settings.targets].independent
+        several = any(len(group) > 1 for group in groups)
+        if apart or len(groups) < 2 or (several and not self.can.batch):
             return super().edit_each(groups)
         with self.computing([request for group in groups for request in group]):
             solved = self.solve(groups)
-        try:  # a subclass may do more in compute_edit
-            self._solved = dict(zip(map(tuple, groups), solved, strict=True))
-            return [self.noted_edit(group) for group in groups]
-        finally:
-            self._solved = {}
+            try:  # a subclass may do more in compute_edit
+                self._solved = dict(zip(map(tuple, groups), solved, strict=True))
+                if several:
+                    return [*map(self.noted_edit, groups)]
+                return note_each([*map(self.compute_edit, groups)], [g[0] for g in groups])
+            finally:
+                self._solved = {}
 
     def solve(self, groups: Sequence[Sequence[EditRequest]]) -> list[Edit]:
         """One edit for each group of requests, independent of the others."""
@@ -262,21 +264,20 @@ class ClosedForm(TextPassHooks, EditMethod):
                 residuals = values.residuals(layer, carried)
                 states = self._states([module], batch.requests, carried)
             share = (len(self.layers) - number) ** -self.spread if values.spreads else 1.0
-            inside, path = values.site(layer).inside, self.base.layout.write_path
-            residuals = residuals * share / (1.0 if inside else path(layer).gain)
+            residuals = residuals * share / values.site(layer).gain_of(self.base.layout, layer)
             prior, history, counting = self.prior(layer), self._history(module), values.counting
             keeps = keeps_equations() and self._solves_again(module)
-            for changes, part, weights in batch.changing():
+            keys = [self.mean_keys(states.part(part).inputs[module]).T for part in batch.parts]
+            for changes, part, weights, own_keys, known in batch.changing(keys, prior):
                 if counting is not None and not bool(counting[part].any()):
                     continue  # all of it is written, whatever the others need
-                own = states.part(part)
-                noted = weights if counting is None else []
-                cost = self._cost(prior, self.mean_keys(own.inputs[module]).T, history, noted)
+                own, noted = states.part(part), weights if counting is None else []
+                cost = self._cost(known, own_keys, history, noted)
                 delta = self.update(module, own, residuals[part], cost)
                 add_to(changes, self.constraints.changes(self.base, module, delta))
                 if keeps:
                     batch.keep(part, module, self.equation(module, own, residuals[part]))
-            del prior  # wide layers have large ones
+            del prior, known  # wide layers have large ones
 
     def layer_values(self, requests: Sequence[EditRequest]) -> LastLayerValues:
         """Values of requests at the edited layers, optimised when first needed."""
@@ -345,6 +346,5 @@ class ClosedForm(TextPassHooks, EditMethod):
     def configure_model(self) -> None:
         """Build what the method needs, and a stand-in for the parameters it does not have."""
         super().configure_model()
-        if self._stand_in is None and self._trainer is not None:
-            # DistributedDataParallel refuses a module that has no parameter at all.
+        if self._stand_in is None and self._trainer is not None:  # DDP wants a parameter
             self._stand_in = torch.nn.Parameter(torch.zeros(0))

@@ -129,6 +129,11 @@ class ClosedFormSettings(MethodSettings):
     #: Whether keys of plain text count in the cost of a change, by ``preserve``.
     weighs_text: ClassVar[bool] = True
 
+    @property
+    def apart(self) -> bool:
+        """Whether values depend on those found with them, or changes are dense, so that few fit."""
+        return self.aligned or self.norm_anchor or self.keep_share is not None
+
     def reported(self) -> dict[str, Any]:
         """Their values; where ``preserve`` follows from the keys of each edit, the rule."""
         values = super().reported()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kedit_lightning.base_models import BaseModel
+from kedit_lightning.base_models.memory_budget import memory_budget
 from kedit_lightning.base_models.mixture import single_experts
 from kedit_lightning.edits.expert_projection import ExpertProjection
 from kedit_lightning.edits.projections import projection_shape
@@ -40,6 +41,8 @@ MODES = ("auto", "required", "identity")
 Factor: TypeAlias = tuple[Tensor, float]
 #: The cache keeps matrices of several layers up to this many bytes.
 _CACHE_BYTES = 32 << 20
+#: A factor stays on a CUDA device if it takes less than this share of what may be used there.
+_PLACED_SHARE = 0.1
 
 
 def check_mode(mode: str) -> None:
@@ -60,6 +63,8 @@ class CovarianceFactors:
         self.note = ""
         self._factors: dict[Hashable, Factor] = {}
         self._diagonals: dict[str, float] = {}
+        #: The factor that was used last, on the CPU and beside the model.
+        self._placed: tuple[Tensor, Tensor] | None = None
 
     def cholesky(self, module: str, ridge: float = 0.0) -> Tensor:
         """Lower Cholesky factor of ``C + ridge · I``, ``[d_in, d_in]`` in float64 on the CPU."""
@@ -105,9 +110,23 @@ class CovarianceFactors:
         """The cost ``weight · (C + ridge · I)`` of a change of a projection, or of all experts."""
 
         def of_one(part: str) -> Prior:
-            return covariance_prior(self.cholesky(part, ridge).to(self.base.device), weight)
+            return covariance_prior(self._beside_model(self.cholesky(part, ridge)), weight)
 
         return self.blockwise(module, of_one)
+
+    def _beside_model(self, factor: Tensor) -> Tensor:
+        """A factor on the device of the model; the last one stays there if it takes little."""
+        device = self.base.device
+        if device.type != "cuda":
+            return factor.to(device)
+        if self._placed is None or self._placed[0] is not factor:
+            self._placed = None  # before the next takes as much memory
+            room = factor.nbytes < _PLACED_SHARE * memory_budget(device)
+            placed = factor.to(device)
+            if not room:
+                return placed
+            self._placed = factor, placed
+        return self._placed[1]
 
     def blockwise(self, module: str, of_one: Callable[[str], Prior]) -> Prior:
         """The prior of a projection from that of itself, or of each expert if it is all experts'.
@@ -199,3 +218,4 @@ class CovarianceFactors:
         """Drop all factors: the statistics they come from have been replaced."""
         self._factors.clear()
         self._diagonals.clear()
+        self._placed = None

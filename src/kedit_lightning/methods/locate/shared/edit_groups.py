@@ -20,6 +20,7 @@ from kedit_lightning.edits import (
 from kedit_lightning.edits.effects import WeightDelta
 from kedit_lightning.edits.projections import compute_dtype
 from kedit_lightning.methods.locate.shared.equations import Equation
+from kedit_lightning.methods.locate.shared.least_squares import Prior, known_priors
 from kedit_lightning.methods.locate.shared.subject_states import Carried
 from kedit_lightning.requests import EditRequest
 
@@ -90,9 +91,15 @@ class EditGroups:
         for memory, part in zip(self.memories, self.parts, strict=True):
             memory[name] = values[..., part].contiguous()
 
-    def changing(self) -> Iterable[tuple[dict[str, WeightDelta], slice, list[float]]]:
-        """Of each group its changes, its place among the keys, and its weights."""
-        return zip(self.changes, self.parts, self.weights, strict=True)
+    def changing(
+        self, keys: Sequence[Tensor], prior: Prior
+    ) -> Iterable[tuple[dict[str, WeightDelta], slice, list[float], Tensor, Prior]]:
+        """Of each group its changes, its place among the keys, its weights, its keys and its prior.
+
+        ``keys`` are those of each group, ``[d_in, n]``; its prior knows them.
+        """
+        known = known_priors(prior, keys)
+        return zip(self.changes, self.parts, self.weights, keys, known, strict=True)
 
     def edits(self, origin: Callable[..., EditOrigin]) -> list[Edit]:
         """One edit for each group, with what later edits must know, and the weights as a note."""

@@ -45,6 +45,10 @@ class Site:
         """First block that runs in each pass."""
         return self.block if self.inside else self.block + 1
 
+    def gain_of(self, layout: Layout, layer: int) -> float:
+        """Factor with which the output of a layer's MLP reaches what values are."""
+        return 1.0 if self.inside else layout.write_path(layer).gain
+
     def behind_block(self, base: BaseModel) -> Site:
         """Where a change has the same effect and passes start one block later, if there is a place.
 
