@@ -6,6 +6,7 @@ if __name__ == "callbacks":  # a second copy of every class, unknown to the comm
 from kedit_lightning.benchmark import EditCallback
 
 from .ability_check import AbilityCheck
+from .ability_sample import AbilitySample
 from .canary_guard import CanaryGuard
 from .causal_tracing import CausalTracing
 from .edit_saver import EditSaver
@@ -20,6 +21,7 @@ from .wandb_table import WandbTable
 
 __all__ = [
     "AbilityCheck",
+    "AbilitySample",
     "CanaryGuard",
     "CausalTracing",
     "EditSaver",

@@ -14,6 +14,7 @@ from kedit_lightning.analysis.ability import (
     ability_scores,
     ability_table,
     changes,
+    needs_harness,
 )
 from kedit_lightning.analysis.harness import harness
 from kedit_lightning.benchmark import EditCallback
@@ -33,7 +34,8 @@ class AbilityCheck(EditCallback):
     ``ability.json``, from which a resumed run takes the scores it has.
 
     Args:
-        tasks: Names of tasks, and YAML files of your own.
+        tasks: Names of tasks, ``nano_choices`` among them, which needs no harness, and YAML files
+            of your own.
         limit: Documents of each task, the first ones; all if not given.
         margin: Loss of a share that would not matter; 0.01 is one point of a hundred.
         batch_size: Rows of a forward pass.
@@ -71,7 +73,8 @@ class AbilityCheck(EditCallback):
                 "AbilityCheck needs at least one task (--ability TASK,TASK) and a margin between 0 "
                 f"and 1; got tasks {self.tasks} and margin {self.margin}"
             )
-        harness()
+        if needs_harness(self.tasks):
+            harness()
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Answer the tasks with the base model, so that a wrong name shows before any edit."""

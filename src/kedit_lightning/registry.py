@@ -249,6 +249,7 @@ _OWN: dict[tuple[Kind, str], dict[str, tuple[str, str, str]]] = {
     },
     ("callback", "callbacks"): {
         "AbilityCheck": ("ability_check", "", "tasks of lm-eval before and after edits"),
+        "AbilitySample": ("ability_sample", "", "plain text and choices under edits"),
         "CanaryGuard": ("canary_guard", "", "stops a stream of edits before it ruins the model"),
         "CausalTracing": ("causal_tracing", "", "heat maps of causal traces"),
         "EditSaver": ("edit_saver", "", "saves edits as they are computed"),

@@ -20,6 +20,7 @@ from rich.table import Table
 from scipy.stats import norm
 
 from kedit_lightning.analysis.harness import harness, harness_model
+from kedit_lightning.analysis.known_choices import CHOICES_TASK, choice_scores
 from kedit_lightning.base_models import BaseModel
 from kedit_lightning.errors import DataFileError, DataFileNotFoundError, UnsupportedUseError
 from kedit_lightning.metrics.functional import paired_difference
@@ -71,6 +72,8 @@ def ability_scores(
 ) -> DocumentScores:
     """Scores of tasks of lm-evaluation-harness under the edits that are applied.
 
+    The questions of ``nano_choices`` come with the package and need no harness.
+
     Args:
         base: The base model.
         tasks: Names of tasks, and YAML files of your own.
@@ -82,6 +85,12 @@ def ability_scores(
         DataFileError: A YAML file is no task.
         UnsupportedUseError: There is no such task.
     """
+    scores: DocumentScores = {}
+    if CHOICES_TASK in tasks:
+        scores[CHOICES_TASK, "acc"] = choice_scores(base, batch_size, limit)
+    if not needs_harness(tasks):
+        return scores
+    tasks = [task for task in tasks if task != CHOICES_TASK]
     evaluator, files = harness(), [_task(task) for task in tasks]
     named = any(isinstance(task, str) for task in files)
     with isolate_rng():  # it sets all seeds
@@ -100,7 +109,6 @@ def ability_scores(
             log_samples=True,
             task_manager=manager,
         )
-    scores: DocumentScores = {}
     for task, samples in found["samples"].items():
         better = found["higher_is_better"].get(task, {})
         for sample in samples:
@@ -111,6 +119,15 @@ def ability_scores(
                     key = (task, f"{metric}{filtered}")
                     scores.setdefault(key, {})[str(sample["doc_id"])] = float(value)
     return scores
+
+
+def needs_harness(tasks: Sequence[str]) -> bool:
+    """Whether there are tasks that do not come with the package.
+
+    >>> needs_harness(["nano_choices"]), needs_harness(["nano_choices", "arc_easy"])
+    (False, True)
+    """
+    return any(task != CHOICES_TASK for task in tasks)
 
 
 def changes(
