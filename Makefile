@@ -28,7 +28,7 @@ WORKERS ?= 2
 # tests takes some of the others, since a few slow ones take minutes.
 PYTEST := $(BIN)/python -m pytest -rfEs --durations=10 -n $(WORKERS) --dist worksteal
 
-.PHONY: help venv demo docs test test-one test-slow test-all test-gpu lint format types clean
+.PHONY: help venv demo benchmark docs test test-one test-slow test-all test-gpu lint format types clean
 
 help: ## show this list
 	@echo "kedit-lightning: knowledge editing of language models"
@@ -56,6 +56,13 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: venv ## edit eight facts in the packaged model with three methods and show what happened
 	@$(BIN)/python tools/demo.py
+
+# A part by name (PART=nano.nano_facts.single, or a pattern), the stated subset (SUBSET=1), another folder of real data.
+PART ?= *
+DATA ?= ../shared/data
+benchmark: venv ## every method on every benchmark, into docs/leaderboard: hours, goes on after a stop (PART=, SUBSET=1, DATA=)
+	$(TEST_ENV) CUDA_VISIBLE_DEVICES= $(BIN)/python -u tools/leaderboard/benchmark.py --part '$(PART)' --data '$(DATA)' \
+		$(if $(SUBSET),--subset)
 
 $(DOCS_STAMP): $(STAMP)
 	@echo "installing what builds the documentation"

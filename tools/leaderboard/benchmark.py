@@ -17,13 +17,14 @@ from __future__ import annotations
 import argparse
 import random
 import shutil
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
-from benchmark_cells import ROOT, Cell, Plan, plan
+from benchmark_cells import MODELS, ROOT, Cell, Plan, plan, turn
 from benchmark_page import write_page
 from benchmark_runs import Progress, finished, forked, run, take_settings
 from benchmark_scores import collected
@@ -42,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.reproduce:
         return _reproduced(found, out, given.reproduce, given.seed)
     if not given.page:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the cell under way too
         import_module("kedit_lightning.cli.parser")  # once, before the copies of this process
         import_module("kedit_lightning.callbacks")
         import_module("kedit_lightning.methods")
@@ -92,7 +94,8 @@ def _run(found: Plan, out: Path, given: argparse.Namespace) -> Plan:
           f"{len(wanted)} of these and {progress.total - len(wanted)} cells are left")  # fmt: skip
     for reason in found.skipped:
         print(f"left out: {reason}")
-    pairs = dict.fromkeys((cell.model, cell.method) for cell in found.cells)
+    pairs = sorted({(cell.model, cell.method) for cell in found.cells},
+                   key=lambda pair: (MODELS.index(pair[0]), turn(pair[1])))  # fmt: skip
     cells: list[Cell] = []
     for model, method in pairs:
         for sweep in (s for s in sweeps if (s.model, s.method) == (model, method)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -77,8 +78,9 @@ def _table(table: Mapping[str, Any], cells: Mapping[str, Any]) -> dict[str, Any]
         "protocol_id": first.get("protocol_id"),
         "columns": [*columns, "perplexity", "choices", "s / fact", "peak MB"],
         "rows": rows,
+        "apart": table.get("apart", ()),
         "failed": [cell for cell in own if cell["error"]],
-        "pairs": len(scored) * (len(scored) - 1) // 2,
+        "pairs": math.comb(len(scored) - len(table.get("apart", ())), 2),
         "undecided": [(_title(key), len(table["alike"].get(key, ()))) for key in keys],
     }
 

@@ -81,6 +81,7 @@ def _run_and_leave(arguments: Sequence[str], log: Path) -> None:
         file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, 1)
         os.dup2(file, 2)
+        sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1, closefd=False)
         sys.argv = ["kedit", *arguments]
         from kedit_lightning.cli.main import main
 

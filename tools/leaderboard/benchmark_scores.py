@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -159,6 +160,10 @@ def _table(place: Sequence[str], names: list[str], runs: list[Run]) -> dict[str,
     table: dict[str, Any] = {
         "model": model, "data": data, "protocol": protocol, "cells": names, "alike": {},
     }  # fmt: skip
+    most = Counter(run.facts["dataset"]["records"] for run in runs).most_common(1)
+    # A method that had to leave out records was asked other questions.
+    table["apart"] = [run.label for run in runs if run.facts["dataset"]["records"] != most[0][0]]
+    runs = [run for run in runs if run.label not in table["apart"]]
     if len(runs) < 2:
         return table
     short = [
