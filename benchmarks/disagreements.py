@@ -4,6 +4,7 @@
     python benchmarks/disagreements.py --choices layer --methods ROME
     python benchmarks/disagreements.py --model FOLDER --facts FILE --draw docs/disagreements.png
 
+``--draw`` makes two pictures, of how facts are written and (``_scoring``) of how they are scored.
 Each run of a method is kept under ``--output`` and is not repeated, so a run that was ended
 continues. ``exact`` is a free answer that is the wanted one and stops, ``forced`` all answer tokens
 arg-max, ``cut`` a free answer that begins with the wanted one, as one cut at its length does.
@@ -279,15 +280,19 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=100, help="facts of the usual run of a method")
     parser.add_argument("--changed", type=int, default=50, help="facts of runs with one change")
     parser.add_argument("--stream", type=int, default=40, help="facts of a sequence")
+    parser.add_argument("--orders", type=int, default=5, help="orders of it, two at least")
     parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--choices", nargs="+", help="beginnings of their names; all if not given")
     parser.add_argument("--output", type=Path, default=Path("outputs/disagreements"))
-    parser.add_argument("--draw", type=Path, help="where the picture goes")
+    parser.add_argument("--draw", type=Path, help="where the pictures go")
+    parser.add_argument(
+        "--beside", type=Path, nargs="*", default=[], help="results of other models to draw too"
+    )
     args = parser.parse_args()
     base = load(args.model)
     runs = Runs(base, args.output / Path(args.model).name, args.facts)
     names = {name: NAMES[name] for name in args.methods if name in NAMES}
-    sizes = Sizes(args.limit, args.changed, args.stream)
+    sizes = Sizes(args.limit, args.changed, args.stream, args.orders)
     layers = other_layers(base, args.methods)
     every = Choices(args.methods, names, sizes, layers).pairs
     wanted = tuple(args.choices or every)
@@ -302,7 +307,8 @@ def main() -> None:
         f"\n{json.dumps({'orders': orders, 'traced': effects})}\n{seconds:.0f} s of processor time"
     )
     rows = [
-        {"choice": pair.choice, "of": pair.label, "model": args.model}
+        {"choice": pair.choice, "of": pair.label, "model": Path(args.model).name}
+        | {"scoring": pair.scores_alone}
         | {panel: one._asdict() for panel, one in found[number].items()}
         for number, pair in enumerate(pairs)
     ]
@@ -310,7 +316,10 @@ def main() -> None:
     result = args.output / f"{Path(args.model).name}.json"
     result.write_text(json.dumps(content, indent=1, ensure_ascii=False))
     if args.draw:
-        draw_moved(rows, args.draw)
+        rows += [row for file in args.beside for row in json.loads(file.read_text())["rows"]]
+        draw_moved([row for row in rows if not row["scoring"]], args.draw)
+        scored = args.draw.with_stem(f"{args.draw.stem}_scoring")
+        draw_moved([row for row in rows if row["scoring"]], scored)
 
 
 if __name__ == "__main__":

@@ -68,6 +68,11 @@ class Pair:
     second: Side
     panels: tuple[str, ...] = ("rewrite", "rephrase", "neighbours")
 
+    @property
+    def scores_alone(self) -> bool:
+        """Whether both sides are scores of the same runs."""
+        return self.first.cells == self.second.cells
+
 
 class Moved(NamedTuple):
     """What a choice moves, in points, with the bounds of a 95 % interval."""
@@ -196,16 +201,16 @@ LOCALITIES = {
 ONE_AT_A_TIME = ("ROME", "RROME", "WISE", "GRACE")
 #: Methods whose sequences are run, in several orders.
 ORDERED = ("FTM", "ROME", "MEMIT", "AlphaEdit")
-ORDERS = 5
 ORDER = "order of the file, not another"
 
 
 class Sizes(NamedTuple):
-    """Numbers of facts: of the usual run of a method, of one with one change, of a sequence."""
+    """Facts of the usual run of a method, of one with one change, of a sequence; and its orders."""
 
     usual: int
     changed: int
     stream: int
+    orders: int = 5
 
 
 class Choices:
@@ -230,14 +235,19 @@ class Choices:
         plain = {(method, "words"): Cell(method, sizes.usual) for method in methods}
         for method, settings in names.items():
             plain[method, "names"] = Cell(settings, sizes.changed, "names")
-        for (method, answers), cell in plain.items():
-            self._scorings(f"{method}, {answers}", cell)
+        # Answers of one word differ little by how they are scored, so methods are taken together.
+        known = tuple(plain[method, "words"] for method in methods)
+        every = methods[0] if len(methods) == 1 else f"{len(methods)} methods"
+        self._scorings(f"{every}, words", known)
+        for method in names:
+            self._scorings(f"{method}, names", (plain[method, "names"],))
+        for locality, score in LOCALITIES.items():
+            self._add(locality, every, Side(known), Side(known, score), ("neighbours",))
         for (method, answers), cell in plain.items():
             ended = replace(cell, eos=True, facts=sizes.changed)
             self._add("end-of-text token trained", f"{method}, {answers}", cell, ended)
         for method in methods:
             cell = plain[method, "words"]
-            self._localities(method, cell)
             self._together(method, cell)
             for label, other in layers.get(method, {}).items():
                 self._change("layer", f"{method}, {label}", cell, other)
@@ -267,16 +277,11 @@ class Choices:
         changed = replace(cell, method=settings, facts=self.sizes.changed)
         self._add(choice, label, cell, changed)
 
-    def _scorings(self, label: str, cell: Cell) -> None:
+    def _scorings(self, label: str, cells: tuple[Cell, ...]) -> None:
         for scoring, score in SCORINGS.items():
-            scored = Side((cell,), score)
-            self._add(scoring, label, cell, scored, ("rewrite", "rephrase"))
-        own, other = Side((cell,), kind="rewrite"), Side((cell,), kind="rephrase")
+            self._add(scoring, label, Side(cells), Side(cells, score), ("rewrite", "rephrase"))
+        own, other = Side(cells, kind="rewrite"), Side(cells, kind="rephrase")
         self._add("asked in the words of the edit", label, other, own, ("rewrite",))
-
-    def _localities(self, method: str, cell: Cell) -> None:
-        for locality, score in LOCALITIES.items():
-            self._add(locality, method, cell, Side((cell,), score), ("neighbours",))
 
     def _together(self, method: str, cell: Cell) -> None:
         """Facts that hold together: in a batch, in a sequence, in several orders."""
@@ -287,7 +292,9 @@ class Choices:
         if method not in ORDERED:
             return
         short = replace(cell, facts=self.sizes.stream)
-        orders = [replace(short, mode="sequential", order=order) for order in range(ORDERS)]
+        orders = [
+            replace(short, mode="sequential", order=order) for order in range(self.sizes.orders)
+        ]
         self._add("in a sequence, not each alone", method, cell, orders[0])
         if method not in ONE_AT_A_TIME:
             batch = replace(short, mode="batch", chunk=self.sizes.stream)
