@@ -60,17 +60,10 @@ from kedit_lightning.metrics.scores.answers import (
 from kedit_lightning.metrics.scores.locality import StillKnown, UnchangedText, UnchangedTop1
 from kedit_lightning.requests import EditExample
 
-#: Methods of the study: a setting of fine-tuning is raised where it stops before the fact is in.
 METHODS = ["FTM", "LoRA", "ROME", "MEMIT", "AlphaEdit", "GRACE", "MEND"]
-#: Those that write names of several tokens, with the settings they need for it.
-NAMES = {
-    "FTM": "FTM:steps=100",
-    "LoRA": "LoRA",
-    "ROME": "ROME",
-    "MEMIT": "MEMIT",
-    "AlphaEdit": "AlphaEdit",
-    "GRACE": "GRACE",
-}
+#: Those that write names of several tokens, with the settings they need for it. MEMIT writes none
+#: with its own settings for nano.
+NAMES = {"FTM": "FTM:steps=100", "LoRA": "LoRA", "ROME": "ROME", "GRACE": "GRACE"}
 SCORES = {
     "token_share": TokenMatch,
     "forced": ExactMatch,
@@ -190,6 +183,10 @@ class Runs:
         self.base, self.folder, self.facts = base, folder, facts
         self.known: dict[str, dict[str, Any]] = {}
 
+    def has(self, cell: Cell) -> bool:
+        """Whether a cell has been run."""
+        return (self.folder / f"{cell.name}.json").is_file()
+
     def read(self, cell: Cell) -> dict[str, Any]:
         """The run of a cell."""
         if cell.name not in self.known:
@@ -279,10 +276,12 @@ def main() -> None:
     parser.add_argument("--facts", type=Path, help="records in place of those of nano")
     parser.add_argument("--limit", type=int, default=100, help="facts of the usual run of a method")
     parser.add_argument("--changed", type=int, default=50, help="facts of runs with one change")
+    parser.add_argument("--layer", type=int, default=50, help="facts of runs at another layer")
     parser.add_argument("--stream", type=int, default=40, help="facts of a sequence")
     parser.add_argument("--orders", type=int, default=5, help="orders of it, two at least")
     parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--choices", nargs="+", help="beginnings of their names; all if not given")
+    parser.add_argument("--finished", action="store_true", help="run nothing, show what has been")
     parser.add_argument("--output", type=Path, default=Path("outputs/disagreements"))
     parser.add_argument("--draw", type=Path, help="where the pictures go")
     parser.add_argument(
@@ -292,11 +291,13 @@ def main() -> None:
     base = load(args.model)
     runs = Runs(base, args.output / Path(args.model).name, args.facts)
     names = {name: NAMES[name] for name in args.methods if name in NAMES}
-    sizes = Sizes(args.limit, args.changed, args.stream, args.orders)
-    layers = other_layers(base, args.methods)
-    every = Choices(args.methods, names, sizes, layers).pairs
+    sizes = Sizes(args.limit, args.changed, args.layer, args.stream, args.orders)
+    methods = [m for m in args.methods if not args.finished or runs.has(Cell(m, args.limit))]
+    every = Choices(methods, names, sizes, other_layers(base, methods)).pairs
     wanted = tuple(args.choices or every)
     pairs = [pair for name, of in every.items() if name.startswith(wanted) for pair in of]
+    if args.finished:
+        pairs = [p for p in pairs if all(map(runs.has, (*p.first.cells, *p.second.cells)))]
     found = {number: measured(pair, runs.read) for number, pair in enumerate(pairs)}
     for line in table(pairs, found):
         print(line)

@@ -205,10 +205,14 @@ ORDER = "order of the file, not another"
 
 
 class Sizes(NamedTuple):
-    """Facts of the usual run of a method, of one with one change, of a sequence; and its orders."""
+    """Facts of the usual run of a method, of one with one change, at another layer, in a sequence.
+
+    ``orders`` is the number of orders of the sequence.
+    """
 
     usual: int
     changed: int
+    layer: int
     stream: int
     orders: int = 5
 
@@ -250,7 +254,7 @@ class Choices:
             cell = plain[method, "words"]
             self._together(method, cell)
             for label, other in layers.get(method, {}).items():
-                self._change("layer", f"{method}, {label}", cell, other)
+                self._add("layer", f"{method}, {label}", cell, Cell(other, sizes.layer))
             if method in ("ROME", "MEMIT"):
                 label = "no texts before the prompt while editing"
                 self._change(label, method, cell, f"{method}:contexts=0")

@@ -91,7 +91,7 @@ def test_a_side_takes_its_stage_kind_and_score():
 
 
 def test_each_pair_changes_one_setting():
-    sizes = Sizes(usual=5, changed=3, stream=2)
+    sizes = Sizes(usual=5, changed=3, layer=4, stream=2)
     found = Choices(
         ["FTM", "MEMIT"], {"FTM": "FTM:steps=100"}, sizes, {"FTM": {"0": "FTM:layers=[0]"}}
     )
@@ -141,7 +141,7 @@ def test_scores_of_a_run_have_each_probe_once(base):
 
 @pytest.mark.slow
 def test_the_script_continues_and_draws(tmp_path: Path, monkeypatch, capsys):
-    arguments = ["--methods", "FTM", "--limit", "3", "--changed", "3", "--stream", "3"]
+    arguments = ["--methods", "FTM", "--limit", "3", "--changed", "3", "--layer", "3"]
     arguments += ["--choices", "teacher", "end-of-text", "--output", str(tmp_path)]
     arguments += ["--draw", str(tmp_path / "moved.png")]
     monkeypatch.setattr(sys, "argv", ["disagreements.py", *arguments])
@@ -156,6 +156,7 @@ def test_the_script_continues_and_draws(tmp_path: Path, monkeypatch, capsys):
     assert (tmp_path / "moved.png").stat().st_size > 10_000
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "nano").iterdir()}
     assert len(made) == 4
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--finished"])
     disagreements.main()
     assert {path: path.stat().st_mtime_ns for path in made} == made
     assert capsys.readouterr().out == table
