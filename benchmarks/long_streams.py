@@ -117,6 +117,7 @@ class Job(NamedTuple):
     choose: int
     trials: int
     epochs: int | None
+    fit_facts: int | None = None
 
     def data(self, limit: int | None, split: str = "test") -> NanoFacts:
         """Facts of a split as those to test, in the order that seed 0 draws."""
@@ -144,7 +145,7 @@ class Job(NamedTuple):
         if plan.fit is not None:
             options = {**plan.fit, **({"max_epochs": self.epochs} if self.epochs else {})}
             trainer = self.trainer(Protocol(), default_root_dir=folder, **options)
-            trainer.fit(method, self.data(None))
+            trainer.fit(method, self.data(self.fit_facts))
         return method
 
 
@@ -243,6 +244,7 @@ def start(options: argparse.Namespace, name: str) -> int:
     counts = {"facts": options.facts, "choose": options.choose, "trials": options.trials}
     own += [str(word) for key, value in counts.items() for word in (f"--{key}", value)]
     own += ["--epochs", str(options.epochs)] if options.epochs else []
+    own += ["--fit-facts", str(options.fit_facts)] if options.fit_facts else []
     command = [sys.executable, str(Path(__file__).resolve()), "--output", str(options.output), *own]
     with (options.output / f"{name}.log").open("w", encoding="utf-8") as log:
         return subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
@@ -262,13 +264,14 @@ def main() -> None:
     parser.add_argument("--choose", type=int, default=200, help="validation facts of a trial")
     parser.add_argument("--trials", type=int, default=6, help="settings tried for each method")
     parser.add_argument("--epochs", type=int, help="of a fit, in place of the plan's")
+    parser.add_argument("--fit-facts", type=int, help="records of a fit; all if absent")
     parser.add_argument("--figure", type=Path, help="PNG to draw")
     parser.add_argument("--child", choices=PLANS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     if options.child:
         job = Job(options.child, options.base_model, options.device, options.facts,
-                  options.choose, options.trials, options.epochs)  # fmt: skip
+                  options.choose, options.trials, options.epochs, options.fit_facts)  # fmt: skip
         result = json.dumps(measure(job))
         (options.output / f"{options.child}.json").write_text(result, encoding="utf-8")
         return

@@ -33,7 +33,7 @@ def test_every_method_is_tried_as_often():
         assert len(candidates(plan, 99)) == 6
         assert candidates(plan, 2) == candidates(plan, 99)[:2]
         known = entries("method")[name].load().settings_type.__dataclass_fields__
-        assert {*plan.fixed, *plan.grid} - {"layers"} <= set(known) | {"lr_end"}, name
+        assert {*plan.fixed, *plan.grid} - {"layers"} <= set(known), name
         assert hasattr(methods, name)
 
 
