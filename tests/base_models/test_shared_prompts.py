@@ -12,7 +12,7 @@ from kedit_lightning.base_models.rows import EncodedRow
 from kedit_lightning.base_models.shared_prompts import SharedPrompts, can_share
 from kedit_lightning.benchmark import Protocol
 from kedit_lightning.benchmark.free_texts import carrying
-from kedit_lightning.benchmark.reader import Reader, prompts_are_shared
+from kedit_lightning.benchmark.reader import Reader
 from kedit_lightning.methods import GRACE, PROMPT
 
 QUESTIONS = ["Where is it?", "Amber Falls lies in", "x", "Marie Curie was born in the town of the"]
@@ -83,18 +83,22 @@ def test_readings_are_those_of_complete_passes(
     edits = [Toy(base_model=base).edit([request]) for request in REQUESTS[:2]]
     carried = [edits[i % 2] for i in range(len(probes))]
     found = []
-    for name, share in (("shared", prompts_are_shared), ("complete", None)):
-        if share is None:
-            monkeypatch.setattr(
-                "kedit_lightning.benchmark.reader.prompts_are_shared", lambda *_: False
-            )
+    turned_off = {
+        "shared": (),
+        "joined": ("prompts_are_shared",),
+        "complete": ("prompts_are_shared", "rows_are_joined"),
+    }
+    for name, functions in turned_off.items():
+        for function in functions:
+            monkeypatch.setattr(f"kedit_lightning.benchmark.reader.{function}", lambda *_: False)
         reader = Reader(base, protocol, f"{family}-{name}")
         before = reader.base_readings(probes)
         found.append([*before, *reader.readings(probes, before, carried)])
-    for one, other in zip(*found, strict=True):
-        for key, value in other.items():
+    for *others, complete_one in zip(*found, strict=True):
+        for key, value in complete_one.items():
             floats = isinstance(value, float) or (value and isinstance(value, list | tuple))
-            assert one[key] == (pytest.approx(value, abs=1e-9) if floats else value), key
+            for one in others:
+                assert one[key] == (pytest.approx(value, abs=1e-9) if floats else value), key
 
 
 def test_no_change_is_none_at_all() -> None:
@@ -105,3 +109,39 @@ def test_no_change_is_none_at_all() -> None:
     before = reader.base_readings(probes)
     after = reader.readings(probes, before, [edit] * len(probes))
     assert [reading["kl"] for reading in after] == [0.0] * len(probes)
+
+
+@pytest.mark.parametrize("family", FAMILIES[:2])
+def test_free_answers_that_passes_begin_are_those_of_generation(family: str) -> None:
+    base = tiny_base(family)
+    probes = [
+        Probe("locality" if i % 2 else "rewrite", q, ("Rome",)) for i, q in enumerate(QUESTIONS)
+    ]
+    edits = [Toy(base_model=base).edit([request]) for request in REQUESTS[:2]]
+    reader = Reader(base, Protocol(max_new_tokens=7), f"{family}-begun")
+    before = reader.base_readings(probes)
+    assert [r["text"] for r in before] == base.generate(QUESTIONS, 7, stop_at_sentence=True)
+    carried = [edits[0], None, edits[1], edits[0]]
+    after = reader.readings(probes, before, carried)
+    for edit, question, reading in zip(carried, QUESTIONS, after, strict=True):
+        with carrying(base, [edit]):
+            (alone,) = base.generate([question], 7, stop_at_sentence=True)
+        assert reading["text"] == alone
+
+
+def test_prompts_of_the_base_model_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tiny_base("llama")
+    made: list[int] = []
+    fill = SharedPrompts.__init__
+
+    def counted(self: SharedPrompts, model: BaseModel, prompts: list[EncodedRow]) -> None:
+        made.append(len(prompts))
+        fill(self, model, prompts)
+
+    monkeypatch.setattr(SharedPrompts, "__init__", counted)
+    probes = [Probe("locality", question, ("Rome",)) for question in QUESTIONS[:2]] * 2
+    edits = [Toy(base_model=base).edit([request]) for request in REQUESTS[:2]]
+    reader = Reader(base, Protocol(max_new_tokens=3), "once")
+    before = reader.base_readings(probes, [0, 0, 1, 1])
+    reader.readings(probes, before, [edits[0], edits[0], edits[1], edits[1]])
+    assert made == [4, 4]  # without edits, and under them

@@ -82,7 +82,7 @@ def test_from_kedit_edit_to_the_forward_hook(facts: int, tmp_path: Path) -> None
         )
     finally:
         handle.remove()
-    assert {"BaseModel.forward", "generate_texts"} <= {f.co_qualname for own in passes for f in own}
+    assert {"BaseModel.forward", "greedy_answers"} <= {f.co_qualname for own in passes for f in own}
     for frames in passes:
         assert_at_most(frames, 13, 8)
 

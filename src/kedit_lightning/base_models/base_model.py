@@ -78,7 +78,7 @@ class BaseModel:
         self.revision: str | None = getattr(config, "_commit_hash", None)
         self.padding_side: PaddingSide = padding_side
         self.edits = EditStack.of(model)
-        self._identity = ModelIdentity(model)
+        self.identity = ModelIdentity(model)
         images = None if processor is None else ImageEncoder(processor)
         self.encoder, taken = RowEncoder(tokenizer, chat, images), call_parameters(model)
         self.sight = VisualFeatures(whole, model, images, taken)
@@ -141,7 +141,7 @@ class BaseModel:
     def fingerprint(self) -> str:
         """Short hash of configuration and a sample of the weights, as they are now."""
         self.edits.check_alone()
-        return self._identity.fingerprint
+        return self.identity.fingerprint
 
     @property
     def full_fingerprint(self) -> str:
@@ -152,18 +152,18 @@ class BaseModel:
     def fingerprints(self) -> tuple[str, str]:
         """Both of these; refused while the model carries edits that are not on the stack."""
         self.edits.check_alone()
-        return self._identity.fingerprints
+        return self.identity.fingerprints
 
     @property
     def weights_fingerprint(self) -> str:
         """Short hash of its checkpoint, equal in every precision: :mod:`~.source_checkpoint`."""
         self.edits.check_alone()
-        return self._identity.weights_fingerprint
+        return self.identity.weights_fingerprint
 
     @property
     def tokenizer_fingerprint(self) -> str:
         """Short hash of the tokenizer."""
-        return self._identity.of_tokenizer(self.tokenizer)
+        return self.identity.of_tokenizer(self.tokenizer)
 
     @property
     def pad_id(self) -> int:

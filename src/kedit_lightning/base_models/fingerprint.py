@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -142,11 +143,25 @@ class ModelIdentity:
         self._full: tuple[object, str] | None = None
         self._weights: tuple[object, str] | None = None
         self._tokenizer: tuple[object, int, str] | None = None
+        #: Hashes that stand while :meth:`held`, by what they are of.
+        self._held: dict[str, Any] | None = None
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Inside, the weights stay as they are, and are looked at once."""
+        before, self._held = self._held, {} if self._held is None else self._held
+        try:
+            yield
+        finally:
+            self._held = before
 
     @property
     def fingerprint(self) -> str:
         """Hash of configuration and a sample of the weights."""
-        return self._sampled()[0]
+        held = {} if self._held is None else self._held
+        if "both" not in held and "short" not in held:
+            held["short"] = self._sampled()[0]
+        return cast(str, held["both"][0] if "both" in held else held["short"])
 
     def _sampled(self) -> tuple[str, dict[str, Tensor]]:
         """The fingerprint, and the state it is of."""
@@ -164,11 +179,16 @@ class ModelIdentity:
     @property
     def fingerprints(self) -> tuple[str, str]:
         """The fingerprint, and the hash of configuration and all weights."""
+        if self._held is not None and "both" in self._held:
+            return cast(tuple[str, str], self._held["both"])
         sampled, state = self._sampled()
         known = sampled, _counts(state)
         if self._full is None or self._full[0] != known:
             self._full = known, full_fingerprint(self._model)
-        return sampled, self._full[1]
+        found = sampled, self._full[1]
+        if self._held is not None:
+            self._held["both"] = found
+        return found
 
     @property
     def full_fingerprint(self) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from contextlib import AbstractContextManager
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,8 +18,11 @@ from kedit_lightning.base_models.visual_features import VisualFeatures
 from kedit_lightning.decoding_settings import generation_config
 from kedit_lightning.sentence import answer_text
 
+#: Share of the rows of a pass that must still go on; otherwise the others leave it.
+_WORTH = 0.8
 #: Inputs that ``generate`` makes itself.
 _MADE = ("position_ids", "decoder_input_ids", "decoder_attention_mask")
+Ids = TypeVar("Ids", Tensor, list[int])
 #: Where a sentence may have ended: more must follow, or it could still turn out an abbreviation.
 _STOPPED = re.compile(r"[.!?][\"')\]\u201d\u2019]*\s+\S|[\u3002\uff01\uff1f]")
 
@@ -119,6 +123,52 @@ def _prepared(
 
 
 @torch.no_grad()
+def greedy_answers(
+    base: Generator,
+    begun: Sequence[Sequence[int]],
+    read: tuple[Tensor, Any],
+    ended: Callable[[int, Sequence[int]], bool],
+    carrying: Callable[[Sequence[int]], AbstractContextManager[None]],
+) -> list[tuple[int, ...]]:
+    """Go on greedily with answers until each has ended; rows leave the passes as they end.
+
+    Args:
+        base: The base model; no edit on it looks at prompts or logits.
+        begun: Ids of each answer so far, at least one; all but the last are read.
+        read: Attention mask ``[rows, columns]`` of what is read, and its cache, which is used up.
+        ended: Whether the answer of a row, by its number, has ended with these ids.
+        carrying: Inside what it gives, the rows of these numbers carry their edits.
+    """
+    (mask, cache), answers = read, [list(ids) for ids in begun]
+    rows = list(range(len(answers)))
+    live = [row for row in rows if not ended(row, answers[row])]
+    while live:
+        if len(live) < len(rows):
+            index = torch.tensor([rows.index(row) for row in live], device=mask.device)
+            cache.batch_select_indices(index)
+            mask, rows = mask[index], live
+        vars(cache).pop("reorder_cache", None)  # what is known of other rows
+        with carrying(rows):
+            while len(live) > _WORTH * len(rows):
+                last = torch.tensor([answers[row][-1:] for row in rows], device=mask.device)
+                mask = torch.cat([mask, torch.ones_like(last)], dim=1)
+                inputs = {"input_ids": last, "attention_mask": mask}
+                if base.takes_positions:
+                    # Rows whose answers have ended may stand beyond the last position.
+                    at = mask.sum(1, keepdim=True) - 1
+                    inputs["position_ids"] = at.clamp(max=base.max_tokens - 1)
+                options = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
+                logits = base.model(**inputs, **options).logits[:, -1]
+                found = dict(zip(rows, logits.float().argmax(-1).tolist(), strict=True))
+                for row in live:
+                    answers[row].append(found[row])
+                live = [row for row in live if not ended(row, answers[row])]
+                if not live:
+                    break
+    return [tuple(ids) for ids in answers]
+
+
+@torch.no_grad()
 def generate_texts(
     model: Any, tokenizer: Any, rows: TokenRows, stop_at_sentence: bool, options: dict[str, Any]
 ) -> list[tuple[str, bool]]:
@@ -154,7 +204,7 @@ def generate_texts(
     if not stop_at_sentence:
         whole = [(decode(row), has_ended) for row, has_ended in answers]
         return [(text, has_ended or any(s in text for s in stops)) for text, has_ended in whole]
-    cut = [(_until_ended(row, decode), has_ended) for row, has_ended in answers]
+    cut = [(until_ended(row, decode), has_ended) for row, has_ended in answers]
     return [(text, has_ended or sentence_ended(text)) for text, has_ended in cut]
 
 
@@ -169,7 +219,7 @@ def _until_last(ids: Tensor, last: int | Sequence[int] | None) -> tuple[Tensor, 
     return (ids[: int(ends[0]) + 1], True) if len(ends) else (ids, False)
 
 
-def _until_ended(ids: Tensor, decode: Callable[[Tensor], str]) -> str:
+def until_ended(ids: Ids, decode: Callable[[Ids], str]) -> str:
     """Text up to the token that ends the sentence; other rows of the batch may go on longer."""
     lengths = range(len(ids) + 1)
     end = bisect_left(lengths, True, key=lambda n: sentence_ended(decode(ids[:n])))

@@ -65,7 +65,7 @@ class PrefixStates:
         What follows is padded on the left.  ``None`` where they must be read whole.
         """
         base, shared = self._base, self.shared(encoded)
-        if not shared or not (self._gaps or len({len(row.prompt) for row in encoded}) == 1):
+        if not shared or not (self.bears_gaps or len({len(row.prompt) for row in encoded}) == 1):
             return None
         prefix = encoded[0].prompt[:shared]
         tails = [EncodedRow(row.prompt[shared:], ()) for row in encoded]
@@ -115,7 +115,7 @@ class PrefixStates:
         return self._base.model(input_ids=ids, attention_mask=mask, **options).past_key_values
 
     @cached_property
-    def _gaps(self) -> bool:
+    def bears_gaps(self) -> bool:
         """Whether padding between a beginning and what follows it changes nothing.
 
         It does where a window of attention slides, which counts padding too.

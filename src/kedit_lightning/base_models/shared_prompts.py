@@ -13,8 +13,19 @@ from torch.nn.functional import pad
 from kedit_lightning.base_models.base_model import BaseModel
 from kedit_lightning.base_models.continuation import can_resume, copied
 from kedit_lightning.base_models.prefix_states import attends_to_all
-from kedit_lightning.base_models.rows import EncodedRow, TokenRows, pad_rows, pad_tails, put_behind
+from kedit_lightning.base_models.rows import (
+    EncodedRow,
+    TokenRows,
+    answering,
+    pad_rows,
+    pad_tails,
+    put_behind,
+    without_last,
+)
 from kedit_lightning.edits.effects import RewritePrompt
+
+#: Names of the tensors in a layer of a cache.
+_HELD = ("keys", "values")
 
 
 def can_share(base: BaseModel) -> bool:
@@ -51,15 +62,23 @@ class SharedPrompts:
         """Padded rows of what follows the prompts, and the options of a pass over them.
 
         Args:
-            encoded: Prompts with their answers; padded are their last tokens and the answers.
+            encoded: Prompts with their answers; padded are the last token of each prompt, and its
+                answer but for the last token.
             numbers: Which of the prompts each of them has.
         """
         base = self._base
         tails = [EncodedRow(row.prompt[-1:], row.answer) for row in encoded]
-        rows = pad_rows(tails, base.pad_id, "right", False, base.device)
+        rows = pad_rows(without_last(tails), base.pad_id, "right", False, base.device)
         mask, cache = self.behind(numbers)
         options = {"past_key_values": cache, "use_cache": True}
-        return put_behind(mask, rows, base.takes_positions), options
+        behind = put_behind(mask, rows, base.takes_positions)
+        return answering(behind, tails, base.pad_id), options
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the cache, as far as it says what it holds."""
+        held = (getattr(layer, name, None) for layer in self._cache.layers for name in _HELD)
+        return sum(part.nbytes for part in held if isinstance(part, Tensor))
 
     def some(self, numbers: Sequence[int]) -> SomePrompts:
         """Some of the prompts, for free generation."""

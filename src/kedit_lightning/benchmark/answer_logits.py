@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
+
 from kedit_lightning.base_models import BaseModel, EncodedRow
 from kedit_lightning.base_models.batching import logit_batches
+from kedit_lightning.base_models.generation import greedy_answers
 from kedit_lightning.base_models.prefix_states import PrefixStates
+from kedit_lightning.base_models.rows import TokenRows, answering, without_last
 from kedit_lightning.base_models.shared_prompts import SharedPrompts
+from kedit_lightning.benchmark.begun_answers import BegunAnswers
 from kedit_lightning.benchmark.free_texts import Carried, Question, carrying
 from kedit_lightning.metrics import ForwardPass
 from kedit_lightning.metrics.functional import widened
 
 #: Tokens of a row that is no short one, and how many short ones are read for each of these.
 _TOKENS, _MORE = 64, 4
+#: Bytes of caches of prompts that are kept from the readings without edits for those under edits.
+_KEPT_BYTES = 1 << 28
 
 
 class ForcedRow(NamedTuple):
@@ -47,6 +57,89 @@ def parts_of_questions(
         yield part
 
 
+@dataclass
+class OpenAnswer:
+    """A free answer that is being found.
+
+    Args:
+        key: The edit, and the ids of the prompt.
+        ids: Its beginning.
+        ended: Whether that is all of it.
+        number: The path that has shown the beginning, if there is more to come.
+        read: What the pass along that path has read, see :class:`PathLogits`.
+    """
+
+    key: tuple[Carried, tuple[int, ...]]
+    ids: Sequence[int] = ()
+    ended: bool = False
+    number: int = 0
+    read: tuple[Tensor, Any, int] | None = None
+
+
+class PlainPrompts:
+    """Caches of prompts that the base model has read without edits, as long as they are small."""
+
+    def __init__(self, base: BaseModel) -> None:
+        self._base = base
+        self._known: dict[tuple[tuple[int, ...], ...], SharedPrompts] = {}
+        self._bytes = 0
+
+    def of(self, prompts: Sequence[EncodedRow]) -> SharedPrompts:
+        """The cache of some prompts, in this order; edits must be suspended."""
+        key = tuple(row.prompt for row in prompts)
+        found = self._known.get(key)
+        if found is None:
+            found = SharedPrompts(self._base, prompts)
+            if self._bytes + found.nbytes > _KEPT_BYTES:
+                self.clear()
+            if found.nbytes <= _KEPT_BYTES:
+                self._known[key], self._bytes = found, self._bytes + found.nbytes
+        return found
+
+    def clear(self) -> None:
+        """Forget all."""
+        self._known, self._bytes = {}, 0
+
+
+class Path(NamedTuple):
+    """What one row of a pass reads, and the rows whose logits it holds.
+
+    The answer of ``tokens`` begins with that of each of ``rows``.
+    """
+
+    edit: Carried
+    tokens: EncodedRow
+    plain: EncodedRow | None  # without edits, where logits are compared
+    rows: list[ForcedRow]
+
+
+class PathLogits(NamedTuple):
+    """Logits along the answers of paths, in at least float32."""
+
+    paths: Sequence[Path]
+    logits: Tensor  # [paths, width, vocab]
+    base_logits: Tensor | None  # the same without edits
+    #: Attention mask of all that was read, its cache, and how many columns this pass has added.
+    read: tuple[Tensor, Any, int] | None
+
+    def forwards(self) -> Iterator[tuple[list[ForcedRow], ForwardPass]]:
+        """The rows on the paths, those of one length together."""
+        alike: dict[tuple[int, bool], list[tuple[int, ForcedRow]]] = {}
+        for number, path in enumerate(self.paths):
+            for row in path.rows:
+                key = len(row.tokens.answer), row.plain is not None
+                alike.setdefault(key, []).append((number, row))
+        for (length, compared), pairs in alike.items():
+            rows, device = [row for _, row in pairs], self.logits.device
+            at = torch.tensor([number for number, _ in pairs], device=device)
+            ids = torch.tensor([row.tokens.answer for row in rows], device=device)
+            base = (
+                self.base_logits[at, :length] if compared and self.base_logits is not None else None
+            )
+            mask = torch.ones_like(ids, dtype=torch.bool)
+            yield rows, ForwardPass(self.logits[at, :length], ids, mask, base)
+
+
 class AnswerLogits:
     """Passes along answers to some questions.
 
@@ -55,12 +148,21 @@ class AnswerLogits:
         prefixes: What prompts begin with under in-context edits.
         shared: Questions whose prompts are read once (``reader.prompts_are_shared``); without any,
             each row is read by itself.
+        plain: Known caches of the base model without edits, by their prompts; they are added to.
+        joined: Whether rows behind one prompt that begin alike are read in one.
     """
 
     def __init__(
-        self, base: BaseModel, prefixes: PrefixStates, shared: Sequence[Question] = ()
+        self,
+        base: BaseModel,
+        prefixes: PrefixStates,
+        shared: Sequence[Question] = (),
+        plain: PlainPrompts | None = None,
+        joined: bool = False,
     ) -> None:
         self._base, self._prefixes = base, prefixes
+        self._joined = joined or bool(shared)
+        self._known = PlainPrompts(base) if plain is None else plain
         self._edits = [edit for edit, _, _ in shared]
         self._prompts = [base.encode(prompt) for _, prompt, _ in shared]
         self._questions = {question: number for number, question in enumerate(shared)}
@@ -69,18 +171,70 @@ class AnswerLogits:
             for number, (edit, row) in enumerate(zip(self._edits, self._prompts, strict=True))
         }
 
-    def batches(self, rows: Iterable[ForcedRow], size: int) -> Iterator[list[ForcedRow]]:
-        """Cut rows into batches of a forward pass: sorted by length, so that padding is short."""
+    def batches(
+        self, rows: Iterable[ForcedRow], guesses: Iterable[ForcedRow], size: int
+    ) -> Iterator[list[Path]]:
+        """Cut what is read into batches of a forward pass, sorted by length to keep padding short.
 
-        def order(row: ForcedRow) -> tuple[int, int, tuple[int, ...], tuple[int, ...]]:
-            prompt, answer = row.tokens.prompt, row.tokens.answer
+        Args:
+            rows: Rows whose logits are read.
+            guesses: Rows that are read as well.
+            size: Most rows of a batch, more of short ones and of those behind shared prompts.
+        """
+
+        def order(path: Path) -> tuple[int, int, tuple[int, ...], tuple[int, ...]]:
+            prompt, answer = path.tokens.prompt, path.tokens.answer
             return len(answer), len(prompt), prompt, answer
 
         vocabulary = int(self._base.model.config.get_text_config().vocab_size)
-        size = max(size, len(self._prompts))  # passes have only what follows the prompts
-        return logit_batches(
-            sorted(rows, key=order), lambda row: len(row.tokens.answer), vocabulary, size
-        )
+        wanted = set(rows := list(rows))
+        paths = sorted(self._paths([*rows, *guesses], wanted), key=order)
+        size = max(size, 2 * len(self._prompts))  # passes have only what follows the prompts
+        if self._joined and paths and not self._prompts:
+            longest = max(len(path.tokens.prompt) + len(path.tokens.answer) for path in paths)
+            size = max(size, min(_MORE * size, size * _TOKENS // longest))
+        for some in ([p for p in paths if p.plain], [p for p in paths if not p.plain]):
+            yield from logit_batches(some, lambda p: len(p.tokens.answer), vocabulary, size)
+
+    def _paths(self, rows: Sequence[ForcedRow], wanted: Collection[ForcedRow]) -> list[Path]:
+        """The fewest rows that hold all of some, of which those that are wanted are kept."""
+        if not self._joined:
+            return [Path(*row, [row]) for row in rows if row in wanted]
+        behind: dict[tuple[Carried, EncodedRow], list[ForcedRow]] = {}
+        for row in rows:
+            behind.setdefault((row.edit, replace(row.tokens, answer=())), []).append(row)
+        paths: list[Path] = []
+        for own in behind.values():
+            last: Path | None = None
+            # Behind a row comes at once, in this order, the longest one that begins as it does.
+            for row in sorted(own, key=lambda row: row.tokens.answer[:-1], reverse=True):
+                fed = row.tokens.answer[:-1]
+                if last is None or last.tokens.answer[:-1][: len(fed)] != fed:
+                    last = Path(row.edit, row.tokens, None, [])
+                    paths.append(last)
+                if row in wanted:
+                    last.rows.append(row)
+        return [path._replace(plain=_compared(path)) for path in paths]
+
+    @cached_property
+    def prompts(self) -> SharedPrompts | None:
+        """The prompts under the edits of their questions."""
+        if all(len(row.prompt) < 2 for row in self._prompts):
+            return None
+        if not any(self._edits) and not self._base.edits.active:
+            return self._known.of(self._prompts)
+        with carrying(self._base, self._edits):
+            return SharedPrompts(self._base, self._prompts)
+
+    @property
+    def _plain(self) -> SharedPrompts:
+        with self._base.edits.suspended():
+            return self._known.of(self._prompts)
+
+    @property
+    def shows_answers(self) -> bool:
+        """Whether passes along answers show how free answers begin, and may be gone on from."""
+        return self._joined and (not self._prompts or self._prefixes.bears_gaps)
 
     def generating(self, asked: Sequence[Question]) -> dict[str, Any]:
         """Options of free generation that continue the prompts of questions."""
@@ -89,32 +243,21 @@ class AnswerLogits:
         numbers = [self._questions[question] for question in asked]
         return {"prefix_states": self.prompts.some(numbers)}
 
-    @cached_property
-    def prompts(self) -> SharedPrompts | None:
-        """The prompts under the edits of their questions."""
-        if all(len(row.prompt) < 2 for row in self._prompts):
-            return None
-        with carrying(self._base, self._edits):
-            return SharedPrompts(self._base, self._prompts)
-
-    @cached_property
-    def _plain(self) -> SharedPrompts:
-        with self._base.edits.suspended():
-            return SharedPrompts(self._base, self._prompts)
-
-    def of(self, batch: Sequence[ForcedRow]) -> ForwardPass:
-        """A pass along the answers of rows, and one without edits where these are compared."""
-        shared, base = self.prompts, self._base
-        edited = [row.tokens for row in batch]
-        compared = [row.plain for row in batch if row.plain is not None]
+    def of(self, batch: Sequence[Path]) -> PathLogits:
+        """A pass along the answers of paths, and one without edits where these are compared."""
+        shared, base, read = self.prompts, self._base, None
+        edited = [path.tokens for path in batch]
+        compared = [path.plain for path in batch if path.plain is not None]
         base_logits = base_rows = None
-        with carrying(base, [row.edit for row in batch]):
+        with carrying(base, [path.edit for path in batch]):
             if shared is not None:
-                numbers = [self._numbers[row.edit, row.tokens.prompt] for row in batch]
+                numbers = [self._numbers[path.edit, path.tokens.prompt] for path in batch]
                 rows, options = shared.answer_rows(edited, numbers)
                 logits = base.logits_at(rows, rows.answer_columns, **options)
-            elif edited == compared:
-                rows = base_rows = base.pad(edited)
+                width = rows.inputs["input_ids"].shape[1]
+                read = rows.attention_mask, options["past_key_values"], width
+            elif self._joined or edited == compared:
+                rows = base_rows = self._padded(edited)
                 logits = base.answer_logits(rows)
             else:
                 rows, logits = self._prefixes.answer_logits(edited)
@@ -129,4 +272,72 @@ class AnswerLogits:
                 base_rows = base.pad(compared) if base_rows is None else base_rows
                 with base.edits.suspended():
                     base_logits = widened(base.answer_logits(base_rows))
-        return ForwardPass(logits, rows.answer_ids, rows.answer_mask, base_logits)
+        return PathLogits(batch, logits, base_logits, read)
+
+    def _padded(self, encoded: Sequence[EncodedRow]) -> TokenRows:
+        """Whole rows; joined ones without their last tokens, which predict nothing."""
+        if not self._joined:
+            return self._base.pad(encoded)
+        padded = self._base.pad(without_last(encoded))
+        return answering(padded, encoded, self._base.pad_id)
+
+    def shown(
+        self, read: PathLogits, open_answers: Mapping[Question, OpenAnswer], begun: BegunAnswers
+    ) -> None:
+        """Take from a pass what it shows of free answers, where it is more than is known."""
+        asked = {answer.key: answer for answer in open_answers.values()}
+        predicted = read.logits.argmax(-1).tolist()
+        for number, (path, own) in enumerate(zip(read.paths, predicted, strict=True)):
+            answer = asked.get((path.edit, path.tokens.prompt))
+            if answer is None:
+                continue
+            fed = path.tokens.answer[:-1]
+            ids = begun.begun(len(path.tokens.prompt), fed, own[: len(fed) + 1])
+            if len(ids) > len(answer.ids):
+                ended = begun.ended(len(path.tokens.prompt), ids)
+                answer.ids, answer.read = ids, None if ended else read.read
+                answer.ended, answer.number = ended, number
+
+    def finished(
+        self, open_answers: Mapping[Question, OpenAnswer], begun: BegunAnswers
+    ) -> dict[Question, str]:
+        """Free answers, those that have not ended continued behind what was read of them.
+
+        Those whose paths were read whole are left out.
+        """
+        together: dict[int, list[OpenAnswer]] = {}
+        for answer in open_answers.values():
+            if answer.read is not None:
+                together.setdefault(id(answer.read[1]), []).append(answer)
+        for some in together.values():
+            self._go_on(some, begun)
+        return {q: begun.text(a.ids) for q, a in open_answers.items() if a.ended}
+
+    def _go_on(self, some: Sequence[OpenAnswer], begun: BegunAnswers) -> None:
+        """Continue answers that are behind one cache."""
+        assert some[0].read is not None
+        mask, cache, width = some[0].read
+        index = torch.tensor([answer.number for answer in some], device=mask.device)
+        lengths = torch.tensor([[len(answer.ids)] for answer in some], device=mask.device)
+        # What was fed of other tokens than those of the answer is not there.
+        right = torch.arange(width, device=mask.device) < lengths
+        mask = torch.cat([mask[index, :-width], right.to(mask)], dim=1)
+        cache.batch_select_indices(index)
+        prompts = [len(answer.key[1]) for answer in some]
+
+        def ended(row: int, ids: Sequence[int]) -> bool:
+            return begun.ended(prompts[row], ids)
+
+        def carried(rows: Sequence[int]) -> AbstractContextManager[None]:
+            return carrying(self._base, [some[row].key[0] for row in rows])
+
+        ids = [answer.ids for answer in some]
+        found = greedy_answers(self._base, ids, (mask, cache), ended, carried)
+        for answer, whole in zip(some, found, strict=True):
+            answer.ids, answer.ended, answer.read = whole, True, None
+
+
+def _compared(path: Path) -> EncodedRow | None:
+    """The row without edits beside a path, where one of its rows is compared."""
+    plain = next((row.plain for row in path.rows if row.plain is not None), None)
+    return None if plain is None else replace(plain, answer=path.tokens.answer)

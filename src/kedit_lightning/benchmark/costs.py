@@ -64,7 +64,11 @@ def fixed_randomness(seed: int, purpose: str) -> Iterator[None]:
     with isolate_rng():
         random.seed(digest)
         np.random.seed(int.from_bytes(digest[:4], "big"))
-        torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        number = int.from_bytes(digest[:8], "big") >> 1
+        if torch.cuda.is_available():
+            torch.manual_seed(number)
+        else:  # which would keep a traceback for each device that there is not
+            torch.default_generator.manual_seed(number)
         yield
 
 

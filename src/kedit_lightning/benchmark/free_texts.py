@@ -38,13 +38,13 @@ def question_of(asked: Asked) -> Question:
     return edit, probe.prompt, probe.image
 
 
-def questions(base: BaseModel, asked: Iterable[Asked]) -> list[Question]:
-    """Edits and questions, each once, sorted by length."""
+def by_length(base: BaseModel, questions: Iterable[Question]) -> list[Question]:
+    """Questions sorted by length."""
 
     def order(one: Question) -> tuple[int, str]:
         return base.encoder.count_prompt(one[1], references(one[2])), one[1]
 
-    return sorted(dict.fromkeys(map(question_of, asked)), key=order)
+    return sorted(questions, key=order)
 
 
 class Wanted(NamedTuple):
@@ -60,7 +60,7 @@ class Wanted(NamedTuple):
 
     def batches(self, base: BaseModel, size: int) -> Iterator[Sequence[Question]]:
         """Edits and questions, each once, sorted by length and cut into batches."""
-        yield from chunks(questions(base, self.asked), size)
+        yield from chunks(by_length(base, dict.fromkeys(map(question_of, self.asked))), size)
 
 
 class FreeTexts:

@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
-from typing import Any, TypeAlias, cast
 
 import torch
 
@@ -18,39 +17,32 @@ from kedit_lightning.benchmark.answer_cache import AnswersCache, key_of
 from kedit_lightning.benchmark.answer_logits import (
     AnswerLogits,
     ForcedRow,
+    OpenAnswer,
+    PlainPrompts,
     parts_of_questions,
 )
+from kedit_lightning.benchmark.begun_answers import BegunAnswers, is_plain
 from kedit_lightning.benchmark.free_texts import (
     Asked,
     Carried,
     FreeTexts,
     Question,
     Wanted,
+    by_length,
     carrying,
     question_of,
-    questions,
 )
+from kedit_lightning.benchmark.probe_rows import ProbeRows, Rows
 from kedit_lightning.benchmark.protocol import READING_VERSION, Protocol
-from kedit_lightning.benchmark.row_logits import probe_row, row_pass
+from kedit_lightning.benchmark.row_logits import row_pass
+from kedit_lightning.benchmark.row_values import Values, computed, reading, wants
 from kedit_lightning.decoding_settings import generation_config, in_force
+from kedit_lightning.edits.effects import ChangeLogits, RewritePrompt
 from kedit_lightning.errors import article_list
 from kedit_lightning.image_reference import content_hash, references
-from kedit_lightning.metrics import SCORINGS, ForwardPass, ProbeReading
-from kedit_lightning.metrics.measurement import RECORDED, Measurement, Source, Value, built_in
+from kedit_lightning.metrics import SCORINGS, ProbeReading
+from kedit_lightning.metrics.measurement import Measurement, Source, built_in
 from kedit_lightning.requests import Probe
-
-Compute: TypeAlias = Callable[[ForwardPass], Sequence[Value]]
-
-
-#: Rows of a probe, by the source of measurements.
-Rows: TypeAlias = dict[Source, list[ForcedRow]]
-Values: TypeAlias = dict[tuple[ForcedRow, Compute], Value]
-
-#: Sources whose rows share forward passes.
-_PASSES: tuple[tuple[Source, ...], ...] = (
-    ("answer", "answers", "contrast", "against"),
-    ("continuation",),
-)
 
 
 def prompts_are_shared(base: BaseModel, asked: Sequence[Question]) -> bool:
@@ -59,6 +51,17 @@ def prompts_are_shared(base: BaseModel, asked: Sequence[Question]) -> bool:
         return False
     with carrying(base, list(dict.fromkeys(edit for edit, _, _ in asked))):
         return can_share(base)
+
+
+def rows_are_joined(base: BaseModel, asked: Sequence[Question]) -> bool:
+    """Whether rows behind one prompt, read whole, may be read in one where they begin alike."""
+    if base.is_encoder_decoder or any(image is not None for _, _, image in asked):
+        return False
+    edits = base.edits
+    if not edits.active:
+        return True
+    rewrites, changes = edits.effects(RewritePrompt), edits.effects(ChangeLogits)
+    return not rewrites and not changes
 
 
 class Reader:
@@ -79,6 +82,10 @@ class Reader:
         #: What prompts begin with under in-context edits is read once.
         self.prefixes = PrefixStates(base)
         self.texts = FreeTexts(base, protocol, self.prefixes)
+        self._rows, self._begun = ProbeRows(base, protocol), BegunAnswers(base, protocol)
+        #: What the base model has read of prompts, for what is compared with it under edits.
+        self._plain = PlainPrompts(base)
+        self._encode = cache(base.encode)
         #: Measurements of a probe by its kind, for each task.
         self._measurements = cache(SCORINGS[protocol.scoring].measurements)
         self._measurements("")  # names that are taken are refused at once
@@ -111,14 +118,27 @@ class Reader:
             )
         return bool(names)
 
-    def base_readings(self, probes: Sequence[Probe]) -> list[ProbeReading]:
-        """Readings of the base model without any edit, from the cache where it has them."""
+    def base_readings(
+        self, probes: Sequence[Probe], owners: Sequence[object] | None = None
+    ) -> list[ProbeReading]:
+        """Readings of the base model without any edit, from the cache where it has them.
+
+        Args:
+            probes: The probes.
+            owners: What will have an edit of its own, for each probe: prompts are then read as
+                often as they will be under edits, which are compared with the same passes.
+        """
         keys = [self._cache_key(probe) for probe in probes]
         by_key = dict(zip(keys, probes, strict=True))
         missing = {key: by_key[key] for key in by_key if key not in self.cache.known}
         if missing:
+            owned = zip(owners or [None] * len(probes), probes, strict=True)
+            once = dict.fromkeys((owner, probe.prompt, probe.image) for owner, probe in owned)
+            self._plain.clear()
             with self.base.edits.suspended():
-                fresh = self.readings(list(missing.values()), None)
+                fresh = self.readings(
+                    list(missing.values()), None, asked_as=[(None, p, i) for _, p, i in once]
+                )
             self.cache.add(dict(zip(missing, fresh, strict=True)))
         return [self.cache.known[key] for key in keys]
 
@@ -127,6 +147,7 @@ class Reader:
         probes: Sequence[Probe],
         base_readings: Sequence[ProbeReading] | None,
         carried: Sequence[Carried] | None = None,
+        asked_as: Sequence[Question] = (),
     ) -> list[ProbeReading]:
         """Readings of the model under the edits that are applied now.
 
@@ -137,6 +158,7 @@ class Reader:
             probes: The probes.
             base_readings: Their readings from :meth:`base_readings`; ``None`` where those are read.
             carried: For each probe an edit that only its rows carry, or ``None``.
+            asked_as: Questions that prompts are read as, some more than once; each once by default.
 
         Raises:
             UnsupportedUseError: An edit is of a kind that rows cannot carry.
@@ -149,15 +171,18 @@ class Reader:
         for i, one in enumerate(asked):
             places.setdefault(question_of(one), []).append(i)
         if not prompts_are_shared(self.base, list(places)):
-            return self._read(asked, base_readings, AnswerLogits(self.base, self.prefixes))
+            joined = rows_are_joined(self.base, list(places))
+            passes = AnswerLogits(self.base, self.prefixes, joined=joined)
+            return self._read(asked, base_readings, passes)
         found: dict[int, ProbeReading] = {}
-        ordered, size = questions(self.base, asked), self.protocol.score_batch_size
+        ordered, size = by_length(self.base, asked_as or places), self.protocol.score_batch_size
         for part in parts_of_questions(self.base, ordered, size):
-            numbers = [i for question in part for i in places[question]]
+            numbers = [i for q in dict.fromkeys(part) for i in places.pop(q, ())]
             own = None if base_readings is None else [base_readings[i] for i in numbers]
-            passes = AnswerLogits(self.base, self.prefixes, part)
-            read = self._read([asked[i] for i in numbers], own, passes)
-            found |= zip(numbers, read, strict=True)
+            passes = AnswerLogits(self.base, self.prefixes, part, self._plain)
+            if numbers:
+                read = self._read([asked[i] for i in numbers], own, passes)
+                found |= zip(numbers, read, strict=True)
         return [found[i] for i in range(len(asked))]
 
     def _measured(self, probe: Probe) -> tuple[Measurement, ...]:
@@ -188,10 +213,11 @@ class Reader:
     ) -> list[ProbeReading]:
         """Readings of some probes.
 
-        All forward passes run here, one batch after another: free generation, then along the
-        answers, then along the base model's continuations.
+        All forward passes run here, one batch after another: along answers and along the base
+        model's continuations, which show how free answers begin, then free generation.
         """
-        texts = self._generated(self.texts.sentences(asked), passes)
+        answers = self._open_answers(asked, passes)
+        texts = {} if answers else self._generated(self.texts.sentences(asked), passes)
         plans: dict[Source, Callable[[Iterable[Asked]], Iterable[Wanted]]] = {
             "passage": self.texts.passages,
             "sample": self.texts.samples,
@@ -200,27 +226,28 @@ class Reader:
             source: self._generated(plan([one for one in asked if self._has(one[1], source)]))
             for source, plan in plans.items()
         }
-        encode = cache(self.base.encode)
-        rows: list[Rows] = []
-        for i, (edit, probe) in enumerate(asked):
-            # Under edits the continuation is the one that was read of the base model before.
-            text = against[i].get("text") if against else texts.get((edit, probe))
-            rows.append(self._rows(edit, probe, text, against is not None, encode))
-        values: Values = {}
-        for sources in _PASSES:
-            computes = dict.fromkeys(
-                m.compute
-                for _, probe in asked
-                for m in self._measured(probe)
-                if m.source in sources
-            )
-            forced = dict.fromkeys(row for own in rows for name in sources for row in own[name])
-            for batch in passes.batches(forced, self.protocol.score_batch_size):
-                forward = passes.of(batch)
-                for compute in computes:
-                    keys = ((row, compute) for row in batch)
-                    values.update(zip(keys, compute(forward), strict=True))
-                del forward  # before the next pass takes as much memory
+        encode, compare, values = self._encoder(), against is not None, Values()
+        measured = [self._measured(probe) for _, probe in asked]
+        rows = [
+            self._rows.along_answers(*one, {m.source for m in own}, compare, encode)
+            for one, own in zip(asked, measured, strict=True)
+        ]
+        # What continues a prompt is read when it is known, in passes of its own, so that those
+        # along answers have one shape with and without edits.
+        for continued in (False, True):
+            guesses: list[ForcedRow] = []
+            if continued:
+                if not compare:
+                    texts, answers = texts | self._finished(passes, asked, answers), {}
+                guesses = self._continue(asked, rows, against, texts)
+            wanted = wants(zip(measured, rows, strict=True), values)
+            size = self.protocol.score_batch_size
+            for batch in passes.batches(wanted, guesses if answers else (), size):
+                read = passes.of(batch)
+                values |= computed(read, wanted)
+                passes.shown(read, answers, self._begun)
+                del read  # before the next pass takes as much memory
+        texts |= self._finished(passes, asked, answers)
         for own, (_, probe) in zip(rows, asked, strict=True):
             for row in own["row"]:  # one at a time: a picture has hundreds of positions
                 with carrying(self.base, [row.edit]):
@@ -229,15 +256,67 @@ class Reader:
                     if measurement.source == "row":
                         values[row, measurement.compute] = measurement.compute(forward)[0]
         return [
-            self._reading(
-                one[1],
+            reading(
+                own_measured,
                 own,
                 texts.get(one),
                 {source: found.get(one) for source, found in long.items()},
                 values,
             )
-            for one, own in zip(asked, rows, strict=True)
+            for one, own, own_measured in zip(asked, rows, measured, strict=True)
         ]
+
+    def _continue(
+        self,
+        asked: Sequence[Asked],
+        rows: Sequence[Rows],
+        against: Sequence[ProbeReading] | None,
+        texts: Mapping[Asked, str],
+    ) -> list[ForcedRow]:
+        """Add rows along the continuations of the base model, which guess free answers under edits.
+
+        Under edits the continuation is the one that was read of the base model before.  In guesses
+        a token stands behind it, for what comes next.
+        """
+        guesses: list[ForcedRow] = []
+        read: Sequence[ProbeReading | None] = against or [None] * len(asked)
+        for one, own, before in zip(asked, rows, read, strict=True):
+            text = texts.get(one) if before is None else before.get("text")
+            if self._has(one[1], "continuation"):
+                row = self._rows.continuation(*one, text, before is not None)
+                own["continuation"] = [row]
+                answer = (*row.tokens.answer, self.base.pad_id)
+                guesses += [row._replace(tokens=replace(row.tokens, answer=answer))]
+        return guesses
+
+    def _encoder(self) -> Callable[..., EncodedRow]:
+        """Makes rows of prompts and answers, each once, or once for the edits that rewrite them."""
+        edits = self.base.edits
+        if edits.active and edits.effects(RewritePrompt):
+            return cache(self.base.encode)
+        return self._encode
+
+    def _open_answers(
+        self, asked: Sequence[Asked], passes: AnswerLogits
+    ) -> dict[Question, OpenAnswer]:
+        """Free answers that passes along other tokens may begin; none where they must not."""
+        if not (passes.shows_answers and is_plain(self.base, self.protocol)):
+            return {}
+        found: dict[Question, OpenAnswer] = {}
+        for some in self.texts.sentences(asked):
+            for one in some.asked:
+                prompt = self._encode(one[1].prompt).prompt
+                found.setdefault(question_of(one), OpenAnswer((one[0], prompt)))
+        return found
+
+    def _finished(
+        self, passes: AnswerLogits, asked: Sequence[Asked], answers: Mapping[Question, OpenAnswer]
+    ) -> dict[Asked, str]:
+        """Free answers, those without a cache to go on from generated from their beginning."""
+        found = passes.finished(answers, self._begun)
+        texts = {one: found[question_of(one)] for one in asked if question_of(one) in found}
+        missing = [one for one in asked if question_of(one) in answers and one not in texts]
+        return texts | (self._generated(self.texts.sentences(missing)) if missing else {})
 
     def _generated(
         self, wanted: Iterable[Wanted], passes: AnswerLogits | None = None
@@ -256,88 +335,3 @@ class Reader:
                 texts |= zip(batch, answers, strict=True)
             found |= {(e, p): texts[e, p.prompt, p.image] for e, p in some.asked}
         return found
-
-    def _reading(
-        self,
-        probe: Probe,
-        rows: Rows,
-        text: str | None,
-        long: Mapping[Source, str | None],
-        values: Values,
-    ) -> ProbeReading:
-        """The measured values of one probe, by name."""
-        reading: dict[str, Value] = {measurement.name: None for measurement in RECORDED}
-        for measurement in self._measured(probe):
-            by_row: list[Any] = [
-                values[row, measurement.compute] for row in rows.get(measurement.source, ())
-            ]
-            if by_row:
-                reading[measurement.name] = measurement.together(by_row)
-            elif measurement.source in long:
-                reading[measurement.name] = long[measurement.source]
-        return cast(ProbeReading, {**reading, "text": text})
-
-    # ---- rows
-
-    def _rows(
-        self,
-        edit: Carried,
-        probe: Probe,
-        text: str | None,
-        compare: bool,
-        encode: Callable[..., EncodedRow],
-    ) -> Rows:
-        """Rows of a probe by source; that of ``text``, the continuation, only where measured."""
-
-        def forced(answers: Iterable[str]) -> list[ForcedRow]:
-            rows = (encode(probe.prompt, answer, image=probe.image) for answer in answers)
-            return [ForcedRow(edit, row) for row in rows]
-
-        accepted = forced(probe.answers)
-        contrast = [probe.contrast] if probe.contrast else []
-        against = probe.task.against if probe.task and self._has(probe, "against") else ()
-        continued = self._has(probe, "continuation")
-        return {
-            "answer": accepted[:1],
-            "answers": accepted,
-            "contrast": forced(contrast),
-            "against": forced(against),
-            "continuation": [self._continuation(edit, probe, text, compare)] if continued else [],
-            "row": [self._row(edit, probe, compare)] if self._has(probe, "row") else [],
-        }
-
-    def _row(self, edit: Carried, probe: Probe, compare: bool) -> ForcedRow:
-        """The row whose logits are all read, and the unedited one where they are compared."""
-        row = probe_row(self.base, probe)
-        with self.base.edits.suspended():
-            return ForcedRow(edit, row, probe_row(self.base, probe) if compare else None)
-
-    def _continuation(
-        self, edit: Carried, probe: Probe, text: str | None, compare: bool
-    ) -> ForcedRow:
-        """The row of the base model's continuation ``text`` of a prompt.
-
-        Where nothing was generated, the probe's own answer is fed, or else only the position behind
-        the prompt is read.
-        """
-        base, encoder = self.base, self.base.encoder
-        answer = probe.answers[0] if text is None and probe.answers else None
-        images = references(probe.image)
-        plain = encoder.encode(probe.prompt, answer, images=images)
-        ids = plain.answer
-        if answer is None:
-            # The ids as the model generated them, not as they would be joined to the prompt; text
-            # of more tokens than were generated is fed as far as there is room.
-            ids = tuple(base.tokenizer(text or "", add_special_tokens=False)["input_ids"])
-            ids = ids[: min(self.protocol.max_new_tokens, base.max_tokens - len(plain.prompt))]
-            # Without a text the position behind the prompt is read; the token there is not.
-            ids = ids or (base.pad_id,)
-        if not compare:
-            return ForcedRow(edit, replace(plain, answer=ids))
-        room = base.max_tokens - len(ids) - 2
-        prompt = base.edits.render(
-            probe.prompt, lambda text: room - encoder.count_prompt(text, images), images
-        )
-        row = plain if prompt == probe.prompt else encoder.encode(prompt, images=images)
-        ids = ids[: max(1, base.max_tokens - len(row.prompt))]
-        return ForcedRow(edit, replace(row, answer=ids), replace(plain, answer=ids))

@@ -125,7 +125,8 @@ class ProtocolRunner:
         else:
             # All again, also those with a record: rows read together round alike.
             clock, probes, start = Clock(self.base), probes_of(examples), 0
-            base = self.reader.base_readings(probes)
+            owners = [number for number, example in enumerate(examples) for _ in example.probes]
+            base = self.reader.base_readings(probes, owners)
             before = self.reader.readings(probes, base)
             seconds, earlier = clock.lap() / len(examples), iter(saved)
             reset_peak(self.base)
@@ -258,7 +259,7 @@ class ProtocolRunner:
     def _computed(self, name: str, compute: Callable[[], Edit], shared: float = 0.0) -> TimedEdit:
         """A new edit, which took its part of shared seconds beside its own."""
         clock = Clock(self.base)
-        with fixed_randomness(self._run.seed, name):
+        with fixed_randomness(self._run.seed, name), self.base.identity.held():
             edit = compute()
         seconds = shared + clock.lap()
         try:
@@ -283,7 +284,7 @@ class ProtocolRunner:
         if missing:
             wanted = [name in missing for name in names]
             groups = [example.requests for example in examples]
-            with fixed_randomness(self._run.seed, names[0]):
+            with fixed_randomness(self._run.seed, names[0]), self.base.identity.held():
                 edits = self._compute_each(groups)
                 if isinstance(edits, Sequence):
                     computed = (edits[i] for i, new in enumerate(wanted) if new)

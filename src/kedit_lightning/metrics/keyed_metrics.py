@@ -57,6 +57,8 @@ class KeyedMetrics(nn.Module):
         self.metrics = nn.ModuleDict()
         #: Stages, and keys of costs, with the ids of the examples that were added.
         self.seen: set[tuple[str, str]] = set()
+        #: Cases by key that no metric has yet: it takes many at a time, which costs it no more.
+        self._waiting: dict[str, list[tuple[float, int, int]]] = {}
         self._scores = self.scores()
         # Metrics created later go to the device that this has been moved to; nothing else does.
         self.register_buffer("_place", torch.zeros(1), persistent=False)
@@ -168,7 +170,8 @@ class KeyedMetrics(nn.Module):
         """Add the value of one case to the metric of a key; its subject is its cluster."""
         case, subject = name_id(record["id"]), record.get("subject")
         cluster = case if subject is None else name_id(subject)
-        self.metric(key, score).update([value], [cluster], [case])
+        self._created(key, score)
+        self._waiting.setdefault(key, []).append((value, cluster, case))
 
     def metric(self, key: str, score: type[CaseMean]) -> CaseMean:
         """The metric of a key, created at its first use.
@@ -176,6 +179,12 @@ class KeyedMetrics(nn.Module):
         Raises:
             UnsupportedUseError: A metric of another class has the key.
         """
+        metric = self._created(key, score)
+        if waiting := self._waiting.pop(key, None):
+            metric.update(*zip(*waiting, strict=True))
+        return metric
+
+    def _created(self, key: str, score: type[CaseMean]) -> CaseMean:
         name = key.replace(".", "%2E")  # torch refuses dots in names of modules
         if name not in self.metrics:
             metric = score(self.level, self.resamples, self.seed, sync_on_compute=self.sync)
@@ -191,7 +200,8 @@ class KeyedMetrics(nn.Module):
     def by_key(self) -> dict[str, CaseMean]:
         """All metrics by key, sorted."""
         metrics = {name.replace("%2E", "."): metric for name, metric in self.metrics.items()}
-        return {key: cast(CaseMean, metrics[key]) for key in sorted(metrics)}
+        known = {key: cast(CaseMean, metrics[key]) for key in sorted(metrics)}
+        return {key: self.metric(key, type(metric)) for key, metric in known.items()}
 
     # ---- results
 
@@ -249,4 +259,5 @@ class KeyedMetrics(nn.Module):
     def reset(self) -> None:
         """Forget all cases and keys."""
         self.metrics.clear()
+        self._waiting.clear()
         self.seen.clear()

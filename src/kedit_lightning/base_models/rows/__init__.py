@@ -5,10 +5,12 @@ from kedit_lightning.base_models.rows.image import ImageEncoder
 from kedit_lightning.base_models.rows.padding import (
     PaddingSide,
     TokenRows,
+    answering,
     pad_encoder_decoder_rows,
     pad_rows,
     pad_tails,
     put_behind,
+    without_last,
 )
 from kedit_lightning.base_models.rows.position import positions
 
@@ -18,10 +20,12 @@ __all__ = [
     "PaddingSide",
     "RowEncoder",
     "TokenRows",
+    "answering",
     "join_text",
     "pad_encoder_decoder_rows",
     "pad_rows",
     "pad_tails",
     "positions",
     "put_behind",
+    "without_last",
 ]

@@ -144,15 +144,16 @@ def _pad(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Ids and mask, ``[batch, tokens]``, and the column of each row's first token, ``[batch]``."""
     width = max([1, *map(len, rows)])
-    ids = torch.full((len(rows), width), fill, dtype=torch.long)
-    mask = torch.zeros((len(rows), width), dtype=torch.long)
-    first = torch.zeros(len(rows), dtype=torch.long)
-    for i, row in enumerate(rows):
-        start = width - len(row) if side == "left" else 0
-        ids[i, start : start + len(row)] = torch.tensor(row, dtype=torch.long)
-        mask[i, start : start + len(row)] = 1
-        first[i] = start
-    return ids, mask, first
+    padded: list[list[int]] = []
+    for row in rows:
+        gap = [fill] * (width - len(row))
+        padded.append([*gap, *row] if side == "left" else [*row, *gap])
+    ids = torch.tensor(padded, dtype=torch.long).reshape(len(rows), width)
+    lengths = torch.tensor([len(row) for row in rows], dtype=torch.long)
+    first = width - lengths if side == "left" else torch.zeros_like(lengths)
+    columns = torch.arange(width)
+    start, end = first[:, None], (first + lengths)[:, None]
+    return ids, ((columns >= start) & (columns < end)).long(), first
 
 
 def _token_rows(
@@ -205,6 +206,24 @@ def pad_rows(
         inputs["position_ids"] = positions(mask)
     prompt_end = first + torch.tensor([len(row.prompt) for row in rows], dtype=torch.long) - 1
     return _token_rows(rows, inputs, first, prompt_end, pad_id, device)
+
+
+def without_last(rows: Sequence[EncodedRow]) -> list[EncodedRow]:
+    """Rows without the last token of each answer, whose logits nobody reads."""
+    return [replace(row, answer=row.answer[:-1]) for row in rows]
+
+
+def answering(padded: TokenRows, rows: Sequence[EncodedRow], pad_id: int) -> TokenRows:
+    """Padded rows of :func:`without_last`, with the whole answers to predict."""
+    ids, mask, _ = _pad([row.answer for row in rows], pad_id, "right")
+    device, last = padded.prompt_end.device, padded.inputs["input_ids"].shape[1] - 1
+    columns = padded.prompt_end[:, None] + torch.arange(ids.shape[1], device=device)
+    return replace(
+        padded,
+        answer_ids=ids.to(device),
+        answer_mask=mask.bool().to(device),
+        answer_columns=columns.clamp(max=last),
+    )
 
 
 def pad_types(
