@@ -16,15 +16,14 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 import warnings
 from pathlib import Path
 from typing import Any
+
+from turns import Server, environment_of, timed_test
 
 METHODS = ("FTM", "FTL", "GRACE", "ROME", "MEMIT", "AlphaEdit", "EMMET", "PMET", "KN")
 MODELS = ("nano", "gpt2")
@@ -80,8 +79,6 @@ def serve(method: str, model: str, facts: int, output: str) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from kedit_lightning import EditTrainer
-    from kedit_lightning.benchmark import Protocol
     from kedit_lightning.data import NanoFacts
     from kedit_lightning.errors import KEditError
 
@@ -101,17 +98,7 @@ def serve(method: str, model: str, facts: int, output: str) -> None:
     save_file(trained, output)
 
     def run(limit: int) -> tuple[float, dict[str, float]]:
-        trainer = EditTrainer(
-            protocol=Protocol(mode="single"), enable_progress_bar=False, usual_callbacks=False
-        )
-        data = NanoFacts(limit=limit, seed=0)
-        with tempfile.TemporaryDirectory() as folder:
-            os.environ["KEDIT_CACHE"] = folder
-            start = time.process_time()
-            (scores,) = trainer.test(editor, data, verbose=False)
-            seconds = time.process_time() - start
-        kept = {k: v for k, v in scores.items() if not k.startswith(("timing/", "memory/"))}
-        return seconds, kept
+        return timed_test(editor, NanoFacts(limit=limit, seed=0))
 
     run(2)  # what is done once in a process
     print("ready", flush=True)
@@ -119,44 +106,11 @@ def serve(method: str, model: str, facts: int, output: str) -> None:
         print(json.dumps(run(facts)), flush=True)
 
 
-class Version:
+def served(root: Path, method: str, model: str, facts: int, output: Path) -> Server:
     """A process that runs the version of a folder."""
-
-    def __init__(self, root: Path, method: str, model: str, facts: int, output: Path) -> None:
-        paths = [str(root / "src"), os.environ.get("PYTHONPATH", "")]
-        command = [sys.executable, str(Path(__file__).resolve()), "--serve", method, model]
-        command += ["--facts", str(facts), "--output", str(output)]
-        self._process = subprocess.Popen(
-            command,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        while self._line().strip() != "ready":
-            pass
-
-    def _line(self) -> str:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"the process ended with code {self._process.wait()}")
-        return line
-
-    def run(self) -> tuple[float, dict[str, float]]:
-        """Processor seconds of one run, and its scores."""
-        assert self._process.stdin is not None
-        self._process.stdin.write("go\n")
-        self._process.stdin.flush()
-        seconds, scores = json.loads(self._line())
-        return seconds, scores
-
-    def close(self) -> None:
-        """End the process."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
+    command = [sys.executable, str(Path(__file__).resolve()), "--serve", method, model]
+    command += ["--facts", str(facts), "--output", str(output)]
+    return Server(command, environment_of(root))
 
 
 def row(against: Path, method: str, model: str, facts: int, repeats: int) -> str:
@@ -168,7 +122,7 @@ def row(against: Path, method: str, model: str, facts: int, repeats: int) -> str
         files = Path(folder, "before"), Path(folder, "now")
         roots = against, Path(__file__).parents[1]
         versions = [
-            Version(root, method, model, facts, file)
+            served(root, method, model, facts, file)
             for root, file in zip(roots, files, strict=True)
         ]
         pairs = [[version.run() for version in versions] for _ in range(repeats)]

@@ -4,6 +4,10 @@ r"""Seconds per edit and peak memory of each method, one process a figure.
     python benchmarks/methods.py --methods ROME MEMIT --facts 64 \
         --device cuda --shape llama-2-7b --dtype bfloat16
     python benchmarks/methods.py --methods MALMEN --facts 1000
+    python benchmarks/methods.py --against ../before --repeats 3
+
+With ``--against``, the version in another folder takes turns with this one, and medians stand
+beside each other.  Seconds are those of the processor, on CUDA those of the clock.
 
 The model has random weights: time and memory do not depend on what it knows.  On the CPU, memory
 is the highest resident size while editing minus the size after loading (the high-water mark is
@@ -16,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import time
@@ -24,10 +29,12 @@ from itertools import cycle, islice
 from pathlib import Path
 
 import yaml
+from turns import environment_of
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "methods"
 SHAPES = {
     # width, MLP width, blocks, heads, key-value heads, vocabulary
+    "tiny": (256, 704, 8, 8, 8, 8192),
     "small": (768, 2048, 12, 12, 12, 8192),
     "llama-1b": (2048, 5632, 22, 32, 4, 32000),
     "llama-2-7b": (4096, 11008, 32, 32, 32, 32000),
@@ -127,6 +134,9 @@ def measure(
     name: str, shape: str, device: str, dtype: str, facts: int | None, edits: int
 ) -> dict[str, float | str]:
     """Time and memory of one method, in this process."""
+    from end_to_end import use_folders_of_version
+
+    use_folders_of_version()
     import torch
 
     from kedit_lightning import methods
@@ -147,16 +157,17 @@ def measure(
         torch.cuda.reset_peak_memory_stats()
     method.edit(requests[:2])  # what is done once: contexts, and what libraries set up
     seconds, size = [], 0.0
+    clock = time.perf_counter if device == "cuda" else time.process_time
     for start in range(2, len(requests), count):
         part = requests[start : start + count]
-        started = time.perf_counter()
+        started = clock()
         if method.can.batch:
             made = [method.edit(part)]
         else:  # facts apart from each other, which a method may compute together
             made = list(method.edit_each([[request] for request in part]))
         if device == "cuda":
             torch.cuda.synchronize()
-        seconds.append((time.perf_counter() - started) / count)
+        seconds.append((clock() - started) / count)
         size = sum(edit.nbytes for edit in made) / count
     peak = (
         torch.cuda.max_memory_allocated() / 2**20
@@ -180,6 +191,8 @@ def main() -> None:
     parser.add_argument("--shape", default="small", choices=SHAPES)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--against", type=Path, help="folder of another version")
+    parser.add_argument("--repeats", type=int, default=3, help="pairs of runs of two versions")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -190,19 +203,53 @@ def main() -> None:
     print(
         f"{args.shape}, {args.dtype}, {args.device}; median of {args.edits}; peak memory {note}\n"
     )
-    print(f"{'method':12} {'facts':>5} {'s/fact':>9} {'peak MB':>9} {'KB/fact':>9}")
+    if args.against:
+        print("| method | before, s/fact | now | ratio | before, peak MB | now | ratio |")
+        print(f"|{'---|' * 7}")
+    else:
+        print(f"{'method':12} {'facts':>5} {'s/fact':>9} {'peak MB':>9} {'KB/fact':>9}")
     for name in args.methods:
-        command = [sys.executable, str(Path(__file__).resolve()), "--child", name]
-        command += ["--shape", args.shape, "--device", args.device, "--dtype", args.dtype]
-        command += ["--edits", str(args.edits)]
-        command += ["--facts", str(args.facts)] if args.facts else []
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            print(f"{name:12} failed: {done.stderr.strip().splitlines()[-1]}")
-            continue
-        row = json.loads(done.stdout.splitlines()[-1])
-        figures = f"{row['seconds']:9.3f} {row['peak_mb']:9.0f} {row['edit_kb']:9.1f}"
-        print(f"{name:12} {row['facts']:5} {figures}", flush=True)
+        try:
+            print(compared(name, args) if args.against else alone(name, args), flush=True)
+        except RuntimeError as error:
+            print(f"{name:12} failed: {error}", flush=True)
+
+
+def alone(name: str, args: argparse.Namespace) -> str:
+    """The line of a method."""
+    row = child(name, args, Path(__file__).parents[1])
+    figures = f"{row['seconds']:9.3f} {row['peak_mb']:9.0f} {row['edit_kb']:9.1f}"
+    return f"{name:12} {row['facts']:5} {figures}"
+
+
+def compared(name: str, args: argparse.Namespace) -> str:
+    """The line of a method in both versions, which take turns."""
+    roots = args.against, Path(__file__).parents[1]
+    rows = [[child(name, args, root) for root in roots] for _ in range(args.repeats)]
+    cells = []
+    for figure, digits in (("seconds", 4), ("peak_mb", 0)):
+        before, now = (statistics.median(pair[n][figure] for pair in rows) for n in (0, 1))
+        cells += [f"{before:.{digits}f}", f"{now:.{digits}f}", f"{now / before:.2f}"]
+    return f"| {name} | {' | '.join(cells)} |"
+
+
+def child(name: str, args: argparse.Namespace, root: Path) -> dict[str, float]:
+    """What a process of the version in a folder measures.
+
+    Raises:
+        RuntimeError: It failed.
+    """
+    command = [sys.executable, str(Path(__file__).resolve()), "--child", name]
+    command += ["--shape", args.shape, "--device", args.device, "--dtype", args.dtype]
+    command += ["--edits", str(args.edits)]
+    command += ["--facts", str(args.facts)] if args.facts else []
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=environment_of(root)
+    )
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip().splitlines()[-1])
+    row: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return row
 
 
 if __name__ == "__main__":

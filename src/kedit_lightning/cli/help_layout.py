@@ -11,6 +11,7 @@ from jsonargparse import DefaultHelpFormatter
 from lightning.pytorch.cli import LightningArgumentParser
 
 from kedit_lightning.methods import EditMethod
+from kedit_lightning.registry import Kind, entries
 from kedit_lightning.trainer import EditTrainer
 
 #: The option that also shows settings of Lightning's trainer.
@@ -24,6 +25,12 @@ _TITLES = {
     "": "This command",
     "trainer.protocol": "How edits are applied and scored",
     "trainer": f"The trainer ({FULL_HELP} shows all settings of Lightning's)",
+}
+#: Base classes of what the registry names.
+_BASES: dict[str, Kind] = {
+    "kedit_lightning.methods.EditMethod": "method",
+    "lightning.LightningDataModule": "dataset",
+    "lightning.Callback": "callback",
 }
 _KNOWN = re.compile(r"known subclasses: ([\w., ]+)")
 
@@ -50,8 +57,12 @@ class ShortNames(DefaultHelpFormatter):
 
 
 def _known_names(match: re.Match[str]) -> str:
-    names = [path.rpartition(".")[2] for path in match[1].split(", ") if _usable(path.split("."))]
-    return f"known: {', '.join(dict.fromkeys(names))}"
+    """The classes that are loaded, and by the registry those of a base that need not be."""
+    paths = match[1].split(", ")
+    ours = [name for path in paths if path in _BASES for name in entries(_BASES[path])]
+    found = [path.rpartition(".")[2] for path in paths if _usable(path.split("."))]
+    names = [name for name in dict.fromkeys(found) if name not in ours]
+    return f"known: {', '.join([*names, *ours])}"
 
 
 def _usable(path: list[str]) -> bool:

@@ -168,7 +168,8 @@ def main(args: Any = None, run: bool = True) -> Any:
         if args is None:  # importing Lightning has set a format of its own
             warnings.formatwarning = _warning
         with caching(page), without_notices():
-            command_line = parser.KEditCLI(**parser.cli_arguments(args, run))
+            settings = parser.cli_arguments(args, run, names_alone=page is not None)
+            command_line = parser.KEditCLI(**settings)
     return None if args is None else command_line
 
 

@@ -226,13 +226,15 @@ def keep_sentences() -> None:
     set_loader("yaml", load, (yaml.YAMLError,))
 
 
-def cli_arguments(args: ArgsType, run: bool) -> dict[str, Any]:
+def cli_arguments(args: ArgsType, run: bool, names_alone: bool = False) -> dict[str, Any]:
     """Arguments of :class:`KEditCLI`, once all classes that a config may name are imported.
 
-    ``run`` runs the subcommand; without it the objects are only built.
+    ``run`` runs the subcommand; without it the objects are only built.  Help needs their names
+    alone.
     """
     allow_imports(*load_plugins())
-    for kind in get_args(Kind):  # a config may name each class by its name alone
+    kinds: tuple[Kind, ...] = () if names_alone else get_args(Kind)
+    for kind in kinds:  # a config may name each class by its name alone
         for entry in entries(kind).values():
             entry.load()
     keep_sentences()
