@@ -67,9 +67,10 @@ def test_subjects_are_drawn_with_all_their_facts(tools):
 
 
 def test_rows_follow_from_the_seed(tools, prepared):
-    def rows(seed):
+    def rows(seed, number=0):
         pool = tools.row_pool.RowPool(prepared, "cpu", seed, capacity=400_000, least=100_000)
         torch.manual_seed(seed)
+        pool.begin_at(number)
         pool.fill()
         return pool, [pool.take(512) for _ in range(3)]
 
@@ -78,6 +79,7 @@ def test_rows_follow_from_the_seed(tools, prepared):
     for pair, same in zip(first, again, strict=True):
         assert all(map(torch.equal, pair, same))
     assert not torch.equal(first[0][0], other[0][0])
+    assert not torch.equal(first[0][0], rows(0, number=7)[1][0][0])  # those of a run that goes on
     for ids, labels in first:
         carries = labels != -100
         assert ids.shape == labels.shape

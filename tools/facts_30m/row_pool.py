@@ -103,6 +103,10 @@ class RowPool:
         else:
             open_writer(prepared)
 
+    def begin_at(self, number: int) -> None:
+        """Write other rows than a run that has ended has read: chunks are numbered from here on."""
+        self._numbers = itertools.count(number)
+
     def close(self) -> None:
         """End the processes."""
         if self._processes is not None:

@@ -270,6 +270,7 @@ def main() -> None:
     run = Run(model, options.device, options.lr, options.minutes)
     if options.state and (options.state / "state.json").is_file():
         run.load_state(options.state)
+        pool.begin_at(run.steps)  # a run has fewer chunks than steps
     book = FactBook.read(options.prepared)
     tell(parameters=sum(p.numel() for p in model.parameters()), facts=len(book.facts),
          torch=torch.__version__, device=torch.cuda.get_device_name() if on_gpu else "cpu",
