@@ -7,7 +7,7 @@ from pathlib import Path
 
 from kedit_lightning.data.datamodule import Split
 from kedit_lightning.data.knowledge.counterfact import CounterFact
-from kedit_lightning.data.records import Fields
+from kedit_lightning.data.records import Fields, Record
 from kedit_lightning.requests import EditExample, Probe
 
 _PACKAGED = Path(__file__).parents[1] / "nano_facts"
@@ -49,13 +49,21 @@ class NanoFacts(CounterFact):
             probes.append(Probe("portability", item.text("prompt"), answers, "one_hop"))
         return EditExample(example.requests, tuple(probes), id)
 
+    def unpack(self, records: list[Record]) -> list[Record]:
+        """The records; of a packaged file, which is known to be right, those within ``limit``."""
+        named = all(isinstance(record.values, dict) for record in records)
+        if self.limit is None or self.folder != _PACKAGED or not named:
+            return records
+        ids = [str(record.values.get(self.id_field)) for record in records]
+        kept = set(sorted(ids, key=self._rank)[: self.limit])
+        return [record for record, id in zip(records, ids, strict=True) if id in kept]
+
     def select(self, examples: list[EditExample]) -> list[EditExample]:
         """The examples that ``limit`` keeps, in the order in which ``seed`` draws them."""
         if self.limit is None:
             return examples
+        return sorted(examples, key=lambda example: self._rank(example.id))[: self.limit]
 
-        def rank(example: EditExample) -> bytes:
-            # Ranking by a hash gives the same draw in every version of Python, and nested draws.
-            return hashlib.sha256(f"{self.start}/{example.id}".encode()).digest()
-
-        return sorted(examples, key=rank)[: self.limit]
+    def _rank(self, id: str) -> bytes:
+        # Ranking by a hash gives the same draw in every version of Python, and nested draws.
+        return hashlib.sha256(f"{self.start}/{id}".encode()).digest()
