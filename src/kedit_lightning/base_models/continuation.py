@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kedit_lightning.base_models.base_model import BaseModel
 from kedit_lightning.base_models.blocks import removing
+from kedit_lightning.base_models.head_cache import head_cache
 from kedit_lightning.base_models.rows import EncodedRow, pad_tails
 from kedit_lightning.base_models.taps import skipping, stop_after
 from kedit_lightning.edits.projections import first_tensor, with_first
@@ -37,6 +38,7 @@ class Continuation:
         resume: Whether to resume; by default where the model allows it.
         cuts: Index in each prompt of the token at which passes resume; by default that of the last
             token of the subject, which each row then has.
+        shared: Number of tokens before it that other rows may begin with, too; read once.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class Continuation:
         block: int,
         resume: bool | None = None,
         cuts: Sequence[int] | None = None,
+        shared: Sequence[int] | None = None,
     ) -> None:
         self.base = base
         self._cache: Any = None
@@ -62,9 +65,8 @@ class Continuation:
             width = head["input_ids"].shape[1]
             self.rows.inputs["attention_mask"] = self.rows.attention_mask[:, width:]
         if bool(head["attention_mask"].any()):
-            with torch.no_grad():
-                filled = base.model(**head, use_cache=True, logits_to_keep=1)
-            self._cache = filled.past_key_values
+            heads = [row.prompt[:at] for row, at in zip(rows, cuts, strict=True)]
+            self._cache = head_cache(base, heads, head, shared)
         if block > 0:  # the tails run through the blocks below once
             names = tuple(base.layout.block_name(index) for index in range(block))
             last, seen = base.module(names[-1]), list[Any]()

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kedit_lightning.base_models.base_model import BaseModel
 from kedit_lightning.base_models.continuation import SAME, can_resume, copied
+from kedit_lightning.base_models.head_cache import attends_to_all, holds_keys
 from kedit_lightning.base_models.rows import EncodedRow, TokenRows, pad_rows, pad_tails
 from kedit_lightning.base_models.rows.position import positions
 from kedit_lightning.edits.effects import RewritePrompt
@@ -146,25 +147,7 @@ class PrefixStates:
     def _expands(self) -> bool:
         """Whether all that the model's cache holds is keys and values."""
         with self._base.edits.suspended():
-            return _holds_keys(self._filled((0, 1)))
-
-
-def attends_to_all(base: BaseModel) -> bool:
-    """Whether all blocks attend to all tokens: a window that slides counts padding too."""
-    config = base.model.config.get_text_config(decoder=True)
-    kinds = set(getattr(config, "layer_types", None) or ("full_attention",))
-    return kinds == {"full_attention"} and not getattr(config, "sliding_window", None)
-
-
-def _holds_keys(cache: Any) -> bool:
-    held = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
-    other = [
-        name
-        for layer in cache.layers
-        for name, value in vars(layer).items()
-        if isinstance(value, Tensor) and value.dim() > 1 and name not in ("keys", "values")
-    ]
-    return not other and all(isinstance(part, Tensor) and part.dim() == 4 for part in held)
+            return holds_keys(self._filled((0, 1)))
 
 
 def expanded(cache: Any, rows: int) -> Any:

@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 
 from kedit_lightning.base_models.base_model import BaseModel
 from kedit_lightning.base_models.continuation import can_resume, copied
-from kedit_lightning.base_models.prefix_states import attends_to_all
+from kedit_lightning.base_models.head_cache import attends_to_all
 from kedit_lightning.base_models.rows import (
     EncodedRow,
     TokenRows,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kedit_lightning.base_models import BaseModel
 from kedit_lightning.base_models.continuation import Continuation
+from kedit_lightning.base_models.head_cache import common_beginnings
 from kedit_lightning.base_models.rows import EncodedRow
 from kedit_lightning.base_models.taps import add_at, capture, visiting
 from kedit_lightning.chat_turns import put_before
@@ -100,7 +101,8 @@ class _ForwardPass:
         self._counts = torch.tensor(counts, device=base.device)
         self.monitored = [base.layout.block_name(block) for block in later]
         rows = [row for request in encoded for row in request]
-        self._place(Continuation(base, rows, site.resumes_at), len(encoded))
+        shared = common_beginnings(encoded) if len(encoded) > 1 else None
+        self._place(Continuation(base, rows, site.resumes_at, shared=shared), len(encoded))
 
     def _place(self, passes: Continuation, count: int) -> None:
         self.passes, self.count = passes, count
