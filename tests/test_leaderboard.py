@@ -187,7 +187,7 @@ def test_a_process_that_was_killed_leaves_its_step_open(tmp_path: Path) -> None:
     assert finished(Say(("metrics",)), tmp_path) is None
 
 
-CELL = Cell("nano", "nano_facts", "sequence", "ultraedit", 30, "none")
+CELL = Cell("nano", "nano_facts", "sequence", "ultraedit", 12, "none")
 
 
 @pytest.mark.slow
