@@ -19,6 +19,7 @@ from benchmark_cells import CONFIGS, FITTED, LEFT_OUT, SIZES, TRIALS, Cell, Swee
 from benchmark_page import page, write_page
 from benchmark_runs import MARK, Progress, finished, forked, run, take_settings
 from benchmark_scores import collected
+from benchmark_summary import summary
 from metric_records import example, probe
 from places import ROOT
 
@@ -44,8 +45,12 @@ def test_the_cells_are_every_method_data_set_and_protocol(tmp_path: Path) -> Non
     names = [cell.name for cell in found.cells]
     assert len(names) == len(set(names))
     ready = len(methods()) - len(FITTED)
-    assert len(names) == 2 * 2 * len(SIZES) * ready
+    assert len(names) == (2 + 3) * len(SIZES) * ready
     assert "facts-30m.zsre.sequence.memit" in names
+    assert "facts-30m.facts_30m.single.ftm" in names
+    chosen = {sweep.model: sweep.command for sweep in found.sweeps}
+    assert "-c data/facts_30m" in chosen["facts-30m"]
+    assert "facts_30m" not in chosen["nano"]
     for absent in ("counterfact", "wiki_counterfact"):
         assert any(one.startswith(f"{absent}: no file") for one in found.skipped)
     assert set(LEFT_OUT) < set(entries("method"))
@@ -338,6 +343,14 @@ def test_the_page_shows_them_in_the_order_of_the_alphabet(content: dict[str, Any
     assert "before 20.0, worst 30.2" in text
     assert "cannot claim, needs 300" in text
     assert not re.search(r'(?:src|href)="https?:', text)
+
+
+def test_a_summary_has_the_figures_of_each_method(content: dict[str, Any]) -> None:
+    text = summary(content)
+    assert "| `MEMIT` | 0.95 (" in text
+    assert "| `GRACE` | 0.00 (" in text
+    assert "nano_facts, single, 20 facts, of 3 pairs cannot be told apart: rewrite 1" in text
+    assert "1 of 5 cells were not run" in text
 
 
 def test_files_of_the_page_say_the_same(content: dict[str, Any], tmp_path: Path) -> None:

@@ -6,6 +6,7 @@
     make benchmark PART='*.memit' DATA=~/data       another folder of real data
     python tools/leaderboard/benchmark.py --list    what would run, with its commands
     python tools/leaderboard/benchmark.py --page    the page of what has run so far
+    python tools/leaderboard/benchmark.py --summary its figures as text, for benchmarks/RESULTS.md
     python tools/leaderboard/benchmark.py --reproduce 3 --seed 0
 
 Finished cells are kept, so that the same command goes on after Ctrl-C, a kill or a crash. Settings
@@ -28,8 +29,12 @@ from benchmark_cells import MODELS, ROOT, Cell, Plan, plan, turn
 from benchmark_page import write_page
 from benchmark_runs import Progress, finished, forked, run, take_settings
 from benchmark_scores import collected
+from benchmark_summary import summary
 
 from kedit_lightning.analysis.reproduction import reproduction
+
+#: Two numbers of a repeated run may be so far apart, as in `kedit reproduce`.
+TOLERANCE = 1e-5
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,6 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if given.reproduce:
         return _reproduced(found, out, given.reproduce, given.seed)
+    if given.summary:
+        print(summary(collected(found, out, given.subset)))
+        return 0
     if not given.page:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the cell under way too
         import_module("kedit_lightning.cli.parser")  # once, before the copies of this process
@@ -67,6 +75,7 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--page-folder", default=str(ROOT / "docs" / "leaderboard"))
     parser.add_argument("--list", action="store_true", help="say what would run, and stop")
     parser.add_argument("--page", action="store_true", help="write the page alone")
+    parser.add_argument("--summary", action="store_true", help="print the figures as Markdown")
     parser.add_argument("--keep-settings", action="store_true", help="choose no settings anew")
     parser.add_argument("--reproduce", type=int, default=0, help="repeat so many drawn cells")
     parser.add_argument("--seed", type=int, default=0, help="seed of that draw")
@@ -130,7 +139,7 @@ def _reproduced(found: Plan, out: Path, count: int, seed: int) -> int:
             raise SystemExit(f"{cell.name} ended with exit status {ended.code}; its log says why")
         pairs = [(first, second)]
         pairs += [(order, second / "orders" / order.name) for order in first.glob("orders/*")]
-        same = [reproduction(*pair) for pair in pairs]
+        same = [reproduction(*pair, TOLERANCE) for pair in pairs]
         equal = all(one.equal for one in same)
         differing += not equal
         readings = sum(one.readings for one in same)
