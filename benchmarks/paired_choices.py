@@ -303,6 +303,9 @@ class Choices:
         if method not in ONE_AT_A_TIME:
             batch = replace(short, mode="batch", chunk=self.sizes.stream)
             self._add("in a sequence, not in one batch", method, batch, orders[0])
+        for locality, score in LOCALITIES.items():
+            after = Side((orders[0],), score)
+            self._add(locality, f"{method}, after a sequence", orders[0], after, ("neighbours",))
         immediate = Side((orders[0],), stage="immediate")
         self._add("scored after each edit, not at the end", method, orders[0], immediate)
         self._add(ORDER, method, Side(tuple(orders[1:])), orders[0])
