@@ -41,7 +41,7 @@ def run(notebook: Any, folder: Path) -> None:
 def said(text: str) -> str:
     r"""What this package says on standard error; what its libraries say there hangs on the machine.
 
-    >>> said("cell_7.py:3: EditWarning: too late\n  edit()\nLoading: 100%\n")
+    >>> said("ipykernel_7/a.py:3: EditWarning: too late\n  edit()\nLoading: 100%\n")
     'EditWarning: too late\n'
     """
     found = (_OURS.match(line) for line in text.splitlines(keepends=True))
