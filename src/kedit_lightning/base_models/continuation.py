@@ -54,6 +54,7 @@ class Continuation:
         self._cache: Any = None
         self._below: tuple[str, ...] = ()
         self._output: Any = None
+        self._resumed = False
         if resume is None:
             resume = can_resume(base) and not any(row.images for row in rows)
         if not resume:
@@ -67,13 +68,27 @@ class Continuation:
         if bool(head["attention_mask"].any()):
             heads = [row.prompt[:at] for row, at in zip(rows, cuts, strict=True)]
             self._cache = head_cache(base, heads, head, shared)
-        if block > 0:  # the tails run through the blocks below once
-            names = tuple(base.layout.block_name(index) for index in range(block))
-            last, seen = base.module(names[-1]), list[Any]()
-            note = last.register_forward_hook(lambda module, args, output: seen.append(output))
-            with torch.no_grad(), removing([note]), stop_after(base.model, names[-1]):
-                base.forward(self.rows, **self._options())
-            self._below, self._output = names, seen[-1]
+        self._resumed = True
+        self._run_below(block)
+
+    def _run_below(self, block: int) -> None:
+        """Run the tails through the blocks below one, once."""
+        if block <= 0:
+            return
+        base, names = self.base, [self.base.layout.block_name(index) for index in range(block)]
+        last, seen = base.module(names[-1]), list[Any]()
+        note = last.register_forward_hook(lambda module, args, output: seen.append(output))
+        with torch.no_grad(), removing([note]), stop_after(base.model, names[-1]):
+            base.forward(self.rows, **self._options())
+        self._below, self._output = tuple(names), seen[-1]
+
+    def above(self, block: int) -> Continuation:
+        """The same passes of which only the blocks from number ``block`` on run again."""
+        part = copy.copy(self)
+        if self._resumed:
+            part._below, part._output = (), None
+            part._run_below(block)
+        return part
 
     def _options(self) -> dict[str, Any]:
         if self._cache is None:

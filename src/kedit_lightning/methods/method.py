@@ -32,6 +32,7 @@ from kedit_lightning.methods.capabilities import (
     warn_of_other_base,
 )
 from kedit_lightning.methods.shared.data_setup import refuse_images, set_up_data
+from kedit_lightning.methods.shared.joint_edits import JointEdits, JointMethod
 from kedit_lightning.methods.shared.random_numbers import request_generator
 from kedit_lightning.methods.shared.row_lengths import RowText, Window, example_rows, too_long
 from kedit_lightning.methods.shared.target_probability import note_probabilities, warn_of_unwritten
@@ -181,11 +182,12 @@ class EditMethod(pl.LightningModule):
     def edit_each(self, requests_of_examples: Sequence[Sequence[EditRequest]]) -> Iterable[Edit]:
         """Compute the edits of several examples independently of each other; none is applied.
 
-        Each is what :meth:`edit` gives for its requests, computed when it is asked for, so that
-        large edits need not be held together.  A method that is faster on several at once returns
-        a list; it then draws random numbers from :meth:`generator` alone, since global ones would
-        depend on which edits are computed together.
+        Each is what :meth:`edit` gives for its requests, computed when it is asked for.  A method
+        that is faster on several at once is a :class:`JointMethod`, and draws random numbers from
+        :meth:`generator` alone: global ones would depend on what is computed together.
         """
+        if len(requests_of_examples) > 1 and isinstance(self, JointMethod):
+            return JointEdits(self, requests_of_examples)
         return map(self.noted_edit, requests_of_examples)
 
     def origin(self, requests: Sequence[EditRequest], **notes: Any) -> EditOrigin:
@@ -220,10 +222,9 @@ class EditMethod(pl.LightningModule):
             )
 
     def check_requests(self, requests: Sequence[EditRequest]) -> None:
-        """Make sure that requests carry what the method needs.
+        """Make sure that requests carry what the method needs, as :func:`check_needs` does.
 
         Raises:
-            MissingNeedsError: Names every request that lacks something, and the field.
             UnsupportedUseError: Names every request with an image, if it reads none.
         """
         refuse_images(type(self).__name__, requests, self.can.images)

@@ -7,13 +7,13 @@ import torch
 from support import REQUESTS, tiny_base, tiny_model, tiny_tokenizer
 
 from kedit_lightning import BaseModel, EditRequest
+from kedit_lightning.base_models.taps import change_inputs
 from kedit_lightning.edits.projections import is_transposed
 from kedit_lightning.errors import MissingNeedsError, UnsupportedUseError
 from kedit_lightning.methods import KN
 from kedit_lightning.methods.locate.kn import (
+    NeuronPasses,
     attributions,
-    probabilities,
-    read_neurons,
     strongest,
 )
 
@@ -29,38 +29,60 @@ def setting(family: str):
     return base, row, [block.down for block in base.layout.blocks]
 
 
+def patched(base, row, token, name, held):
+    """Probability of an answer token in a complete pass, with the neurons of a layer replaced."""
+    column = len(row.prompt) + token - 1
+
+    def replace(x):
+        x = x.clone()
+        x[0, column] = held
+        return x
+
+    with torch.no_grad(), change_inputs(base.model, {name: replace}):
+        logits = base.model(torch.tensor([[*row.prompt, *row.answer]])).logits[0, column]
+    return logits.softmax(-1)[row.answer[token]]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_attributions_of_a_layer_add_up_to_what_its_neurons_bring(family):
     base, row, modules = setting(family)
-    neurons = read_neurons(base, row, modules)
-    found = attributions(base, row, modules, steps=200, rows_at_once=200)
+    neurons = NeuronPasses(base, [row]).neurons(modules)
+    found = attributions(base, [row], modules, steps=200, points_at_once=200)
     for name in modules:
         brought = torch.tensor(0.0, dtype=torch.float64)
         for token in range(len(row.answer)):
             held = neurons[name][token]
-            with torch.no_grad():
-                clean, without = probabilities(
-                    base, row, token, [(name, held), (name, torch.zeros_like(held))]
-                )
+            clean, without = (
+                patched(base, row, token, name, held * share).double() for share in (1, 0)
+            )
             brought += clean - without
         # The integrand has kinks where the layers above are rectified.
         close = 1e-2 if family == "opt" else 1e-4
-        torch.testing.assert_close(found[name].sum(), brought, rtol=close, atol=1e-9)
+        torch.testing.assert_close(found[name][0].sum(), brought, rtol=close, atol=1e-9)
         assert brought.abs() > 1e-7
 
 
+@pytest.mark.parametrize("resumes", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_neurons_put_back_as_they_are_change_no_answer(family):
+def test_neurons_are_replaced_where_their_token_is_predicted_alone(family, resumes):
     base, row, modules = setting(family)
-    neurons = read_neurons(base, row, modules)
-    with torch.no_grad():
-        wanted = base.answer_log_probs(base.pad([row]))[0].exp()
-        for token in range(len(row.answer)):
-            patches = [(name, neurons[name][token]) for name in modules]
-            found = probabilities(base, row, token, patches)
-            torch.testing.assert_close(found, wanted[token].expand(len(modules)))
-            moved = probabilities(base, row, token, [(n, 2 * held) for n, held in patches])
-            assert (moved - found).abs().min() > 1e-9
+    base.resumes = resumes
+    short = base.encode("Lyon is in", "Peru")
+    passes = NeuronPasses(base, [short, row])
+    owners = passes.owners.tolist()
+    assert owners == [0] * len(short.answer) + [1] * len(row.answer)
+    neurons = passes.neurons(modules)
+    index = torch.tensor([len(owners) - 1, 0, len(short.answer), 0])
+    for name in (modules[0], modules[-1]):
+        held = neurons[name][index] * torch.tensor([[1.0], [1.0], [2.0], [-1.0]]).double()
+        with torch.no_grad():
+            found = passes.from_module(name).select(index).probabilities(name, held)
+        asked = [(row, len(row.answer) - 1), (short, 0), (row, 0), (short, 0)]
+        wanted = [patched(base, *one, name, h) for one, h in zip(asked, held, strict=True)]
+        torch.testing.assert_close(found, torch.stack(wanted), rtol=1e-9, atol=0)
+        clean = base.answer_log_probs(base.pad([row]))[0, -1].exp()
+        torch.testing.assert_close(found[0], clean, rtol=1e-9, atol=0)
+        assert (found[1] - found[3]).abs() > 1e-9
 
 
 def test_neurons_are_those_of_the_present_model_one_column_at_a_time():
@@ -71,17 +93,29 @@ def test_neurons_are_those_of_the_present_model_one_column_at_a_time():
     base.model(prompt)
     handle.remove()
     wanted = seen["x"][0, len(row.prompt) - 1 : -1]
-    torch.testing.assert_close(read_neurons(base, row, modules)[modules[2]], wanted)
+    torch.testing.assert_close(NeuronPasses(base, [row]).neurons(modules)[modules[2]], wanted)
 
 
-def test_rows_of_a_pass_and_padding_change_nothing():
+def test_other_rows_points_of_a_pass_and_padding_change_nothing():
     base, row, modules = setting("gpt2")
-    wanted = attributions(base, row, modules, steps=5, rows_at_once=100)
+    other = base.encode("Lyon is in", "Peru")
+    wanted = attributions(base, [row], modules, steps=5, points_at_once=100)
     for side, size in (("left", 7), ("right", 1)):
         base.padding_side = side
-        found = attributions(base, row, modules, steps=5, rows_at_once=size)
+        found = attributions(base, [other, row], modules, steps=5, points_at_once=size)
         for name in modules:
-            torch.testing.assert_close(found[name], wanted[name], rtol=1e-8, atol=1e-12)
+            torch.testing.assert_close(found[name][1], wanted[name][0], rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_edits_of_a_chunk_are_those_of_each_fact_alone(family):
+    kn = KN(tiny_base(family), steps=3)
+    together = list(kn.edit_each([[request] for request in (REQUEST, *REQUESTS[:2])]))
+    for edit, request in zip(together, (REQUEST, *REQUESTS[:2]), strict=True):
+        alone = kn.edit([request])
+        assert edit.origin.notes == alone.origin.notes
+        for name, delta in alone.deltas().items():
+            torch.testing.assert_close(edit.deltas()[name], delta, rtol=1e-9, atol=0)
 
 
 def test_neurons_are_chosen_by_their_share_of_the_strongest_in_all_layers():
@@ -99,7 +133,8 @@ def test_neurons_are_chosen_by_their_share_of_the_strongest_in_all_layers():
 def test_columns_of_the_neurons_change_by_the_answers_embeddings_and_no_others(family):
     base, row, modules = setting(family)
     edit = KN(base, suppress=3.0, enhance=0.5, threshold=0.3).edit([REQUEST])
-    chosen = strongest(attributions(base, row, modules, 20, 120), 0.3)
+    found = attributions(base, [row], modules, 20, 120)
+    chosen = strongest({name: values[0] for name, values in found.items()}, 0.3)
     assert 0 < sum(map(len, chosen.values())) < 40
     embeddings = base.model.get_output_embeddings().weight
     new = base.encode(REQUEST.prompt, REQUEST.target_new).answer

@@ -6,14 +6,15 @@ the gate where there is one.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from kedit_lightning.base_models import BaseModel, BaseModelSpec, EncodedRow
+from kedit_lightning.base_models.continuation import Continuation, can_resume
 from kedit_lightning.base_models.taps import capture, change_inputs
 from kedit_lightning.edits import Edit, LowRankDelta, LowRankEdit
 from kedit_lightning.edits.edit import check_finite
@@ -23,6 +24,7 @@ from kedit_lightning.errors import UnsupportedUseError
 from kedit_lightning.methods.capabilities import Count, NotNegative, Share
 from kedit_lightning.methods.method import Capabilities, EditMethod, MethodSettings
 from kedit_lightning.methods.shared.losses import gradients_of
+from kedit_lightning.methods.shared.row_memory import requests_at_a_time
 from kedit_lightning.requests import EditRequest
 
 
@@ -95,12 +97,29 @@ class KN(EditMethod):
             UnsupportedUseError: No neuron expresses the old answer.
             NonFiniteError: An attribution is NaN or infinite.
         """
-        (request,), settings = requests, self.settings
-        row = self.base.encode(request.prompt, request.target_old)
-        scores = attributions(self.base, row, self.projections, settings.steps, settings.batch_size)
-        for name, values in scores.items():
+        return self.edits_together(requests)[0]
+
+    def together(self, requests: Sequence[EditRequest]) -> int:
+        """Number of requests whose edits fit into memory together, at least 1."""
+        return requests_at_a_time(self.base, 0, [[self._old(request)] for request in requests])
+
+    def edits_together(self, requests: Sequence[EditRequest]) -> list[Edit]:
+        """The edit of each request, as it is without the others."""
+        settings, rows = self.settings, [self._old(request) for request in requests]
+        found = attributions(self.base, rows, self.projections, settings.steps, settings.batch_size)
+        for name, values in found.items():
             check_finite("attribution", name, values)
-        neurons = strongest(scores, settings.threshold)
+        return [
+            self._edit(request, row, {name: values[i] for name, values in found.items()})
+            for i, (request, row) in enumerate(zip(requests, rows, strict=True))
+        ]
+
+    def _old(self, request: EditRequest) -> EncodedRow:
+        return self.base.encode(request.prompt, request.target_old)
+
+    def _edit(self, request: EditRequest, row: EncodedRow, scores: dict[str, Tensor]) -> Edit:
+        """The edit of a request, from its old answer and the attributions of that."""
+        settings, neurons = self.settings, strongest(scores, self.settings.threshold)
         if not neurons:
             raise UnsupportedUseError(
                 f"no neuron of '{self.base.name}' makes {request.target_old!r} likelier after the "
@@ -112,7 +131,7 @@ class KN(EditMethod):
         change -= settings.suppress * self._embedding(row.answer)
         counts = {name: len(numbers) for name, numbers in neurons.items()}
         deltas = {name: self._delta(name, numbers, change) for name, numbers in neurons.items()}
-        return LowRankEdit(self.base, deltas, self.origin(requests, neurons=counts))
+        return LowRankEdit(self.base, deltas, self.origin([request], neurons=counts))
 
     def _embedding(self, tokens: Sequence[int]) -> Tensor:
         """Output embedding of an answer, summed over its tokens. Shape ``[hidden]``."""
@@ -121,55 +140,94 @@ class KN(EditMethod):
     def _delta(self, module: str, neurons: Tensor, change: Tensor) -> LowRankDelta:
         """The update that adds a change ``[d_out]`` to the columns of some neurons."""
         d_in, _ = projection_shape(self.base.module(module))
-        columns = torch.nn.functional.one_hot(neurons, d_in).to(change)
-        return LowRankDelta(columns, change[:, None].expand(-1, len(neurons)).contiguous())
+        columns = change.new_zeros(1, d_in).index_fill_(1, neurons.to(change.device), 1)
+        return LowRankDelta(columns, change[:, None].clone())
 
 
-@torch.no_grad()
-def read_neurons(base: BaseModel, row: EncodedRow, modules: Sequence[str]) -> dict[str, Tensor]:
-    """Neurons where a row's answer tokens are predicted. ``[answer tokens, d_in]`` by module."""
-    rows = base.pad([row])
-    with capture(base.model, modules) as seen:
-        base.forward(rows)
-    return {name: seen.inputs[name][0, rows.answer_columns[0]] for name in modules}
+class NeuronPasses:
+    """Passes along answers, with the neurons of a layer replaced where one token is predicted.
 
-
-def probabilities(
-    base: BaseModel, row: EncodedRow, token: int, patches: Sequence[tuple[str, Tensor]]
-) -> Tensor:
-    """Probability of one token of a row's answer, with the neurons of one layer replaced.
-
-    All of the layer's neurons are replaced, at the column that predicts the token and nowhere else.
+    Only what a change can reach runs again: that token, from the layer on.  A model that cannot be
+    continued in the middle runs complete passes, with the same results.
 
     Args:
         base: The base model, as its stack stands.
-        row: A prompt with its answer.
-        token: Number of the answer's token.
-        patches: A module and what it is to receive, ``[d_in]``, for each run of the model.
-
-    Returns:
-        One probability a patch, in at least float32. Shape ``[patches]``.
+        rows: Prompts with their answers.
     """
-    rows = base.pad([row] * len(patches))
-    column = int(rows.answer_columns[0, token])
 
-    def replace(name: str, x: Tensor) -> Tensor:
-        x, numbers = x.clone(), [i for i, (patched, _) in enumerate(patches) if patched == name]
-        at = torch.tensor(numbers, device=x.device)
-        x[at, column] = torch.stack([patches[number][1] for number in numbers]).to(x)
-        return x
+    def __init__(self, base: BaseModel, rows: Sequence[EncodedRow]) -> None:
+        self._base = base
+        tokens = [(i, token) for i, row in enumerate(rows) for token in range(len(row.answer))]
+        #: Row that each answer token belongs to, one row after another. Shape ``[tokens]``.
+        self.owners = torch.tensor([i for i, _ in tokens], device=base.device)
+        if can_resume(base):  # tokens of an answer that come first belong to the head
+            encoded = [_predicting(rows[i], token) for i, token in tokens]
+            slots = [0] * len(tokens)
+        else:
+            encoded, slots = [rows[i] for i, _ in tokens], [token for _, token in tokens]
+        cuts = [len(row.prompt) - 1 for row in encoded]
+        self._place(Continuation(base, encoded, 0, cuts=cuts), slots)
 
-    with change_inputs(base.model, {name: partial(replace, name) for name, _ in patches}):
-        logits = base.logits_at(rows, rows.answer_columns[:, token : token + 1])[:, 0]
-    chosen = rows.answer_ids[:, token]
-    shares = logits.to(compute_dtype(logits.dtype)).softmax(-1)
-    return shares.gather(1, chosen[:, None])[:, 0]
+    def _place(self, passes: Continuation, slots: Sequence[int]) -> None:
+        self._passes, at = passes, torch.tensor(slots, device=self._base.device)
+        number = torch.arange(len(at), device=at.device)
+        self._places = number, passes.rows.answer_columns[number, at]
+        self._ids = passes.rows.answer_ids[number, at]
+
+    def from_module(self, name: str) -> NeuronPasses:
+        """The same where only the block of a module and those above it run again."""
+        part = copy.copy(self)
+        part._passes = self._passes.above(self._base.layout.first_block([name]))
+        return part
+
+    def select(self, index: Tensor) -> NeuronPasses:
+        """The same for some of the tokens, by number; one may stand there several times."""
+        part = copy.copy(self)
+        part._passes, part.owners = self._passes.select(index), self.owners[index]
+        part._places = torch.arange(len(index), device=index.device), self._places[1][index]
+        part._ids = self._ids[index]
+        return part
+
+    @torch.no_grad()
+    def neurons(self, modules: Sequence[str]) -> dict[str, Tensor]:
+        """Neurons where each token is predicted. ``[tokens, d_in]`` by down projection."""
+        with capture(self._base.model, modules) as seen:
+            self._passes.logits_of(self._places)
+        return {name: seen.inputs[name][self._places] for name in modules}
+
+    def probabilities(self, module: str, neurons: Tensor) -> Tensor:
+        """Probability of each token, with all neurons of a down projection replaced for it.
+
+        Args:
+            module: The down projection.
+            neurons: What it receives where the token is predicted. Shape ``[tokens, d_in]``.
+
+        Returns:
+            Shape ``[tokens]``, in at least float32.
+        """
+
+        def replace(x: Tensor) -> Tensor:
+            return x.index_put(self._places, neurons.to(x))
+
+        with change_inputs(self._base.model, {module: replace}):
+            logits = self._passes.logits_of(self._places)
+        shares = logits.to(compute_dtype(logits.dtype)).softmax(-1)
+        return shares.gather(1, self._ids.to(shares.device)[:, None])[:, 0]
+
+
+def _predicting(row: EncodedRow, token: int) -> EncodedRow:
+    """A row that asks for one token of an answer behind those before it."""
+    return EncodedRow((*row.prompt, *row.answer[:token]), row.answer[token : token + 1])
 
 
 def attributions(
-    base: BaseModel, row: EncodedRow, modules: Sequence[str], steps: int, rows_at_once: int
+    base: BaseModel,
+    rows: Sequence[EncodedRow],
+    modules: Sequence[str],
+    steps: int,
+    points_at_once: int,
 ) -> dict[str, Tensor]:
-    """Attribution of the answer's probability to each neuron, summed over the answer's tokens.
+    """Attribution of each answer's probability to each neuron, summed over the answer's tokens.
 
     ``A_i = w_i ∫₀¹ ∂P(y | α w) / ∂w_i dα`` with all neurons ``w`` of a layer scaled together, by
     the midpoint rule: the sum over a layer is ``P(w) − P(0)``.  The tokens before each are those of
@@ -177,28 +235,27 @@ def attributions(
 
     Args:
         base: The base model, as its stack stands.
-        row: A prompt with the answer.
+        rows: Prompts with their answers; what one gives does not depend on the others.
         modules: Down projections.
         steps: Points of the integral.
-        rows_at_once: Runs of the model in one pass; it changes no result.
+        points_at_once: Points of one pass; it changes no result.
 
     Returns:
-        Shape ``[d_in]`` by module, in at least float32.
+        Shape ``[rows, d_in]`` by module, in at least float32.
     """
-    neurons = {
-        name: values.to(compute_dtype(values.dtype))
-        for name, values in read_neurons(base, row, modules).items()
-    }
-    scores = {name: torch.zeros_like(values[0]) for name, values in neurons.items()}
-    runs = [(name, (step + 0.5) / steps) for name in modules for step in range(steps)]
-    for token in range(len(row.answer)):
-        for start in range(0, len(runs), rows_at_once):
-            some = runs[start : start + rows_at_once]
-            scaled = [(n, (at * neurons[n][token]).requires_grad_(True)) for n, at in some]
-            total = probabilities(base, row, token, scaled).sum()
-            gradients = gradients_of(total, [vector for _, vector in scaled])
-            for (name, _), gradient in zip(some, gradients, strict=True):
-                scores[name] += neurons[name][token] * gradient / steps
+    passes, scores = NeuronPasses(base, rows), {}
+    for name, values in passes.neurons(modules).items():
+        held, above = values.to(compute_dtype(values.dtype)), passes.from_module(name)
+        points = torch.arange(len(held) * steps, device=base.device)
+        found = held.new_zeros(len(rows), held.shape[1])
+        for part in points.split(points_at_once):
+            index = part // steps
+            own, share = held[index.to(held.device)], ((part % steps + 0.5) / steps).to(held)
+            scaled = (share[:, None] * own).requires_grad_()
+            some = above.select(index)
+            (gradient,) = gradients_of(some.probabilities(name, scaled).sum(), [scaled])
+            found.index_add_(0, some.owners.to(found.device), own * gradient / steps)
+        scores[name] = found
     return scores
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
@@ -29,7 +29,6 @@ from kedit_lightning.methods.capabilities import CountOrZero, NotNegative, Posit
 from kedit_lightning.methods.method import Capabilities, EditMethod, MethodSettings
 from kedit_lightning.methods.shared.answer_passes import AnswerPasses, Reach
 from kedit_lightning.methods.shared.inner_loop import InnerLoop, adam
-from kedit_lightning.methods.shared.joint_edits import JointEdits
 from kedit_lightning.methods.shared.published_settings import published_settings
 from kedit_lightning.methods.shared.row_memory import requests_at_a_time
 from kedit_lightning.requests import EditRequest
@@ -156,10 +155,6 @@ class GRACE(EditMethod):
         return self.edits_together(requests)[0]
 
     # ---- facts apart from each other
-
-    def edit_each(self, requests_of_examples: Sequence[Sequence[EditRequest]]) -> Iterable[Edit]:
-        """Edits of several examples, apart from each other; values are trained together."""
-        return JointEdits(self, requests_of_examples)
 
     def together(self, requests: Sequence[EditRequest]) -> int:
         """Number of requests whose values are trained together, at least 1."""

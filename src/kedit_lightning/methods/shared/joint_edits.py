@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
-from typing import Protocol, overload
+from typing import Protocol, overload, runtime_checkable
 
 from kedit_lightning.contradictions import settle
 from kedit_lightning.edits import Edit
@@ -12,8 +12,9 @@ from kedit_lightning.methods.shared.target_probability import note_each
 from kedit_lightning.requests import EditRequest
 
 
+@runtime_checkable
 class JointMethod(Protocol):
-    """What computing edits together needs of a method."""
+    """A method that computes the edits of several requests together, faster than one by one."""
 
     def computing(self, requests: Sequence[EditRequest]) -> AbstractContextManager[None]:
         """Check requests and build; inside, gradients are enabled."""

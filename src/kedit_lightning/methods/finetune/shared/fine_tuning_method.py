@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
@@ -32,7 +32,6 @@ from kedit_lightning.methods.finetune.shared.fine_tuning import (
 from kedit_lightning.methods.method import Capabilities, EditMethod, MethodSettings
 from kedit_lightning.methods.shared.answer_passes import AnswerPasses, Objective
 from kedit_lightning.methods.shared.inner_loop import InnerLoop, adam, zero_change
-from kedit_lightning.methods.shared.joint_edits import JointEdits
 from kedit_lightning.methods.shared.published_settings import published_settings
 from kedit_lightning.methods.shared.row_delta import RowDelta
 from kedit_lightning.methods.shared.row_memory import requests_at_a_time
@@ -201,12 +200,6 @@ class FineTuningMethod(EditMethod):
     def trains_rows(self) -> bool:
         """Whether rows of one pass can train changes of their own; not those of routed experts."""
         return not self._routed
-
-    def edit_each(self, requests_of_examples: Sequence[Sequence[EditRequest]]) -> Iterable[Edit]:
-        """Edits of several examples, apart from each other; those of one fact train together."""
-        if len(requests_of_examples) < 2:
-            return super().edit_each(requests_of_examples)
-        return JointEdits(self, requests_of_examples)
 
     def together(self, requests: Sequence[EditRequest]) -> int:
         """Number of requests whose edits fit into memory together, at least 1."""

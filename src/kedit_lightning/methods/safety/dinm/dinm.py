@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -23,7 +23,6 @@ from kedit_lightning.methods.safety.dinm.constrained_passes import ConstrainedPa
 from kedit_lightning.methods.safety.dinm.toxic_layer import Pooling, toxic_layers
 from kedit_lightning.methods.shared.answer_passes import AnswerPasses
 from kedit_lightning.methods.shared.inner_loop import InnerLoop, adam
-from kedit_lightning.methods.shared.joint_edits import JointEdits
 from kedit_lightning.methods.shared.published_settings import published_settings
 from kedit_lightning.methods.shared.row_delta import RowDelta
 from kedit_lightning.methods.shared.row_lengths import RowText, example_rows
@@ -206,12 +205,6 @@ class DINM(EditMethod):
     def compute_edit(self, requests: Sequence[EditRequest]) -> Edit:
         """Train the change of one request."""
         return self.edits_together(requests)[0]
-
-    def edit_each(self, requests_of_examples: Sequence[Sequence[EditRequest]]) -> Iterable[Edit]:
-        """Edits of several examples, apart from each other; those of one fact train together."""
-        if len(requests_of_examples) < 2:
-            return super().edit_each(requests_of_examples)
-        return JointEdits(self, requests_of_examples)
 
     def together(self, requests: Sequence[EditRequest]) -> int:
         """Number of requests whose edits fit into memory together, at least 1."""
