@@ -238,10 +238,10 @@ def test_no_more_edits_are_held_than_the_budget_allows(monkeypatch: pytest.Monke
 
     original = Reader.readings
 
-    def readings(self: Reader, probes: Any, base_readings: Any, *carried: Any) -> Any:
+    def readings(self: Reader, probes: Any, base_readings: Any, *carried: Any, **asked: Any) -> Any:
         if base_readings is not None:  # those of the base model come first
             happened.append("read")
-        return original(self, probes, base_readings, *carried)
+        return original(self, probes, base_readings, *carried, **asked)
 
     monkeypatch.setattr(Reader, "readings", readings)
     monkeypatch.setattr(runner, "CARRIED_BYTES", 2 * toy.edit(REQUESTS[:1]).nbytes)

@@ -182,9 +182,8 @@ class EditMethod(pl.LightningModule):
     def edit_each(self, requests_of_examples: Sequence[Sequence[EditRequest]]) -> Iterable[Edit]:
         """Compute the edits of several examples independently of each other; none is applied.
 
-        Each is what :meth:`edit` gives for its requests, computed when it is asked for.  A method
-        that is faster on several at once is a :class:`JointMethod`, and draws random numbers from
-        :meth:`generator` alone: global ones would depend on what is computed together.
+        Each is what :meth:`edit` gives for its requests.  A method that is faster on several at
+        once is a :class:`JointMethod`; it draws random numbers from :meth:`generator` alone.
         """
         if len(requests_of_examples) > 1 and isinstance(self, JointMethod):
             return JointEdits(self, requests_of_examples)
