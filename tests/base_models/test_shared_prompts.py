@@ -70,6 +70,14 @@ def test_edits_that_look_at_prompts_get_complete_passes() -> None:
     assert not can_share(tiny_base("mistral", sliding_window=8))
 
 
+def test_windows_of_gpt_neo_are_no_full_attention() -> None:
+    kinds = [[["global", "local"], 2]]
+    base = tiny_base("gpt_neo", torch.float32, attention_types=kinds, window_size=16)
+    assert not can_share(base)  # the window is wider than the rows that an architecture is tried on
+    assert not Reader(base, Protocol(), "window").prefixes.bears_gaps
+    assert can_share(tiny_base("gpt_neo", torch.float32, attention_types=[[["global"], 4]]))
+
+
 @pytest.mark.parametrize("family", FAMILIES[:2])
 def test_readings_are_those_of_complete_passes(
     family: str, monkeypatch: pytest.MonkeyPatch

@@ -16,6 +16,7 @@ def attends_to_all(base: BaseModel) -> bool:
     """Whether all blocks attend to all tokens: a window that slides counts padding too."""
     config = base.model.config.get_text_config(decoder=True)
     kinds = set(getattr(config, "layer_types", None) or ("full_attention",))
+    kinds |= set(getattr(config, "attention_layers", None) or ()) - {"global"}  # GPT-Neo's names
     return kinds == {"full_attention"} and not getattr(config, "sliding_window", None)
 
 
