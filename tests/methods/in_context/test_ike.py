@@ -222,7 +222,7 @@ def test_an_edit_records_what_was_shown():
     assert notes["pool"]["records"] == 40
     assert notes["pool"]["retriever"] == "lexical"
     (shown,) = notes["demonstrations"]
-    assert [name for name, _ in shown] == [demo.record for demo in ike.choose(REQUEST)]
+    assert [name for name, _ in shown] == [demo.record for demo in ike.choose([REQUEST])[0]]
     other = IKE(base_model=base, pool=POOL[1:], demonstrations=3).edit([REQUEST])
     assert other.origin.notes["pool"]["hash"] != notes["pool"]["hash"]
     assert edit.origin.settings["pool"] == "40 records"

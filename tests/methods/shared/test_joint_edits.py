@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from method_examples import METHODS, make
 from support import FAMILIES, REQUESTS, tiny_base
 
 from kedit_lightning import EditRequest
@@ -12,6 +15,7 @@ from kedit_lightning.errors import NonFiniteError
 from kedit_lightning.methods import FTM
 from kedit_lightning.methods.shared import row_memory
 from kedit_lightning.methods.shared.inner_loop import InnerLoop, adam
+from kedit_lightning.requests import EditExample
 
 SINGLE = [[request] for request in REQUESTS]
 
@@ -170,3 +174,56 @@ def test_asking_for_one_edit_computes_its_part_alone():
     assert [edit.origin.requests for edit in edits[-2:]] == [(REQUESTS[2],), (REQUESTS[3],)]
     with pytest.raises(IndexError):
         edits[4]
+
+
+# ---- methods whose edits take one pass
+
+
+#: Answers of several tokens: UltraEdit does nothing with one.
+LONG = [replace(request, target_new=f"{request.target_new} or Lyon") for request in REQUESTS]
+#: Each fact leaves out its own record.
+SHOWN = {
+    "pool": [EditExample.from_request(request, request.prompt) for request in REQUESTS],
+    "demonstrations": 2,
+}
+
+
+def numbers(edit):
+    """What an edit adds: the deltas of weights, or the state of a memory."""
+    tensors, values = edit.parts()[0].state()
+    return tensors, {name: value for name, value in values.items() if name != "id"}
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", ["MEND", "KE", "InstructEdit", "UltraEdit", "SERAC", "IKE", "KN"])
+@pytest.mark.filterwarnings("ignore:UltraEdit has seen")
+def test_edits_of_one_pass_are_those_computed_alone(name, side):
+    base = tiny_base("gpt2" if side == "left" else "llama")
+    base.padding_side = side
+    settings = {**dict(METHODS)[name], **(SHOWN if name == "IKE" else {})}
+    method = make(name, settings, base)
+    alone = [method.edit([request]) for request in LONG]
+    groups = [[LONG[2]], LONG[:2], [LONG[3]], [LONG[1]]]
+    sizes = []
+    method.edits_together, train = (
+        lambda requests: sizes.append(len(requests)) or train(requests),
+        method.edits_together,
+    )
+    together = list(method.edit_each(groups))
+    assert sizes.count(3) == 1
+    for place, number in ((0, 2), (2, 3), (3, 1)):
+        found, wanted = together[place], alone[number]
+        assert found.origin.requests == wanted.origin.requests
+        assert found.origin.notes == wanted.origin.notes
+        tensors, values = numbers(found)
+        expected, others = numbers(wanted)
+        assert values == others
+        assert tensors.keys() == expected.keys()
+        for key, tensor in tensors.items():
+            error = float((tensor - expected[key]).double().norm())
+            assert error <= 1e-9 * float(expected[key].double().norm())
+        assert not tensors or any(bool(tensor.any()) for tensor in tensors.values())
+    first, second = numbers(together[0])[0], numbers(together[2])[0]
+    assert not first or any(
+        first[key].shape != second[key].shape or not first[key].equal(second[key]) for key in first
+    )

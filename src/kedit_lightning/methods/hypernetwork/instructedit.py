@@ -8,9 +8,7 @@ from typing import Any, ClassVar
 
 from kedit_lightning.base_models import BaseModel, BaseModelSpec
 from kedit_lightning.chat_turns import put_before
-from kedit_lightning.edits import Edit
 from kedit_lightning.errors import MissingNeedsError, UnsupportedUseError, article_list
-from kedit_lightning.methods.hypernetwork.shared.editor_network import edit_from_gradient
 from kedit_lightning.methods.hypernetwork.shared.hypernetwork_method import (
     HypernetworkMethod,
     HypernetworkSettings,
@@ -169,10 +167,9 @@ class InstructEdit(MENDMethod, HypernetworkMethod):
         key = self.settings.start, "description", request.id or request.prompt
         return rotate(others or [last], 1, self.epoch, *key)[0]
 
-    def compute_edit(self, requests: Sequence[EditRequest]) -> Edit:
-        """One gradient of the instructed requests, transformed by the networks."""
-        origin = self.prepare_edit(requests)
-        return edit_from_gradient(self.base, self.network, self.instruct(requests), origin)
+    def asked(self, requests: Sequence[EditRequest]) -> Sequence[EditRequest]:
+        """The instructed requests."""
+        return self.instruct(requests)
 
     def episodes(self, batch: EditBatch) -> list[Episode]:
         """The episodes of a batch, with instructed requests."""

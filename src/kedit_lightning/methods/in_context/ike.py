@@ -134,7 +134,19 @@ class IKE(StatingMethod):
         """
         self._warn_without_pool()
         refuse_long(requests, self.too_long)
-        chosen = [self.choose(request) for request in requests]
+        return self._edit(requests, self.choose(requests))
+
+    def edits_together(self, requests: Sequence[EditRequest]) -> list[PromptEdit]:
+        """The edit of each request, whose demonstrations are looked for together."""
+        self._warn_without_pool()
+        refuse_long(requests, self.too_long)
+        chosen = self.choose(requests)
+        return [self._edit([r], [shown]) for r, shown in zip(requests, chosen, strict=True)]
+
+    def _edit(
+        self, requests: Sequence[EditRequest], chosen: Sequence[Sequence[Demonstration]]
+    ) -> PromptEdit:
+        """The edit of requests with the demonstrations of each."""
         entries = [
             replace(self.statement_of(request), demonstrations=self._texts(request, demonstrations))
             for request, demonstrations in zip(requests, chosen, strict=True)
@@ -146,13 +158,15 @@ class IKE(StatingMethod):
         )
         return PromptEdit(self.base, entries, origin)
 
-    def choose(self, request: EditRequest) -> list[Demonstration]:
-        """The demonstrations for one fact, whatever other facts are written with it."""
-        count = self.settings.demonstrations
+    def choose(self, requests: Sequence[EditRequest]) -> list[list[Demonstration]]:
+        """The demonstrations for each fact, whatever other facts are written with it."""
+        count, template = self.settings.demonstrations, self.settings.template
         assert count is not None  # resolved by build()
-        nearest = self.pool.nearest(request, count) if self.pool else []
-        forms = self.generator([request], "forms")
-        return demonstrations_for(request, nearest, forms, self.settings.template)
+        nearest = self.pool.nearest(requests, count) if self.pool else [[] for _ in requests]
+        return [
+            demonstrations_for(request, own, self.generator([request], "forms"), template)
+            for request, own in zip(requests, nearest, strict=True)
+        ]
 
     def statement_of(self, request: EditRequest) -> PromptEntry:
         """The statement of a fact, without demonstrations."""

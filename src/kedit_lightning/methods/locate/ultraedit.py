@@ -25,6 +25,7 @@ from kedit_lightning.methods.shared.answer_passes import answered_rows
 from kedit_lightning.methods.shared.gradient_factors import Factors, capture_factors, predicting
 from kedit_lightning.methods.shared.moments import Moments, merge, moments
 from kedit_lightning.methods.shared.published_settings import published_settings
+from kedit_lightning.methods.shared.row_memory import requests_at_a_time
 from kedit_lightning.requests import EditRequest
 
 #: Answer tokens below which the statistics say little; one token alone gives an edit of zeros.
@@ -33,6 +34,8 @@ _FEW = 10
 _PARTS = ("mean", "squares", "count")
 #: Names of what an edit is solved from.
 _FACTORS = ("inputs", "gradients")
+#: Bytes of an entry of inputs and gradients, in their own dtype and in those of the regression.
+_COPIES = 32
 #: A column whose standard deviation is below this share of its mean counts as constant: the rest is
 #: rounding, in half precision inputs as well, since those are exact in float64.
 _CONSTANT = 1e-10
@@ -138,9 +141,38 @@ class UltraEdit(EditMethod):
         Raises:
             NonFiniteError: An input or a gradient of a projection is NaN or infinite.
         """
+        whole = {name: part[:2] for name, part in self._capture(requests).items()}
+        return self._edit(requests, whole, memories(self.base, type(self).__name__))
+
+    def together(self, requests: Sequence[EditRequest]) -> int:
+        """Number of requests whose edits fit into memory together, at least 1."""
+        rows = [self.base.encode(r.prompt, r.target_new, image=r.image) for r in requests]
+        shapes = [projection_shape(self.base.module(name)) for name in self.projections]
+        own = _COPIES * max(len(row.answer) for row in rows) * sum(map(sum, shapes))
+        return requests_at_a_time(self.base, 0, [[row] for row in rows], own)
+
+    def edits_together(self, requests: Sequence[EditRequest]) -> list[Edit]:
+        """The edit of each request, as it is without the others."""
         captured = self._capture(requests)
+        past = memories(self.base, type(self).__name__)
+        return [
+            self._edit(
+                [request],
+                {name: (h[rows == i], v[rows == i]) for name, (h, v, rows) in captured.items()},
+                past,
+            )
+            for i, request in enumerate(requests)
+        ]
+
+    def _edit(
+        self,
+        requests: Sequence[EditRequest],
+        captured: Mapping[str, tuple[Tensor, Tensor]],
+        past: Sequence[Mapping[str, Tensor]],
+    ) -> Edit:
+        """The edit of inputs and gradients, on top of what earlier edits remember."""
         batch = {n: moments(torch.cat([h, v], 1).double()) for n, (h, v) in captured.items()}
-        statistics = self._statistics(batch, memories(self.base, type(self).__name__))
+        statistics = self._statistics(batch, past)
         self._warn_if_few(statistics)
         origin = self.origin(requests, modules=list(captured), lr=self.lr)
         deltas = self._regressed(captured, statistics)
@@ -187,16 +219,25 @@ class UltraEdit(EditMethod):
 
     # ---- gradients
 
-    def _capture(self, requests: Sequence[EditRequest]) -> dict[str, tuple[Tensor, Tensor]]:
-        """Inputs and output gradients of the projections at the answers' tokens."""
+    def _capture(self, requests: Sequence[EditRequest]) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+        """Inputs and output gradients of the projections at the answers' tokens.
+
+        Their third part is the number of the request that each token belongs to.
+        """
         size, parts = self.settings.batch_size, []
         for start in range(0, len(requests), size):
             some = requests[start : start + size]
             rows = answered_rows(self.base, some)
             factors = capture_factors(self.base, rows, self.projections, predicting(rows))
-            parts.append({name: _of_summed_loss(f, rows) for name, f in factors.items()})
+            parts.append(
+                {name: (*_of_summed_loss(f, rows), start + f.rows) for name, f in factors.items()}
+            )
         return {
-            name: (torch.cat([p[name][0] for p in parts]), torch.cat([p[name][1] for p in parts]))
+            name: (
+                torch.cat([part[name][0] for part in parts]),
+                torch.cat([part[name][1] for part in parts]),
+                torch.cat([part[name][2] for part in parts]),
+            )
             for name in self.projections
         }
 
@@ -229,7 +270,7 @@ class UltraEdit(EditMethod):
             "statistics, so expect weak edits (none at all of a single token); write more facts at "
             "once (the paper writes 100), in protocol batch or sequential, or choose ROME for "
             "single facts",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 

@@ -33,8 +33,8 @@ class JointEdits(Sequence[Edit]):
     """The edits of several examples, apart from each other; those of one fact are found together.
 
     Parts of as many as fit into memory are computed when one of their edits is asked for, and only
-    the last part is held.  Which edits make a part depends on the examples alone, so that those of
-    a run that is continued are equal to the last bit.
+    the last part is held, beside the last edit of several facts.  Which edits make a part depends
+    on the examples alone, so that those of a run that is continued are equal to the last bit.
 
     Args:
         method: The method.
@@ -54,6 +54,8 @@ class JointEdits(Sequence[Edit]):
         #: The part of each example; one of several facts is alone.
         self._parts = {i: part for part in parts for i in part}
         self._held: dict[int, Edit] = {}
+        #: The last edit of several facts; it stands between those of a part.
+        self._alone: dict[int, Edit] = {}
         if self._groups:
             self[0]  # their time is shared by all where they make one part
 
@@ -70,9 +72,14 @@ class JointEdits(Sequence[Edit]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         number = range(len(self))[index]
+        if number not in self._parts:
+            if number not in self._alone:
+                self._alone = {}
+                self._alone = self._computed([number])
+            return self._alone[number]
         if number not in self._held:
             self._held = {}  # before the next takes as much memory
-            self._held = self._computed(self._parts.get(number, [number]))
+            self._held = self._computed(self._parts[number])
         return self._held[number]
 
     def _computed(self, part: Sequence[int]) -> dict[int, Edit]:

@@ -71,8 +71,12 @@ class DenseIndex:
 
     def top(self, query: str, k: int) -> list[int]:
         """Indices of the ``k`` most similar texts, best first; ties go to the earlier text."""
-        scores = torch.tensor(self.scores(query))
-        return scores.argsort(descending=True, stable=True)[:k].tolist()
+        return self.top_of_each([query], k)[0]
+
+    def top_of_each(self, queries: Sequence[str], k: int) -> list[list[int]]:
+        """The same for each query; they are embedded together."""
+        scores = self._embed(queries) @ self._vectors.T
+        return scores.argsort(dim=1, descending=True, stable=True)[:, :k].tolist()
 
 
 def text_index(texts: Sequence[str], retriever: str) -> LexicalIndex | DenseIndex:

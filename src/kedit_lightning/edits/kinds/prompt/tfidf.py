@@ -30,7 +30,12 @@ class LexicalIndex:
         self._idf = {word: math.log(1 + len(texts) / n) for word, n in seen.items()}
         # A word no text holds says as much as one that a single text holds.
         self._unseen = math.log(1 + len(texts))
-        self._vectors = [self._vector(count) for count in counts]
+        self._count = len(texts)
+        #: The texts that hold a word, with its entry of their vectors.
+        self._entries: dict[str, list[tuple[int, float]]] = {}
+        for number, count in enumerate(counts):
+            for word, value in self._vector(count).items():
+                self._entries.setdefault(word, []).append((number, value))
 
     def _vector(self, count: Counter[str]) -> dict[str, float]:
         vector = {w: (1 + math.log(n)) * self._idf.get(w, self._unseen) for w, n in count.items()}
@@ -45,9 +50,17 @@ class LexicalIndex:
         [0.13, 0.45]
         """
         asked = self._vector(Counter(words(query)))
-        return [sum(v.get(w, 0.0) * x for w, x in asked.items()) for v in self._vectors]
+        scores = [0.0] * self._count
+        for word, own in asked.items():
+            for number, value in self._entries.get(word, ()):
+                scores[number] += value * own
+        return scores
 
     def top(self, query: str, k: int) -> list[int]:
         """Indices of the ``k`` most similar texts, best first; ties go to the earlier text."""
         scores = self.scores(query)
         return sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:k]
+
+    def top_of_each(self, queries: Sequence[str], k: int) -> list[list[int]]:
+        """The same for each query."""
+        return [self.top(query, k) for query in queries]

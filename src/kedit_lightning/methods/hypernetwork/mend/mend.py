@@ -7,8 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from kedit_lightning.base_models import BaseModel, BaseModelSpec
-from kedit_lightning.edits import Edit
-from kedit_lightning.methods.hypernetwork.shared.editor_network import edit_from_gradient
 from kedit_lightning.methods.hypernetwork.shared.hypernetwork_method import (
     HypernetworkMethod,
     HypernetworkSettings,
@@ -79,16 +77,11 @@ class MEND(MENDMethod, HypernetworkMethod):
                 rows += request_rows(conditioned(request, condition))
         return rows
 
-    def compute_edit(self, requests: Sequence[EditRequest]) -> Edit:
-        """One gradient of the requests behind their condition, mapped by the networks."""
-        origin = self.prepare_edit(requests)
-        asked = [conditioned(request, self.settings.condition) for request in requests]
-        return edit_from_gradient(self.base, self.network, asked, origin)
+    def asked(self, requests: Sequence[EditRequest]) -> Sequence[EditRequest]:
+        """The requests behind their condition."""
+        return [conditioned(request, self.settings.condition) for request in requests]
 
     def episodes(self, batch: EditBatch) -> list[Episode]:
         """The episodes of a batch, with requests behind their condition."""
-        condition, found = self.settings.condition, super().episodes(batch)
-        return [
-            replace(one, requests=tuple(conditioned(r, condition) for r in one.requests))
-            for one in found
-        ]
+        found = super().episodes(batch)
+        return [replace(one, requests=tuple(self.asked(one.requests))) for one in found]

@@ -17,6 +17,9 @@ from kedit_lightning.methods.shared.gradient_factors import Factors, capture_fac
 from kedit_lightning.methods.training.trained_network import Plan, TrainedNetwork
 from kedit_lightning.requests import EditRequest
 
+#: Copies of the factors of a gradient: themselves, what networks make of them, the edit.
+_COPIES = 4
+
 
 @dataclass(frozen=True)
 class ProjectionPlan(Plan):
@@ -54,16 +57,42 @@ class EditorNetwork(TrainedNetwork):
         raise NotImplementedError(f"{type(self).__name__} does not define deltas")
 
 
-def edit_from_gradient(
-    base: BaseModel, network: EditorNetwork, requests: Sequence[EditRequest], origin: EditOrigin
-) -> LowRankEdit:
-    """One edit of all requests: one forward and one backward pass, mapped by the networks.
+def edits_from_gradients(
+    base: BaseModel,
+    network: EditorNetwork,
+    groups: Sequence[Sequence[EditRequest]],
+    origins: Sequence[EditOrigin],
+) -> list[LowRankEdit]:
+    """One edit for each group of requests: one forward and one backward pass, mapped by networks.
 
-    Edits on the stack are in force. Running statistics do not change.
+    An edit does not depend on the other groups. Edits on the stack are in force. Running statistics
+    do not change.
     """
-    rows = answered_rows(base, requests)
-    factors = capture_factors(base, rows, network.plan.modules)
+    requests = [request for group in groups for request in group]
+    counts = torch.tensor([len(group) for group in groups])
+    edit_of_row = torch.arange(len(groups)).repeat_interleave(counts)
+    factors = capture_factors(base, answered_rows(base, requests), network.plan.modules)
     with torch.no_grad():
-        together = torch.zeros(len(requests), dtype=torch.long)
-        deltas, _ = network.deltas(base, requests, factors, together)
-    return LowRankEdit(base, deltas, origin)
+        deltas, edit_of_term = network.deltas(base, requests, factors, edit_of_row)
+
+    def own(name: str, number: int) -> LowRankDelta:
+        kept = edit_of_term[name] == number
+        return LowRankDelta(deltas[name].a[kept], deltas[name].b[:, kept])
+
+    if len(groups) > 1:
+        parts = [{name: own(name, number) for name in deltas} for number in range(len(groups))]
+    else:
+        parts = [deltas]
+    return [LowRankEdit(base, part, origin) for part, origin in zip(parts, origins, strict=True)]
+
+
+def bytes_of_edit(network: EditorNetwork, shapes: Sequence[tuple[int, int]], tokens: int) -> int:
+    """Bytes that the factors of a request and its edit take while networks map them.
+
+    Args:
+        network: The networks.
+        shapes: ``(d_in, d_out)`` of the edited projections.
+        tokens: Tokens of the request's row.
+    """
+    size = max(parameter.element_size() for parameter in network.parameters())
+    return _COPIES * tokens * size * sum(d_in + d_out for d_in, d_out in shapes)

@@ -8,15 +8,17 @@ from typing import Any, ClassVar
 
 from kedit_lightning.base_models import BaseModel, BaseModelSpec
 from kedit_lightning.base_models.blocks import Block
-from kedit_lightning.edits import Edit
+from kedit_lightning.edits import Edit, LowRankEdit
 from kedit_lightning.edits.projections import check_editable, compute_dtype, projection_shape
 from kedit_lightning.methods.capabilities import Count, CountOrZero
 from kedit_lightning.methods.hypernetwork.shared.editor_network import (
     ProjectionPlan,
-    edit_from_gradient,
+    bytes_of_edit,
+    edits_from_gradients,
 )
 from kedit_lightning.methods.hypernetwork.shared.meta_gradient import MetaGradient, meta_gradient
 from kedit_lightning.methods.method import Capabilities, Need
+from kedit_lightning.methods.shared.row_memory import requests_at_a_time
 from kedit_lightning.methods.training.episodes import (
     Episode,
     make_episodes,
@@ -148,10 +150,31 @@ class HypernetworkMethod(TrainedMethod):
 
     # ---- editing and training
 
+    def asked(self, requests: Sequence[EditRequest]) -> Sequence[EditRequest]:
+        """The requests as their gradients are taken."""
+        return requests
+
     def compute_edit(self, requests: Sequence[EditRequest]) -> Edit:
         """One gradient of the requests, mapped to an edit by the networks."""
-        origin = self.prepare_edit(requests)
-        return edit_from_gradient(self.base, self.network, requests, origin)
+        return self._edits([requests])[0]
+
+    def together(self, requests: Sequence[EditRequest]) -> int:
+        """Number of requests whose edits fit into memory together, at least 1."""
+        rows = [
+            self.base.encode(r.prompt, r.target_new, image=r.image) for r in self.asked(requests)
+        ]
+        tokens = max(len(row.prompt) + len(row.answer) for row in rows)
+        own = bytes_of_edit(self.network, self.shapes_of(self.network.plan.modules), tokens)
+        return requests_at_a_time(self.base, 0, [[row] for row in rows], own)
+
+    def edits_together(self, requests: Sequence[EditRequest]) -> Sequence[Edit]:
+        """The edit of each request, as it is without the others."""
+        return self._edits([[request] for request in requests])
+
+    def _edits(self, groups: Sequence[Sequence[EditRequest]]) -> list[LowRankEdit]:
+        origins = [self.prepare_edit(group) for group in groups]
+        asked = [self.asked(group) for group in groups]
+        return edits_from_gradients(self.base, self.network, asked, origins)
 
     def batch_gradients(self, batch: EditBatch) -> Iterator[MetaGradient]:
         """The meta-gradient of a batch of episodes, over all ranks."""

@@ -91,6 +91,10 @@ class MALMENMethod(TrainedMethod):
         down = projections == "down"
         return [name for name in block.projections if (name == block.down) == down]
 
+    def together(self, requests: Sequence[EditRequest]) -> int:
+        """One request at a time: the shift of an edit is solved from all its gradients."""
+        return 1
+
     def compute_edit(self, requests: Sequence[EditRequest]) -> Edit:
         """One ridge regression of all requests for each projection. Statistics do not change.
 

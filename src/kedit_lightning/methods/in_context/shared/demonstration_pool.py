@@ -15,7 +15,7 @@ from kedit_lightning.data.datamodule import EditDataModule
 from kedit_lightning.edits.kinds.prompt.retriever import DenseIndex, text_index
 from kedit_lightning.edits.kinds.prompt.tfidf import LexicalIndex
 from kedit_lightning.errors import InvalidRequestError
-from kedit_lightning.methods.in_context.shared.demonstrations import same_text, stated_fact
+from kedit_lightning.methods.in_context.shared.demonstrations import plain_text, stated_fact
 from kedit_lightning.requests import EditExample, EditRequest
 
 #: A dataset (its training split is used), a file of facts, or records.
@@ -35,13 +35,38 @@ class Pool:
         texts = [stated_fact(example.requests[0]) for example in self.examples]
         return text_index(texts, self.retriever)
 
-    def nearest(self, request: EditRequest, count: int) -> list[EditExample]:
-        """The records most similar to a fact, best first, without those about the fact itself."""
-        if not count:
-            return []
-        excluded = [any(same_fact(r, request) for r in e.requests) for e in self.examples]
-        ranking = self._index.top(stated_fact(request), count + sum(excluded))
-        return [self.examples[i] for i in ranking if not excluded[i]][:count]
+    @cached_property
+    def _facts(self) -> tuple[dict[str, set[int]], dict[str, set[int]]]:
+        """Numbers of the records with a prompt, and of those with a subject."""
+        prompts: dict[str, set[int]] = {}
+        subjects: dict[str, set[int]] = {}
+        for number, example in enumerate(self.examples):
+            for request in example.requests:
+                prompts.setdefault(plain_text(request.prompt), set()).add(number)
+                if request.subject is not None:
+                    subjects.setdefault(plain_text(request.subject), set()).add(number)
+        return prompts, subjects
+
+    def _about(self, request: EditRequest) -> set[int]:
+        """Records that share the prompt, or the subject, which a probe may ask for too."""
+        # Ids of different files are unrelated, so texts are compared.
+        prompts, subjects = self._facts
+        found = prompts.get(plain_text(request.prompt), set())
+        if request.subject is None:
+            return found
+        return found | subjects.get(plain_text(request.subject), set())
+
+    def nearest(self, requests: Sequence[EditRequest], count: int) -> list[list[EditExample]]:
+        """The records most similar to each fact, best first, without those about it itself."""
+        if not count or not requests:
+            return [[] for _ in requests]
+        excluded = [self._about(request) for request in requests]
+        texts = [stated_fact(request) for request in requests]
+        rankings = self._index.top_of_each(texts, count + max(map(len, excluded)))
+        return [
+            [self.examples[i] for i in ranking if i not in own][:count]
+            for ranking, own in zip(rankings, excluded, strict=True)
+        ]
 
     @cached_property
     def description(self) -> dict[str, Any]:
@@ -55,14 +80,6 @@ class Pool:
             "hash": digest.hexdigest()[:16],
             "retriever": self.retriever,
         }
-
-
-def same_fact(one: EditRequest, other: EditRequest) -> bool:
-    """Whether two requests share the prompt, or the subject, which a probe may ask for too."""
-    # Ids of different files are unrelated, so texts are compared.
-    if one.subject is not None and other.subject is not None:
-        return same_text(one.subject, other.subject) or same_text(one.prompt, other.prompt)
-    return same_text(one.prompt, other.prompt)
 
 
 def pool_name(source: PoolSource | None) -> str | None:

@@ -133,4 +133,9 @@ def same_text(one: str, other: str) -> bool:
     >>> same_text("The capital  of France is", "the capital of France is ")
     True
     """
-    return one.casefold().split() == other.casefold().split()
+    return plain_text(one) == plain_text(other)
+
+
+def plain_text(text: str) -> str:
+    """A text without what :func:`same_text` does not tell apart."""
+    return " ".join(text.casefold().split())

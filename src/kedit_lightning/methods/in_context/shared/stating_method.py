@@ -15,6 +15,7 @@ from kedit_lightning.methods.shared.row_lengths import (
     refuse_long,
     too_long_together,
 )
+from kedit_lightning.methods.shared.row_memory import requests_at_a_time, token_bytes
 from kedit_lightning.requests import EditExample, EditRequest, Probe
 
 
@@ -36,6 +37,17 @@ class StatingMethod(EditMethod):
         refuse_long(requests, self.too_long)
         entries = [self.statement_of(request) for request in requests]
         return PromptEdit(self.base, entries, self.origin(requests))
+
+    def together(self, requests: Sequence[EditRequest]) -> int:
+        """Number of requests whose questions fit into memory together, at least 1."""
+        last = len(self.base.layout) - 1  # no gradient needs those of a block that has run
+        rows = [self.base.encode(r.prompt, r.target_new, image=r.image) for r in requests]
+        stated = self.base.max_tokens * token_bytes(self.base, last)
+        return requests_at_a_time(self.base, last, [[row] for row in rows], stated)
+
+    def edits_together(self, requests: Sequence[EditRequest]) -> list[PromptEdit]:
+        """The edit of each request; their probabilities are noted together."""
+        return [self.compute_edit([request]) for request in requests]
 
     # ---- lengths
 

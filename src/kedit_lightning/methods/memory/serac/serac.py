@@ -34,6 +34,7 @@ from kedit_lightning.methods.shared.row_lengths import (
     free_rows,
     too_long_together,
 )
+from kedit_lightning.methods.shared.row_memory import requests_at_a_time
 from kedit_lightning.methods.training.trained_method import TrainedMethod, TrainedSettings
 from kedit_lightning.methods.training.trained_network import Plan, TrainedNetwork
 from kedit_lightning.requests import EditBatch, EditExample, EditRequest
@@ -236,23 +237,48 @@ class SERAC(TrainedMethod):
 
     def compute_edit(self, requests: Sequence[EditRequest]) -> ScopeEdit:
         """Entries of the edit memory, one for each request. Nothing is trained."""
-        origin = self.prepare_edit(requests)
-        self._check_pictures(requests)
-        networks = self._frozen_networks()
+        # One by one, so that the key of a request does not depend on the others.
+        networks = self._networks_for(requests)
+        keys = [self._keys(networks, [request]) for request in requests]
+        return self._edits(networks, [requests], torch.cat(keys))[0]
+
+    def together(self, requests: Sequence[EditRequest]) -> int:
+        """Number of requests whose prompts fit into memory together, at least 1."""
+        rows = [self.base.encode(request.prompt, image=request.image) for request in requests]
+        last = len(self.base.layout) - 1  # no gradient needs those of a block that has run
+        return requests_at_a_time(self.base, last, [[row] for row in rows])
+
+    def edits_together(self, requests: Sequence[EditRequest]) -> list[ScopeEdit]:
+        """The edit of each request, as it is without the others."""
+        networks = self._networks_for(requests)
+        keys = self._keys(networks, requests)
+        return self._edits(networks, [[request] for request in requests], keys)
+
+    def _edits(
+        self, networks: ScopeNetworks, groups: Sequence[Sequence[EditRequest]], keys: Tensor
+    ) -> list[ScopeEdit]:
+        """An edit for each group of requests, whose keys stand one after another."""
         encoder, threshold = counterfactual_encoder(self.base, networks), self.settings.threshold
-        entries = [
-            ScopeEntry(self._key(networks, request), statement_ids(encoder, request), threshold)
-            for request in requests
-        ]
-        return ScopeEdit(self.base, networks, entries, origin)
+        rest = iter(keys)
+        edits = []
+        for group in groups:
+            entries = [
+                ScopeEntry(next(rest).clone(), statement_ids(encoder, request), threshold)
+                for request in group
+            ]
+            edits.append(ScopeEdit(self.base, networks, entries, self.prepare_edit(group)))
+        return edits
 
     @torch.no_grad()
-    def _key(self, networks: ScopeNetworks, request: EditRequest) -> Tensor:
-        # One by one, so that the key of a request does not depend on the others.
+    def _keys(self, networks: ScopeNetworks, requests: Sequence[EditRequest]) -> Tensor:
+        """Embeddings of requests. Shape ``[requests, scope width]``."""
         hidden, mask = prompt_hidden_states(
-            self.base, [request.prompt], networks.plan.module, [request.image]
+            self.base,
+            [request.prompt for request in requests],
+            networks.plan.module,
+            [request.image for request in requests],
         )
-        return networks.embed(hidden, mask)[0]
+        return networks.embed(hidden, mask)
 
     def _check_pictures(self, requests: Sequence[EditRequest]) -> None:
         """Refuse facts about pictures for a counterfactual model that is a language model."""
@@ -261,12 +287,14 @@ class SERAC(TrainedMethod):
             f"counterfactual model '{plan.counterfactual}' of SERAC", requests, plan.made_of is None
         )
 
-    def _frozen_networks(self) -> ScopeNetworks:
+    def _networks_for(self, requests: Sequence[EditRequest]) -> ScopeNetworks:
         """A copy of the networks that later training does not change; shared while it is equal."""
-        networks = self.network.scope
-        digest = networks.digest()
+        self._check_pictures(requests)
+        self.network.to(self.base.device)
+        digest = self.network.scope.digest()
         if self._frozen_copy is None or self._frozen_copy[0] != digest:
-            self._frozen_copy = digest, copy.deepcopy(networks).requires_grad_(False).eval()
+            frozen = copy.deepcopy(self.network.scope).requires_grad_(False).eval()
+            self._frozen_copy = digest, frozen
         return self._frozen_copy[1]
 
     # ---- training
