@@ -94,7 +94,8 @@ def serve(method: str, model: str, facts: int, output: str) -> None:
         except KEditError:  # a memory changes no weights
             found = edit.state()[0]
         tensors = dict(sorted(found.items()))
-        trained[str(number)] = torch.cat([t.detach().flatten() for t in tensors.values()])
+        parts = [t.detach().flatten() for t in tensors.values()]
+        trained[str(number)] = torch.cat(parts) if parts else torch.zeros(1)  # of a prompt, text
     save_file(trained, output)
 
     def run(limit: int) -> tuple[float, dict[str, float]]:
