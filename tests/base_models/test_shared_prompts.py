@@ -11,6 +11,7 @@ from kedit_lightning import BaseModel, Probe
 from kedit_lightning.base_models.rows import EncodedRow
 from kedit_lightning.base_models.shared_prompts import SharedPrompts, can_share
 from kedit_lightning.benchmark import Protocol
+from kedit_lightning.benchmark.begun_answers import BegunAnswers
 from kedit_lightning.benchmark.free_texts import carrying
 from kedit_lightning.benchmark.reader import Reader
 from kedit_lightning.methods import GRACE, PROMPT
@@ -135,6 +136,17 @@ def test_free_answers_that_passes_begin_are_those_of_generation(family: str) -> 
         with carrying(base, [edit]):
             (alone,) = base.generate([question], 7, stop_at_sentence=True)
         assert reading["text"] == alone
+
+
+def test_texts_of_a_long_stream_of_answers_are_not_all_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("kedit_lightning.benchmark.begun_answers._TEXTS", 8)
+    base = tiny_base("gpt2")
+    begun = BegunAnswers(base, Protocol())
+    for last in range(20, 60):
+        assert begun.text([50, last]) == base.tokenizer.decode([50, last])
+        assert len(begun._texts) <= 8
 
 
 def test_prompts_of_the_base_model_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:

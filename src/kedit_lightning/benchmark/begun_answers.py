@@ -11,6 +11,8 @@ from kedit_lightning.decoding_settings import generation_config, in_force
 
 #: Entries of a generation config that say which tokens there are, and choose none.
 _IDS = {"bos_token_id", "eos_token_id", "decoder_start_token_id"}
+#: Texts of ids that are remembered; a long stream asks for many more.
+_TEXTS = 1 << 16
 
 
 def is_plain(base: BaseModel, protocol: Protocol) -> bool:
@@ -63,5 +65,7 @@ class BegunAnswers:
         known = self._texts.get(key)
         if known is None:
             known = str(self._base.tokenizer.decode(list(ids), skip_special_tokens=True))
+            if len(self._texts) >= _TEXTS:
+                self._texts.clear()
             self._texts[key] = known
         return known
