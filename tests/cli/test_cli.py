@@ -255,7 +255,8 @@ def test_every_shipped_config_parses(name: str, capsys: pytest.CaptureFixture[st
     assert first.startswith("# kedit "), "opens with the command that uses it"
     assert name in first
     command = "fit" if name == "data/texts" else "test"
-    others = [] if kind in ("methods", "variants") else ["--model=Toy"]
+    named = kind in ("methods", "variants") or name.startswith("benchmark/settings")
+    others = [] if named else ["--model=Toy"]
     with pytest.raises(SystemExit) as stop:
         main([command, "-c", name, *others, "--print_config"])
     assert not stop.value.code

@@ -129,7 +129,7 @@ def test_edits_that_do_more_than_change_weights_are_not_folded(base: BaseModel) 
     with base.edits.restored():
         for edit in edits:
             edit.apply()
-        assert base.edits._prefix._folds[-1][0] == 4
+        assert base.edits._prefix._folds[-1].count == 4
         acts = answers(base)
         edits[5].rollback()
         assert not torch.equal(acts, answers(base))

@@ -20,10 +20,10 @@ _MOST_PARTS = 100_000
 
 
 def packaged_configs() -> list[str]:
-    """Names of the packaged configs, such as ``methods/rome``."""
+    """Names of the packaged configs, such as ``methods/rome``; not plans of ``kedit sweep``."""
     root = Path(str(files("kedit_lightning.configs")))
-    paths = (path.relative_to(root).with_suffix("") for path in root.rglob("*.yaml"))
-    return sorted(path.as_posix() for path in paths)
+    paths = (path for path in root.rglob("*.yaml") if path.parent.name != "sweeps")
+    return sorted(path.relative_to(root).with_suffix("").as_posix() for path in paths)
 
 
 def config_file(name: str) -> str:

@@ -142,7 +142,7 @@ def versions() -> dict[str, str]:
     for name in _PACKAGES:
         with suppress(PackageNotFoundError):
             found[name] = version(name)
-    return found
+    return found | {"torch": torch.__version__}  # which names the build too
 
 
 def environment(base: BaseModel) -> dict[str, Any]:
