@@ -20,6 +20,7 @@ from kedit_lightning.methods.finetune.shared.adapter_method import (
     Objective,
 )
 from kedit_lightning.methods.method import MethodSettings
+from kedit_lightning.methods.shared.answer_passes import encoded_answers
 from kedit_lightning.methods.shared.losses import mean_nll
 from kedit_lightning.requests import EditRequest
 
@@ -203,7 +204,7 @@ class DPOEdit(LoRA):
     def objective(self, requests: Sequence[EditRequest]) -> Objective:
         """Likelihood of the new answers, and preference over the old ones since before the edit."""
         base, settings = self.base, self.settings
-        new = [base.encode(r.prompt, r.target_new, image=r.image) for r in requests]
+        new = encoded_answers(base, requests)
         old = [
             base.encode(r.prompt, answer, image=r.image)
             for r, answer in zip(requests, self.old_answers(requests), strict=True)

@@ -21,7 +21,7 @@ from kedit_lightning.edits.projections import check_editable, compute_dtype, pro
 from kedit_lightning.methods.capabilities import Count, Positive
 from kedit_lightning.methods.locate.shared.least_squares import ridge_update, size_prior
 from kedit_lightning.methods.method import Capabilities, EditMethod, MethodSettings
-from kedit_lightning.methods.shared.answer_passes import answered_rows
+from kedit_lightning.methods.shared.answer_passes import answered_rows, encoded_answers
 from kedit_lightning.methods.shared.gradient_factors import Factors, capture_factors, predicting
 from kedit_lightning.methods.shared.moments import Moments, merge, moments
 from kedit_lightning.methods.shared.published_settings import published_settings
@@ -146,7 +146,7 @@ class UltraEdit(EditMethod):
 
     def together(self, requests: Sequence[EditRequest]) -> int:
         """Number of requests whose edits fit into memory together, at least 1."""
-        rows = [self.base.encode(r.prompt, r.target_new, image=r.image) for r in requests]
+        rows = encoded_answers(self.base, requests)
         shapes = [projection_shape(self.base.module(name)) for name in self.projections]
         own = _COPIES * max(len(row.answer) for row in rows) * sum(map(sum, shapes))
         return requests_at_a_time(self.base, 0, [[row] for row in rows], own)

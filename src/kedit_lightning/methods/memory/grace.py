@@ -27,7 +27,7 @@ from kedit_lightning.edits.projections import check_editable, compute_dtype, pro
 from kedit_lightning.errors import UnsupportedUseError
 from kedit_lightning.methods.capabilities import CountOrZero, NotNegative, Positive
 from kedit_lightning.methods.method import Capabilities, EditMethod, MethodSettings
-from kedit_lightning.methods.shared.answer_passes import AnswerPasses, Reach
+from kedit_lightning.methods.shared.answer_passes import AnswerPasses, Reach, encoded_answers
 from kedit_lightning.methods.shared.inner_loop import InnerLoop, adam
 from kedit_lightning.methods.shared.published_settings import published_settings
 from kedit_lightning.methods.shared.row_memory import requests_at_a_time
@@ -158,7 +158,7 @@ class GRACE(EditMethod):
 
     def together(self, requests: Sequence[EditRequest]) -> int:
         """Number of requests whose values are trained together, at least 1."""
-        encoded = [[self.base.encode(r.prompt, r.target_new, image=r.image)] for r in requests]
+        encoded = [[row] for row in encoded_answers(self.base, requests)]
         block = self.base.layout.first_block([self.module_name])
         return requests_at_a_time(self.base, block, encoded)
 

@@ -23,7 +23,7 @@ from kedit_lightning.edits.weight_storage import device_of
 from kedit_lightning.errors import UnsupportedUseError
 from kedit_lightning.methods.capabilities import Count, CountOrZero, NotNegative, Positive
 from kedit_lightning.methods.method import Capabilities, EditMethod, MethodSettings
-from kedit_lightning.methods.shared.answer_passes import AnswerPasses
+from kedit_lightning.methods.shared.answer_passes import AnswerPasses, encoded_answers
 from kedit_lightning.methods.shared.losses import gradients_of
 from kedit_lightning.methods.shared.published_settings import published_settings
 from kedit_lightning.requests import EditRequest
@@ -154,7 +154,7 @@ class MELO(EditMethod):
         blocks = [block for part in parts for block in part]
         requests = [request for block in blocks for request in block]
         numbers = [number for number, block in enumerate(blocks) for _ in block]
-        encoded = [self.base.encode(r.prompt, r.target_new, image=r.image) for r in requests]
+        encoded = encoded_answers(self.base, requests)
         # A row gets its own block in the place of an earlier one.
         with self.base.edits.without(BlocksEdit.family_of(self.key_module, self.trained)):
             keys = self._keys(requests)

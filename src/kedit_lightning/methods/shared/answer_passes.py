@@ -23,7 +23,12 @@ Objective: TypeAlias = Literal["target_new", "prompt_last"]
 
 def answered_rows(base: BaseModel, requests: Sequence[EditRequest]) -> TokenRows:
     """Token rows of requests: their prompts and pictures, with their new answers."""
-    return base.pad([base.encode(r.prompt, r.target_new, image=r.image) for r in requests])
+    return base.pad(encoded_answers(base, requests))
+
+
+def encoded_answers(base: BaseModel, requests: Iterable[EditRequest]) -> list[EncodedRow]:
+    """The row of each request, not padded: its prompt and pictures, with its new answer."""
+    return [base.encode(r.prompt, r.target_new, image=r.image) for r in requests]
 
 
 class AnswerPasses:
@@ -62,7 +67,7 @@ class AnswerPasses:
         reach: Reach = "all",
     ) -> AnswerPasses:
         """Passes of the prompts of requests with their new answers."""
-        encoded = [base.encode(r.prompt, r.target_new, image=r.image) for r in requests]
+        encoded = encoded_answers(base, requests)
         return cls(base, encoded, modules, reach)
 
     def _place(self, passes: Continuation) -> None:

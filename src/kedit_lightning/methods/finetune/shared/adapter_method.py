@@ -37,7 +37,7 @@ from kedit_lightning.methods.finetune.shared.adapter_training import (
 )
 from kedit_lightning.methods.finetune.shared.fine_tuning import fine_tune
 from kedit_lightning.methods.method import Capabilities, EditMethod, MethodSettings
-from kedit_lightning.methods.shared.answer_passes import AnswerPasses
+from kedit_lightning.methods.shared.answer_passes import AnswerPasses, encoded_answers
 from kedit_lightning.methods.shared.gradient_factors import answer_loss
 from kedit_lightning.methods.shared.published_settings import published_settings
 from kedit_lightning.requests import EditRequest
@@ -149,7 +149,7 @@ class AdapterMethod(EditMethod):
         if len(requests) <= self.settings.batch_size:
             passes = AnswerPasses.of(base, requests, self.modules_trained)
             return lambda batch: passes.losses().mean()
-        encoded = [base.encode(r.prompt, r.target_new, image=r.image) for r in requests]
+        encoded = encoded_answers(base, requests)
         return lambda batch: answer_loss(
             base, base.pad([encoded[i] for i in batch], "right")
         ).mean()

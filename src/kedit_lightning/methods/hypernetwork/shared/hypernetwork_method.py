@@ -18,6 +18,7 @@ from kedit_lightning.methods.hypernetwork.shared.editor_network import (
 )
 from kedit_lightning.methods.hypernetwork.shared.meta_gradient import MetaGradient, meta_gradient
 from kedit_lightning.methods.method import Capabilities, Need
+from kedit_lightning.methods.shared.answer_passes import encoded_answers
 from kedit_lightning.methods.shared.row_memory import requests_at_a_time
 from kedit_lightning.methods.training.episodes import (
     Episode,
@@ -160,9 +161,7 @@ class HypernetworkMethod(TrainedMethod):
 
     def together(self, requests: Sequence[EditRequest]) -> int:
         """Number of requests whose edits fit into memory together, at least 1."""
-        rows = [
-            self.base.encode(r.prompt, r.target_new, image=r.image) for r in self.asked(requests)
-        ]
+        rows = encoded_answers(self.base, self.asked(requests))
         tokens = max(len(row.prompt) + len(row.answer) for row in rows)
         own = bytes_of_edit(self.network, self.shapes_of(self.network.plan.modules), tokens)
         return requests_at_a_time(self.base, 0, [[row] for row in rows], own)

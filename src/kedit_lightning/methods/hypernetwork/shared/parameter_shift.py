@@ -25,6 +25,7 @@ from kedit_lightning.methods.hypernetwork.shared.normal_equations import (
 from kedit_lightning.methods.hypernetwork.shared.outer_loss import probe_rows
 from kedit_lightning.methods.hypernetwork.shared.tensor_file import TensorFile
 from kedit_lightning.methods.hypernetwork.shared.value_networks import ValueNetworks
+from kedit_lightning.methods.shared.answer_passes import encoded_answers
 from kedit_lightning.methods.shared.gradient_factors import Factors, capture_factors, predicting
 from kedit_lightning.methods.training.episodes import Episode
 from kedit_lightning.requests import EditRequest, Probe
@@ -56,7 +57,7 @@ def capture_parts(
     base: BaseModel, network: ValueNetworks, requests: Sequence[EditRequest], at_once: int
 ) -> Iterator[Part]:
     """Factors of requests in minibatches of at most ``at_once``, with applied edits in force."""
-    encoded = [base.encode(r.prompt, r.target_new, image=r.image) for r in requests]
+    encoded = encoded_answers(base, requests)
     lengths = [len(row.prompt) + len(row.answer) for row in encoded]
     for minibatch in minibatches(lengths, at_once):
         rows = base.pad(encoded[minibatch])

@@ -8,6 +8,7 @@ from typing import ClassVar
 from kedit_lightning.edits import PromptEdit, PromptEntry
 from kedit_lightning.methods.in_context.shared.demonstrations import statement
 from kedit_lightning.methods.method import Capabilities, EditMethod
+from kedit_lightning.methods.shared.answer_passes import encoded_answers
 from kedit_lightning.methods.shared.row_lengths import (
     RowText,
     Window,
@@ -41,7 +42,7 @@ class StatingMethod(EditMethod):
     def together(self, requests: Sequence[EditRequest]) -> int:
         """Number of requests whose questions fit into memory together, at least 1."""
         last = len(self.base.layout) - 1  # no gradient needs those of a block that has run
-        rows = [self.base.encode(r.prompt, r.target_new, image=r.image) for r in requests]
+        rows = encoded_answers(self.base, requests)
         stated = self.base.max_tokens * token_bytes(self.base, last)
         return requests_at_a_time(self.base, last, [[row] for row in rows], stated)
 
