@@ -21,6 +21,6 @@ def facts_30m_dir() -> Path:
 def where_facts_30m_is() -> str:
     """What to do where the folder is not there, as the end of a message."""
     return (
-        "it is made in minutes on a GPU with the scripts of tools/facts_30m (see their README); "
+        "the scripts of tools/facts_30m make it (see their README); "
         f"put its folder at '{facts_30m_dir()}', or name it in the variable KEDIT_FACTS_30M"
     )

@@ -16,6 +16,8 @@ from typing import Any, Protocol
 import yaml
 from benchmark_cells import CONFIGS, TRIALS, Cell, Sweep
 
+from kedit_lightning.edits.edit_file import write_atomically
+
 #: Says that a cell or sweep is finished; without it, its folder is run again or continued.
 MARK = "cell.json"
 
@@ -151,9 +153,8 @@ def _last_line(log: Path) -> str:
 
 def write_json(path: Path, content: Any) -> None:
     """Write a file whole."""
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    write_atomically(path, text.encode("utf-8"))
 
 
 def take_settings(sweep: Sweep, folder: Path, settings: Path | None = None) -> Path | None:

@@ -33,14 +33,16 @@ def collected(plan: Plan, out: Path, subset: bool) -> dict[str, Any]:
     """What the page shows of the cells that are finished, as plain values."""
     marks = {cell: finished(cell, out / "cells") for cell in plan.cells}
     done = {cell: mark for cell, mark in marks.items() if mark is not None}
+    runs = {cell: _run(cell, out) for cell, mark in done.items() if "error" not in mark}
     cells, tables = [], []
     for place in dict.fromkeys((c.model, c.data, c.protocol) for c in done):
         own = [c for c in done if (c.model, c.data, c.protocol) == place]
-        runs = {c: _run(c, out) for c in own if "error" not in done[c]}
         found = [_cell(c, done[c], runs.get(c), out) for c in own]
         cells += found
-        tables.append(_table(place, [one["name"] for one in found], list(runs.values())))
-    facts = next((run.facts for c in done if (run := _run_of(c, done, out))), {})
+        tables.append(
+            _table(place, [one["name"] for one in found], [runs[c] for c in own if c in runs])
+        )
+    facts = next((run.facts for run in runs.values()), {})
     return {
         "written": time.strftime("%Y-%m-%d"),
         "subset": subset,
@@ -62,10 +64,6 @@ def _run(cell: Cell, out: Path) -> Run:
     """A finished run; its label is the method's class name."""
     names = {config: name for name, config in methods().items()}
     return replace(read_run(out / "cells" / cell.name), label=names[cell.method])
-
-
-def _run_of(cell: Cell, done: dict[Cell, Any], out: Path) -> Run | None:
-    return None if "error" in done[cell] else _run(cell, out)
 
 
 def _choice_seconds(plan: Plan, out: Path) -> float:

@@ -10,7 +10,6 @@ import hashlib
 import json
 import random
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 
@@ -74,12 +73,9 @@ def choice_scores(
     pairs = [(q.prompt, f" {choice}") for q in questions for choice in q.choices]
     values = [value for value, _ in RequestAnswers(base, batch_size).log_likelihoods(pairs)]
     rows = [values[at : at + CHOICES] for at in range(0, len(values), CHOICES)]
-    return {q.id: float(_first(row) == q.right) for q, row in zip(questions, rows, strict=True)}
-
-
-def _first(values: Sequence[float]) -> int:
-    """Where the largest value stands, the first of several."""
-    return values.index(max(values))
+    return {
+        q.id: float(row.index(max(row)) == q.right) for q, row in zip(questions, rows, strict=True)
+    }
 
 
 def _draw(id: int) -> bytes:

@@ -9,12 +9,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from kedit_lightning.edits.edit_file import write_atomically
 from kedit_lightning.errors import MissingExtraError, SweepError, article_list
 from kedit_lightning.runs.results import tell
 
@@ -124,7 +124,8 @@ def _report(plan: Any, outcomes: Sequence[Any]) -> str:
     for text in dict.fromkeys(one.error for one in failed):
         numbers = [str(one.number) for one in failed if one.error == text]
         console.print(f"trial{'s' * (len(numbers) > 1)} {article_list(numbers)} failed: {text}")
-    _write(plan.output / "trials.csv", _csv(outcomes, list(plan.space)))
+    table = _csv(outcomes, list(plan.space))
+    write_atomically(plan.output / "trials.csv", table.encode("utf-8"))
     figures.draw_sweep(
         outcomes, plan.space, plan.objective, plan.direction, plan.output / "sweep.png"
     )
@@ -138,7 +139,7 @@ def _report(plan: Any, outcomes: Sequence[Any]) -> str:
     head = f"# Best of {_trials(len(outcomes))} of study {plan.study} on the {plan.split} split: "
     head += f"{plan.objective} {best.value:.6g}\n# {settings}\n"
     head += f"# kedit test -c {plan.output / 'best.yaml'} --output run/\n"
-    _write(plan.output / "best.yaml", head + best.config)
+    write_atomically(plan.output / "best.yaml", (head + best.config).encode("utf-8"))
     console.print(f"trial {best.number} is the best: {plan.objective} {best.value:.4g}, {settings}")
     console.print(f"best.yaml, trials.csv and sweep.png are in {plan.output}")
     return sink.getvalue()
@@ -175,13 +176,6 @@ def _csv(outcomes: Sequence[Any], names: Sequence[str]) -> str:
         folder = f"trials/{one.run:04d}"
         rows.writerow([one.number, folder, one.state, one.value, *chosen, one.seconds, one.error])
     return sink.getvalue()
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file whole: several workers may end at once."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 def _short(value: Any) -> str:
