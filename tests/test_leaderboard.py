@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
+from benchmark import main
 from benchmark_cells import CONFIGS, FITTED, LEFT_OUT, SIZES, TRIALS, Cell, Sweep, methods, plan
 from benchmark_page import page, write_page
 from benchmark_runs import MARK, Progress, finished, forked, run, take_settings
@@ -77,6 +78,20 @@ def test_parts_are_named_by_beginnings_and_patterns() -> None:
     assert {name.split(".")[-1] for name in names("*.memit")} == {"memit"}
     assert set(names("*")) == {cell.name for cell in plan(True, models=["nano"]).cells}
     assert [one.method for one in plan(True, "*.memit", models=["nano"]).sweeps] == ["memit"]
+
+
+def test_what_names_no_finished_cell_leaves_the_page_as_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page_of = tmp_path / "page"
+    given = ["--subset", "--output", str(tmp_path / "runs"), "--page-folder", str(page_of)]
+    assert main([*given, "--part", "nonsense"]) == 2
+    assert "no cell has the name 'nonsense'" in capsys.readouterr().err
+    assert main([*given, "--page"]) == 0
+    assert "no cell is finished" in capsys.readouterr().out
+    assert not page_of.exists()
+    with pytest.raises(SystemExit, match="0 cells are finished, and 3 were to be drawn"):
+        main([*given, "--reproduce", "3"])
 
 
 #: Cells with all protocols and data sets, and settings that were chosen.

@@ -21,7 +21,6 @@ import shutil
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -38,10 +37,19 @@ TOLERANCE = 1e-5
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run what was asked, and write the page; 1 if a repeated cell has other numbers."""
+    """Run what was asked, and write the page.
+
+    Returns:
+        1 if a repeated cell has other numbers, 2 if no cell has the name that was given.
+    """
     given = _arguments(arguments)
     out = Path(given.output)
     found = plan(given.subset, given.part, given.data)
+    if not found.cells:
+        for reason in found.skipped:
+            print(f"left out: {reason}", file=sys.stderr)
+        print(f"error: no cell has the name '{given.part}'; --list shows all", file=sys.stderr)
+        return 2
     if given.list:
         _list(found)
         return 0
@@ -56,11 +64,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         import_module("kedit_lightning.callbacks")
         import_module("kedit_lightning.methods")
         try:
-            found = _run(found, out, given)
+            _run(found, out, given)
         except KeyboardInterrupt:
             print("interrupted: finished cells are kept, and the same command goes on")
             return 130
-    content = collected(found, out, given.subset)
+    # Of all that has run, whatever part was asked for now.
+    content = collected(plan(given.subset, folder=given.data), out, given.subset)
+    if not content["cells"]:
+        print(f"no cell is finished in {out}, so the page stays as it is")
+        return 0
     write_page(content, Path(given.page_folder))
     print(f"{given.page_folder}/index.html has {len(content['cells'])} cells")
     return 0
@@ -91,8 +103,8 @@ def _list(found: Plan) -> None:
         print(f"left out: {reason}")
 
 
-def _run(found: Plan, out: Path, given: argparse.Namespace) -> Plan:
-    """Choose settings, run the cells, and give the plan with what was chosen.
+def _run(found: Plan, out: Path, given: argparse.Namespace) -> None:
+    """Choose settings, and run the cells with what was chosen.
 
     The cells of a method follow its sweep, so that an early end leaves whole methods.
     """
@@ -105,7 +117,6 @@ def _run(found: Plan, out: Path, given: argparse.Namespace) -> Plan:
         print(f"left out: {reason}")
     pairs = sorted({(cell.model, cell.method) for cell in found.cells},
                    key=lambda pair: (MODELS.index(pair[0]), turn(pair[1])))  # fmt: skip
-    cells: list[Cell] = []
     for model, method in pairs:
         for sweep in (s for s in sweeps if (s.model, s.method) == (model, method)):
             if sweep in wanted:
@@ -115,8 +126,6 @@ def _run(found: Plan, out: Path, given: argparse.Namespace) -> Plan:
         for cell in (c for c in again if (c.model, c.method) == (model, method)):
             if not _is_done(cell, out):
                 print(progress.tell(run(cell, out / "cells", forked)), flush=True)
-            cells.append(cell)
-    return replace(found, cells=tuple(cells))
 
 
 def _is_done(cell: Cell, out: Path) -> bool:
@@ -128,6 +137,8 @@ def _reproduced(found: Plan, out: Path, count: int, seed: int) -> int:
     import_module("kedit_lightning.cli.parser")
     marks = {cell: finished(cell, out / "cells") for cell in found.cells}
     whole = [cell for cell, mark in marks.items() if mark is not None and "error" not in mark]
+    if len(whole) < count:
+        raise SystemExit(f"error: {len(whole)} cells are finished, and {count} were to be drawn")
     drawn = random.Random(seed).sample(sorted(whole, key=lambda cell: cell.name), count)
     differing = 0
     for cell in drawn:
