@@ -34,30 +34,33 @@ from fact_book import Fact, FactBook
 
 POSITIONS = 256
 #: Share of the learning rate at shares of the time, straight lines between them.
-SCHEDULE = ((0.0, 1.0), (0.5, 1.0), (0.69, 0.41667), (1.0, 0.005))
+SCHEDULE = ((0.0, 1.0), (0.5, 1.0), (1.0, 0.01))
 #: Share of the time from which questions after a changed fact may be close to it.
-NEAR_FROM = 0.69
-WARM_UP = 200
+NEAR_FROM = 0.8
+WARM_UP = 50
 SHARD = "14MB"
 
 
 def build_model(entries: int, layers: int = 8, width: int = 448) -> GPT2LMHeadModel:
     """A GPT-2 with fresh weights, heads of 64 and no dropout."""
-    return GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=entries,
-            n_positions=POSITIONS,
-            n_embd=width,
-            n_layer=layers,
-            n_head=width // 64,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            pad_token_id=0,
-            bos_token_id=1,
-            eos_token_id=2,
-        )
+    config = GPT2Config(
+        vocab_size=entries,
+        n_positions=POSITIONS,
+        n_embd=width,
+        n_layer=layers,
+        n_head=width // 64,
+        # GPT-2's own function, in one operation instead of six.
+        activation_function="gelu_pytorch_tanh",
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        # On rows of 64 tokens a sixth faster on processors than the fused attention.
+        attn_implementation="eager",
     )
+    return GPT2LMHeadModel(config)
 
 
 class Run:
@@ -73,14 +76,23 @@ class Run:
     def __init__(self, model: GPT2LMHeadModel, device: str, lr: float, minutes: float) -> None:
         self.model, self.device, self.lr, self.minutes = model, device, lr, minutes
         self.steps, self.spent = 0, 0.0
-        matrices = [p for p in model.parameters() if p.ndim > 1]
-        others = [p for p in model.parameters() if p.ndim < 2]
-        self.optimizer = torch.optim.AdamW(
-            [{"params": matrices, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}],
-            lr=lr,
-            betas=(0.9, 0.98),
-            fused=True,
-        )
+        inner = [p for p in model.transformer.h.parameters() if p.ndim > 1]
+        chosen = {id(p) for p in inner}
+        tables = [p for p in model.parameters() if p.ndim > 1 and id(p) not in chosen]
+        vectors = [p for p in model.parameters() if p.ndim < 2]
+        # Muon learns rare associations in fewer tokens than AdamW, which embeddings still need.
+        self.optimizers = [
+            torch.optim.Muon(inner, lr=lr, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(
+                [
+                    {"params": tables, "weight_decay": 0.05},
+                    {"params": vectors, "weight_decay": 0.0},
+                ],
+                lr=lr,
+                betas=(0.9, 0.98),
+                fused=True,
+            ),
+        ]
 
     def clock(self) -> float:
         """Seconds: of the wall on a GPU, of the processor otherwise, for each thread.
@@ -100,15 +112,16 @@ class Run:
         """One step on rows of ids. Shapes ``[rows, tokens]``."""
         shares, rates = zip(*SCHEDULE, strict=True)
         rate = self.lr * float(np.interp(self.progress, shares, rates))
-        for group in self.optimizer.param_groups:
+        for group in (g for o in self.optimizers for g in o.param_groups):
             group["lr"] = rate * min(1.0, (self.steps + 1) / WARM_UP)
         with torch.autocast(self.device, dtype=torch.bfloat16):
             logits = self.model(input_ids=ids, use_cache=False).logits
         loss = cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten())
-        self.optimizer.zero_grad()
+        self.model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         self.steps += 1
         return loss.detach()
 
@@ -116,8 +129,9 @@ class Run:
         """Keep what a later run needs to go on."""
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {f"model.{n}": p.detach() for n, p in self.model.named_parameters()}
-        for index, entry in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{index}.{name}": value for name, value in entry.items()}
+        for number, optimizer in enumerate(self.optimizers):
+            for index, entry in optimizer.state_dict()["state"].items():
+                tensors |= {f"optimizer.{number}.{index}.{k}": v for k, v in entry.items()}
         save_file(tensors, folder / "new.safetensors", {"steps": str(self.steps),
                                                         "spent": str(self.spent)})  # fmt: skip
         (folder / "new.safetensors").replace(folder / "state.safetensors")
@@ -128,17 +142,18 @@ class Run:
         known = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         self.steps, self.spent = known["steps"], known["spent"]
         tensors = load_file(folder / "state.safetensors", device=self.device)
-        state: dict[int, dict[str, Any]] = {}
+        states: list[dict[int, dict[str, Any]]] = [{} for _ in self.optimizers]
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 parameter.copy_(tensors[f"model.{name}"])
         for name, value in tensors.items():
             kind, rest = name.split(".", 1)
             if kind == "optimizer":
-                index, entry = rest.split(".")
-                state.setdefault(int(index), {})[entry] = value
-        whole = self.optimizer.state_dict()
-        self.optimizer.load_state_dict({"state": state, "param_groups": whole["param_groups"]})
+                number, index, entry = rest.split(".")
+                states[int(number)].setdefault(int(index), {})[entry] = value
+        for optimizer, state in zip(self.optimizers, states, strict=True):
+            groups = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def save_folder(model: GPT2LMHeadModel, folder: Path) -> None:
@@ -247,8 +262,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=5.0, help="time for the training alone")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--width", type=int, default=448, help="a multiple of 64")
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--batch-tokens", type=int, help="32768 on CUDA, 2048 on a CPU")
+    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--batch-tokens", type=int, help="32768 on CUDA, 4096 on a CPU")
     parser.add_argument("--workers", type=int, help="processes that write rows")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sample", type=int, help="facts asked at the end; all if absent")
@@ -256,7 +271,7 @@ def main() -> None:
     parser.add_argument("--state", type=Path, help="folder from which an ended run goes on")
     options = parser.parse_args()
     on_gpu = options.device == "cuda"
-    options.batch_tokens = options.batch_tokens or (32768 if on_gpu else 2048)
+    options.batch_tokens = options.batch_tokens or (32768 if on_gpu else 4096)
     if options.workers is None:
         options.workers = max(1, (os.cpu_count() or 2) - 2) if on_gpu else 0
     torch.manual_seed(options.seed)
