@@ -19,7 +19,7 @@ CONFIGS = ROOT / "configs"
 #: Facts of a protocol in the whole benchmark, and in its subset.
 SIZES = {"single": (200, 30), "batch": (200, 30), "sequence": (500, 30)}
 #: Validation facts on which settings are chosen, in the whole and in the subset, and trials.
-CHOICE, TRIALS = (60, 8), 20
+CHOICE, TRIALS = (60, 24), 20
 #: Data sets whose files are not packaged, by their path below the folder of real data.
 FILES = {
     "counterfact": ("data/counterfact", "counterfact/counterfact_rome_format_1031.json"),
