@@ -68,10 +68,12 @@ class AbilityCheck(EditCallback):
                 "general ability is that of one edited model: use --ability with `kedit edit`, or "
                 "with `kedit test` and --trainer.protocol.mode sequential"
             )
-        if not self.tasks or not 0 < self.margin < 1:
+        least = len(self.tasks) if self.limit is None else min(len(self.tasks), self.limit)
+        if least < 1 or not 0 < self.margin < 1:
             raise UnsupportedUseError(
-                "AbilityCheck needs at least one task (--ability TASK,TASK) and a margin between 0 "
-                f"and 1; got tasks {self.tasks} and margin {self.margin}"
+                "AbilityCheck needs at least one task (--ability TASK,TASK), at least one document "
+                f"of each, and a margin between 0 and 1; got tasks {self.tasks}, limit "
+                f"{self.limit} and margin {self.margin}"
             )
         if needs_harness(self.tasks):
             harness()

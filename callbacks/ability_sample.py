@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -21,7 +22,7 @@ from kedit_lightning.edits import Edit
 from kedit_lightning.errors import UnsupportedUseError
 from kedit_lightning.methods.method import EditMethod, as_edit_method
 from kedit_lightning.runs.output_folder import output_of
-from kedit_lightning.runs.saved_stack import apply_saved, load_stack
+from kedit_lightning.runs.saved_stack import apply_saved, first_edits
 
 
 class AbilitySample(EditCallback):
@@ -30,7 +31,8 @@ class AbilitySample(EditCallback):
     In sequential mode under all edits at the end, in the others under each of the first few edits
     alone; before that on the base model. ``ability_sample.json`` in the output folder has
     perplexity (geometric mean, and the worst edit's), divergence from the base model, and the share
-    of right choices with what may be claimed of it.
+    of right choices with what may be claimed of it. Where there is no edit it warns, and writes no
+    file.
 
     Args:
         edits: Edits that are looked at in single and batch mode, the first ones.
@@ -49,6 +51,8 @@ class AbilitySample(EditCallback):
         self.edits, self.questions, self.margin = edits, questions, margin
         self.batch_size = batch_size
         self._kept: list[Edit] = []
+        #: Edits that stood on the stack before the run.
+        self._initial: list[Edit] = []
         #: What was found.
         self.found: dict[str, Any] = {}
 
@@ -58,30 +62,47 @@ class AbilitySample(EditCallback):
         Raises:
             UnsupportedUseError: The run is no test, or a setting does not fit.
         """
-        if stage != "test" or self.edits < 1 or not 0 < self.margin < 1:
+        least = min(self.edits, 1 if self.questions is None else self.questions)
+        if stage != "test" or least < 1 or not 0 < self.margin < 1:
             raise UnsupportedUseError(
-                "AbilitySample needs `kedit test`, at least one edit to look at and a margin "
-                f"between 0 and 1; got edits {self.edits} and margin {self.margin}"
+                "AbilitySample needs `kedit test`, at least one edit to look at, at least one "
+                f"question, and a margin between 0 and 1; got edits {self.edits}, questions "
+                f"{self.questions} and margin {self.margin}"
             )
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget the edits of an earlier run."""
         self._kept, self.found = [], {}
+        self._initial = list(as_edit_method(pl_module).base.edits)
 
     def on_edit(self, trainer: Trainer, method: LightningModule, name: str, edit: Edit) -> None:
-        """Keep an edit that will be looked at."""
-        if self._all(method) or len(self._kept) < self.edits:
+        """Keep an edit that will be looked at, unless the stack has all of them in the end."""
+        sequential = as_edit_method(method).run.protocol.grouping == "sequential"
+        if not sequential and len(self._kept) < self.edits:
             self._kept.append(edit)
+
+    def on_stream_checkpoint(self, trainer: Trainer, method: LightningModule, facts: int) -> None:
+        """Keep the stack of a stream, also the edits that an interrupted run has computed."""
+        stack = as_edit_method(method).base.edits
+        self._kept = [edit for edit in stack if not any(edit is old for old in self._initial)]
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Read the base model and the edited ones, and write what was found."""
         if not trainer.is_global_zero:
             return
         method = as_edit_method(pl_module)
-        base, folder = method.base, output_of(method.run)
+        base, folder, stacks = method.base, output_of(method.run), self._stacks(method)
+        self._kept, self._initial = [], []  # edits may be large, and the callback outlives the run
+        if not stacks:
+            warnings.warn(
+                "AbilitySample found no edit to look at, so ability_sample.json is not written; "
+                "start the run again in a new folder (--output), with the callback EditSaver",
+                stacklevel=2,
+            )
+            return
         canary = Canary(base, passages_of(None, method.run.seed), self.batch_size)
         before, texts, answers = self._choices(base), [], []
-        for stack in self._stacks(method):
+        for stack in stacks:
             with _under(base, stack):
                 texts.append(canary.measure())
                 answers.append(self._choices(base))
@@ -100,19 +121,17 @@ class AbilitySample(EditCallback):
         if folder is not None:
             folder.write_json("ability_sample.json", self.found)
 
-    def _all(self, method: LightningModule) -> bool:
-        return as_edit_method(method).run.protocol.grouping == "sequential"
-
     def _choices(self, base: BaseModel) -> DocumentScores:
         return ability_scores(base, [CHOICES_TASK], self.batch_size, self.questions)
 
     def _stacks(self, method: EditMethod) -> list[list[Edit]]:
         """The edits of each model that is looked at."""
-        folder = output_of(method.run)
-        edits = self._kept
+        if method.run.protocol.grouping == "sequential":
+            return [self._kept] if self._kept else []
+        folder, edits = output_of(method.run), self._kept
         if folder is not None and folder.resumed:  # some were computed before
-            edits = load_stack(folder.path, method.base)
-        return [edits] if self._all(method) else [[edit] for edit in edits[: self.edits]]
+            edits = first_edits(folder.path, method.base, self.edits) or edits
+        return [[edit] for edit in edits]
 
 
 @contextmanager

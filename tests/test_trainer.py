@@ -171,7 +171,7 @@ def test_nothing_computed_is_lost_when_an_example_fails(tmp_path: Path) -> None:
     with pytest.raises(NonFiniteError, match="request '2'") as caught:
         trainer().test(method, facts(), output=out)
     assert [record["id"] for record in records(out)] == ["0", "1"]
-    assert f"--resume {out}" in caught.value.__notes__[0]
+    assert f"--resume {out}" in caught.value.__notes__[-1]
     assert len(base.edits) == 0
 
 

@@ -208,6 +208,8 @@ def test_ability_is_of_one_edited_model(monkeypatch: pytest.MonkeyPatch, tmp_pat
     stream = Protocol(mode="sequential")
     with pytest.raises(UnsupportedUseError, match="at least one task"):
         test(stream, AbilityCheck([]))
+    with pytest.raises(UnsupportedUseError, match="at least one document"):
+        test(stream, AbilityCheck([str(TASK)], limit=0))
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(MissingExtraError, match=r"kedit-lightning\[ability\]"):
         test(stream, AbilityCheck([str(TASK)]))

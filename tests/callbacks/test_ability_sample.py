@@ -12,7 +12,7 @@ import torch
 from support import REQUESTS, tiny_base
 from toys import Toy
 
-from kedit_lightning import BaseModel, EditTrainer
+from kedit_lightning import BaseModel, Edit, EditTrainer
 from kedit_lightning.analysis.ability import ability_scores, needs_harness
 from kedit_lightning.analysis.known_choices import (
     CHOICES,
@@ -22,7 +22,7 @@ from kedit_lightning.analysis.known_choices import (
 )
 from kedit_lightning.benchmark import Protocol
 from kedit_lightning.benchmark.canary import Canary
-from kedit_lightning.callbacks import AbilityCheck, AbilitySample
+from kedit_lightning.callbacks import AbilityCheck, AbilitySample, ResultsWriter
 from kedit_lightning.data import NanoFacts, Requests
 from kedit_lightning.data.plain_text import passages_of
 from kedit_lightning.errors import UnsupportedUseError
@@ -112,7 +112,51 @@ def test_it_reads_each_model_that_is_scored(
     assert found["choices"]["documents"] == 6
 
 
-@pytest.mark.parametrize("settings", [{"edits": 0}, {"margin": 1.0}])
+@pytest.fixture
+def facts(tmp_path: Path) -> Requests:
+    rows = [{"id": str(n), "prompt": r.prompt, "target_new": r.target_new}
+            for n, r in enumerate(REQUESTS)]  # fmt: skip
+    (tmp_path / "facts.json").write_text(json.dumps(rows))
+    return Requests(path=tmp_path / "facts.json")
+
+
+@pytest.mark.parametrize(
+    ("mode", "loaded"),
+    [("single", 1), pytest.param("sequential", len(REQUESTS), marks=pytest.mark.slow)],
+)
+def test_a_resumed_run_loads_no_more_than_is_looked_at(
+    base: BaseModel, facts: Requests, mode: Any, loaded: int, tmp_path: Path, monkeypatch: Any
+) -> None:
+    def run(**where: Any) -> dict[str, Any]:
+        callback = AbilitySample(edits=1, questions=2)
+        protocol = Protocol(mode=mode, generate=False)
+        trainer = EditTrainer(protocol=protocol, callbacks=[callback], accelerator="cpu")
+        trainer.test(Toy(base_model=base), facts, verbose=False, **where)
+        return callback.found
+
+    found, files = run(output=tmp_path / "run"), list[Path]()
+    load = Edit.load
+    monkeypatch.setattr(
+        Edit, "load", lambda path, *rest: files.append(Path(path)) or load(path, *rest)
+    )
+    assert run(resume=tmp_path / "run") == found
+    assert len(files) == loaded  # a stream's are on the stack, and are not read a second time
+
+
+def test_a_run_without_edits_says_so(base: BaseModel, facts: Requests, tmp_path: Path) -> None:
+    folder, trainer = tmp_path / "run", EditTrainer(accelerator="cpu")
+    trainer.test(Toy(base_model=base), facts, verbose=False, output=folder)
+    (folder / "stack.json").unlink()
+    callback = AbilitySample(questions=2)
+    trainer = EditTrainer(callbacks=[callback, ResultsWriter()], usual_callbacks=False,
+                          accelerator="cpu")  # fmt: skip
+    with pytest.warns(UserWarning, match="AbilitySample found no edit to look at"):
+        trainer.test(Toy(base_model=base), facts, verbose=False, resume=folder)
+    assert not callback.found
+    assert not (folder / "ability_sample.json").exists()
+
+
+@pytest.mark.parametrize("settings", [{"edits": 0}, {"margin": 1.0}, {"questions": 0}])
 def test_settings_that_do_not_fit_are_refused(base: BaseModel, settings: dict[str, Any]) -> None:
     trainer = EditTrainer(callbacks=[AbilitySample(**settings)], accelerator="cpu")
     with pytest.raises(UnsupportedUseError, match="at least one edit"):

@@ -260,7 +260,11 @@ class ProtocolRunner:
         """A new edit, which took its part of shared seconds beside its own."""
         clock = Clock(self.base)
         with fixed_randomness(self._run.seed, name), self.base.identity.held():
-            edit = compute()
+            try:
+                edit = compute()
+            except KEditError as error:
+                error.add_note(f"this happened in edit '{name}'")
+                raise
         seconds = shared + clock.lap()
         try:
             self._run.on_computed(name, edit)

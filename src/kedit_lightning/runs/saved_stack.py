@@ -53,20 +53,19 @@ def load_stack(path: str | Path, base: BaseModel, force: bool = False) -> list[E
             else "; give the --output folder of `kedit edit` or `kedit test`, or one saved edit"
         )
         raise EditFileError(f"{path} holds no saved edits (no stack.json in it){hint}")
-    edits = []
-    for entry in _stack_entries(order):
-        file = path / entry["file"]
-        if not file.is_file():
-            raise EditFileError(f"{order} names {entry['file']}, which is absent")
-        if hashlib.sha256(file.read_bytes()).hexdigest() != entry["sha256"]:
-            raise EditFileError(
-                f"{file} is not the edit that {order.name} names: its content has changed"
-            )
-        edit = Edit.load(file, base, force)
-        if (edit.id, labels(edit.origin.to_json())) != (entry["id"], entry["requests"]):
-            raise EditFileError(f"{file} is not the edit that {order.name} names: id or requests")
-        edits.append(edit)
-    return edits
+    return [_saved_edit(order, entry, base, force) for entry in _stack_entries(order)]
+
+
+def first_edits(folder: Path, base: BaseModel, count: int) -> list[Edit]:
+    """The first saved edits of an output folder, so many at most; none where it has none.
+
+    Raises:
+        EditFileError: ``stack.json`` or one of these edits is damaged.
+        BaseModelMismatchError: They were made for another base model.
+    """
+    order = folder / "stack.json"
+    entries = _stack_entries(order)[:count] if order.is_file() else []
+    return [_saved_edit(order, entry, base) for entry in entries]
 
 
 def edits_to_answer_under(method: Any, path: str | Path | None, force: bool) -> list[Edit]:
@@ -85,6 +84,25 @@ def edits_to_answer_under(method: Any, path: str | Path | None, force: bool) -> 
 def labels(origin: Mapping[str, Any]) -> list[str]:
     """How ``stack.json`` names the requests of an edit."""
     return [request.get("id") or request["prompt"] for request in origin["requests"]]
+
+
+def _saved_edit(order: Path, entry: StackEntry, base: BaseModel, force: bool = False) -> Edit:
+    """The edit of an entry of ``stack.json``.
+
+    Raises:
+        EditFileError: Its file is absent, or another one than the entry says.
+    """
+    file = order.parent / entry["file"]
+    if not file.is_file():
+        raise EditFileError(f"{order} names {entry['file']}, which is absent")
+    if hashlib.sha256(file.read_bytes()).hexdigest() != entry["sha256"]:
+        raise EditFileError(
+            f"{file} is not the edit that {order.name} names: its content has changed"
+        )
+    edit = Edit.load(file, base, force)
+    if (edit.id, labels(edit.origin.to_json())) != (entry["id"], entry["requests"]):
+        raise EditFileError(f"{file} is not the edit that {order.name} names: id or requests")
+    return edit
 
 
 def _stack_entries(order: Path) -> list[StackEntry]:

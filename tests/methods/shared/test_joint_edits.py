@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -9,9 +11,11 @@ import torch
 from method_examples import METHODS, make
 from support import FAMILIES, REQUESTS, tiny_base
 
-from kedit_lightning import EditRequest
+from kedit_lightning import EditRequest, EditTrainer
 from kedit_lightning.base_models.memory_budget import memory_budget
-from kedit_lightning.errors import NonFiniteError
+from kedit_lightning.benchmark import Protocol
+from kedit_lightning.data import Requests
+from kedit_lightning.errors import KEditError, NonFiniteError, one_line
 from kedit_lightning.methods import FTM
 from kedit_lightning.methods.shared import row_memory
 from kedit_lightning.methods.shared.inner_loop import InnerLoop, adam
@@ -227,3 +231,111 @@ def test_edits_of_one_pass_are_those_computed_alone(name, side):
     assert not first or any(
         first[key].shape != second[key].shape or not first[key].equal(second[key]) for key in first
     )
+
+
+# ---- facts that cannot be edited
+
+
+#: A token that is NaN in the model, a prompt that is too long, and what a method needs.
+FAULTS = {
+    "not finite": {"prompt": "Marie Curie % was born in"},
+    "too long": {"prompt": "Marie Curie was born in " * 40},
+    "target_old": {"target_old": None},
+    "task": {"task": None},
+}
+FAULTY = [
+    *[(name, "not finite") for name in ("FTL", "FTM", "GRACE", "KN", "MEND", "KE", "SERAC")],
+    *[("UltraEdit", "not finite"), ("InstructEdit", "task"), ("KN", "target_old")],
+    *[(name, "too long") for name in ("IKE", "ICE", "PROMPT", "DINM", "FTM")],
+]
+
+
+@pytest.fixture
+def with_fault():
+    """Gives a method on a model with a NaN token, and requests of which the second has a fault."""
+    changed = []
+
+    def made(name, fault):
+        base = tiny_base("llama")
+        method = make(name, dict(METHODS)[name], base)
+        method.configure_model()
+        weight = base.model.get_input_embeddings().weight.detach()
+        row = weight[base.tokenizer("%")["input_ids"][-1]]
+        changed.append((row, row.clone()))
+        row.fill_(torch.nan)
+        faulty = replace(LONG[1], id="faulty", **FAULTS[fault])
+        return method, [LONG[0], faulty, *LONG[2:]]
+
+    yield made
+    for row, before in changed:
+        row.copy_(before)
+
+
+@pytest.mark.parametrize(("name", "fault"), FAULTY)
+@pytest.mark.filterwarnings("ignore:UltraEdit has seen")
+def test_a_fact_that_cannot_be_edited_takes_no_other_with_it(name, fault, with_fault):
+    method, requests = with_fault(name, fault)
+    with pytest.raises(KEditError) as alone:
+        method.noted_edit([requests[1]])
+    edits = method.edit_each([[request] for request in requests])
+    for number, request in enumerate(requests):
+        if number == 1:
+            with pytest.raises(type(alone.value), match=re.escape(str(alone.value))):
+                edits[number]
+            continue
+        found, expected = numbers(edits[number]), numbers(method.noted_edit([request]))
+        assert found[1] == expected[1]
+        for key, tensor in found[0].items():
+            torch.testing.assert_close(tensor, expected[0][key], rtol=1e-7, atol=1e-9)
+
+
+def test_a_part_with_such_a_fact_is_halved_and_not_computed_one_by_one(with_fault, monkeypatch):
+    method, requests = with_fault("FTM", "not finite")
+    requests = [*requests[:2], *[replace(requests[2], id=f"{n}") for n in range(6)]]
+    sizes, train = [], method.edits_together
+    monkeypatch.setattr(
+        method, "edits_together", lambda part: sizes.append(len(part)) or train(part)
+    )
+    edits = method.edit_each([[request] for request in requests])
+    assert [edits[n].origin.requests for n in (0, 2, 7)] == [(requests[n],) for n in (0, 2, 7)]
+    assert sizes == [8, 4, 2, 1, 2, 4]
+
+
+def test_an_index_error_of_a_method_is_no_end_of_its_edits(monkeypatch):
+    method, train = FTM(base_model=tiny_base("llama"), lr=1e-2, steps=2), FTM.edits_together
+
+    def broken(requests):
+        if REQUESTS[2] in requests:
+            raise IndexError("no such column")
+        return train(method, requests)
+
+    monkeypatch.setattr(method, "edits_together", broken)
+    with pytest.warns(UserWarning, match=r"4 edits could not be computed .*no such column"):
+        edits = method.edit_each(SINGLE)
+    found = []
+
+    def read():
+        for edit in edits:
+            found.append(edit.origin.requests[0])  # noqa: PERF401 - it ends early
+
+    with pytest.warns(UserWarning, match="2 edits"), pytest.raises(IndexError, match="no such"):
+        read()
+    assert found == REQUESTS[:2]
+    assert edits[3].origin.requests == (REQUESTS[3],)
+
+
+def test_a_run_keeps_what_was_edited_before_such_a_fact(with_fault, tmp_path):
+    method, requests = with_fault("FTM", "not finite")
+    rows = [
+        {"id": str(n), "prompt": r.prompt, "target_new": r.target_new}
+        for n, r in enumerate([requests[0], requests[2], requests[1], requests[3]])
+    ]
+    (tmp_path / "facts.json").write_text(json.dumps(rows))
+    trainer = EditTrainer(protocol=Protocol(generate=False), accelerator="cpu")
+    with pytest.raises(NonFiniteError, match="loss of layer") as caught:
+        trainer.test(
+            method, Requests(path=tmp_path / "facts.json"), verbose=False, output=tmp_path / "run"
+        )
+    assert "in edit '2'" in one_line(caught.value)
+    lines = (tmp_path / "run" / "results.jsonl").read_text().splitlines()
+    assert [json.loads(line)["id"] for line in lines] == ["0", "1"]

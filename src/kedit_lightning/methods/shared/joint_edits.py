@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
-from typing import Protocol, overload, runtime_checkable
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, suppress
+from typing import NamedTuple, Protocol, overload, runtime_checkable
 
 from kedit_lightning.contradictions import settle
+from kedit_lightning.data.dataloader import chunks
 from kedit_lightning.edits import Edit
+from kedit_lightning.errors import KEditError, one_line
 from kedit_lightning.methods.shared.target_probability import note_each
 from kedit_lightning.requests import EditRequest
 
@@ -29,12 +32,27 @@ class JointMethod(Protocol):
         """Number of requests whose edits fit into memory together, at least 1."""
 
 
+class _Part(NamedTuple):
+    """Examples of one fact each, by number, and whether their edits are known to fit into memory.
+
+    Args:
+        numbers: The numbers of the examples.
+        fits: Whether they are computed together as they are.
+    """
+
+    numbers: Sequence[int]
+    fits: bool
+
+
 class JointEdits(Sequence[Edit]):
     """The edits of several examples, apart from each other; those of one fact are found together.
 
     Parts of as many as fit into memory are computed when one of their edits is asked for, and only
     the last part is held, beside the last edit of several facts.  Which edits make a part depends
     on the examples alone, so that those of a run that is continued are equal to the last bit.
+
+    A part that fails is halved until the fact that cannot be edited is alone, and no other fact is
+    lost with it.  Its own error is raised when its edit is asked for.
 
     Args:
         method: The method.
@@ -45,22 +63,21 @@ class JointEdits(Sequence[Edit]):
         self._method = method
         self._groups = [settle(group, "last") for group in groups]
         single = [i for i, group in enumerate(self._groups) if len(group) == 1]
-        requests = [self._groups[i][0] for i in single]
-        size = 1
-        if len(single) > 1:
-            with method.computing(requests):
-                size = method.together(requests)
-        parts = [single[i : i + size] for i in range(0, len(single), size)]
         #: The part of each example; one of several facts is alone.
-        self._parts = {i: part for part in parts for i in part}
+        self._parts = dict.fromkeys(single, _Part(single, fits=False))
         self._held: dict[int, Edit] = {}
         #: The last edit of several facts; it stands between those of a part.
         self._alone: dict[int, Edit] = {}
         if self._groups:
-            self[0]  # their time is shared by all where they make one part
+            with suppress(Exception):  # it is raised again where that edit is asked for
+                self[0]  # their time is shared by all where they make one part
 
     def __len__(self) -> int:
         return len(self._groups)
+
+    def __iter__(self) -> Iterator[Edit]:
+        # That of a sequence takes an IndexError inside a method for the end.
+        return (self[i] for i in range(len(self)))
 
     @overload
     def __getitem__(self, index: int) -> Edit: ...
@@ -75,18 +92,38 @@ class JointEdits(Sequence[Edit]):
         if number not in self._parts:
             if number not in self._alone:
                 self._alone = {}
-                self._alone = self._computed([number])
+                self._alone = {number: self._method.noted_edit(self._groups[number])}
             return self._alone[number]
-        if number not in self._held:
+        while number not in self._held:
             self._held = {}  # before the next takes as much memory
-            self._held = self._computed(self._parts[number])
+            part = self._parts[number]
+            if len(part.numbers) == 1:
+                self._held = {number: self._method.noted_edit(self._groups[number])}
+            else:
+                self._compute(part)
         return self._held[number]
 
-    def _computed(self, part: Sequence[int]) -> dict[int, Edit]:
-        if len(part) == 1:
-            return {part[0]: self._method.noted_edit(self._groups[part[0]])}
-        requests = [self._groups[i][0] for i in part]
-        with self._method.computing(requests):
-            edits = self._method.edits_together(requests)
-            note_each(edits, requests)
-        return dict(zip(part, edits, strict=True))
+    def _compute(self, part: _Part) -> None:
+        """Hold the edits of a part, or divide it where it is too large or one of them fails."""
+        numbers, size = part.numbers, len(part.numbers)
+        requests = [self._groups[i][0] for i in numbers]
+        fits = True
+        try:
+            with self._method.computing(requests):
+                if not part.fits:
+                    size = self._method.together(requests)
+                if size >= len(numbers):
+                    edits = self._method.edits_together(requests)
+                    note_each(edits, requests)
+                    self._held = dict(zip(numbers, edits, strict=True))
+                    return
+        except Exception as error:
+            if not isinstance(error, KEditError):  # more than a fact that cannot be edited
+                warnings.warn(
+                    f"{len(numbers)} edits could not be computed together "
+                    f"({type(error).__name__}: {one_line(error)}); they are computed in two halves",
+                    stacklevel=3,
+                )
+            size, fits = (len(numbers) + 1) // 2, part.fits
+        for own in chunks(numbers, size):
+            self._parts |= dict.fromkeys(own, _Part(own, fits))
