@@ -32,7 +32,7 @@ from kedit_lightning.methods.capabilities import (
     warn_of_other_base,
 )
 from kedit_lightning.methods.shared.data_setup import refuse_images, set_up_data
-from kedit_lightning.methods.shared.joint_edits import JointEdits, JointMethod
+from kedit_lightning.methods.shared.joint_edits import JointMethod, single_facts
 from kedit_lightning.methods.shared.random_numbers import request_generator
 from kedit_lightning.methods.shared.row_lengths import RowText, Window, example_rows, too_long
 from kedit_lightning.methods.shared.target_probability import note_probabilities, warn_of_unwritten
@@ -186,7 +186,7 @@ class EditMethod(pl.LightningModule):
         once is a :class:`JointMethod`; it draws random numbers from :meth:`generator` alone.
         """
         if len(requests_of_examples) > 1 and isinstance(self, JointMethod):
-            return JointEdits(self, requests_of_examples)
+            return single_facts(self, requests_of_examples)
         return map(self.noted_edit, requests_of_examples)
 
     def origin(self, requests: Sequence[EditRequest], **notes: Any) -> EditOrigin:

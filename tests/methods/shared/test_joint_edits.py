@@ -241,28 +241,31 @@ FAULTS = {
     "not finite": {"prompt": "Marie Curie % was born in"},
     "too long": {"prompt": "Marie Curie was born in " * 40},
     "target_old": {"target_old": None},
+    "subject": {"subject": None},
     "task": {"task": None},
 }
 FAULTY = [
     *[(name, "not finite") for name in ("FTL", "FTM", "GRACE", "KN", "MEND", "KE", "SERAC")],
     *[("UltraEdit", "not finite"), ("InstructEdit", "task"), ("KN", "target_old")],
+    *[("ROME", "not finite"), ("MEMIT", "subject"), ("TPatcher", "too long")],
     *[(name, "too long") for name in ("IKE", "ICE", "PROMPT", "DINM", "FTM")],
 ]
 
 
 @pytest.fixture
 def with_fault():
-    """Gives a method on a model with a NaN token, and requests of which the second has a fault."""
+    """Gives a method, and requests of which the second has a fault."""
     changed = []
 
     def made(name, fault):
         base = tiny_base("llama")
         method = make(name, dict(METHODS)[name], base)
         method.configure_model()
-        weight = base.model.get_input_embeddings().weight.detach()
-        row = weight[base.tokenizer("%")["input_ids"][-1]]
-        changed.append((row, row.clone()))
-        row.fill_(torch.nan)
+        if fault == "not finite":
+            weight = base.model.get_input_embeddings().weight.detach()
+            row = weight[base.tokenizer("%")["input_ids"][-1]]
+            changed.append((row, row.clone()))
+            row.fill_(torch.nan)
         faulty = replace(LONG[1], id="faulty", **FAULTS[fault])
         return method, [LONG[0], faulty, *LONG[2:]]
 

@@ -1,11 +1,11 @@
-"""Edits of single facts that are computed together, each as it is alone."""
+"""Edits of examples that are computed together, each as it is alone."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, suppress
-from typing import NamedTuple, Protocol, overload, runtime_checkable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
+from typing import NamedTuple, Protocol, TypeAlias, overload, runtime_checkable
 
 from kedit_lightning.contradictions import settle
 from kedit_lightning.data.dataloader import chunks
@@ -13,6 +13,9 @@ from kedit_lightning.edits import Edit
 from kedit_lightning.errors import KEditError, one_line
 from kedit_lightning.methods.shared.target_probability import note_each
 from kedit_lightning.requests import EditRequest
+
+#: The requests of some examples.
+Groups: TypeAlias = Sequence[Sequence[EditRequest]]
 
 
 @runtime_checkable
@@ -33,11 +36,11 @@ class JointMethod(Protocol):
 
 
 class _Part(NamedTuple):
-    """Examples of one fact each, by number, and whether their edits are known to fit into memory.
+    """Examples whose edits are computed together.
 
     Args:
         numbers: The numbers of the examples.
-        fits: Whether they are computed together as they are.
+        fits: Whether they are known to fit into memory.
     """
 
     numbers: Sequence[int]
@@ -45,30 +48,40 @@ class _Part(NamedTuple):
 
 
 class JointEdits(Sequence[Edit]):
-    """The edits of several examples, apart from each other; those of one fact are found together.
+    """The edits of several examples, apart from each other, some of which are computed together.
 
     Parts of as many as fit into memory are computed when one of their edits is asked for, and only
-    the last part is held, beside the last edit of several facts.  Which edits make a part depends
-    on the examples alone, so that those of a run that is continued are equal to the last bit.
+    the last part is held, beside the last edit that is computed alone.  Which edits make a part
+    depends on the examples alone, so that those of a run that is continued are equal to the last
+    bit.
 
-    A part that fails is halved until the fact that cannot be edited is alone, and no other fact is
+    A part that fails is halved until the example that cannot be edited is alone, and no other is
     lost with it.  Its own error is raised when its edit is asked for.
 
     Args:
-        method: The method.
         groups: The requests of each example.
+        joint: Numbers of the examples that are computed together.
+        alone: Computes the edit of one example.
+        together: Computes the edits of several, each as it is alone.
+        size: How many of some examples fit into memory together; all of them if not given.
     """
 
-    def __init__(self, method: JointMethod, groups: Iterable[Sequence[EditRequest]]) -> None:
-        self._method = method
-        self._groups = [settle(group, "last") for group in groups]
-        single = [i for i, group in enumerate(self._groups) if len(group) == 1]
-        #: The part of each example; one of several facts is alone.
-        self._parts = dict.fromkeys(single, _Part(single, fits=False))
+    def __init__(
+        self,
+        groups: Groups,
+        joint: Sequence[int],
+        alone: Callable[[Sequence[EditRequest]], Edit],
+        together: Callable[[Groups], Sequence[Edit]],
+        size: Callable[[Groups], int] = len,
+    ) -> None:
+        self._groups = groups
+        self._compute_alone, self._compute_together, self._size = alone, together, size
+        #: The part of each example that is in one.
+        self._parts = dict.fromkeys(joint, _Part(joint, fits=False))
         self._held: dict[int, Edit] = {}
-        #: The last edit of several facts; it stands between those of a part.
+        #: The last edit of an example in no part; it stands between those of a part.
         self._alone: dict[int, Edit] = {}
-        if self._groups:
+        if groups:
             with suppress(Exception):  # it is raised again where that edit is asked for
                 self[0]  # their time is shared by all where they make one part
 
@@ -92,38 +105,76 @@ class JointEdits(Sequence[Edit]):
         if number not in self._parts:
             if number not in self._alone:
                 self._alone = {}
-                self._alone = {number: self._method.noted_edit(self._groups[number])}
+                self._alone = {number: self._compute_alone(self._groups[number])}
             return self._alone[number]
         while number not in self._held:
             self._held = {}  # before the next takes as much memory
-            part = self._parts[number]
-            if len(part.numbers) == 1:
-                self._held = {number: self._method.noted_edit(self._groups[number])}
-            else:
-                self._compute(part)
+            self._compute(self._parts[number])
         return self._held[number]
 
     def _compute(self, part: _Part) -> None:
         """Hold the edits of a part, or divide it where it is too large or one of them fails."""
-        numbers, size = part.numbers, len(part.numbers)
-        requests = [self._groups[i][0] for i in numbers]
-        fits = True
+        numbers, fits = part
+        groups = [self._groups[number] for number in numbers]
+        if len(groups) == 1:
+            self._held = {numbers[0]: self._compute_alone(groups[0])}
+            return
         try:
-            with self._method.computing(requests):
-                if not part.fits:
-                    size = self._method.together(requests)
-                if size >= len(numbers):
-                    edits = self._method.edits_together(requests)
-                    note_each(edits, requests)
-                    self._held = dict(zip(numbers, edits, strict=True))
-                    return
+            size = len(groups) if fits else self._size(groups)
+            if size >= len(groups):
+                self._held = dict(zip(numbers, self._compute_together(groups), strict=True))
+                return
+            fits = True
         except Exception as error:
             if not isinstance(error, KEditError):  # more than a fact that cannot be edited
                 warnings.warn(
-                    f"{len(numbers)} edits could not be computed together "
+                    f"{len(groups)} edits could not be computed together "
                     f"({type(error).__name__}: {one_line(error)}); they are computed in two halves",
                     stacklevel=3,
                 )
-            size, fits = (len(numbers) + 1) // 2, part.fits
+            size = (len(groups) + 1) // 2
         for own in chunks(numbers, size):
             self._parts |= dict.fromkeys(own, _Part(own, fits))
+
+
+def single_facts(method: JointMethod, groups: Groups) -> JointEdits:
+    """The edits of several examples; those of one fact each are computed together.
+
+    Args:
+        method: The method.
+        groups: The requests of each example.
+    """
+    settled = [settle(group, "last") for group in groups]
+
+    def size(some: Groups) -> int:
+        requests = [request for (request,) in some]
+        with method.computing(requests):
+            return method.together(requests)
+
+    def together(some: Groups) -> Sequence[Edit]:
+        requests = [request for (request,) in some]
+        with method.computing(requests):
+            return note_each(method.edits_together(requests), requests)
+
+    joint = [number for number, group in enumerate(settled) if len(group) == 1]
+    return JointEdits(settled, joint, method.noted_edit, together, size)
+
+
+class ReadyEdits:
+    """Edits that were computed together, until each is asked for by its requests."""
+
+    def __init__(self) -> None:
+        self._edits: dict[tuple[EditRequest, ...], Edit] = {}
+
+    @contextmanager
+    def holding(self, groups: Groups, edits: Iterable[Edit]) -> Iterator[None]:
+        """Inside, there are the edits of some examples."""
+        self._edits = dict(zip(map(tuple, groups), edits, strict=True))
+        try:
+            yield
+        finally:
+            self._edits = {}
+
+    def pop(self, requests: Sequence[EditRequest]) -> Edit | None:
+        """The edit of some requests, which is given away; ``None`` if there is none."""
+        return self._edits.pop(tuple(requests), None)

@@ -45,6 +45,7 @@ from kedit_lightning.methods.locate.shared.value_targets import (
 from kedit_lightning.methods.locate.shared.weight_constraints import WeightConstraints
 from kedit_lightning.methods.method import Capabilities, EditMethod
 from kedit_lightning.methods.shared.contexts import sample_contexts
+from kedit_lightning.methods.shared.joint_edits import Groups, JointEdits, ReadyEdits
 from kedit_lightning.methods.shared.published_settings import published_settings
 from kedit_lightning.methods.shared.target_probability import note_each
 from kedit_lightning.requests import EditRequest
@@ -138,7 +139,7 @@ class ClosedForm(TextPassHooks, EditMethod):
         seed: int | None = None,
     ) -> None:
         super().__init__(base_model, seed)
-        self._solved: dict[tuple[EditRequest, ...], Edit] = {}
+        self._solved = ReadyEdits()
         self._stand_in: torch.nn.Parameter | None = None
         # Statistics are a pass over text without an optimizer.
         self.automatic_optimization = False
@@ -225,7 +226,7 @@ class ClosedForm(TextPassHooks, EditMethod):
 
     def compute_edit(self, requests: Sequence[EditRequest]) -> Edit:
         """Write all requests in one change."""
-        return self._solved.pop(tuple(requests), None) or self.solve([requests])[0]
+        return self._solved.pop(requests) or self.solve([requests])[0]
 
     def edit_each(self, requests_of_examples: Sequence[Sequence[EditRequest]]) -> Iterable[Edit]:
         """Edits of several examples, apart from each other; their values are found together."""
@@ -234,15 +235,14 @@ class ClosedForm(TextPassHooks, EditMethod):
         several = any(len(group) > 1 for group in groups)
         if apart or len(groups) < 2 or (several and not self.can.batch):
             return super().edit_each(groups)
-        with self.computing([request for group in groups for request in group]):
-            solved = self.solve(groups)
-            try:  # a subclass may do more in compute_edit
-                self._solved = dict(zip(map(tuple, groups), solved, strict=True))
-                if several:
-                    return [*map(self.noted_edit, groups)]
-                return note_each([*map(self.compute_edit, groups)], [g[0] for g in groups])
-            finally:
-                self._solved = {}
+        return JointEdits(groups, range(len(groups)), self.noted_edit, self._together)
+
+    def _together(self, groups: Groups) -> Sequence[Edit]:
+        requests = [request for group in groups for request in group]
+        with self.computing(requests), self._solved.holding(groups, self.solve(groups)):
+            if any(len(group) > 1 for group in groups):  # a subclass may do more in compute_edit
+                return [*map(self.noted_edit, groups)]
+            return note_each([*map(self.compute_edit, groups)], [g[0] for g in groups])
 
     def solve(self, groups: Sequence[Sequence[EditRequest]]) -> list[Edit]:
         """One edit for each group of requests, independent of the others."""

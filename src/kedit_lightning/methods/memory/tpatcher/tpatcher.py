@@ -24,6 +24,7 @@ from kedit_lightning.methods.memory.tpatcher.patch_training import (
     train_patches,
 )
 from kedit_lightning.methods.method import EditMethod, MethodSettings
+from kedit_lightning.methods.shared.joint_edits import Groups, JointEdits, ReadyEdits
 from kedit_lightning.requests import EditRequest
 
 #: Requests whose patches are trained together.
@@ -94,22 +95,21 @@ class TPatcher(EditMethod):
         self._text: Tensor | None = None
         self._background = Background(self.base, self.settings.start, self.settings.background)
         #: Edits that :meth:`edit_each` has computed, by their requests.
-        self._patched: dict[tuple[EditRequest, ...], NeuronsEdit] = {}
+        self._patched = ReadyEdits()
 
-    def compute_edit(self, requests: Sequence[EditRequest]) -> NeuronsEdit:
+    def compute_edit(self, requests: Sequence[EditRequest]) -> Edit:
         """Train the patches of the requests, each silent on the queries of the others."""
-        return self._patched.pop(tuple(requests), None) or self.patched([requests])[0]
+        return self._patched.pop(requests) or self.patched([requests])[0]
 
     def edit_each(self, requests_of_examples: Sequence[Sequence[EditRequest]]) -> Iterable[Edit]:
         """Edits of several examples, apart from each other; their patches are trained together."""
         groups = [settle(group, "last") for group in requests_of_examples]
-        with self.computing([request for group in groups for request in group]):
-            patched = self.patched(groups)
-        try:
-            self._patched = dict(zip(map(tuple, groups), patched, strict=True))
+        return JointEdits(groups, range(len(groups)), self.noted_edit, self._together)
+
+    def _together(self, groups: Groups) -> Sequence[Edit]:
+        requests = [request for group in groups for request in group]
+        with self.computing(requests), self._patched.holding(groups, self.patched(groups)):
             return [self.noted_edit(group) for group in groups]
-        finally:
-            self._patched = {}
 
     def patched(self, groups: Sequence[Sequence[EditRequest]]) -> list[NeuronsEdit]:
         """One edit for each group of requests, independent of the others."""
