@@ -438,3 +438,22 @@ def test_threads_take_turns_on_one_model():
         thread.join()
     assert not errors
     assert len(base.edits) == 0
+
+
+def test_weights_that_are_held_are_looked_at_once():
+    base = tiny_base("llama")
+    weight = base.model.get_input_embeddings().weight
+    before = weight.detach().clone()
+    short, full = base.identity.fingerprints
+    with base.identity.held():
+        assert base.identity.fingerprint == short
+        with torch.no_grad():
+            weight += 1
+        assert base.identity.fingerprints == (short, full)
+        with base.identity.held():
+            assert base.identity.full_fingerprint == full
+    changed = base.identity.fingerprints
+    assert changed[0] != short
+    assert changed[1] != full
+    with torch.no_grad():
+        weight.copy_(before)

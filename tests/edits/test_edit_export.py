@@ -21,11 +21,13 @@ from kedit_lightning.edits import (
     LowRankEdit,
     folded_prefix,
     materialise,
+    truncate,
 )
 from kedit_lightning.edits.export import load_adapter, save_adapter
 from kedit_lightning.edits.forward_hooks import ModuleHook
 from kedit_lightning.edits.projections import oriented, projection_shape
 from kedit_lightning.errors import EditFileError, UnsupportedUseError
+from kedit_lightning.runs.model_export import export_edits, logit_error
 
 #: peft 0.21 asks transformers 5.23 by a name that is being retired.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")
@@ -454,3 +456,17 @@ def test_answers_of_an_edited_model_are_those_of_its_export():
     export = _base_of(edit.materialise(), "llama")
     torch.testing.assert_close(answers(export), hooks, rtol=0, atol=1e-9)
     assert export.generate(edit_kinds.PROMPTS, max_new_tokens=6) == texts
+
+
+def test_one_edit_is_written_as_a_list_of_one_is(tmp_path):
+    base = tiny_base("llama")
+    edit = edit_kinds.low_rank(base)
+    one, several = (materialise(base, given).state_dict() for given in (edit, [edit]))
+    assert all(torch.equal(one[name], several[name]) for name in several)
+    for name, given in (("one", edit), ("several", (part for part in [edit]))):
+        save_adapter(base, given, tmp_path / name)
+        export_edits(base, given if name == "one" else [edit], tmp_path / name, "adapter", rank=1)
+    for file in ("adapter_model.safetensors", "adapter/adapter_model.safetensors"):
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "several" / file).read_bytes()
+    assert truncate(base, edit, 1).lost == truncate(base, [edit], 1).lost
+    assert logit_error(base, edit, edit).changed == 0

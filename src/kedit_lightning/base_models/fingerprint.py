@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
-from typing import Any, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -125,6 +125,18 @@ def checksum(tensor: Tensor) -> tuple[int, int]:
     return plain % _WRAP, placed % _WRAP
 
 
+class _Seen(NamedTuple):
+    """What tells whether weights have changed.
+
+    Args:
+        fingerprint: Hash of configuration and a sample of them.
+        counts: Where they are, and how often torch has changed them.
+    """
+
+    fingerprint: str
+    counts: tuple[object, ...]
+
+
 class ModelIdentity:
     """Who a model is now: hashes of its weights as they are, not as they were when it was loaded.
 
@@ -139,17 +151,17 @@ class ModelIdentity:
     def __init__(self, model: nn.Module) -> None:
         settle_weights(model)
         self._model = model
-        self._known: tuple[object, str] | None = None
+        self._known: _Seen | None = None
         self._full: tuple[object, str] | None = None
         self._weights: tuple[object, str] | None = None
         self._tokenizer: tuple[object, int, str] | None = None
-        #: Hashes that stand while :meth:`held`, by what they are of.
-        self._held: dict[str, Any] | None = None
+        #: While :meth:`held`, what was seen of the weights, once they were looked at.
+        self._held: list[_Seen] | None = None
 
     @contextmanager
     def held(self) -> Iterator[None]:
         """Inside, the weights stay as they are, and are looked at once."""
-        before, self._held = self._held, {} if self._held is None else self._held
+        before, self._held = self._held, [] if self._held is None else self._held
         try:
             yield
         finally:
@@ -158,37 +170,29 @@ class ModelIdentity:
     @property
     def fingerprint(self) -> str:
         """Hash of configuration and a sample of the weights."""
-        held = {} if self._held is None else self._held
-        if "both" not in held and "short" not in held:
-            held["short"] = self._sampled()[0]
-        return cast(str, held["both"][0] if "both" in held else held["short"])
+        return self._seen().fingerprint
 
-    def _sampled(self) -> tuple[str, dict[str, Tensor]]:
-        """The fingerprint, and the state it is of."""
+    def _seen(self) -> _Seen:
+        if self._held:
+            return self._held[0]
         settle_weights(self._model)
         state = tensors_in_force(self._model)
-        if not any(map(_is_far, state.values())):
-            return model_fingerprint(self._model, state), state
+        counts, known = _counts(state), self._known
         # Reading a sharded model takes all processes, and this one may ask by itself; reading an
         # offloaded one takes as long as moving all of it.
-        counts = _counts(state)
-        if self._known is None or self._known[0] != counts:
-            self._known = counts, model_fingerprint(self._model, state)
-        return self._known[1], state
+        if known is None or known.counts != counts or not any(map(_is_far, state.values())):
+            self._known = known = _Seen(model_fingerprint(self._model, state), counts)
+        if self._held is not None:
+            self._held.append(known)
+        return known
 
     @property
     def fingerprints(self) -> tuple[str, str]:
         """The fingerprint, and the hash of configuration and all weights."""
-        if self._held is not None and "both" in self._held:
-            return cast(tuple[str, str], self._held["both"])
-        sampled, state = self._sampled()
-        known = sampled, _counts(state)
-        if self._full is None or self._full[0] != known:
-            self._full = known, full_fingerprint(self._model)
-        found = sampled, self._full[1]
-        if self._held is not None:
-            self._held["both"] = found
-        return found
+        seen = self._seen()
+        if self._full is None or self._full[0] != seen:
+            self._full = seen, full_fingerprint(self._model)
+        return seen.fingerprint, self._full[1]
 
     @property
     def full_fingerprint(self) -> str:

@@ -122,19 +122,13 @@ class AddToOutput:
 class RouteRows:
     """Changes a module's output, row by row; ``build`` gets the contents of one module.
 
-    That of many edits folded into one has no content of its own, and those of all, oldest first.
+    That of one edit has one content, that of many folded into one those of all, oldest first.
     """
 
     module: str
     family: Hashable
     build: Callable[[Sequence[Any]], RowFunction]
-    content: Any = None
-    folded: Sequence[Any] | None = None
-
-    @property
-    def contents(self) -> Sequence[Any]:
-        """The content of each edit that it is of."""
-        return (self.content,) if self.folded is None else self.folded
+    contents: Sequence[Any]
 
 
 @dataclass(frozen=True)

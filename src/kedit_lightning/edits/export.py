@@ -6,7 +6,7 @@ import json
 import re
 import reprlib
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from kedit_lightning.edits.edit import Edit, EditableModel
 from kedit_lightning.edits.fused_factors import fused_changes
 from kedit_lightning.edits.kinds.weights import AdapterEdit
 from kedit_lightning.edits.low_rank import LowRankDelta
+from kedit_lightning.edits.materialisation import OneOrSeveral
 from kedit_lightning.edits.origin import EditOrigin
 from kedit_lightning.edits.projections import find_module, is_transposed
 from kedit_lightning.edits.rank_truncation import joined_factors, of_rank, truncate
@@ -46,7 +47,7 @@ _PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
 
 
 def save_adapter(
-    base: EditableModel, edits: Iterable[Edit], folder: str | Path, rank: int | None = None
+    base: EditableModel, edits: OneOrSeveral[Edit], folder: str | Path, rank: int | None = None
 ) -> Path:
     """Write edits as one LoRA adapter in peft's format.
 
@@ -58,7 +59,7 @@ def save_adapter(
 
     Args:
         base: The base model.
-        edits: The edits; they need not be applied.
+        edits: The edits, or one; they need not be applied.
         folder: Where the adapter is written.
         rank: The largest rank, at which changes are cut off and dense ones are written as
             products (:func:`truncate` says what is lost); by default low-rank edits alone, whole.

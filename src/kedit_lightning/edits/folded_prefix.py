@@ -98,7 +98,7 @@ class FoldedPrefix:
                 found.append(AddToOutput(name, total))
         for (name, family), group in routes.items():
             build = group[0].build
-            found.append(RouteRows(name, family, build, folded=contents_of(group)))
+            found.append(RouteRows(name, family, build, contents_of(group)))
         return found
 
 

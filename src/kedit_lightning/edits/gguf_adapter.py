@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from kedit_lightning.edits.edit import Edit, EditableModel
 from kedit_lightning.edits.low_rank import LowRankDelta
+from kedit_lightning.edits.materialisation import OneOrSeveral
 from kedit_lightning.edits.rank_truncation import joined_factors, of_rank, truncate
 from kedit_lightning.errors import MissingExtraError, UnsupportedUseError, article_list
 
@@ -79,7 +79,7 @@ def paired(b: Tensor, heads: int) -> Tensor:
 
 
 def save_gguf_adapter(
-    base: EditableModel, edits: Iterable[Edit], path: str | Path, rank: int | None = None
+    base: EditableModel, edits: OneOrSeveral[Edit], path: str | Path, rank: int | None = None
 ) -> Path:
     """Write edits as a LoRA adapter for ``llama-cli --lora`` and for Ollama's ``ADAPTER``.
 
@@ -88,7 +88,7 @@ def save_gguf_adapter(
 
     Args:
         base: The base model.
-        edits: The edits; they need not be applied.
+        edits: The edits, or one; they need not be applied.
         path: The file.
         rank: The largest rank, as of :func:`save_adapter`.
 

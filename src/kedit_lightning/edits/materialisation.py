@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,16 @@ class WeightChange(Protocol):
 
     def deltas(self) -> dict[str, Tensor]:
         """Change of each parameter, dense and in the parameter's own orientation."""
+
+
+T = TypeVar("T")
+#: One edit, or several in their order.
+OneOrSeveral: TypeAlias = T | Iterable[T]
+
+
+def edits_in(given: OneOrSeveral[T]) -> list[T]:
+    """Edits in their order, whether one or several were given."""
+    return list(given) if isinstance(given, Iterable) else [given]
 
 
 class RestorableStack(Protocol):
@@ -53,14 +63,14 @@ class WritableModel(Protocol):
         """The edits now applied to it."""
 
 
-def sum_of_deltas(edits: Iterable[WeightChange]) -> dict[str, Tensor]:
+def sum_of_deltas(edits: OneOrSeveral[WeightChange]) -> dict[str, Tensor]:
     """Changes of parameters by edits, added up in at least float32.
 
     Raises:
         UnsupportedUseError: An edit changes no weights.
     """
     totals: dict[str, Tensor] = {}
-    for edit in edits:
+    for edit in edits_in(edits):
         for name, delta in edit.deltas().items():
             delta = delta.to(compute_dtype(delta.dtype))
             totals[name] = totals[name] + delta if name in totals else delta
@@ -91,7 +101,7 @@ def with_delta(parameter: Tensor, delta: Tensor) -> Tensor:
 
 @torch.no_grad()
 def materialise(
-    base: WritableModel, edits: Iterable[WeightChange], dequantise: bool = False
+    base: WritableModel, edits: OneOrSeveral[WeightChange], dequantise: bool = False
 ) -> nn.Module:
     """A copy of the base model with the edits written into its weights.
 
@@ -99,7 +109,7 @@ def materialise(
 
     Args:
         base: The base model.
-        edits: The edits; they need not be applied.
+        edits: The edits, or one; they need not be applied.
         dequantise: Write a quantised model as a plain one, in the number type it computes in.
 
     Raises:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from kedit_lightning.edits.edit import Edit, EditableModel
 from kedit_lightning.edits.effects import AddToOutput, KeepMemory, WeightDelta
 from kedit_lightning.edits.kinds.weights import LowRankEdit
 from kedit_lightning.edits.low_rank import LowRankDelta
+from kedit_lightning.edits.materialisation import OneOrSeveral, edits_in
 from kedit_lightning.errors import UnsupportedUseError, article_list
 
 #: A share of a change below this is what rounding leaves of an exact product.
@@ -38,10 +39,10 @@ class Truncation:
         return all(share <= ROUNDING for share in self.lost.values())
 
 
-def _low_rank_changes(edits: Iterable[Edit]) -> dict[str, list[LowRankDelta]]:
+def _low_rank_changes(edits: OneOrSeveral[Edit]) -> dict[str, list[LowRankDelta]]:
     """Low-rank changes of edits, by module name."""
     changes: dict[str, list[LowRankDelta]] = {}
-    for part in (part for edit in edits for part in edit.parts()):
+    for part in (part for edit in edits_in(edits) for part in edit.parts()):
         for effect in part.effects():
             if isinstance(effect, AddToOutput) and effect.delta.only_low_rank is not None:
                 changes.setdefault(effect.module, []).append(effect.delta.only_low_rank)
@@ -54,7 +55,7 @@ def _low_rank_changes(edits: Iterable[Edit]) -> dict[str, list[LowRankDelta]]:
     return changes
 
 
-def joined_factors(edits: Iterable[Edit]) -> dict[str, LowRankDelta]:
+def joined_factors(edits: OneOrSeveral[Edit]) -> dict[str, LowRankDelta]:
     """The sum of all low-rank changes of each module, by name; their ranks add up.
 
     Raises:
@@ -78,14 +79,14 @@ def of_rank(delta: LowRankDelta, rank: int) -> LowRankDelta:
     return LowRankDelta(pad(delta.a.cpu(), (0, 0, 0, missing)), pad(delta.b.cpu(), (0, missing)))
 
 
-def weight_changes(edits: Iterable[Edit]) -> dict[str, WeightDelta]:
+def weight_changes(edits: OneOrSeveral[Edit]) -> dict[str, WeightDelta]:
     """The sum of all changes of each projection, by module name.
 
     Raises:
         UnsupportedUseError: An edit does something else than to change weights.
     """
     found: dict[str, WeightDelta] = {}
-    for part in (part for edit in edits for part in edit.parts()):
+    for part in (part for edit in edits_in(edits) for part in edit.parts()):
         for effect in part.effects():
             if isinstance(effect, AddToOutput):
                 known = found.get(effect.module)
@@ -137,8 +138,13 @@ def _kept(values: Tensor, rank: int) -> int:
 
 
 @torch.no_grad()
-def truncate(base: EditableModel, edits: Iterable[Edit], rank: int) -> Truncation:
+def truncate(base: EditableModel, edits: OneOrSeveral[Edit], rank: int) -> Truncation:
     """All edits as one whose changes have a rank at most; dense ones become products too.
+
+    Args:
+        base: The base model.
+        edits: The edits, or one; they need not be applied.
+        rank: The largest rank of a change.
 
     Raises:
         UnsupportedUseError: The rank is none, or an edit changes biases, or something else than

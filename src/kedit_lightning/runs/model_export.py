@@ -15,6 +15,7 @@ from kedit_lightning.benchmark.row_logits import row_pass
 from kedit_lightning.edits import Edit, materialise
 from kedit_lightning.edits.adapter_state import refuse_adapted
 from kedit_lightning.edits.gguf_adapter import gguf_library
+from kedit_lightning.edits.materialisation import OneOrSeveral, edits_in
 from kedit_lightning.edits.rank_truncation import truncate
 from kedit_lightning.errors import UnsupportedUseError
 from kedit_lightning.runs.results import tell
@@ -85,17 +86,22 @@ def saved_edits(
 
 
 def export_edits(
-    base: BaseModel, edits: Sequence[Edit], folder: Path, export: Export, rank: int | None = None
+    base: BaseModel,
+    edits: OneOrSeveral[Edit],
+    folder: Path,
+    export: Export,
+    rank: int | None = None,
 ) -> Path:
     """Write all edits into a copy of the model, or into one adapter; returns where it is.
 
     Args:
         base: The base model.
-        edits: The edits, in order.
+        edits: The edits, in order, or one.
         folder: The folder in which it gets a folder of its own.
         export: What is written.
         rank: The largest rank of an adapter; what is lost is said.
     """
+    edits = edits_in(edits)
     if len(edits) > 1 and len({edit.origin.stack for edit in edits}) == 1:
         warnings.warn(
             f"the {len(edits)} exported edits were computed apart from each other; together they "
@@ -136,20 +142,23 @@ class LogitError(NamedTuple):
 
 
 @torch.no_grad()
-def logit_error(base: BaseModel, edits: Sequence[Edit], others: Sequence[Edit]) -> LogitError:
+def logit_error(
+    base: BaseModel, edits: OneOrSeveral[Edit], others: OneOrSeveral[Edit]
+) -> LogitError:
     """Compare the logits under two stacks, on prompts and answers of the facts of the first one.
 
     Args:
         base: The base model; it is as it was afterwards.
-        edits: The edits, in order; of their facts the last 64 are asked.
+        edits: The edits, in order, or one; of their facts the last 64 are asked.
         others: What is to act as they do.
     """
+    edits = edits_in(edits)
     requests = [request for edit in edits for request in edit.origin.requests][-_COMPARED:]
     rows = [base.encode(r.prompt, r.target_new, image=r.image) for r in requests]
     largest, total, count, changed = 0.0, 0.0, 0, 0
     with base.edits.restored():
         seen = []
-        for stack in (edits, others):
+        for stack in (edits, edits_in(others)):
             base.edits.clear()
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message=r"edit \S+ .*was computed on top of")

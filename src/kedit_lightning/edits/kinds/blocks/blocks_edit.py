@@ -105,9 +105,9 @@ class BlocksEdit(MemoryEdit):
     def effects(self) -> Sequence[Effect]:
         """The routing at the key module, and the blocks at the changed ones."""
         routes = Routes(self.entries, self.count)
-        route = RouteRows(self.key_module, self.family, self._router, routes)
+        route = RouteRows(self.key_module, self.family, self._router, [routes])
         changes = [
-            RouteRows(module, self.family, self._changer, factors)
+            RouteRows(module, self.family, self._changer, [factors])
             for module, factors in self.blocks.items()
         ]
         return [route, *changes]

@@ -129,7 +129,7 @@ class CodebookEdit(MemoryEdit):
 
     def effects(self) -> Sequence[Effect]:
         """The routing of rows by the codebook that all such edits form."""
-        return [RouteRows(self.module, self.family, self._build, self.entries)]
+        return [RouteRows(self.module, self.family, self._build, [self.entries])]
 
     def _build(self, contents: Sequence[Sequence[CodebookEntry]]) -> RowFunction:
         device = device_of(self.base.model.get_submodule(self.module))

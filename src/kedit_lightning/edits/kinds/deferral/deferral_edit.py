@@ -124,7 +124,7 @@ class DeferralEdit(MemoryEdit):
 
     def effects(self) -> Sequence[Effect]:
         """The routing of rows by the gate that all such edits form."""
-        return [RouteRows(self.module, self.family, self._build, self.share)]
+        return [RouteRows(self.module, self.family, self._build, [self.share])]
 
     def _build(self, shares: Sequence[Deferral]) -> RowFunction:
         device = device_of(find_module(self.base.model, self.module))

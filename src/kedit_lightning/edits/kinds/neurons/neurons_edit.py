@@ -67,8 +67,8 @@ class NeuronsEdit(MemoryEdit):
             steps = _NeuronsAt(self.base, place)
             family = self.family_of(place)
             effects += [
-                RouteRows(place.reads, family, steps.reader, neurons),
-                RouteRows(place.writes, family, steps.writer, neurons),
+                RouteRows(place.reads, family, steps.reader, [neurons]),
+                RouteRows(place.writes, family, steps.writer, [neurons]),
             ]
         return effects
 

@@ -158,7 +158,7 @@ class OverlapEdit(MemoryEdit):
 
     def effects(self) -> Sequence[Effect]:
         """The routing of rows by the memory that all such edits form."""
-        return [RouteRows(self.plan.module, self.family, self._build, self)]
+        return [RouteRows(self.plan.module, self.family, self._build, [self])]
 
     def _build(self, edits: Sequence[OverlapEdit]) -> RowFunction:
         module = find_module(self.base.model, self.plan.module)

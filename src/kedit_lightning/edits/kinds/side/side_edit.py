@@ -174,7 +174,7 @@ class SideEdit(MemoryEdit):
 
     def effects(self) -> Sequence[Effect]:
         """The routing of rows by the memories that all such edits form."""
-        return [RouteRows(self.plan.module, self.family, self._build, self)]
+        return [RouteRows(self.plan.module, self.family, self._build, [self])]
 
     def _build(self, edits: Sequence[SideEdit]) -> RowFunction:
         device = device_of(find_module(self.base.model, self.plan.module))
