@@ -36,7 +36,7 @@ from kedit_lightning.base_models.rows import (
     positions,
 )
 from kedit_lightning.edits import PromptEdit, PromptEntry
-from kedit_lightning.errors import InvalidRequestError
+from kedit_lightning.errors import InvalidRequestError, UnsupportedUseError
 
 
 def llama_like_tokenizer(
@@ -742,3 +742,35 @@ def test_tails_end_where_nothing_more_is_predicted():
     assert tails.answer_columns.tolist() == [[1, 2, 3], [2, 3, 3], [0, 1, 2]]
     (alone,) = [pad_tails(rows[1:2], [1], 0, True, torch.device("cpu"))[1]]
     assert alone.inputs["input_ids"].tolist() == [[5, 6, 4]]
+
+
+def windowed(kind, dtype, attention):
+    """A tiny model whose blocks see a window of 4 tokens, all of them or every other one."""
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(
+        kind, vocab_size=384, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, sliding_window=4,
+        max_position_embeddings=64, attn_implementation=attention,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config).to(dtype).eval()
+    return BaseModel(model, tiny_tokenizer(True), name=kind)
+
+
+@pytest.mark.parametrize(
+    ("kind", "attention"), [("gemma2", "eager"), ("mistral", "eager"), ("gemma3_text", "sdpa")]
+)
+def test_padding_beyond_a_window_changes_nothing_or_is_refused(kind, attention):
+    long, short = EncodedRow((5, 6, 7, 8, 9), (10, 11)), EncodedRow((5, 6), (7,))
+    alike = EncodedRow((5, 6, 7), (6, 7))  # its padding is within the window
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        base = windowed(kind, dtype, attention)
+        rows = (long, short)
+        if dtype is torch.float64 and attention == "eager":
+            with pytest.raises(UnsupportedUseError, match=r"4 tokens of padding.* that sees 4"):
+                base.pad(rows)
+            rows = (long, alike)
+        logs = base.answer_log_probs(base.pad(rows))
+        for row, seen in zip(rows, logs, strict=True):
+            alone = base.answer_log_probs(base.pad([row]))[0]
+            bound = {8: 1e-12, 4: 1e-5, 2: 2e-2}[dtype.itemsize]
+            torch.testing.assert_close(seen[: len(alone)], alone, rtol=0, atol=bound)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from kedit_lightning.base_models.batching import Batching, embedded_tokens
 from kedit_lightning.base_models.blocks import naming_inputs
 from kedit_lightning.base_models.fingerprint import ModelIdentity
-from kedit_lightning.base_models.finiteness import check_finite_weights
+from kedit_lightning.base_models.finiteness import check_finite_weights, checked_lengths
 from kedit_lightning.base_models.generation import continuations
 from kedit_lightning.base_models.layout import Layout
 from kedit_lightning.base_models.rows import (
@@ -226,8 +226,8 @@ class BaseModel:
             rows = pad_encoder_decoder_rows(encoded, pad_id, start, suffix, self.device)
         else:
             side = padding_side or self.padding_side
-            if side == "left" and len({len(r.prompt) + len(r.answer) for r in encoded}) > 1:
-                # Behind the tokens, padding does no harm to a decoder.
+            lengths = checked_lengths(self.model, self.name, encoded)
+            if side == "left" and len(lengths) > 1:  # behind the tokens, padding does no harm
                 side = "left" if self.batching.reads_mask else "right"
             rows = pad_rows(encoded, pad_id, side, self.takes_positions, self.device)
         return self.sight.added(rows, encoded, self)
