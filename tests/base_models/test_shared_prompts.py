@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+
 import pytest
 import torch
 from support import FAMILIES, REQUESTS, tiny_base
 from toys import Toy
 
 from kedit_lightning import BaseModel, Probe
+from kedit_lightning.base_models.prefill import prefilled, unchanged_blocks
 from kedit_lightning.base_models.rows import EncodedRow
 from kedit_lightning.base_models.shared_prompts import SharedPrompts, can_share
 from kedit_lightning.benchmark import Protocol
 from kedit_lightning.benchmark.begun_answers import BegunAnswers
 from kedit_lightning.benchmark.free_texts import carrying
 from kedit_lightning.benchmark.reader import Reader
-from kedit_lightning.methods import GRACE, PROMPT
+from kedit_lightning.methods import FTM, GRACE, PROMPT
 
 QUESTIONS = ["Where is it?", "Amber Falls lies in", "x", "Marie Curie was born in the town of the"]
 ANSWERS = [(0, "Rome"), (3, "Norway, I know"), (2, "Lima"), (0, "B"), (1, "Rome"), (1, "Lima")]
@@ -63,7 +67,8 @@ def test_free_answers_go_on_from_some_of_the_prompts(family: str) -> None:
 
 def test_edits_that_look_at_prompts_get_complete_passes() -> None:
     base = tiny_base("llama")
-    for method in (GRACE(base_model=base, steps=1), PROMPT(base_model=base)):
+    grace = GRACE(base_model=base, steps=1, replacement="prompt")
+    for method in (grace, PROMPT(base_model=base)):
         assert can_share(base)
         with method.edit(REQUESTS[:1]):
             assert not can_share(base)
@@ -79,9 +84,82 @@ def test_windows_of_gpt_neo_are_no_full_attention() -> None:
     assert can_share(tiny_base("gpt_neo", torch.float32, attention_types=[[["global"], 4]]))
 
 
-@pytest.mark.parametrize("family", FAMILIES[:2])
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_blocks_below_all_edits_run_once(family: str) -> None:
+    base = tiny_base(family)
+    prompts, rows = [base.encode(question) for question in QUESTIONS], rows_of(base)
+    numbers, count = [number for number, _ in ANSWERS], len(base.layout)
+    first = count - 2
+    method = FTM(base_model=base, layers=[first], steps=1, lr=0.3)
+    edits = [method.edit([request]) for request in REQUESTS[:2]]
+    carried = [edits[0], edits[1], None, edits[0]]
+    plain, ran = SharedPrompts(base, prompts), list[int]()
+
+    def note(index: int, *_: object) -> None:
+        ran.append(index)
+
+    parts = [next(base.module(base.layout.block_name(i)).children()) for i in range(count)]
+    handles = [m.register_forward_pre_hook(partial(note, i)) for i, m in enumerate(parts)]
+    with carrying(base, carried):
+        assert unchanged_blocks(base) == first
+        found = [SharedPrompts(base, prompts, plain)]
+        assert ran == [first, first + 1]
+        found.append(SharedPrompts(base, prompts))
+    with carrying(base, [carried[number] for number in numbers]):
+        with base.edits.suspended():
+            before = plain.tails(rows, numbers, first)
+        ran.clear()
+        entered, whole = found[0].tails(rows, numbers, first, before), found[1].tails(rows, numbers)
+    assert ran == [first, first + 1, *range(count)]
+    for handle in handles:
+        handle.remove()
+    assert torch.equal(entered.logits, whole.logits)
+    assert not torch.allclose(entered.logits, before.logits)
+    for one, other in zip(entered.cache.layers, whole.cache.layers, strict=True):
+        assert torch.equal(one.keys, other.keys)
+        assert torch.equal(one.values, other.values)
+
+
+@torch.no_grad()
+def test_a_prefill_ends_with_the_last_keys_and_values() -> None:
+    base, ran = tiny_base("llama"), list[str]()
+    inputs = base.pad([base.encode(question) for question in QUESTIONS], "left").inputs
+    whole = base.model(**inputs, use_cache=True).past_key_values
+    names = [base.layout.block(index).mlp for index in range(len(base.layout))]
+    handles = [
+        base.module(name).register_forward_hook(lambda *_, name=name: ran.append(name))
+        for name in names
+    ]
+    cache, outputs = prefilled(base, inputs, given := {}), given
+    assert ran == names[:-1]
+    assert list(outputs) == [base.layout.block_name(index) for index in range(len(names) - 1)]
+    for handle in handles:
+        handle.remove()
+    for one, other in zip(cache.layers, whole.layers, strict=True):
+        assert torch.equal(one.keys, other.keys)
+        assert torch.equal(one.values, other.values)
+        assert type(one) is type(other)
+
+
+def test_a_codebook_spares_the_heads_of_prompts() -> None:
+    base = tiny_base("llama", torch.float32)
+    grace = GRACE(base_model=base, steps=1)
+    edits = [grace.edit([request]) for request in REQUESTS[:2]]
+    with carrying(base, edits):
+        assert base.edits.spares_heads
+        assert can_share(base)
+    with edits[0], carrying(base, [Toy(base_model=base).edit(REQUESTS[1:2])]):
+        assert not base.edits.spares_heads  # the other edit acts on all tokens
+        assert not can_share(base)
+    assert not base.edits.spares_heads
+
+
+@pytest.mark.parametrize(
+    ("family", "method"), [("gpt2", "toy"), ("llama", "toy"), ("llama", "codebook")]
+)
 def test_readings_are_those_of_complete_passes(
-    family: str, monkeypatch: pytest.MonkeyPatch
+    family: str, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base, protocol = tiny_base(family), Protocol(max_new_tokens=5)
     probes = [
@@ -89,7 +167,15 @@ def test_readings_are_those_of_complete_passes(
         for question in QUESTIONS
         for kind in ("rewrite", "locality")
     ]
-    edits = [Toy(base_model=base).edit([request]) for request in REQUESTS[:2]]
+    requests = REQUESTS[:2]
+    if method == "codebook":  # one prompt is that of a fact, and one lies within its radius
+        requests = [
+            replace(r, prompt=q, subject=None) for r, q in zip(requests, QUESTIONS[:2], strict=True)
+        ]
+        editor = GRACE(base_model=base, steps=3, lr=0.3, radius=1.0)
+    else:
+        editor = Toy(base_model=base)
+    edits = [editor.edit([request]) for request in requests]
     carried = [edits[i % 2] for i in range(len(probes))]
     found = []
     turned_off = {
@@ -100,7 +186,7 @@ def test_readings_are_those_of_complete_passes(
     for name, functions in turned_off.items():
         for function in functions:
             monkeypatch.setattr(f"kedit_lightning.benchmark.reader.{function}", lambda *_: False)
-        reader = Reader(base, protocol, f"{family}-{name}")
+        reader = Reader(base, protocol, f"{family}-{method}-{name}")
         before = reader.base_readings(probes)
         found.append([*before, *reader.readings(probes, before, carried)])
     for *others, complete_one in zip(*found, strict=True):
@@ -154,9 +240,9 @@ def test_prompts_of_the_base_model_are_read_once(monkeypatch: pytest.MonkeyPatch
     made: list[int] = []
     fill = SharedPrompts.__init__
 
-    def counted(self: SharedPrompts, model: BaseModel, prompts: list[EncodedRow]) -> None:
+    def counted(self: SharedPrompts, model: BaseModel, prompts: list[EncodedRow], *known) -> None:
         made.append(len(prompts))
-        fill(self, model, prompts)
+        fill(self, model, prompts, *known)
 
     monkeypatch.setattr(SharedPrompts, "__init__", counted)
     probes = [Probe("locality", question, ("Rome",)) for question in QUESTIONS[:2]] * 2

@@ -271,7 +271,7 @@ class BaseModel:
 
     def forward(self, rows: TokenRows, **options: Any) -> Any:
         """Run the model on rows; memory edits learn where the prompts end."""
-        ends, shown = self.edits.prompts_end_at(rows.prompt_end), self.sight.embedded(rows)
+        ends, shown = self.edits.prompts_end_at(rows.prompt_end, True), self.sight.embedded(rows)
         with ends, naming_inputs(self.model, self.edits), shown:
             return self.model(**{**rows.call, "use_cache": False, **options})
 

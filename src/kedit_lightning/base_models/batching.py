@@ -163,6 +163,29 @@ def logit_batches(
         yield batch
 
 
+def like_lengths(lengths: Sequence[int], overhead: int) -> list[list[int]]:
+    """Numbers of the rows that are read together, so that padding costs least; shortest first.
+
+    A pass costs the number of its tokens, padding included, and ``overhead``.
+
+    >>> like_lengths([3, 90, 4, 88], overhead=40), like_lengths([3, 9, 4, 8], overhead=40)
+    ([[0, 2], [3, 1]], [[0, 2, 3, 1]])
+    """
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    best = {0: (0, 0)}  # cost of so many rows, and where the last part of them begins
+    for end in range(1, len(order) + 1):
+        width = lengths[order[end - 1]]
+        if end == len(order) or lengths[order[end]] != width:
+            costs = ((cost + overhead + (end - at) * width, at) for at, (cost, _) in best.items())
+            best[end] = min(costs)
+    parts, end = [], len(order)
+    while end:
+        start = best[end][1]
+        parts.append(order[start:end])
+        end = start
+    return parts[::-1]
+
+
 def parts_of(lengths: Sequence[int], size: int, alike: bool) -> list[list[int]]:
     """Numbers of the rows that are continued together, ``size`` at most; ``alike``: of one length.
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kedit_lightning.base_models.base_model import BaseModel
+from kedit_lightning.base_models.prefill import prefilled
 from kedit_lightning.base_models.rows import EncodedRow, pad_tails
 
 
@@ -68,16 +69,16 @@ def head_cache(
     distinct = {stem: number for number, stem in enumerate(dict.fromkeys(stems))}
     saved = sum(map(len, stems)) - sum(map(len, distinct))
     if 4 * saved < sum(map(len, heads)) or not attends_to_all(base):
-        return base.model(**whole, use_cache=True, logits_to_keep=1).past_key_values
+        return prefilled(base, whole)
     rows = [EncodedRow(head, ()) for head in heads]
     cuts = list(map(len, stems))
     first, rest = pad_tails(rows, cuts, base.pad_id, base.takes_positions, base.device)
     chosen = torch.tensor([stems.index(stem) for stem in distinct], device=base.device)
     begin = {name: values[chosen] for name, values in first.items()}
     begin["attention_mask"][:, -1] = 1  # an empty one is hidden below
-    cache = base.model(**begin, use_cache=True, logits_to_keep=1).past_key_values
+    cache = prefilled(base, begin)
     if not holds_keys(cache):
-        return base.model(**whole, use_cache=True, logits_to_keep=1).past_key_values
+        return prefilled(base, whole)
     numbers = torch.tensor([distinct[stem] for stem in stems], device=base.device)
     cache.batch_select_indices(numbers)
     options = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}

@@ -2,28 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from kedit_lightning.base_models.base_model import BaseModel
+from kedit_lightning.base_models.batching import like_lengths
+from kedit_lightning.base_models.blocks import removing
 from kedit_lightning.base_models.continuation import can_resume, copied
 from kedit_lightning.base_models.head_cache import attends_to_all
+from kedit_lightning.base_models.prefill import (
+    BlockOutputs,
+    empty_cache,
+    prefilled,
+    unchanged_blocks,
+)
 from kedit_lightning.base_models.rows import (
     EncodedRow,
     TokenRows,
     answering,
+    pad_heads,
     pad_rows,
-    pad_tails,
     put_behind,
     without_last,
 )
+from kedit_lightning.base_models.taps import skipping
 from kedit_lightning.edits.effects import RewritePrompt
+from kedit_lightning.edits.projections import first_tensor
 
+#: What a pass costs beside its tokens, in tokens.
+OVERHEAD = 40
 #: Names of the tensors in a layer of a cache.
 _HELD = ("keys", "values")
 
@@ -31,8 +44,70 @@ _HELD = ("keys", "values")
 def can_share(base: BaseModel) -> bool:
     """Whether what follows a prompt can be read on top of its cache, under the edits of now."""
     edits = base.edits
-    rewritten = edits.active and bool(edits.effects(RewritePrompt))
-    return not rewritten and can_resume(base) and attends_to_all(base)
+    if edits.active and edits.effects(RewritePrompt):
+        return False
+    with edits.suspended() if edits.spares_heads else nullcontext():
+        return can_resume(base) and attends_to_all(base)
+
+
+@dataclass(frozen=True)
+class HeadPart:
+    """Heads of about equal length that are read together.
+
+    Args:
+        numbers: Which of the prompts they begin.
+        inputs: Their tokens, padded on the left. Shape ``[rows, tokens]`` each.
+        cache: Their keys and values.
+        outputs: What blocks have given in that pass, if it was without edits.
+    """
+
+    numbers: Sequence[int]
+    inputs: Mapping[str, Tensor]
+    cache: Any
+    outputs: BlockOutputs
+
+    @classmethod
+    def of(
+        cls, base: BaseModel, numbers: Sequence[int], heads: Sequence[tuple[int, ...]]
+    ) -> HeadPart:
+        """Some heads, read under the edits of now."""
+        inputs = pad_heads(heads, base.pad_id, base.takes_positions, base.device)
+        outputs: BlockOutputs = {}
+        cache = prefilled(base, inputs, None if base.edits.active else outputs)
+        return cls(numbers, inputs, cache, outputs)
+
+    def above(self, base: BaseModel, block: int) -> HeadPart:
+        """The same heads under edits that change nothing below a block."""
+        below = [base.layout.block_name(index) for index in range(block)]
+        with skipping(base.model, {name: self.outputs[name] for name in below}):
+            cache = prefilled(base, self.inputs)
+        cache.layers[:block] = copied(self.cache).layers[:block]
+        return replace(self, cache=cache, outputs={})
+
+
+def parts_of_heads(base: BaseModel, heads: Sequence[tuple[int, ...]]) -> list[list[int]]:
+    """Numbers of the heads that are read together."""
+    if empty_cache(base) is None:
+        return [list(range(len(heads)))]
+    return like_lengths([max(1, len(head)) for head in heads], OVERHEAD)
+
+
+class TailPass(NamedTuple):
+    """A pass over what follows prompts.
+
+    Args:
+        logits: Logits that predict the answers. Shape ``[rows, width, vocab]``.
+        mask: Attention mask of all that was read. Shape ``[rows, columns]``.
+        cache: Its cache.
+        width: How many columns this pass has added.
+        below: Output of the block that was asked for.
+    """
+
+    logits: Tensor
+    mask: Tensor
+    cache: Any
+    width: int
+    below: Any
 
 
 class SharedPrompts:
@@ -44,17 +119,74 @@ class SharedPrompts:
         base: The base model, as its stack stands, with the edits that rows of the prompts carry;
             see :func:`can_share`.
         prompts: The prompts without pictures, not all of one token.
+        plain: The same prompts without edits: blocks below all edits need not run again.
     """
 
-    def __init__(self, base: BaseModel, prompts: Sequence[EncodedRow]) -> None:
+    def __init__(
+        self,
+        base: BaseModel,
+        prompts: Sequence[EncodedRow],
+        plain: SharedPrompts | None = None,
+    ) -> None:
         self._base = base
-        rows = [EncodedRow(row.prompt, ()) for row in prompts]
-        cuts = [len(row.prompt) - 1 for row in rows]
-        head, _ = pad_tails(rows, cuts, base.pad_id, base.takes_positions, base.device)
-        self._mask = head["attention_mask"]
-        with torch.no_grad():
-            options = {"use_cache": True, "logits_to_keep": 1}
-            self._cache: Any = base.model(**head, **options).past_key_values
+        with base.edits.suspended() if base.edits.spares_heads else nullcontext():
+            self._parts = list(self._read(prompts, plain))
+        self._cache = joined([part.cache for part in self._parts])
+        masks = [part.inputs["attention_mask"] for part in self._parts]
+        width = max(mask.shape[1] for mask in masks)
+        self._mask = torch.cat([pad(mask, (width - mask.shape[1], 0)) for mask in masks])
+        order = [number for part in self._parts for number in part.numbers]
+        self._place = {number: place for place, number in enumerate(order)}
+
+    def _read(
+        self, prompts: Sequence[EncodedRow], plain: SharedPrompts | None
+    ) -> Iterator[HeadPart]:
+        """The heads of prompts; blocks below all edits do not run again where they are known."""
+        base, count, block = self._base, len(prompts), unchanged_blocks(self._base)
+        known = plain._parts if plain is not None else []
+        if block == len(base.layout) and known:
+            yield from known
+        elif block and known and all(part.outputs for part in known):
+            for part in known:
+                with base.edits.carried_by(part.numbers, count):
+                    yield part.above(base, block)
+        else:
+            heads = [row.prompt[:-1] for row in prompts]
+            for numbers in parts_of_heads(base, heads):
+                with base.edits.carried_by(numbers, count):
+                    yield HeadPart.of(base, numbers, [heads[number] for number in numbers])
+
+    def tails(
+        self,
+        encoded: Sequence[EncodedRow],
+        numbers: Sequence[int],
+        noting: int = 0,
+        plain: TailPass | None = None,
+    ) -> TailPass:
+        """A pass over what follows the prompts, under the edits of now.
+
+        Args:
+            encoded: Prompts with their answers.
+            numbers: Which of the prompts each of them has.
+            noting: Number of first blocks whose output is noted.
+            plain: The pass over the same without edits, that has noted the output of as many first
+                blocks as the edits of now leave as they are: these do not run again.
+        """
+        base, seen = self._base, list[Any]()
+        rows, options = self.answer_rows(encoded, numbers)
+        cache = options["past_key_values"]
+        names = [base.layout.block_name(index) for index in range(noting)]
+        notes = []
+        if names and plain is None:
+            block = base.module(names[-1])
+            notes = [block.register_forward_hook(lambda module, args, out: seen.append(out))]
+        below = {} if plain is None else dict.fromkeys(names, plain.below)
+        with removing(notes), skipping(base.model, below):
+            logits = base.logits_at(rows, rows.answer_columns, **options)
+        if plain is not None:
+            cache.layers[:noting] = plain.cache.layers[:noting]
+        width = rows.inputs["input_ids"].shape[1]
+        return TailPass(logits, rows.attention_mask, cache, width, seen[-1] if seen else None)
 
     def answer_rows(
         self, encoded: Sequence[EncodedRow], numbers: Sequence[int]
@@ -75,9 +207,19 @@ class SharedPrompts:
         return answering(behind, tails, base.pad_id), options
 
     @property
+    def has_outputs(self) -> bool:
+        """Whether it knows what blocks have given."""
+        return all(part.outputs for part in self._parts)
+
+    def forget_outputs(self) -> None:
+        """Give up the memory of these."""
+        self._parts = [replace(part, outputs={}) for part in self._parts]
+
+    @property
     def nbytes(self) -> int:
-        """Bytes of the cache, as far as it says what it holds."""
-        held = (getattr(layer, name, None) for layer in self._cache.layers for name in _HELD)
+        """Bytes of the cache, as far as it says what it holds, and of the outputs of blocks."""
+        held = [getattr(layer, name, None) for layer in self._cache.layers for name in _HELD]
+        held += [first_tensor(out) for part in self._parts for out in part.outputs.values()]
         return sum(part.nbytes for part in held if isinstance(part, Tensor))
 
     def some(self, numbers: Sequence[int]) -> SomePrompts:
@@ -86,10 +228,28 @@ class SharedPrompts:
 
     def behind(self, numbers: Sequence[int]) -> tuple[Tensor, Any]:
         """Attention mask of the caches of some prompts, and a copy of these that may grow."""
-        index = torch.tensor(numbers, device=self._mask.device)
+        places = [self._place[number] for number in numbers]
+        index = torch.tensor(places, device=self._mask.device)
         cache = copied(self._cache)
         cache.batch_select_indices(index)
         return self._mask[index], cache
+
+
+def joined(caches: Sequence[Any]) -> Any:
+    """One cache of the rows of several, padded on the left; these become views of it."""
+    if len(caches) == 1:
+        return caches[0]
+    whole, width = copied(caches[0]), max(cache.get_seq_length() for cache in caches)
+    for number, layer in enumerate(whole.layers):
+        own = [cache.layers[number] for cache in caches]
+        for name in _HELD:
+            parts = [getattr(one, name) for one in own]
+            wide = torch.cat([pad(part, (0, 0, width - part.shape[2], 0)) for part in parts])
+            setattr(layer, name, wide)
+            views = wide.split([len(part) for part in parts])
+            for one, part, view in zip(own, parts, views, strict=True):
+                setattr(one, name, view[:, :, width - part.shape[2] :])
+    return whole
 
 
 class SomePrompts:
@@ -106,7 +266,7 @@ class SomePrompts:
 
     def prompts(self, encoded: Sequence[EncodedRow]) -> tuple[TokenRows, Any] | None:
         """The prompts padded on the left, and their cache; ``None`` where others are asked for."""
-        if len(encoded) != len(self._numbers):
+        if len(encoded) != len(self._numbers) or self._base.edits.reads_prompts:
             return None
         base, (mask, cache) = self._base, self._shared.behind(self._numbers)
         rows = base.pad(encoded, "left")

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from kedit_lightning.base_models import BaseModel, EncodedRow
-from kedit_lightning.base_models.batching import logit_batches
+from kedit_lightning.base_models.batching import like_lengths, logit_batches
 from kedit_lightning.base_models.generation import greedy_answers
+from kedit_lightning.base_models.plain_prompts import PlainPrompts
+from kedit_lightning.base_models.prefill import unchanged_blocks
 from kedit_lightning.base_models.prefix_states import PrefixStates
 from kedit_lightning.base_models.rows import TokenRows, answering, without_last
 from kedit_lightning.base_models.shared_prompts import SharedPrompts
@@ -24,8 +26,8 @@ from kedit_lightning.metrics.functional import widened
 
 #: Tokens of a row that is no short one, and how many short ones are read for each of these.
 _TOKENS, _MORE = 64, 4
-#: Bytes of caches of prompts that are kept from the readings without edits for those under edits.
-_KEPT_BYTES = 1 << 28
+#: What one more pass along answers costs, with those that go on from it, in tokens.
+OVERHEAD = 100
 
 
 class ForcedRow(NamedTuple):
@@ -74,31 +76,6 @@ class OpenAnswer:
     ended: bool = False
     number: int = 0
     read: tuple[Tensor, Any, int] | None = None
-
-
-class PlainPrompts:
-    """Caches of prompts that the base model has read without edits, as long as they are small."""
-
-    def __init__(self, base: BaseModel) -> None:
-        self._base = base
-        self._known: dict[tuple[tuple[int, ...], ...], SharedPrompts] = {}
-        self._bytes = 0
-
-    def of(self, prompts: Sequence[EncodedRow]) -> SharedPrompts:
-        """The cache of some prompts, in this order; edits must be suspended."""
-        key = tuple(row.prompt for row in prompts)
-        found = self._known.get(key)
-        if found is None:
-            found = SharedPrompts(self._base, prompts)
-            if self._bytes + found.nbytes > _KEPT_BYTES:
-                self.clear()
-            if found.nbytes <= _KEPT_BYTES:
-                self._known[key], self._bytes = found, self._bytes + found.nbytes
-        return found
-
-    def clear(self) -> None:
-        """Forget all."""
-        self._known, self._bytes = {}, 0
 
 
 class Path(NamedTuple):
@@ -194,7 +171,12 @@ class AnswerLogits:
             longest = max(len(path.tokens.prompt) + len(path.tokens.answer) for path in paths)
             size = max(size, min(_MORE * size, size * _TOKENS // longest))
         for some in ([p for p in paths if p.plain], [p for p in paths if not p.plain]):
-            yield from logit_batches(some, lambda p: len(p.tokens.answer), vocabulary, size)
+            # All that is read of paths behind shared prompts is about as long as their answers.
+            lengths = [max(1, len(path.tokens.answer)) for path in some]
+            parts = like_lengths(lengths, OVERHEAD) if self._prompts else [range(len(some))]
+            for part in parts:
+                own = [some[number] for number in part]
+                yield from logit_batches(own, lambda p: len(p.tokens.answer), vocabulary, size)
 
     def _paths(self, rows: Sequence[ForcedRow], wanted: Collection[ForcedRow]) -> list[Path]:
         """The fewest rows that hold all of some, of which those that are wanted are kept."""
@@ -224,7 +206,7 @@ class AnswerLogits:
         if not any(self._edits) and not self._base.edits.active:
             return self._known.of(self._prompts)
         with carrying(self._base, self._edits):
-            return SharedPrompts(self._base, self._prompts)
+            return SharedPrompts(self._base, self._prompts, self._known.known(self._prompts))
 
     @property
     def _plain(self) -> SharedPrompts:
@@ -244,35 +226,49 @@ class AnswerLogits:
         return {"prefix_states": self.prompts.some(numbers)}
 
     def of(self, batch: Sequence[Path]) -> PathLogits:
-        """A pass along the answers of paths, and one without edits where these are compared."""
-        shared, base, read = self.prompts, self._base, None
+        """A pass along the answers of paths, and one without edits where these are compared.
+
+        Both have one shape, so that no change gives exactly 0.
+        """
         edited = [path.tokens for path in batch]
         compared = [path.plain for path in batch if path.plain is not None]
-        base_logits = base_rows = None
-        with carrying(base, [path.edit for path in batch]):
-            if shared is not None:
-                numbers = [self._numbers[path.edit, path.tokens.prompt] for path in batch]
-                rows, options = shared.answer_rows(edited, numbers)
-                logits = base.logits_at(rows, rows.answer_columns, **options)
-                width = rows.inputs["input_ids"].shape[1]
-                read = rows.attention_mask, options["past_key_values"], width
-            elif self._joined or edited == compared:
-                rows = base_rows = self._padded(edited)
-                logits = base.answer_logits(rows)
-            else:
-                rows, logits = self._prefixes.answer_logits(edited)
-            logits = widened(logits)  # [batch, width, vocab]
-            # In passes of the same shape on the same rows, so that no change gives exactly 0.
-            if compared and shared is not None:
-                with base.edits.suspended():
-                    base_rows, options = self._plain.answer_rows(compared, numbers)
-                    columns = base_rows.answer_columns
-                    base_logits = widened(base.logits_at(base_rows, columns, **options))
-            elif compared:
-                base_rows = base.pad(compared) if base_rows is None else base_rows
-                with base.edits.suspended():
-                    base_logits = widened(base.answer_logits(base_rows))
-        return PathLogits(batch, logits, base_logits, read)
+        with carrying(self._base, [path.edit for path in batch]):
+            if self.prompts is None:
+                return PathLogits(batch, *self._whole(edited, compared), None)
+            numbers = [self._numbers[path.edit, path.tokens.prompt] for path in batch]
+            return PathLogits(batch, *self._behind(self.prompts, numbers, edited, compared))
+
+    def _behind(
+        self,
+        prompts: SharedPrompts,
+        numbers: Sequence[int],
+        edited: Sequence[EncodedRow],
+        compared: Sequence[EncodedRow],
+    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Any, int]]:
+        """Logits of what follows shared prompts, with and without edits, and what was read."""
+        blocks, plain = unchanged_blocks(self._base), None
+        if compared:
+            with self._base.edits.suspended():
+                plain = self._plain.tails(compared, numbers, blocks)
+        found = prompts.tails(edited, numbers, blocks, plain)
+        read = found.mask, found.cache, found.width
+        return widened(found.logits), None if plain is None else widened(plain.logits), read
+
+    def _whole(
+        self, edited: Sequence[EncodedRow], compared: Sequence[EncodedRow]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Logits of whole rows, with and without edits."""
+        base, base_rows = self._base, None
+        if self._joined or edited == compared:
+            rows = base_rows = self._padded(edited)
+            logits = widened(base.answer_logits(rows))
+        else:
+            logits = widened(self._prefixes.answer_logits(edited)[1])
+        if not compared:
+            return logits, None
+        base_rows = base.pad(compared) if base_rows is None else base_rows
+        with base.edits.suspended():
+            return logits, widened(base.answer_logits(base_rows))
 
     def _padded(self, encoded: Sequence[EncodedRow]) -> TokenRows:
         """Whole rows; joined ones without their last tokens, which predict nothing."""

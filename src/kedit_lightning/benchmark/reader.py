@@ -11,6 +11,7 @@ import torch
 
 from kedit_lightning.base_models import BaseModel, EncodedRow
 from kedit_lightning.base_models.foreign_hooks import foreign_hooks
+from kedit_lightning.base_models.plain_prompts import PlainPrompts
 from kedit_lightning.base_models.prefix_states import PrefixStates
 from kedit_lightning.base_models.shared_prompts import can_share
 from kedit_lightning.benchmark.answer_cache import AnswersCache, key_of
@@ -18,7 +19,6 @@ from kedit_lightning.benchmark.answer_logits import (
     AnswerLogits,
     ForcedRow,
     OpenAnswer,
-    PlainPrompts,
     parts_of_questions,
 )
 from kedit_lightning.benchmark.begun_answers import BegunAnswers, is_plain

@@ -123,12 +123,14 @@ class RouteRows:
     """Changes a module's output, row by row; ``build`` gets the contents of one module.
 
     That of one edit has one content, that of many folded into one those of all, oldest first.
+    One that ``spares_heads`` looks at the last token of each prompt, and changes no earlier one.
     """
 
     module: str
     family: Hashable
     build: Callable[[Sequence[Any]], RowFunction]
     contents: Sequence[Any]
+    spares_heads: bool = False
 
 
 @dataclass(frozen=True)

@@ -97,8 +97,8 @@ class FoldedPrefix:
             if total is not None:
                 found.append(AddToOutput(name, total))
         for (name, family), group in routes.items():
-            build = group[0].build
-            found.append(RouteRows(name, family, build, contents_of(group)))
+            build, spares = group[0].build, all(route.spares_heads for route in group)
+            found.append(RouteRows(name, family, build, contents_of(group), spares))
         return found
 
 

@@ -15,6 +15,7 @@ from kedit_lightning.edits.effects import (
     AddToOutput,
     ChangeLogits,
     Effect,
+    KeepMemory,
     PromptFunction,
     ReadStates,
     RewritePrompt,
@@ -111,6 +112,7 @@ class HookPlan:
             first token.
         reads_states: Whether a hook reads hidden states, perhaps in the encoder.
         decides: Whether a hook decides at the end of the prompt, which one call must then read.
+        spares_heads: Whether nothing acts before the last token of a prompt.
     """
 
     hooks: Sequence[tuple[str, ForwardHook]] = ()
@@ -119,6 +121,7 @@ class HookPlan:
     reads_prompts: bool = False
     reads_states: bool = False
     decides: bool = False
+    spares_heads: bool = False
 
     @property
     def names(self) -> list[str]:
@@ -179,4 +182,6 @@ class HookPlan:
         decides = bool(states or of_type(every, RouteRows))
         reads_prompts = bool(decides or logits)
         reads_rows = bool(apart or reads_prompts)
-        return cls(hooks, prompts, reads_rows, reads_prompts, bool(states), decides)
+        acting = [effect for effect in every if not isinstance(effect, KeepMemory)]
+        spares = all(isinstance(effect, RouteRows) and effect.spares_heads for effect in acting)
+        return cls(hooks, prompts, reads_rows, reads_prompts, bool(states), decides, spares)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-import weakref
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from kedit_lightning.edits.beam_reorder import BeamReorder, columns_in, context_of
 from kedit_lightning.errors import UnsupportedUseError
 
 #: Prefix of our entries in the output of an encoder.
@@ -129,41 +130,6 @@ def _attended(mask: Any, ids: Tensor) -> Tensor:
     return torch.ones(ids.shape[:2], dtype=torch.bool, device=ids.device)
 
 
-class _BeamReorder:
-    """Replaces a cache's ``reorder_cache``, so that the row context follows the beams."""
-
-    def __init__(self, cache: Any, context: RowContext) -> None:
-        # A strong reference would be a cycle, and keep the cache alive after its answer.
-        self._cache = weakref.ref(cache)
-        self.context = context
-
-    def __call__(self, beam_idx: Tensor) -> Any:
-        cache: Any = self._cache()
-        self.context.reorder(beam_idx)
-        return type(cache).reorder_cache(cache, beam_idx)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _BeamReorder:
-        # The cache is being copied: ``memo`` holds the copy already.
-        return _BeamReorder(memo[id(self._cache())], copy.deepcopy(self.context, memo))
-
-
-def _context_of(cache: Any) -> RowContext | None:
-    reorder = vars(cache).get("reorder_cache")
-    return reorder.context if isinstance(reorder, _BeamReorder) else None
-
-
-def _columns_in(cache: Any) -> int:
-    """Columns that a cache holds: of a state-space model, which counts none, those read so far."""
-    if cache is None:
-        return 0
-    try:
-        return int(cache.get_seq_length())
-    except ValueError:
-        known = _context_of(cache)
-        filled = bool(cache.has_previous_state())
-        return max(1, known.columns if known is not None else 1) if filled else 0
-
-
 def _first_tensor(call: Mapping[str, Any]) -> Tensor:
     return next(value for value in call.values() if isinstance(value, Tensor))
 
@@ -187,6 +153,8 @@ class ContextTracker:
         config = getattr(model, "config", None)
         self.is_encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
         self.prompt_ends: Tensor | None = None
+        #: Whether they are columns of each call, and not of all that its cache holds.
+        self.ends_here = False
         #: Columns of the prompts that ``generate`` continues now.
         self.prompt_columns: int | None = None
         #: Whether decisions matter: edits act, and this model does not just guess for another.
@@ -202,6 +170,16 @@ class ContextTracker:
         twin._model, twin.current = memo.get(id(self._model), self._model), None
         memo[id(self)] = twin
         return twin
+
+    @contextmanager
+    def told(self, **facts: Any) -> Iterator[None]:
+        """Inside, a caller has set some of what is known of the calls of the model."""
+        before = {name: getattr(self, name) for name in facts}
+        vars(self).update(facts)
+        try:
+            yield
+        finally:
+            vars(self).update(before)
 
     def encoders(self) -> list[nn.Module]:
         """The encoder of a model that has one, which ``generate`` calls before the model."""
@@ -241,12 +219,13 @@ class ContextTracker:
         given = call.get(f"{side}input_ids")
         ids = _first_tensor(call) if given is None else given
         attended = _attended(call.get(f"{side}attention_mask"), ids)
-        start = _columns_in(cache)
+        start = columns_in(cache)
         # A cache that was filled before the edit was applied has no context.
-        known = _context_of(cache) if start else None
-        if self._decides and self.acts and self.answers:
+        known = context_of(cache) if start else None
+        reads_end = not start or self.ends_here
+        if self._decides and self.acts and self.answers and not (start and reads_end):
             self._check_bounds(call, known, start, ids.shape[1])
-        if start:
+        if not reads_end:
             self.current = known or RowContext(torch.zeros(len(ids), dtype=torch.long))
             self.current.prefill = False
         else:
@@ -342,4 +321,4 @@ class ContextTracker:
 
     def _attach(self, cache: Any) -> None:
         if hasattr(cache, "reorder_cache") and self.current is not None:
-            cache.reorder_cache = _BeamReorder(cache, self.current)
+            cache.reorder_cache = BeamReorder(cache, self.current)

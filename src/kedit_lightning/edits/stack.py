@@ -178,6 +178,11 @@ class EditStack:
         """Whether an active edit looks at prompts, so that passes must start at their beginning."""
         return self._active and self._plan.reads_prompts
 
+    @property
+    def spares_heads(self) -> bool:
+        """Whether the active edits do nothing before the last token of a prompt."""
+        return self.active and self._plan.spares_heads
+
     def effects(self, kind: type[E]) -> list[E]:
         """Effects of one type that the applied edits have, oldest first; row functions folded."""
         effects = self._prefix.effects if kind is RouteRows else effects_of(self._edits)
@@ -274,25 +279,20 @@ class EditStack:
             self._change(self._edits, before)
 
     @contextmanager
-    def prompts_end_at(self, columns: Tensor) -> Iterator[None]:
-        """Inside, forward passes have prompts that end at these columns. Shape ``[batch]``."""
-        with self.lock:
+    def prompts_end_at(self, columns: Tensor, here: bool = False) -> Iterator[None]:
+        """Inside, forward passes have prompts that end at these columns. Shape ``[batch]``.
+
+        They are those of all that is read, or ``here`` of each call, whatever its cache holds.
+        """
+        with self.lock, self._tracker.told(prompt_ends=columns, ends_here=here):
             self.follow_modules()
-            before, self._tracker.prompt_ends = self._tracker.prompt_ends, columns
-            try:
-                yield
-            finally:
-                self._tracker.prompt_ends = before
+            yield
 
     @contextmanager
     def logits_stand_at(self, places: tuple[Tensor, Tensor]) -> Iterator[None]:
         """Inside, forward passes give logits of these rows and columns only. Shape ``[n]`` each."""
-        with self.lock:
-            before, self._tracker.logit_places = self._tracker.logit_places, places
-            try:
-                yield
-            finally:
-                self._tracker.logit_places = before
+        with self.lock, self._tracker.told(logit_places=places):
+            yield
 
     def render(self, prompt: str, room: Callable[[str], int], images: Sequence[str] = ()) -> str:
         """The prompt as prompt edits rewrite it; ``room`` counts the tokens left behind a text."""

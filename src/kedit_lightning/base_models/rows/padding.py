@@ -256,6 +256,17 @@ def prompt_types(rows: TokenRows) -> dict[str, Tensor]:
     return {"token_type_ids": 1 - ((columns <= ends) & mask.bool()).to(mask)}
 
 
+def pad_heads(
+    heads: Sequence[tuple[int, ...]], pad_id: int, takes_positions: bool, device: torch.device
+) -> dict[str, Tensor]:
+    """Beginnings of rows, padded on the left, as a model takes them. ``[rows, tokens]`` each."""
+    ids, mask, _ = _pad(heads, pad_id, "left")
+    inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+    if takes_positions:
+        inputs["position_ids"] = positions(inputs["attention_mask"])
+    return inputs
+
+
 def pad_tails(
     rows: Sequence[EncodedRow],
     cuts: Sequence[int],
@@ -274,16 +285,13 @@ def pad_tails(
     arguments are those of :func:`pad_rows`.
     """
     pairs = list(zip(rows, cuts, strict=True))
-    head, head_mask, _ = _pad([row.prompt[:at] for row, at in pairs], pad_id, "left")
+    first = pad_heads([row.prompt[:at] for row, at in pairs], pad_id, takes_positions, device)
     tails = []
     for row, at in pairs:
         end = max(-1, row.subject_end - at)
         start = -1 if min(row.subject_start, end) < 0 else max(0, row.subject_start - at)
         tails.append(EncodedRow(row.prompt[at:], row.answer, end, start))
     padded = _without_ends(pad_rows(tails, pad_id, "right", False, device), tails)
-    first = {"input_ids": head.to(device), "attention_mask": head_mask.to(device)}
-    if takes_positions:
-        first["position_ids"] = positions(first["attention_mask"])
     return first, put_behind(first["attention_mask"], padded, takes_positions)
 
 

@@ -129,7 +129,8 @@ class CodebookEdit(MemoryEdit):
 
     def effects(self) -> Sequence[Effect]:
         """The routing of rows by the codebook that all such edits form."""
-        return [RouteRows(self.module, self.family, self._build, [self.entries])]
+        spares = self.replacement == "last"
+        return [RouteRows(self.module, self.family, self._build, [self.entries], spares)]
 
     def _build(self, contents: Sequence[Sequence[CodebookEntry]]) -> RowFunction:
         device = device_of(self.base.model.get_submodule(self.module))
