@@ -114,6 +114,8 @@ def test_runs_that_differ_are_told_apart(tmp_path: Path) -> None:
     only = compared(runs, only=["rewrite/tf_all"])
     assert list(only.scores) == ["rewrite/tf_all"]
     assert {one.adjusted for one in only.differences} == {one.adjusted for one in pairs.values()}
+    with pytest.raises(UnsupportedUseError, match="at least two runs, got 0; name their output"):
+        compared([])
     with pytest.raises(UnsupportedUseError, match="not all runs have rewrite/tf_al; all"):
         compared(runs, only=["rewrite/tf_al"])
     same = [d for d in comparison.differences if d.score == "locality/kl"]

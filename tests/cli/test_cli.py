@@ -393,6 +393,8 @@ def test_unknown_names_are_named(toy: list[str], capsys: pytest.CaptureFixture[s
             ["test", *toy, *DATASET, "--model.strenght=3"],
             ("--model.strenght (was strength meant?)",),
         ),
+        (["compar", "run"], ("no command 'compar'", "was compare meant")),
+        (["test", "--model.help", "ROMEE"], ("no 'ROMEE' for --model", "was ROME or")),
         (["test", *toy, *DATASET, "--outptu=x"], ("--outptu", "was --output meant")),
         (["test", *toy, *DATASET, "--outp=x"], ("--outp", "was --output meant")),
         (["test", *toy, *DATASET, "--trainer.protocol.mode=all"], ("protocol.mode", "'single'")),
@@ -406,7 +408,7 @@ def test_unknown_names_are_named(toy: list[str], capsys: pytest.CaptureFixture[s
             ("--model.base_model.dtype", "'float32'"),
         ),
         (["predict", *toy], ("predict was given no prompt",)),
-        (["tset", *toy], ("'tset'", "'test'")),
+        (["tset", *toy], ("no command 'tset'", "was test meant")),
         (
             ["test", *toy, *DATASET, "--data.limit=few"],
             ("--data.limit must be int or null, got 'few'",),

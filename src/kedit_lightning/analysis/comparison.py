@@ -177,7 +177,9 @@ def compared(runs: Sequence[Run], groups: bool = False, only: Sequence[str] = ()
             score.
     """
     if len(runs) < 2:
-        raise UnsupportedUseError("a comparison needs at least two runs")
+        raise UnsupportedUseError(
+            f"a comparison needs at least two runs, got {len(runs)}; name their output folders"
+        )
     refuse_different(runs)
     runs = named(runs)
     keys = [key for key in runs[0].scores if all(key in run.scores for run in runs)]

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from lightning.pytorch import Callback, LightningDataModule
 
+from kedit_lightning.cli.main import LISTS, REPORTS
 from kedit_lightning.errors import KEditError, article_list
 from kedit_lightning.methods import EditMethod
 
@@ -25,6 +26,8 @@ NO_METHOD = "no editing method was named; add one with --model ROME, or -c metho
 _KEY = r'Parser key "([\w.]+)": '
 _NEAR = r"(?:(?!Parser key).)*?"
 _CLASS = r'Parser key "(model|data|[\w.]*callbacks)": ' + _NEAR + r"import path string: (\S+)"
+_CLASS_HELP = r"--(model|data|[\w.]*callbacks)\.help: .*import path string: (\S+)"
+_COMMAND = r"argument subcommand: invalid choice: '(.+?)' \(choose from (.*?)\)"
 _CHOICE = _KEY + _NEAR + r"Literal\[(.*?)\].*? value: (\S+)"
 _TYPE = _KEY + _NEAR + r"Expected an? (\S+?)\. Got value: (\S+)"
 _UNION = r".*" + _KEY + r"[^:]*Subtypes: \[((?:(?!Parser key).)*?)\] Errors: .*?Given value: (\S+)"
@@ -80,7 +83,10 @@ def explain(message: str, options: Sequence[str] = ()) -> str:
             f"configs may not name '{match[1]}': they name what lies below {', '.join(ALLOWED)}; "
             f"the environment variable {ALLOW_MORE} adds modules, separated by commas"
         )
-    if match := re.search(_CLASS, text):
+    if match := re.search(_COMMAND, text):
+        commands = [*re.findall(r"\w+", match[2]), *REPORTS, *LISTS]
+        return f"there is no command '{match[1]}'{meant(match[1], commands)}"
+    if match := re.search(_CLASS, text) or re.search(_CLASS_HELP, text):
         kind = {"model": EditMethod, "data": LightningDataModule}.get(match[1], Callback)
         return f"there is no '{match[2]}' for --{match[1]}{meant(match[2], known_classes(kind))}"
     if match := re.search(r"[Uu]nrecognized arguments: (--[\w.]+)", text):

@@ -66,7 +66,9 @@ def run_conversion(arguments: Sequence[str]) -> str:
 def _read(source: Path) -> Any:
     """Values of a YAML or JSON file."""
     if not source.is_file():
-        raise DataFileNotFoundError(f"there is no file '{source}'")
+        raise DataFileNotFoundError(
+            f"there is no file '{source}'; correct the path of the file of EasyEdit"
+        )
     if source.suffix != ".json":
         return read_yaml(source, "file")
     try:

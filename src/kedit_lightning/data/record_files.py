@@ -57,7 +57,7 @@ def read_records(path: Path, most: int | None = None) -> tuple[list[Record], str
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     parse = _csv_records if path.suffix.lower() in (".csv", ".tsv") else _json_records
     if not (records := list(islice(parse(path), most))):
-        raise DataFileError(f"{path.name} holds no records")
+        raise DataFileError(f"{path.name} holds no records; add one, or name another file")
     return records, sha256
 
 
