@@ -339,7 +339,7 @@ def test_edits_of_another_base_model_are_refused(edited: Path) -> None:
 def test_a_changed_edit_file_is_refused(edited: Path) -> None:
     method = Toy(base_model=tiny_base("llama"))
     method.edit(facts(2).examples()[1].requests).save(edited / "edits/0.safetensors")
-    with pytest.raises(EditFileError, match="its content has changed"):
+    with pytest.raises(EditFileError, match="its content has changed; put back a copy"):
         trainer().predict(method, edits=edited, prompt="Rome is")
 
 

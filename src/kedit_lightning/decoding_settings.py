@@ -105,7 +105,7 @@ _IDLE = frozenset(
 )
 #: Every setting with the value at which it does nothing.
 NEUTRAL = {**_CHOICE, **_NEVER}
-#: Settings of which the model, not the user, decides what is neutral.
+#: All settings of which is decided here whether they act; a test compares it with transformers'.
 KNOWN = KEPT | NEUTRAL.keys() | _IDLE
 
 

@@ -11,8 +11,6 @@ from kedit_lightning.cli.messages import UsageError
 from kedit_lightning.errors import KEditError, one_line
 
 Rows: TypeAlias = list[list[str]]
-#: A sentence, rows of answers, rows of the ledger.
-Shown: TypeAlias = tuple[str, Rows, Rows]
 
 ANSWERS = ["prompt", "before", "after", ""]
 LEDGER = ["line", "method", "prompt", "answer", "state"]

@@ -16,6 +16,8 @@ from kedit_lightning.edits.state_schema import check_value
 from kedit_lightning.errors import EditFileError, EditOrderError
 from kedit_lightning.runs.ledger_record import FILE, LedgerRecord
 
+_WAY_OUT = "put back a copy of it, or repeat the run in a new folder"
+
 
 class StackEntry(TypedDict):
     """An edit in ``stack.json``."""
@@ -94,14 +96,16 @@ def _saved_edit(order: Path, entry: StackEntry, base: BaseModel, force: bool = F
     """
     file = order.parent / entry["file"]
     if not file.is_file():
-        raise EditFileError(f"{order} names {entry['file']}, which is absent")
+        raise EditFileError(f"{order} names {entry['file']}, which is absent; {_WAY_OUT}")
     if hashlib.sha256(file.read_bytes()).hexdigest() != entry["sha256"]:
         raise EditFileError(
-            f"{file} is not the edit that {order.name} names: its content has changed"
+            f"{file} is not the edit that {order.name} names: its content has changed; {_WAY_OUT}"
         )
     edit = Edit.load(file, base, force)
     if (edit.id, labels(edit.origin.to_json())) != (entry["id"], entry["requests"]):
-        raise EditFileError(f"{file} is not the edit that {order.name} names: id or requests")
+        raise EditFileError(
+            f"{file} is not the edit that {order.name} names: id or requests; {_WAY_OUT}"
+        )
     return edit
 
 

@@ -105,7 +105,7 @@ class Texts(LightningDataModule):
             self._source = {"hub": name, "sha256": None, "records": None}
         else:
             if not (records := sum(1 for _ in self.texts())):
-                raise DataFileError(f"'{self.path}' holds no text")
+                raise DataFileError(f"'{self.path}' holds no text; name another file or folder")
             sha256 = _hash_files(self._files())
             self._source = {"path": str(self.path), "sha256": sha256, "records": records}
 
@@ -171,7 +171,9 @@ class Texts(LightningDataModule):
             # Compared as text with one separator, so that all systems agree on the order.
             files = sorted(filter(Path.is_file, files), key=lambda file: file.as_posix())
             if not files:
-                raise DataFileError(f"folder '{path}' holds no .txt or .jsonl file")
+                raise DataFileError(
+                    f"folder '{path}' holds no .txt or .jsonl file; name one that does"
+                )
             return files
         if not path.is_file():
             raise DataFileNotFoundError(
