@@ -7,7 +7,6 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
@@ -38,7 +37,6 @@ def empty_cache(base: BaseModel) -> DynamicCache | None:
     return cache if plain and len(cache.layers) == len(base.layout) else None
 
 
-@torch.no_grad()
 def prefilled(
     base: BaseModel, inputs: Mapping[str, Tensor], outputs: BlockOutputs | None = None
 ) -> Any:

@@ -129,7 +129,8 @@ class SharedPrompts:
         plain: SharedPrompts | None = None,
     ) -> None:
         self._base = base
-        with base.edits.suspended() if base.edits.spares_heads else nullcontext():
+        silent = base.edits.suspended() if base.edits.spares_heads else nullcontext()
+        with torch.no_grad(), silent:
             self._parts = list(self._read(prompts, plain))
         self._cache = joined([part.cache for part in self._parts])
         masks = [part.inputs["attention_mask"] for part in self._parts]

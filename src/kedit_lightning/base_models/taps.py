@@ -5,10 +5,12 @@ They see ``[batch, tokens, width]``, whatever the module's own form is.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import count
 from typing import Any, TypeAlias
 
 import torch
@@ -192,18 +194,73 @@ def gathering(head: nn.Module, places: tuple[Tensor, Tensor]) -> Iterator[None]:
 @contextmanager
 def skipping(model: nn.Module, outputs: Mapping[str, Any]) -> Iterator[None]:
     """Replace forward passes of modules by stored outputs, in the module's own form."""
-    modules = {name: model.get_submodule(name) for name in outputs}
-    before = {name: vars(module).get("forward") for name, module in modules.items()}
-    try:
+    with ExitStack() as kept:
+        for name, output in outputs.items():
+            stored = partial(_given, output)
+            kept.enter_context(_forward(model.get_submodule(name), stored))
+        yield
+
+
+def _given(output: Any, *args: Any, **kwargs: Any) -> Any:
+    return output
+
+
+@dataclass
+class Call:
+    """A call of a module.
+
+    Args:
+        start: When it began, counted in calls.
+        end: When it ended, counted in the same way.
+        output: What it has given, in its own form, before hooks act on it.
+        batch: Rows of the model's call.
+    """
+
+    start: int
+    end: int = sys.maxsize
+    output: Any = None
+    batch: int = 0
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether it gives one tensor with an entry a row."""
+        first, *rest = self.output if isinstance(self.output, tuple) else (self.output,)
+        ours = isinstance(first, Tensor) and first.dim() > 2 and len(first) == self.batch
+        return ours and all(value is None for value in rest)
+
+
+@contextmanager
+def noting_calls(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, list[Call]]]:
+    """Note the calls of modules inside the block, by name."""
+    calls: dict[str, list[Call]] = {}
+    clock = count()
+
+    def noted(name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        call = Call(next(clock), batch=batch())
+        calls.setdefault(name, []).append(call)
+        call.output = forward(*args, **kwargs)
+        call.end = next(clock)
+        return call.output
+
+    modules = {name: model.get_submodule(name) for name in names}
+    with _called(model) as batch, ExitStack() as kept:
         for name, module in modules.items():
-            setattr(module, "forward", lambda *args, _out=outputs[name], **kwargs: _out)  # noqa: B010
+            kept.enter_context(_forward(module, partial(noted, name, module.forward)))
+        yield calls
+
+
+@contextmanager
+def _forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Inside, a module has another forward function."""
+    own = vars(module).get("forward")
+    setattr(module, "forward", forward)  # noqa: B010
+    try:
         yield
     finally:
-        for name, module in modules.items():
-            if before[name] is None:
-                vars(module).pop("forward", None)
-            else:
-                setattr(module, "forward", before[name])  # noqa: B010
+        if own is None:
+            vars(module).pop("forward", None)
+        else:
+            setattr(module, "forward", own)  # noqa: B010
 
 
 @contextmanager

@@ -83,6 +83,34 @@ def test_only_blocks_from_the_first_changed_one_on_run():
     assert len(logits) == int(passes.rows.answer_mask.sum())  # no other token meets the vocabulary
 
 
+def test_what_a_block_computes_before_its_changed_module_runs_once(monkeypatch):
+    base, ran = tiny_base("llama"), []
+    parts = ("self_attn.q_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+    numbers = {base.module(f"model.layers.{i}.{p}"): f"{i}.{p}" for i in (1, 2, 3) for p in parts}
+    multiply = torch.nn.Linear.forward
+
+    def noted(module, x):
+        ran.extend([numbers[module]] if module in numbers else [])
+        return multiply(module, x)
+
+    monkeypatch.setattr(torch.nn.Linear, "forward", noted)
+    modules = [base.layout.block(2).down, base.layout.block(3).down]
+    passes = AnswerPasses.of(base, REQUESTS, modules)
+    whole = AnswerPasses.of(base, REQUESTS, [base.layout.block_name(2)])
+    found = []
+    for own in (passes, whole, passes.select(torch.tensor([3, 1]))):
+        ran.clear()
+        found.append((own.losses(), list(ran)))
+    above = [f"3.{part}" for part in parts]
+    assert [calls for _, calls in found] == [
+        ["2.mlp.down_proj", *above],
+        [*(f"2.{part}" for part in parts), *above],
+        ["2.mlp.down_proj", *above],
+    ]
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(found[2][0], found[1][0][[3, 1]], rtol=1e-9, atol=1e-10)
+
+
 @pytest.mark.parametrize("reach", ["all", "prompt_end"])
 def test_some_of_the_rows_answer_as_they_do_among_all(reach):
     base = tiny_base("gpt2")

@@ -54,9 +54,9 @@ class AnswerPasses:
         reach: Reach = "all",
     ) -> None:
         self.base = base
-        block = base.layout.first_block(modules)
+        block = base.layout.first_block(modules := tuple(modules))
         cuts = [len(row.prompt) - 1 if reach == "prompt_end" else 0 for row in encoded]
-        self._place(Continuation(base, encoded, block, cuts=cuts))
+        self._place(Continuation(base, encoded, block, cuts=cuts, changed=modules))
 
     @classmethod
     def of(
