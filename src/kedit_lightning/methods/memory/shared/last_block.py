@@ -64,7 +64,9 @@ class LastBlockPasses:
 
     def __init__(self, base: BaseModel, place: MLPPlace, requests: Sequence[EditRequest]) -> None:
         self.base, self.place = base, place
-        self._along = AnswerPasses.of(base, requests, [place.writes], "prompt_end")
+        # All of the block runs, so that what it is made of can be read.
+        block = base.layout.block_name(base.layout.first_block([place.writes]))
+        self._along = AnswerPasses.of(base, requests, [block], "prompt_end")
         rows = self._along.rows
         #: Number of the request of each token, and the token that shall follow. Shape ``[n]``.
         self.row, slot = rows.answer_mask.nonzero(as_tuple=True)
