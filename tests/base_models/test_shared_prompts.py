@@ -11,7 +11,7 @@ from support import FAMILIES, REQUESTS, tiny_base
 from toys import Toy
 
 from kedit_lightning import BaseModel, Probe
-from kedit_lightning.base_models.prefill import prefilled, unchanged_blocks
+from kedit_lightning.base_models.prefill import prefilling, unchanged_blocks
 from kedit_lightning.base_models.rows import EncodedRow
 from kedit_lightning.base_models.shared_prompts import SharedPrompts, can_share
 from kedit_lightning.benchmark import Protocol
@@ -46,9 +46,9 @@ def test_logits_behind_shared_prompts_are_those_of_complete_passes(family: str) 
     with carrying(base, [carried[number] for number in numbers]):
         expected = complete(base, rows)
         for _ in range(2):  # the cache is not used up
-            padded, options = shared.answer_rows(rows, numbers)
-            logits = base.logits_at(padded, padded.answer_columns, **options)
-            for own, mask, other in zip(logits, padded.answer_mask, expected, strict=True):
+            tails = shared.tails(rows, numbers)
+            logits = base.logits_at(tails.rows, tails.rows.answer_columns, **tails.options)
+            for own, mask, other in zip(logits, tails.rows.answer_mask, expected, strict=True):
                 torch.testing.assert_close(own[mask], other, rtol=1e-9, atol=1e-10)
 
 
@@ -106,16 +106,22 @@ def test_blocks_below_all_edits_run_once(family: str) -> None:
         found = [SharedPrompts(base, prompts, plain)]
         assert ran == [first, first + 1]
         found.append(SharedPrompts(base, prompts))
+    before = plain.tails(rows, numbers)
+    entered, whole = found[0].tails(rows, numbers), found[1].tails(rows, numbers)
+    logits = []
     with carrying(base, [carried[number] for number in numbers]):
-        with base.edits.suspended():
-            before = plain.tails(rows, numbers, first)
+        with base.edits.suspended(), before.noting(first):
+            logits.append(base.logits_at(before.rows, before.rows.answer_columns, **before.options))
         ran.clear()
-        entered, whole = found[0].tails(rows, numbers, first, before), found[1].tails(rows, numbers)
+        for tails, known in ((entered, before), (whole, None)):
+            with tails.above(first, known):
+                columns = tails.rows.answer_columns
+                logits.append(base.logits_at(tails.rows, columns, **tails.options))
     assert ran == [first, first + 1, *range(count)]
     for handle in handles:
         handle.remove()
-    assert torch.equal(entered.logits, whole.logits)
-    assert not torch.allclose(entered.logits, before.logits)
+    assert torch.equal(logits[1], logits[2])
+    assert not torch.allclose(logits[1], logits[0])
     for one, other in zip(entered.cache.layers, whole.cache.layers, strict=True):
         assert torch.equal(one.keys, other.keys)
         assert torch.equal(one.values, other.values)
@@ -131,7 +137,9 @@ def test_a_prefill_ends_with_the_last_keys_and_values() -> None:
         base.module(name).register_forward_hook(lambda *_, name=name: ran.append(name))
         for name in names
     ]
-    cache, outputs = prefilled(base, inputs, given := {}), given
+    with prefilling(base, outputs := {}) as prefill:
+        prefill.output = base.model(**inputs, **prefill.options)
+    cache = prefill.cache
     assert ran == names[:-1]
     assert list(outputs) == [base.layout.block_name(index) for index in range(len(names) - 1)]
     for handle in handles:

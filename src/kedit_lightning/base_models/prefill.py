@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -37,39 +37,62 @@ def empty_cache(base: BaseModel) -> DynamicCache | None:
     return cache if plain and len(cache.layers) == len(base.layout) else None
 
 
-def prefilled(
-    base: BaseModel, inputs: Mapping[str, Tensor], outputs: BlockOutputs | None = None
-) -> Any:
-    """The cache of padded tokens, under the edits of now.
+class Prefill:
+    """A pass that fills a cache; the call of the model is the caller's.
 
     Args:
         base: The base model, as its stack stands.
-        inputs: The tokens. Shape ``[rows, tokens]`` each.
+    """
+
+    def __init__(self, base: BaseModel) -> None:
+        #: Options of the model's call.
+        self.options: dict[str, Any] = {"use_cache": True, "logits_to_keep": 1}
+        #: What that call has given, if it came to its end.
+        self.output: Any = None
+        self._filled: Any = empty_cache(base)
+        if self._filled is not None:
+            self._filled.layers[-1] = _LastLayer()  # type: ignore[no-untyped-call]
+            self.options["past_key_values"] = self._filled
+
+    @property
+    def cache(self) -> Any:
+        """What was filled."""
+        cache = self._filled if self.output is None else self.output.past_key_values
+        last = cache.layers[-1]
+        if isinstance(last, _LastLayer):  # from here on it is like the others
+            cache.layers[-1] = DynamicLayer()
+            vars(cache.layers[-1]).update(vars(last))
+        return cache
+
+
+@contextmanager
+def prefilling(base: BaseModel, outputs: BlockOutputs | None = None) -> Iterator[Prefill]:
+    """Inside, the model is called with the options of a prefill, under the edits of now.
+
+    Args:
+        base: The base model, as its stack stands.
         outputs: Takes the outputs of all blocks but the last, if given.
     """
-    names = [base.layout.block_name(index) for index in range(len(base.layout) - 1)]
+    noted = range(len(base.layout) - 1) if outputs is not None else ()
+    names, prefill = [base.layout.block_name(index) for index in noted], Prefill(base)
 
     def note(name: str, module: nn.Module, args: Any, output: Any) -> None:
         if outputs is not None:
             outputs[name] = output
 
-    noted = names if outputs is not None else []
-    with removing([base.module(n).register_forward_hook(partial(note, n)) for n in noted]):
-        return _cache_of(base, inputs)
+    with removing([base.module(n).register_forward_hook(partial(note, n)) for n in names]):
+        if "past_key_values" not in prefill.options:
+            yield prefill
+        else:
+            with suppress(_Filled), uncompiled():
+                yield prefill
 
 
-def _cache_of(base: BaseModel, inputs: Mapping[str, Tensor]) -> Any:
-    options = {"use_cache": True, "logits_to_keep": 1}
-    cache = empty_cache(base)
-    if cache is not None:
-        last = cache.layers[-1] = _LastLayer()  # type: ignore[no-untyped-call]
-        with suppress(_Filled), uncompiled():
-            base.model(**inputs, past_key_values=cache, **options)
-        cache.layers[-1] = DynamicLayer()
-        vars(cache.layers[-1]).update(vars(last))
-        if last.is_initialized:
-            return cache
-    return base.model(**inputs, **options).past_key_values
+def prefilled(base: BaseModel, inputs: Mapping[str, Tensor]) -> Any:
+    """The cache of padded tokens, under the edits of now. Shape of inputs: ``[rows, tokens]``."""
+    with prefilling(base) as prefill:
+        prefill.output = base.model(**inputs, **prefill.options)
+    return prefill.cache
 
 
 def unchanged_blocks(base: BaseModel) -> int:

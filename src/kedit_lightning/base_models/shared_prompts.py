@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from kedit_lightning.base_models.base_model import BaseModel
@@ -19,7 +19,7 @@ from kedit_lightning.base_models.head_cache import attends_to_all
 from kedit_lightning.base_models.prefill import (
     BlockOutputs,
     empty_cache,
-    prefilled,
+    prefilling,
     unchanged_blocks,
 )
 from kedit_lightning.base_models.rows import (
@@ -73,14 +73,18 @@ class HeadPart:
         """Some heads, read under the edits of now."""
         inputs = pad_heads(heads, base.pad_id, base.takes_positions, base.device)
         outputs: BlockOutputs = {}
-        cache = prefilled(base, inputs, None if base.edits.active else outputs)
-        return cls(numbers, inputs, cache, outputs)
+        # The model is called here: few frames lie between a command and a forward hook.
+        with prefilling(base, None if base.edits.active else outputs) as prefill:
+            prefill.output = base.model(**inputs, **prefill.options)
+        return cls(numbers, inputs, prefill.cache, outputs)
 
     def above(self, base: BaseModel, block: int) -> HeadPart:
         """The same heads under edits that change nothing below a block."""
         below = [base.layout.block_name(index) for index in range(block)]
-        with skipping(base.model, {name: self.outputs[name] for name in below}):
-            cache = prefilled(base, self.inputs)
+        known = {name: self.outputs[name] for name in below}
+        with skipping(base.model, known), prefilling(base) as prefill:
+            prefill.output = base.model(**self.inputs, **prefill.options)
+        cache = prefill.cache
         cache.layers[:block] = copied(self.cache).layers[:block]
         return replace(self, cache=cache, outputs={})
 
@@ -92,22 +96,52 @@ def parts_of_heads(base: BaseModel, heads: Sequence[tuple[int, ...]]) -> list[li
     return like_lengths([max(1, len(head)) for head in heads], OVERHEAD)
 
 
-class TailPass(NamedTuple):
-    """A pass over what follows prompts.
+class Tails:
+    """What follows prompts, to be read in one pass.
 
     Args:
-        logits: Logits that predict the answers. Shape ``[rows, width, vocab]``.
-        mask: Attention mask of all that was read. Shape ``[rows, columns]``.
-        cache: Its cache.
-        width: How many columns this pass has added.
-        below: Output of the block that was asked for.
+        base: The base model.
+        rows: The rows, padded.
+        cache: The cache that they are read behind; it grows.
     """
 
-    logits: Tensor
-    mask: Tensor
-    cache: Any
-    width: int
-    below: Any
+    def __init__(self, base: BaseModel, rows: TokenRows, cache: Any) -> None:
+        self.rows, self.cache = rows, cache
+        #: Options of the pass.
+        self.options = {"past_key_values": cache, "use_cache": True}
+        self._base = base
+        self._below: Any = None
+
+    @contextmanager
+    def noting(self, blocks: int) -> Iterator[None]:
+        """Inside, the pass notes the output of so many first blocks."""
+        names, notes = self._names(blocks), []
+
+        def note(module: nn.Module, args: Any, output: Any) -> None:
+            self._below = output
+
+        if names:
+            notes.append(self._base.module(names[-1]).register_forward_hook(note))
+        with removing(notes):
+            yield
+
+    @contextmanager
+    def above(self, blocks: int, plain: Tails | None) -> Iterator[None]:
+        """Inside, the pass begins behind so many first blocks, which change nothing.
+
+        Args:
+            blocks: Number of blocks.
+            plain: The same rows, read without edits while it was :meth:`noting` as many blocks; if
+                not given, all blocks run.
+        """
+        below = {} if plain is None else dict.fromkeys(self._names(blocks), plain._below)
+        with skipping(self._base.model, below):
+            yield
+        if plain is not None:
+            self.cache.layers[:blocks] = plain.cache.layers[:blocks]
+
+    def _names(self, blocks: int) -> list[str]:
+        return [self._base.layout.block_name(index) for index in range(blocks)]
 
 
 class SharedPrompts:
@@ -157,42 +191,8 @@ class SharedPrompts:
                 with base.edits.carried_by(numbers, count):
                     yield HeadPart.of(base, numbers, [heads[number] for number in numbers])
 
-    def tails(
-        self,
-        encoded: Sequence[EncodedRow],
-        numbers: Sequence[int],
-        noting: int = 0,
-        plain: TailPass | None = None,
-    ) -> TailPass:
-        """A pass over what follows the prompts, under the edits of now.
-
-        Args:
-            encoded: Prompts with their answers.
-            numbers: Which of the prompts each of them has.
-            noting: Number of first blocks whose output is noted.
-            plain: The pass over the same without edits, that has noted the output of as many first
-                blocks as the edits of now leave as they are: these do not run again.
-        """
-        base, seen = self._base, list[Any]()
-        rows, options = self.answer_rows(encoded, numbers)
-        cache = options["past_key_values"]
-        names = [base.layout.block_name(index) for index in range(noting)]
-        notes = []
-        if names and plain is None:
-            block = base.module(names[-1])
-            notes = [block.register_forward_hook(lambda module, args, out: seen.append(out))]
-        below = {} if plain is None else dict.fromkeys(names, plain.below)
-        with removing(notes), skipping(base.model, below):
-            logits = base.logits_at(rows, rows.answer_columns, **options)
-        if plain is not None:
-            cache.layers[:noting] = plain.cache.layers[:noting]
-        width = rows.inputs["input_ids"].shape[1]
-        return TailPass(logits, rows.attention_mask, cache, width, seen[-1] if seen else None)
-
-    def answer_rows(
-        self, encoded: Sequence[EncodedRow], numbers: Sequence[int]
-    ) -> tuple[TokenRows, dict[str, Any]]:
-        """Padded rows of what follows the prompts, and the options of a pass over them.
+    def tails(self, encoded: Sequence[EncodedRow], numbers: Sequence[int]) -> Tails:
+        """Padded rows of what follows the prompts.
 
         Args:
             encoded: Prompts with their answers; padded are the last token of each prompt, and its
@@ -203,17 +203,11 @@ class SharedPrompts:
         tails = [EncodedRow(row.prompt[-1:], row.answer) for row in encoded]
         rows = pad_rows(without_last(tails), base.pad_id, "right", False, base.device)
         mask, cache = self.behind(numbers)
-        options = {"past_key_values": cache, "use_cache": True}
         behind = put_behind(mask, rows, base.takes_positions)
-        return answering(behind, tails, base.pad_id), options
-
-    @property
-    def has_outputs(self) -> bool:
-        """Whether it knows what blocks have given."""
-        return all(part.outputs for part in self._parts)
+        return Tails(base, answering(behind, tails, base.pad_id), cache)
 
     def forget_outputs(self) -> None:
-        """Give up the memory of these."""
+        """Give up the memory of what blocks have given."""
         self._parts = [replace(part, outputs={}) for part in self._parts]
 
     @property

@@ -230,29 +230,27 @@ class AnswerLogits:
 
         Both have one shape, so that no change gives exactly 0.
         """
+        base, prompts, plain_logits, plain = self._base, self.prompts, None, None
         edited = [path.tokens for path in batch]
         compared = [path.plain for path in batch if path.plain is not None]
-        with carrying(self._base, [path.edit for path in batch]):
-            if self.prompts is None:
+        with carrying(base, [path.edit for path in batch]):
+            if prompts is None:
                 return PathLogits(batch, *self._whole(edited, compared), None)
             numbers = [self._numbers[path.edit, path.tokens.prompt] for path in batch]
-            return PathLogits(batch, *self._behind(self.prompts, numbers, edited, compared))
-
-    def _behind(
-        self,
-        prompts: SharedPrompts,
-        numbers: Sequence[int],
-        edited: Sequence[EncodedRow],
-        compared: Sequence[EncodedRow],
-    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Any, int]]:
-        """Logits of what follows shared prompts, with and without edits, and what was read."""
-        blocks, plain = unchanged_blocks(self._base), None
-        if compared:
-            with self._base.edits.suspended():
-                plain = self._plain.tails(compared, numbers, blocks)
-        found = prompts.tails(edited, numbers, blocks, plain)
-        read = found.mask, found.cache, found.width
-        return widened(found.logits), None if plain is None else widened(plain.logits), read
+            blocks = unchanged_blocks(base)
+            if compared:
+                with base.edits.suspended():
+                    plain = self._plain.tails(compared, numbers)
+                    rows = plain.rows
+                    with plain.noting(blocks):
+                        plain_logits = base.logits_at(rows, rows.answer_columns, **plain.options)
+                    plain_logits = widened(plain_logits)
+            tails = prompts.tails(edited, numbers)
+            rows = tails.rows
+            with tails.above(blocks, plain):
+                logits = widened(base.logits_at(rows, rows.answer_columns, **tails.options))
+        width = rows.inputs["input_ids"].shape[1]
+        return PathLogits(batch, logits, plain_logits, (rows.attention_mask, tails.cache, width))
 
     def _whole(
         self, edited: Sequence[EncodedRow], compared: Sequence[EncodedRow]
