@@ -35,6 +35,7 @@ PREPARED = (
 def described(folder: Path) -> dict[str, Any]:
     """The manifest of a folder: its files, and how the training began and ended."""
     log = [json.loads(line) for line in (folder / "log.txt").read_text("utf-8").splitlines()]
+    runs = [line for line in log if "parameters" in line]  # one that goes on begins anew
     reports = [line for line in log if "step" in line]
     files = sorted(
         path
@@ -42,8 +43,8 @@ def described(folder: Path) -> dict[str, Any]:
         if path.is_file() and path.name not in ("manifest.json", "statistics.safetensors")
     )
     return {
-        "run": log[0],
-        "end": {key: reports[-1][key] for key in ("step", "seconds", "tokens", "per_second")},
+        "run": runs[-1],
+        "end": {key: reports[-1][key] for key in ("step", "seconds", "per_second")},
         "figures": log[-1],
         "files": {
             path.name: {

@@ -21,6 +21,7 @@ from pathlib import Path
 from fact_book import FactBook, plain_sentences
 
 from kedit_lightning import BaseModel
+from kedit_lightning.cache_folder import facts_30m_dir
 from kedit_lightning.cli.main import main as kedit
 from kedit_lightning.statistics import find_statistics, packaged_statistics, write_statistics
 
@@ -40,6 +41,7 @@ def main() -> None:
     target = packaged_statistics(args.base_model)
     target.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory() as folder:
+        os.environ.setdefault("KEDIT_FACTS_30M", str(facts_30m_dir()))  # in the cache of before
         os.environ["KEDIT_CACHE"] = folder
         text = Path(folder) / "text.txt"
         lines = [*FactBook.read(args.facts).sentences(), *plain_sentences(args.text)]
