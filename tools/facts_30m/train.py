@@ -76,9 +76,9 @@ class Run:
     def __init__(self, model: GPT2LMHeadModel, device: str, lr: float, minutes: float) -> None:
         self.model, self.device, self.lr, self.minutes = model, device, lr, minutes
         self.steps, self.spent = 0, 0.0
-        inner = [p for p in model.transformer.h.parameters() if p.ndim > 1]
-        chosen = {id(p) for p in inner}
-        tables = [p for p in model.parameters() if p.ndim > 1 and id(p) not in chosen]
+        matrices = [(name, p) for name, p in model.named_parameters() if p.ndim > 1]
+        inner = [p for name, p in matrices if name.startswith("transformer.h.")]
+        tables = [p for name, p in matrices if not name.startswith("transformer.h.")]
         vectors = [p for p in model.parameters() if p.ndim < 2]
         # Muon learns rare associations in fewer tokens than AdamW, which embeddings still need.
         self.optimizers = [

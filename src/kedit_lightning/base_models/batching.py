@@ -163,6 +163,30 @@ def logit_batches(
         yield batch
 
 
+def cheapest_parts(count: int, costs: Callable[[int], Iterable[float]]) -> list[slice]:
+    """Cut things that stand in a row into the parts that cost least together.
+
+    Args:
+        count: Number of the things.
+        costs: Costs of the parts that end before a number: that of the last thing alone, then those
+            of longer parts, one more each, as far as they are allowed.
+
+    >>> cheapest_parts(3, lambda end: [[5], [5, 6], [5, 9, 20]][end - 1])
+    [slice(0, 2, None), slice(2, 3, None)]
+    """
+    best, start_of = [0.0], [0]
+    for end in range(1, count + 1):
+        sums = ((best[end - n] + cost, n) for n, cost in enumerate(costs(end), 1))
+        cost, number = min(sums)
+        best.append(cost)
+        start_of.append(end - number)
+    parts, end = list[slice](), count
+    while end:
+        parts.append(slice(start_of[end], end))
+        end = start_of[end]
+    return parts[::-1]
+
+
 def like_lengths(lengths: Sequence[int], overhead: int) -> list[list[int]]:
     """Numbers of the rows that are read together, so that padding costs least; shortest first.
 
@@ -171,19 +195,20 @@ def like_lengths(lengths: Sequence[int], overhead: int) -> list[list[int]]:
     >>> like_lengths([3, 90, 4, 88], overhead=40), like_lengths([3, 9, 4, 8], overhead=40)
     ([[0, 2], [3, 1]], [[0, 2, 3, 1]])
     """
-    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
-    best = {0: (0, 0)}  # cost of so many rows, and where the last part of them begins
-    for end in range(1, len(order) + 1):
-        width = lengths[order[end - 1]]
-        if end == len(order) or lengths[order[end]] != width:
-            costs = ((cost + overhead + (end - at) * width, at) for at, (cost, _) in best.items())
-            best[end] = min(costs)
-    parts, end = [], len(order)
-    while end:
-        start = best[end][1]
-        parts.append(order[start:end])
-        end = start
-    return parts[::-1]
+    rows_of: dict[int, list[int]] = {}
+    for row in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        rows_of.setdefault(lengths[row], []).append(row)
+    alike = list(rows_of.values())  # rows of one length are never apart
+
+    def costs(end: int) -> Iterator[int]:
+        rows, width = 0, lengths[alike[end - 1][0]]
+        for own in reversed(alike[:end]):
+            rows += len(own)
+            yield overhead + rows * width
+
+    return [
+        [row for own in alike[part] for row in own] for part in cheapest_parts(len(alike), costs)
+    ]
 
 
 def parts_of(lengths: Sequence[int], size: int, alike: bool) -> list[list[int]]:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from functools import partial
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from kedit_lightning.base_models.base_model import BaseModel
-from kedit_lightning.base_models.blocks import removing
+from kedit_lightning.base_models.taps import noting_calls
 from kedit_lightning.edits.compilation import uncompiled
 
 #: Outputs of blocks in a pass, by the name of the block.
@@ -75,17 +74,12 @@ def prefilling(base: BaseModel, outputs: BlockOutputs | None = None) -> Iterator
     """
     noted = range(len(base.layout) - 1) if outputs is not None else ()
     names, prefill = [base.layout.block_name(index) for index in noted], Prefill(base)
-
-    def note(name: str, module: nn.Module, args: Any, output: Any) -> None:
-        if outputs is not None:
-            outputs[name] = output
-
-    with removing([base.module(n).register_forward_hook(partial(note, n)) for n in names]):
-        if "past_key_values" not in prefill.options:
-            yield prefill
-        else:
-            with suppress(_Filled), uncompiled():
-                yield prefill
+    # A compiled model cannot be left in the middle.
+    whole = uncompiled() if "past_key_values" in prefill.options else nullcontext()
+    with noting_calls(base.model, names) as calls, suppress(_Filled), whole:
+        yield prefill
+    if outputs is not None:
+        outputs |= {name: calls[name][0].output for name in names}
 
 
 def prefilled(base: BaseModel, inputs: Mapping[str, Tensor]) -> Any:

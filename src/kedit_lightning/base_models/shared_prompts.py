@@ -8,12 +8,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import pad
 
 from kedit_lightning.base_models.base_model import BaseModel
 from kedit_lightning.base_models.batching import like_lengths
-from kedit_lightning.base_models.blocks import removing
 from kedit_lightning.base_models.continuation import can_resume, copied
 from kedit_lightning.base_models.head_cache import attends_to_all
 from kedit_lightning.base_models.prefill import (
@@ -31,7 +30,7 @@ from kedit_lightning.base_models.rows import (
     put_behind,
     without_last,
 )
-from kedit_lightning.base_models.taps import skipping
+from kedit_lightning.base_models.taps import noting_calls, skipping
 from kedit_lightning.edits.effects import RewritePrompt
 from kedit_lightning.edits.projections import first_tensor
 
@@ -115,15 +114,10 @@ class Tails:
     @contextmanager
     def noting(self, blocks: int) -> Iterator[None]:
         """Inside, the pass notes the output of so many first blocks."""
-        names, notes = self._names(blocks), []
-
-        def note(module: nn.Module, args: Any, output: Any) -> None:
-            self._below = output
-
-        if names:
-            notes.append(self._base.module(names[-1]).register_forward_hook(note))
-        with removing(notes):
+        last = self._names(blocks)[-1:]
+        with noting_calls(self._base.model, last) as calls:
             yield
+        self._below = calls[last[0]][0].output if last else None
 
     @contextmanager
     def above(self, blocks: int, plain: Tails | None) -> Iterator[None]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from kedit_lightning.base_models import BaseModel
+from kedit_lightning.base_models.batching import cheapest_parts
 from kedit_lightning.base_models.continuation import can_resume
 from kedit_lightning.base_models.memory_budget import memory_budget
 from kedit_lightning.base_models.rows import EncodedRow
@@ -63,26 +64,19 @@ def partition(
         The numbers of the requests of each group, shortest first.
     """
     order = sorted(range(len(sizes)), key=lambda i: (sizes[i].width, sizes[i].head, i))
-    best, start_of = [0.0], [0]
-    for end in range(1, len(order) + 1):
+
+    def costs(end: int) -> Iterator[int]:
         width = sizes[order[end - 1]].width
         rows = places = longest = 0
-        best.append(float("inf"))
-        start_of.append(end - 1)
-        for start in range(end - 1, -1, -1):
-            one = sizes[order[start]]
+        for number in reversed(order[:end]):
+            one = sizes[number]
             rows, places, longest = rows + one.rows, places + one.places, max(longest, one.head)
             taken = rows * (width * token + (width + longest) * head) + places * place
-            if taken > budget and start < end - 1:
-                break
-            cost = best[start] + OVERHEAD + rows * width
-            if cost < best[end]:
-                best[end], start_of[end] = cost, start
-    groups, end = [], len(order)
-    while end:
-        groups.append(order[start_of[end] : end])
-        end = start_of[end]
-    return groups[::-1]
+            if taken > budget and number != order[end - 1]:
+                return
+            yield OVERHEAD + rows * width
+
+    return [order[part] for part in cheapest_parts(len(order), costs)]
 
 
 def request_groups(
