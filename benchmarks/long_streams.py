@@ -191,7 +191,7 @@ def measure(job: Job) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         method, trials = choose(job, base, Path(folder))
         chosen = time.perf_counter()
-        protocol = Protocol("sequential", job.chunk, every="log", generate=False)
+        protocol = Protocol("sequential", job.chunk, evaluate="final", every="log", generate=False)
         output = Path(folder) / "run"
         job.trainer(protocol, callbacks=[drift]).test(
             method, job.data(job.facts), verbose=False, output=output

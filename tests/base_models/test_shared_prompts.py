@@ -243,19 +243,42 @@ def test_texts_of_a_long_stream_of_answers_are_not_all_kept(
         assert len(begun._texts) <= 8
 
 
-def test_prompts_of_the_base_model_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    base = tiny_base("llama")
-    made: list[int] = []
+@pytest.fixture
+def prompts_made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, int]]:
+    """Whether edits acted on each cache of prompts that is made, and the number of its prompts."""
+    made: list[tuple[bool, int]] = []
     fill = SharedPrompts.__init__
 
     def counted(self: SharedPrompts, model: BaseModel, prompts: list[EncodedRow], *known) -> None:
-        made.append(len(prompts))
+        made.append((model.edits.active, len(prompts)))
         fill(self, model, prompts, *known)
 
     monkeypatch.setattr(SharedPrompts, "__init__", counted)
+    return made
+
+
+def test_prompts_of_the_base_model_are_read_once(prompts_made: list[tuple[bool, int]]) -> None:
+    base = tiny_base("llama")
     probes = [Probe("locality", question, ("Rome",)) for question in QUESTIONS[:2]] * 2
     edits = [Toy(base_model=base).edit([request]) for request in REQUESTS[:2]]
     reader = Reader(base, Protocol(max_new_tokens=3), "once")
     before = reader.base_readings(probes, [0, 0, 1, 1])
     reader.readings(probes, before, [edits[0], edits[0], edits[1], edits[1]])
-    assert made == [4, 4]  # without edits, and under them
+    assert prompts_made == [(False, 4), (True, 4)]
+
+
+def test_the_base_model_reads_prompts_again_only_for_what_is_compared(
+    prompts_made: list[tuple[bool, int]],
+) -> None:
+    base = tiny_base("llama")
+    words = ["Ada", "Ben", "Cora", "Dan", "Eve", "Finn", "Gil", "Hugo"]
+    kinds = ["locality", "rewrite"] * 4
+    probes = [Probe(k, f"{w} lives in", ("Rome",)) for k, w in zip(kinds, words, strict=True)]
+    reader = Reader(base, Protocol(max_new_tokens=3, score_batch_size=1), "again")
+    before = reader.base_readings(probes)
+    reader._plain.clear()  # as where many prompts were read since
+    prompts_made.clear()
+    with Toy(base_model=base).edit(REQUESTS[:1]):
+        reader.readings(probes, before)
+    assert sum(count for edited, count in prompts_made if edited) == 8
+    assert sum(count for edited, count in prompts_made if not edited) == 4

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from os import PathLike, fspath
 from typing import Any
 
@@ -172,9 +173,9 @@ class BaseModel:
         entries = embedded_tokens(self.model)
         return next(int(id) for id in ids if id is not None and id < entries)
 
-    @property
+    @cached_property
     def max_tokens(self) -> int:
-        """Longest row it can take."""
+        """Longest row it can take; asked for each row that is encoded."""
         return longest_row(self.model.config)
 
     def module(self, name: str) -> nn.Module:
@@ -245,9 +246,8 @@ class BaseModel:
             InvalidRequestError: It is longer than the model allows, or lacks its subject.
             UnsupportedUseError: It has a picture, and the base model no processor.
         """
-        images = references(image)
+        images, prompt = references(image), prompt_text(prompt)
         reserve = 32 if answer is None else self.encoder.count(answer) + 2
-        prompt = prompt_text(prompt)
         rendered = self.edits.render(
             prompt,
             lambda text: self.max_tokens - reserve - self.encoder.count_prompt(text, images),

@@ -41,7 +41,7 @@ class ForcedRow(NamedTuple):
 def parts_of_questions(
     base: BaseModel, asked: Sequence[Question], rows: int
 ) -> Iterator[list[Question]]:
-    """Cut questions, sorted by length, into parts whose prompts are read together.
+    """Cut questions into parts whose prompts, of about one length, are read together.
 
     Args:
         base: The base model.
@@ -49,11 +49,13 @@ def parts_of_questions(
         rows: How many make a part if they have 64 tokens; of shorter ones it is more.
     """
     part: list[Question] = []
+    longest = 0
     for question in asked:
-        tokens = (len(part) + 1) * base.encoder.count_prompt(question[1])
-        if part and (tokens > rows * _TOKENS or len(part) == rows * _MORE):
+        length = base.encoder.count_prompt(question[1])
+        longest = max(longest, length)
+        if part and ((len(part) + 1) * longest > rows * _TOKENS or len(part) == rows * _MORE):
             yield part
-            part = []
+            part, longest = [], length
         part.append(question)
     if part:
         yield part

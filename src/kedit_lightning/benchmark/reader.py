@@ -175,7 +175,10 @@ class Reader:
             passes = AnswerLogits(self.base, self.prefixes, joined=joined)
             return self._read(asked, base_readings, passes)
         found: dict[int, ProbeReading] = {}
+        # Continuations are compared with the base model, which reads the prompts of their part too.
+        compared = {(p.prompt, p.image) for p in probes if self._has(p, "continuation")}
         ordered, size = by_length(self.base, asked_as or places), self.protocol.score_batch_size
+        ordered.sort(key=lambda question: question[1:] in compared)
         for part in parts_of_questions(self.base, ordered, size):
             numbers = [i for q in dict.fromkeys(part) for i in places.pop(q, ())]
             own = None if base_readings is None else [base_readings[i] for i in numbers]
