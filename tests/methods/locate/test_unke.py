@@ -76,6 +76,20 @@ def test_the_block_is_trained_as_its_weights_are_by_squared_errors(family, windo
         torch.testing.assert_close(deltas[f"{name}.weight"], expected, rtol=1e-6, atol=1e-8)
 
 
+def test_steps_do_not_run_the_blocks_below_again():
+    base, calls = tiny_base("llama"), []
+    handle = base.module(base.layout.block_name(0)).mlp.register_forward_hook(
+        lambda *_: calls.append(1)
+    )
+    counts = []
+    for steps in (1, 1, 6):  # the first edit tries out the architecture, too
+        calls.clear()
+        UnKE(base, **QUICK | {"steps": steps}).edit(LONG)
+        counts.append(len(calls))
+    handle.remove()
+    assert counts[1] == counts[2] > 0
+
+
 def test_a_block_that_does_not_exist_is_refused():
     with pytest.raises(ModuleNotLocatedError, match="layer 9 does not exist"):
         UnKE(tiny_base("llama"), layer=9).edit(LONG[:1])

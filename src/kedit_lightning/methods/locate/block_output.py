@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kedit_lightning.base_models import BaseModel, BaseModelSpec, EncodedRow
+from kedit_lightning.base_models.continuation import can_resume, run_below
 from kedit_lightning.base_models.layer_choice import nearest_layers
-from kedit_lightning.base_models.taps import capture, changing, stop_after
+from kedit_lightning.base_models.rows import TokenRows
+from kedit_lightning.base_models.taps import capture, changing, skipping, stop_after
 from kedit_lightning.data.dataloader import chunks
 from kedit_lightning.edits import DenseEdit, Edit
 from kedit_lightning.edits.edit import check_finite
@@ -220,38 +222,52 @@ class UnKE(EditMethod):
         """
         tokens, batches, start = sum(len(r.prompt) + len(r.answer) for r in rows), [], 0
         for part in chunks(list(zip(rows, places, strict=True)), ROWS_PER_PASS):
-            own = [row for row, _ in part]
-            wanted, mask = self.outputs(own)
-            wanted = wanted.clone()
+            own = self._shown([row for row, _ in part])
+            wanted = self.outputs(own).clone()
             for number, (_, at) in enumerate(part):
                 wanted[number, list(at)] = values[start : start + len(at)].to(wanted)
                 start += len(at)
-            batches.append(_Outputs(own, wanted, mask, tokens))
+            batches.append(_Outputs(own, wanted, tokens))
         return batches
 
-    def outputs(self, rows: Sequence[EncodedRow]) -> tuple[Tensor, Tensor]:
-        """Outputs of the block, ``[rows, tokens, hidden]``, and where tokens are no padding."""
-        batch = self.base.pad(rows, "right")
+    def _shown(self, rows: Sequence[EncodedRow]) -> _Batch:
+        """Rows, and what the blocks below give for them, which no step changes."""
+        base, batch = self.base, self.base.pad(rows, "right")
+        below = {}
+        if can_resume(base):
+            below = run_below(base, self.layer, (), lambda: base.forward(batch))
+        return _Batch(batch, below)
+
+    def outputs(self, batch: _Batch) -> Tensor:
+        """Outputs of the block. Shape ``[rows, tokens, hidden]``."""
+        model = self.base.model
         with (
-            capture(self.base.model, [self.block]) as seen,
-            stop_after(self.base.model, self.block),
+            skipping(model, batch.below),
+            capture(model, [self.block]) as seen,
+            stop_after(model, self.block),
         ):
-            self.base.forward(batch)
-        return seen.outputs[self.block], batch.attention_mask.bool()
+            self.base.forward(batch.rows)
+        return seen.outputs[self.block]
+
+
+class _Batch(NamedTuple):
+    """Padded rows, and the outputs of blocks below the edited one, by name."""
+
+    rows: TokenRows
+    below: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class _Outputs:
     """Rows with the outputs that the block is to give; ``tokens`` is their number in all rows."""
 
-    rows: Sequence[EncodedRow]
+    batch: _Batch
     wanted: Tensor
-    mask: Tensor
     tokens: int
 
     def loss(self, method: UnKE) -> Tensor:
         """Squared error summed over the rows, over the number of entries of all. A scalar."""
-        present, _ = method.outputs(self.rows)
+        present = method.outputs(self.batch)
         error = (present - self.wanted).to(torch.promote_types(present.dtype, torch.float32))
-        at = self.mask.to(error.device)
+        at = self.batch.rows.attention_mask.bool().to(error.device)
         return error[at].square().sum() / (self.tokens * error.shape[-1])
