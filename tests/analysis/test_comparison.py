@@ -122,6 +122,17 @@ def test_runs_that_differ_are_told_apart(tmp_path: Path) -> None:
     assert all(math.isclose(d.mean, 0.0, abs_tol=1e-12) and not d.told_apart for d in same)
 
 
+def test_one_of_many_runs_is_told_apart_from_all_others(tmp_path: Path) -> None:
+    paths = [
+        folder(tmp_path / str(i), f"method {i}", [True] * 20, kl=0.1 + 2 * (i == 3))
+        for i in range(24)
+    ]
+    differences = compared([*map(read_run, paths)], only=["locality/kl"]).differences
+    assert len(differences) == 276
+    apart = {frozenset((d.first, d.second)) for d in differences if d.told_apart}
+    assert apart == {frozenset((f"method {i}", "method 3")) for i in range(24) if i != 3}
+
+
 def test_the_command_prints_and_saves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = [folder(tmp_path / name, "ROME", [True] * (8 + n) + [False] * (8 - n))
             for n, name in enumerate(["one", "two"])]  # fmt: skip
