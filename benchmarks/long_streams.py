@@ -99,9 +99,9 @@ PLANS = {
         20,
         {"activation_ratio": [0.95, 0.88], "lr": [0.05, 0.2, 1.0]},
         {"steps": 100, "decay": True, "mask_ratio": 1.0, "shard_size": 20, "shards_per_memory": 1,
-         "irrelevant": 48, "beta": 80.0, "gamma": 40.0, "contexts": 0},
+         "irrelevant": 16, "beta": 80.0, "gamma": 40.0, "contexts": 0},
     ),
-    "LocFTBF": Plan(100, {"lr": [5e-4, 2e-4, 1e-3], "replay": [100, 400]}, {"batch_size": 64}),
+    "LocFTBF": Plan(100, {"replay": [100, 400], "lr": [5e-4, 1e-3, 2e-4]}, {"batch_size": 64}),
     "RLEdit": Plan(100, {"edit_lr": [7e-3, 2e-2, 2e-3], "ridge": [100.0, 30.0]}, _RLEDIT,
                    {"max_epochs": 3, "limit_val_batches": 0}),
 }  # fmt: skip

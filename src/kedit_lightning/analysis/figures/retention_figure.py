@@ -16,6 +16,8 @@ from matplotlib.ticker import ScalarFormatter, SymmetricalLogLocator
 from kedit_lightning.analysis.comparison import Run
 
 _INK, _MUTED = "#22303c", "#6b7885"
+#: Panels side by side.
+_COLUMNS = 3
 #: Panels of all facts written so far: a title, and the scores of which the first is drawn that runs
 #: have.
 _PANELS = {
@@ -59,10 +61,11 @@ def draw_retention(runs: Sequence[Run], path: str | Path) -> Path | None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with style.context("default"):
-        size = (3.4 * len(panels), 2.9)
-        figure = Figure(figsize=size, dpi=150, layout="constrained")
+        columns = min(_COLUMNS, len(panels))
+        rows = -(-len(panels) // columns)
+        figure = Figure(figsize=(3.4 * columns, 2.9 * rows), dpi=150, layout="constrained")
         for place, (title, curves) in enumerate(panels.items(), 1):
-            axes = figure.add_subplot(1, len(panels), place)
+            axes = figure.add_subplot(rows, columns, place)
             aged = title.startswith("by age")
             _draw(axes, curves, title, "facts written since" if aged else "facts written")
             if not title.startswith("plain text"):
@@ -122,7 +125,9 @@ def _draw(axes: Axes, curves: Sequence[Curve], title: str, x_label: str) -> None
         axes.plot(curve.x, curve.y, "o-", color=color, ms=3, lw=1.5, label=curve.label)
         axes.fill_between(curve.x, curve.low, curve.high, color=color, alpha=0.15, lw=0)
     axes.set_xscale("symlog", linthresh=1)
-    axes.xaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=1, subs=[1, 2, 5]))
+    ends = [x for curve in curves for x in curve.x]
+    subs = [1, 2, 5] if max(ends) < 100 * max(1, min(ends)) else [1]  # labels that do not touch
+    axes.xaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=1, subs=subs))
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.set_xlabel(x_label, fontsize=8, color=_MUTED)
     axes.set_title(title, fontsize=8, color=_INK, loc="left", parse_math=False)
