@@ -126,7 +126,7 @@ def _draw(axes: Axes, curves: Sequence[Curve], title: str, x_label: str) -> None
         axes.fill_between(curve.x, curve.low, curve.high, color=color, alpha=0.15, lw=0)
     axes.set_xscale("symlog", linthresh=1)
     ends = [x for curve in curves for x in curve.x]
-    subs = [1, 2, 5] if max(ends) < 100 * max(1, min(ends)) else [1]  # labels that do not touch
+    subs = [1, 2, 5] if max(ends) <= 100 * max(1, min(ends)) else [1]  # labels that do not touch
     axes.xaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=1, subs=subs))
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.set_xlabel(x_label, fontsize=8, color=_MUTED)
