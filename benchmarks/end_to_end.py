@@ -3,10 +3,12 @@ r"""Processor time of editing and scoring, against those of an earlier version.
     git worktree add ../before COMMIT
     python benchmarks/end_to_end.py --against ../before
     python benchmarks/end_to_end.py --against ../before --methods None --facts 100
+    python benchmarks/end_to_end.py --against ../before --models facts-30m
 
-Both versions edit the same facts of NanoFacts under the protocol `single` with its defaults, and
-score them, each in a process of its own; the two take turns.  The base models are `nano` (a Llama)
-and a GPT-2 of the same shape with random weights.  `None` edits nothing.  The answers of the base
+Both versions edit the same facts under the protocol `single` with its defaults, and score them,
+each in a process of its own; the two take turns.  The base models are `nano` (a Llama) and a GPT-2
+of the same shape with random weights, both with NanoFacts, and where it has been made `facts-30m`,
+a GPT-2 that knows the facts of its own test split.  `None` edits nothing.  The answers of the base
 model are read anew each time.  Beside the ratio stand the smallest cosine of the edits of a fact,
 and the largest difference of a score.
 """
@@ -31,12 +33,14 @@ REPEATS = 5
 
 
 def base_model(name: str):  # noqa: ANN201 - torch is imported in the child only
-    """The packaged model, or a GPT-2 of its shape with random weights."""
+    """The packaged model, one of a folder, or a GPT-2 of nano's shape with random weights."""
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
     from kedit_lightning import BaseModel
 
+    if Path(name).is_dir():
+        return BaseModel.load(name, dtype="float32")  # its files have 16 bit
     nano = BaseModel.load("nano")
     if name == "nano":
         return nano
@@ -86,7 +90,12 @@ def serve(method: str, model: str, facts: int, output: str) -> None:
     torch.set_num_threads(1)
     base = base_model(model)
     editor = editor_of(method, base)
-    groups = [example.requests for example in NanoFacts(limit=facts, seed=0).examples("test")]
+    path = Path(model, "test.jsonl") if Path(model).is_dir() else None
+
+    def data(limit: int) -> NanoFacts:
+        return NanoFacts(path=path, limit=limit, seed=0)
+
+    groups = [example.requests for example in data(facts).examples("test")]
     trained = {}
     for number, edit in enumerate(editor.edit_each(groups)):
         try:
@@ -99,7 +108,7 @@ def serve(method: str, model: str, facts: int, output: str) -> None:
     save_file(trained, output)
 
     def run(limit: int) -> tuple[float, dict[str, float]]:
-        return timed_test(editor, NanoFacts(limit=limit, seed=0))
+        return timed_test(editor, data(limit))
 
     run(2)  # what is done once in a process
     print("ready", flush=True)
@@ -119,11 +128,14 @@ def row(against: Path, method: str, model: str, facts: int, repeats: int) -> str
     from safetensors.torch import load_file
     from torch.nn.functional import cosine_similarity
 
+    from kedit_lightning.cache_folder import facts_30m_dir
+
     with tempfile.TemporaryDirectory() as folder:
         files = Path(folder, "before"), Path(folder, "now")
         roots = against, Path(__file__).parents[1]
+        named = str(facts_30m_dir().resolve()) if model == "facts-30m" else model
         versions = [
-            served(root, method, model, facts, file)
+            served(root, method, named, facts, file)
             for root, file in zip(roots, files, strict=True)
         ]
         pairs = [[version.run() for version in versions] for _ in range(repeats)]
@@ -151,7 +163,7 @@ def main() -> None:
     )
     parser.add_argument("--against", type=Path, help="folder of the earlier version")
     parser.add_argument("--methods", nargs="+", default=METHODS)
-    parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
+    parser.add_argument("--models", nargs="+", default=MODELS, choices=(*MODELS, "facts-30m"))
     parser.add_argument("--facts", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=REPEATS)
     parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)

@@ -65,6 +65,15 @@ def test_other_options_reach_transformers(tmp_path):
     assert BaseModel.load(tmp_path, device_map="cpu").device == torch.device("cpu")
 
 
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="a GPU multiplies float16 fast")
+def test_weights_that_a_processor_multiplies_slowly_are_named(tmp_path):
+    _save(tmp_path, dtype=torch.float16)
+    with pytest.warns(UserWarning, match=r"float16.*--model\.base_model\.dtype float32"):
+        assert BaseModel.load(tmp_path).dtype == torch.float16
+    for dtype in ("float16", "float32", "bfloat16"):  # chosen, so that nothing is said
+        assert BaseModel.load(tmp_path, dtype=dtype).dtype == getattr(torch, dtype)
+
+
 @pytest.mark.parametrize("option", [{"dtype": "fp16"}, {"quantization": "2bit"}])
 def test_an_unknown_way_to_load_is_refused_with_the_known_ones(option):
     (field, value) = next(iter(option.items()))

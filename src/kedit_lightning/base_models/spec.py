@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
+import torch
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -192,6 +194,16 @@ def _processor(spec: BaseModelSpec) -> Any:
         ) from error
 
 
+def _warn_of_float16(name: str) -> None:
+    if not torch.accelerator.is_available():
+        warnings.warn(
+            f"the weights of '{name}' are float16, which most processors multiply many times "
+            "slower than float32, and no GPU was found: --model.base_model.dtype float32 "
+            '(dtype="float32" in Python), or bfloat16, which takes half of that memory',
+            stacklevel=4,
+        )
+
+
 def load_pretrained(spec: BaseModelSpec) -> dict[str, Any]:
     """Load ``model`` and ``tokenizer``, and the ``processor`` of a vision-language model.
 
@@ -222,4 +234,6 @@ def load_pretrained(spec: BaseModelSpec) -> dict[str, Any]:
         with _bar_for(spec.name):
             model = loader.from_pretrained(where, dtype=dtype, **options)
         processor = _processor(spec) if _sees(config) else None
+    if spec.dtype == "auto" and model.dtype == torch.float16:
+        _warn_of_float16(spec.name)
     return {"model": model, "tokenizer": tokenizer, "processor": processor}
