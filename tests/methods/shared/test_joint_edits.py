@@ -87,6 +87,20 @@ def test_a_row_below_the_stop_loss_is_not_updated_any_more():
     assert start[0][1].tolist() == [9.0] * 3  # what it started from is left as it was
 
 
+def test_rows_that_drop_out_leave_the_others_in_their_memory():
+    points = torch.tensor([[0.1] * 3, [4.0] * 3, [0.5] * 3, [2.0] * 3])
+    seen = []
+
+    def losses(rows, tensors):
+        seen.append((len(tensors[0]), tensors[0].data_ptr()))
+        return distances(rows, tensors)
+
+    start = [torch.zeros(4, 3), torch.ones(4, 2, 2)]
+    InnerLoop(adam(0.1), 60, 0.1).run(Targets(points), start, losses)
+    assert len({count for count, _ in seen}) > 2
+    assert len({place for _, place in seen}) == 1
+
+
 def test_a_constraint_holds_after_every_step():
     start = [torch.zeros(2, 3), torch.zeros(2, 1, 1)]
     largest = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol, Self, TypeAlias, TypeVar
@@ -121,10 +121,10 @@ class InnerLoop:
             gradients = gradients_of(each[kept].sum(), active.tensors)
             del each
             if len(kept) < len(values):
-                index = torch.tensor(kept, device=found[0].device)
-                rows, gradients = rows.select(index), active.keep(index, gradients, found)
+                places, gradients = active.keep(kept, gradients, found)
+                rows = rows.select(torch.tensor(places, device=found[0].device))
             active.step(gradients, self.constrain)
-        active.store(found)
+        active.store(found, range(len(active.numbers)))
         return RowResults(found, history)
 
 
@@ -154,29 +154,57 @@ class _ActiveRows:
             with torch.no_grad():
                 constrain(self.tensors)
 
-    def store(self, found: Sequence[Tensor]) -> None:
-        """Write the tensors of these rows into those of all."""
-        for whole, tensor in zip(found, self.tensors, strict=True):
-            whole[self.numbers] = tensor.detach()
+    def store(self, found: Sequence[Tensor], rows: Iterable[int]) -> None:
+        """Write the tensors of some of these rows into those of all."""
+        for row in rows:
+            for whole, tensor in zip(found, self.tensors, strict=True):
+                whole[self.numbers[row]] = tensor.detach()[row]
 
     def keep(
-        self, index: Tensor, gradients: Sequence[Tensor], found: Sequence[Tensor]
-    ) -> tuple[Tensor, ...]:
-        """Store all rows, drop those not in ``index``, ``[n]``; gives the gradients that stay."""
-        self.store(found)
-        self.numbers = [self.numbers[i] for i in index.tolist()]
+        self, kept: Sequence[int], gradients: Sequence[Tensor], found: Sequence[Tensor]
+    ) -> tuple[list[int], tuple[Tensor, ...]]:
+        """Store the rows that are finished, and drop them.
+
+        Tensors, which may be as large as weights, stay in the memory that they have.
+
+        Returns:
+            The rows that are ``kept``, in their new order, and their gradients.
+        """
+        self.store(found, set(range(len(self.numbers))) - set(kept))
+        places = _with_gaps_filled(kept)
+        self.numbers = [self.numbers[row] for row in places]
         (group,), state = self._optimizer.param_groups, self._optimizer.state
-        kept: list[Tensor] = []
+        tensors: list[Tensor] = []
         for old in self.tensors:
-            new = old.detach()[index].requires_grad_()
+            new = _moved(old.detach(), places).requires_grad_()
             own: dict[str, Any] = state.pop(old, {})
             state[new] = {
-                name: value[index] if _has_rows(value, old) else value
+                name: _moved(value, places) if _has_rows(value, old) else value
                 for name, value in own.items()
             }
-            kept.append(new)
-        self.tensors = group["params"] = kept
-        return tuple(gradient[index] for gradient in gradients)
+            tensors.append(new)
+        self.tensors = group["params"] = tensors
+        # Two gradients may share memory; they are not moved within it.
+        return places, tuple(gradient[places] for gradient in gradients)
+
+
+def _with_gaps_filled(kept: Sequence[int]) -> list[int]:
+    """The rows that are kept, with the last ones in the places of those that are not.
+
+    >>> _with_gaps_filled([0, 2, 3, 5])
+    [0, 5, 2, 3]
+    """
+    staying = {row for row in kept if row < len(kept)}
+    others = [row for row in kept if row >= len(kept)]
+    return [row if row in staying else others.pop() for row in range(len(kept))]
+
+
+def _moved(tensor: Tensor, places: Sequence[int]) -> Tensor:
+    """The front of a tensor, to which the rows named have been moved."""
+    for place, row in enumerate(places):
+        if place != row:
+            tensor[place] = tensor[row]
+    return tensor[: len(places)]
 
 
 def _has_rows(value: object, like: Tensor) -> bool:
