@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import inspect
 import json
 import statistics
 import sys
@@ -51,15 +52,23 @@ def base_model(name: str):  # noqa: ANN201 - torch is imported in the child only
     return BaseModel(GPT2LMHeadModel(config).eval(), nano.tokenizer, name=name)
 
 
-def editor_of(method: str, base: Any) -> Any:
-    """A method with its default settings, or one whose edits add zero."""
+def editor_of(method: str, base: Any, statistics: Path | None = None) -> Any:
+    """A method with its default settings, or one whose edits add zero.
+
+    Args:
+        method: Its name.
+        base: The base model.
+        statistics: File of key statistics, for methods that read one.
+    """
     from kedit_lightning import methods
 
     if method == "None":
         from evaluation import NoEdit
 
         return NoEdit(base_model=base)
-    return getattr(methods, method)(base_model=base)
+    made = getattr(methods, method)
+    reads = statistics is not None and "statistics" in inspect.signature(made).parameters
+    return made(base_model=base, **({"statistics": str(statistics)} if reads else {}))
 
 
 def use_folders_of_version() -> None:
@@ -89,8 +98,10 @@ def serve(method: str, model: str, facts: int, output: str) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     base = base_model(model)
-    editor = editor_of(method, base)
-    path = Path(model, "test.jsonl") if Path(model).is_dir() else None
+    own = Path(model) if Path(model).is_dir() else None
+    # An earlier version does not find those beside the model by itself.
+    editor = editor_of(method, base, own and own / "statistics.safetensors")
+    path = own and own / "test.jsonl"
 
     def data(limit: int) -> NanoFacts:
         return NanoFacts(path=path, limit=limit, seed=0)

@@ -23,7 +23,9 @@ def draw_moved(rows: Sequence[Mapping[str, Any]], path: Path) -> Path:
     Rows of several models stand on one line where choice and label are the same.
     """
     choices = list(dict.fromkeys(row["choice"] for row in rows))
-    keys = dict.fromkeys((row["choice"], row["of"]) for row in rows)
+    keys = list(dict.fromkeys((row["choice"], row["of"]) for row in rows))
+    methods = list(dict.fromkeys(_method(of) for _, of in keys))
+    keys.sort(key=lambda key: methods.index(_method(key[1])))
     places: dict[tuple[str, str], float] = {}
     titles, at = [], 0.0
     for choice in choices:
@@ -51,6 +53,10 @@ def draw_moved(rows: Sequence[Mapping[str, Any]], path: Path) -> Path:
             figure.legend(*marks, fontsize=8, loc="outside upper right", ncols=4, frameon=False)
         figure.savefig(path, format="png", facecolor="white", metadata={"Software": None})
     return path
+
+
+def _method(of: str) -> str:
+    return of.split(",")[0]
 
 
 def _draw(
