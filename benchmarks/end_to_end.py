@@ -17,12 +17,12 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import inspect
 import json
 import statistics
 import sys
 import tempfile
 import warnings
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +52,13 @@ def base_model(name: str):  # noqa: ANN201 - torch is imported in the child only
     return BaseModel(GPT2LMHeadModel(config).eval(), nano.tokenizer, name=name)
 
 
-def editor_of(method: str, base: Any, statistics: Path | None = None) -> Any:
+def editor_of(method: str, base: Any, key_statistics: Path | None = None) -> Any:
     """A method with its default settings, or one whose edits add zero.
 
     Args:
         method: Its name.
         base: The base model.
-        statistics: File of key statistics, for methods that read one.
+        key_statistics: Their file, for methods that read one.
     """
     from kedit_lightning import methods
 
@@ -67,8 +67,8 @@ def editor_of(method: str, base: Any, statistics: Path | None = None) -> Any:
 
         return NoEdit(base_model=base)
     made = getattr(methods, method)
-    reads = statistics is not None and "statistics" in inspect.signature(made).parameters
-    return made(base_model=base, **({"statistics": str(statistics)} if reads else {}))
+    reads = key_statistics and any(f.name == "statistics" for f in fields(made.settings_type))
+    return made(base_model=base, **({"statistics": str(key_statistics)} if reads else {}))
 
 
 def use_folders_of_version() -> None:
