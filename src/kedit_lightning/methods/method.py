@@ -172,11 +172,8 @@ class EditMethod(pl.LightningModule):
             raise InvalidRequestError("edit() got no requests; give at least one EditRequest")
         self.check_requests(requests)
         self.configure_model()
-        with (
-            self.base.edits.lock,
-            eager_gradients(),
-            torch.autocast(self.base.device.type, enabled=False),
-        ):
+        uncast = torch.autocast(self.base.device.type, enabled=False)
+        with self.base.edits.lock, self.base.identity.held(), eager_gradients(), uncast:
             yield
 
     def edit_each(self, requests_of_examples: Sequence[Sequence[EditRequest]]) -> Iterable[Edit]:

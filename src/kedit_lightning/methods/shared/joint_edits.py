@@ -153,7 +153,7 @@ def single_facts(method: JointMethod, groups: Groups) -> JointEdits:
 
     def together(some: Groups) -> Sequence[Edit]:
         requests = [request for (request,) in some]
-        with method.computing(requests), method.base.identity.held():
+        with method.computing(requests):
             return note_each(method.edits_together(requests), requests)
 
     joint = [number for number, group in enumerate(settled) if len(group) == 1]
