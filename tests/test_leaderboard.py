@@ -260,6 +260,20 @@ def test_the_best_settings_become_a_config(tmp_path: Path) -> None:
         "class_path": "x.GRACE",
         "init_args": {"radius": 2.5, "steps": 40, "layer": 4},
     }
+    assert "-c data/nano_facts -c benchmark/single -c benchmark/settings/nano/grace --data" in text
+
+
+def test_settings_of_another_base_model_name_it_and_its_data(tmp_path: Path) -> None:
+    sweep = Sweep("facts-30m", "grace", 10)
+    (own := tmp_path / sweep.name).mkdir()
+    found = {"radius": 2.5, "steps": 40, "layer": 4}
+    config = {"model": {"class_path": "x.GRACE", "init_args": found}}
+    (own / "best.yaml").write_text("# Best of 20 trials of study grace\n" + yaml.safe_dump(config))
+    path = take_settings(sweep, tmp_path, tmp_path / "chosen")
+    assert path is not None
+    command = path.read_text().splitlines()[0]
+    assert "-c data/facts_30m " in command
+    assert " --model.base_model facts-30m " in command
 
 
 # ---- the page

@@ -112,12 +112,16 @@ class Sweep:
         """Its name."""
         return f"{self.model}.settings.{self.method}"
 
+    @property
+    def own_data(self) -> str | None:
+        """The data set of the facts that the base model knows, where it has one of its own."""
+        return next((data for data, model in OWN_DATA.items() if model == self.model), None)
+
     def arguments(self, output: str) -> list[str]:
         """Arguments of its `kedit` command."""
         file = f"configs/benchmark/sweeps/{self.method}.yaml"
         words = ["sweep", file, "--trials", str(TRIALS), "--model.base_model", self.model]
-        own = [data for data, model in OWN_DATA.items() if model == self.model]
-        words += ["-c", f"data/{own[0]}"] if own else []
+        words += ["-c", f"data/{self.own_data}"] if self.own_data else []
         return [*words, "--data.limit", str(self.facts), "--output", output]
 
     @property

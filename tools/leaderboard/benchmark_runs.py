@@ -169,9 +169,11 @@ def take_settings(sweep: Sweep, folder: Path, settings: Path | None = None) -> P
     names = [path.removeprefix("model.") for path in asked["space"]]
     kind, given = config["model"]["class_path"], config["model"]["init_args"]
     chosen = {"class_path": kind, "init_args": {name: given[name] for name in names}}
+    data = sweep.own_data or "nano_facts"
+    model = f"--model.base_model {sweep.model} " if sweep.own_data else ""
     lines = [
-        f"# kedit test -c methods/{sweep.method} -c data/nano_facts -c benchmark/single "
-        f"-c benchmark/settings/{sweep.model}/{sweep.method} --data.limit 30 --output run/",
+        f"# kedit test -c methods/{sweep.method} -c data/{data} -c benchmark/single -c "
+        f"benchmark/settings/{sweep.model}/{sweep.method} {model}--data.limit 30 --output run/",
         "#",
         f"# {head.replace(f' of study {sweep.method}', '')}, on {sweep.facts} facts.",
         f"# Chosen among {TRIALS} trials by {sweep.command}",
