@@ -259,7 +259,7 @@ class ProtocolRunner:
     def _computed(self, name: str, compute: Callable[[], Edit], shared: float = 0.0) -> TimedEdit:
         """A new edit, which took its part of shared seconds beside its own."""
         clock = Clock(self.base)
-        with fixed_randomness(self._run.seed, name), self.base.identity.held():
+        with fixed_randomness(self._run.seed, name):
             try:
                 edit = compute()
             except KEditError as error:
@@ -288,7 +288,7 @@ class ProtocolRunner:
         if missing:
             wanted = [name in missing for name in names]
             groups = [example.requests for example in examples]
-            with fixed_randomness(self._run.seed, names[0]), self.base.identity.held():
+            with fixed_randomness(self._run.seed, names[0]):
                 edits = self._compute_each(groups)
                 if isinstance(edits, Sequence):
                     computed = (edits[i] for i, new in enumerate(wanted) if new)
